@@ -1,0 +1,22 @@
+"""Selective language modeling (Rho-1, arXiv 2404.07965) as a loss: needs torch and nothing else."""
+
+from slm_kernels.reference import TokenCrossEntropy
+from slm_kernels.selection import select_count, select_top_k
+from slm_kernels.selective_cross_entropy import (
+    SelectiveCrossEntropy,
+    selective_cross_entropy,
+    selective_cross_entropy_from_logits,
+    token_cross_entropy,
+    weighted_cross_entropy,
+)
+
+__all__ = [
+    "SelectiveCrossEntropy",
+    "TokenCrossEntropy",
+    "select_count",
+    "select_top_k",
+    "selective_cross_entropy",
+    "selective_cross_entropy_from_logits",
+    "token_cross_entropy",
+    "weighted_cross_entropy",
+]
