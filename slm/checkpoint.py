@@ -1,0 +1,210 @@
+"""Checkpoints that survive: atomic, hashed, complete, on optimizer steps only.
+
+    checkpoints/step-00000400.ckpt        Lightning checkpoint: weights, optimizer, schedule, order
+    checkpoints/step-00000400.ckpt.json   its sha256, written last; without it: unfinished
+    checkpoints/best-00000300.ckpt        the one of lowest held-out loss
+
+Lightning saves through a temporary file on another file system, saves no random states, ends with
+exit code 0 on SIGTERM and trains on after NaN; the pieces here replace that.
+"""
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from slm.errors import UserError
+from slm.shards import atomic_file, hash_file, read_json, write_json
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Writes in the target's own folder, syncs, renames, then writes the hash; load checks it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sidecar(path).unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            torch.save(checkpoint, file)
+        write_json(
+            sidecar(path),
+            {"kind": "checkpoint", "sha256": hash_file(path), "step": checkpoint["global_step"]},
+        )
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True):
+        check_checkpoint(Path(path))
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        sidecar(Path(path)).unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)
+
+
+def check_checkpoint(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not sidecar(path).exists():
+        raise UserError(f"{path} is unfinished: {sidecar(path).name} is missing")
+    expected, found = read_json(sidecar(path))["sha256"], hash_file(path)
+    if found != expected:
+        raise UserError(f"{path} is damaged: sha256 {found}, its sidecar says {expected}")
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; what does not is reported and passed over."""
+    paths = sorted(folder.glob("*-*.ckpt"), key=lambda path: path.stem.split("-")[1], reverse=True)
+    for path in paths:
+        try:
+            check_checkpoint(path)
+        except UserError as error:
+            warn(f"{error}; trying the one before")
+            continue
+        return path
+    return None
+
+
+def step_ended(trainer: Trainer, batch_idx: int) -> bool:
+    """True at the last micro-batch of an optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def is_due(trainer: Trainer, every_tokens: int | None, parts: int) -> bool:
+    """True where the step that just ended crossed a multiple of `every_tokens`, and at the end.
+
+    Without `every_tokens`, `parts` times in the run.
+    """
+    per_step = trainer.datamodule.tokens_per_step  # type: ignore[attr-defined]
+    every = every_tokens or max(1, trainer.max_steps * per_step // parts)
+    seen = trainer.global_step * per_step
+    return seen // every > (seen - per_step) // every or trainer.global_step == trainer.max_steps
+
+
+class Checkpoints(Callback):
+    """Saves every `every_tokens` tokens and at the end; keeps the last `keep` and the best.
+
+    every_tokens: null for ten times in the run
+    best_of:      the held-out set whose loss decides which one is best; null keeps none
+    """
+
+    def __init__(self, folder: str, every_tokens: int | None, keep: int, best_of: str | None):
+        if keep < 1:
+            raise UserError(f"callbacks.checkpoints.keep is {keep}, it must be at least 1")
+        self.folder, self.every_tokens, self.keep = Path(folder), every_tokens, keep
+        self.best_of, self.best_loss = best_of, float("inf")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not step_ended(trainer, batch_idx):
+            return
+        self._save_best(trainer, pl_module.heldout_losses)
+        if is_due(trainer, self.every_tokens, parts=10):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
+        if not sidecar(path).exists():
+            trainer.save_checkpoint(path)
+        self._prune(trainer, "step", self.keep)
+
+    def _save_best(self, trainer: Trainer, losses: dict[str | None, float]) -> None:
+        if self.best_of in losses and losses[self.best_of] < self.best_loss:
+            self.best_loss = losses[self.best_of]
+            trainer.save_checkpoint(self.folder / f"best-{trainer.global_step:08d}.ckpt")
+            self._prune(trainer, "best", 1)
+
+    def _prune(self, trainer: Trainer, kind: str, keep: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        for path in sorted(self.folder.glob(f"{kind}-*.ckpt"))[:-keep]:
+            trainer.strategy.remove_checkpoint(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_loss = state_dict["best_loss"]
+
+
+class RandomStates(Callback):
+    """Saves and restores python's, NumPy's, torch's and CUDA's random states, of every rank."""
+
+    def __init__(self) -> None:
+        self.restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        states = [random_state()]
+        if torch.distributed.is_initialized():
+            states *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, random_state())
+        return {"ranks": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.restored = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.restored is not None:
+            set_random_state(self.restored["ranks"][trainer.global_rank])
+
+
+def random_state() -> dict[str, Any]:
+    """Plain types and tensors only: checkpoints are loaded with weights_only=True."""
+    state: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = state
+    return {
+        "python": list(random.getstate()[1]),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate((3, tuple(state["python"]), None))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class StopOnSignal(Callback):
+    """SIGTERM and the first Ctrl-C save a checkpoint at the next step and exit with 143 or 130."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints, self.received = checkpoints, 0
+        self.previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not step_ended(trainer, batch_idx):
+            return
+        received = trainer.strategy.reduce_boolean_decision(self.received != 0, all=False)
+        if received:
+            self.checkpoints.save(trainer)
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}

@@ -1,0 +1,301 @@
+"""`slm <command> ...` replaces itself with `python -m slm.<command> ...`.
+
+It imports nothing heavy: `slm --help` must answer at once. `command` makes a function a Hydra
+application that works from a checkout and from an installed wheel, in any directory, and that ends
+with one sentence where the input is wrong. `progress` is what every command counts with.
+"""
+
+import difflib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from slm import __version__
+from slm.errors import NonFiniteError, UserError
+
+COMMANDS = {  # name: (what it does, an example)
+    "prepare": (
+        "text -> token shards",
+        "out=corpus 'sources=[{path: a.jsonl, text: \"{text}\"}]'",
+    ),
+    "train": (
+        "corpus (+ references) -> model",
+        "data.corpus=corpus/train selection=all max_tokens=1_000_000 out=run",
+    ),
+    "score": (
+        "corpus + reference model -> log-prob shards",
+        "corpus=corpus/train reference_model=run/model out=refs",
+    ),
+    "evaluate": (
+        "models -> loss and bits per byte on named sets",
+        "'models={a: run/model}' 'sets={b: corpus/heldout}'",
+    ),
+    "verify": ("is a corpus, reference, run, checkpoint or model whole?", "FOLDER ..."),
+    "demo": ("the whole pipeline on the installed Python standard library, in minutes", ""),
+}
+SHOWS_ONLY = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c"}
+FULL_ERROR = "HYDRA_FULL_ERROR"
+LINE_EVERY_S = 30.0
+
+
+def usage() -> str:
+    rows = [
+        f"  {name:10}{what}\n            slm {name} {example}".rstrip()
+        for name, (what, example) in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            f"slm {__version__}: selective language modeling",
+            "\nusage: slm <command> [key=value ...]\n",
+            *rows,
+            "\n`slm <command> --help` shows every key with its value; `slm --version`.",
+            "-m sweeps: slm train -m selection.select_ratio=0.4,0.6 ...",
+            "A value with a comma, `=`, a brace or a colon needs quotes inside the shell's:",
+            "slm score \"out='a,b=c'\" ...",
+        ]
+    )
+
+
+def main() -> None:
+    try:
+        dispatch(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `slm --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        return print(usage())
+    name, *arguments = words
+    if name == "--version":
+        return print(__version__)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        sys.exit(f"slm: no command {name!r}{hint} (commands: {', '.join(COMMANDS)})")
+    if SHOWS_ONLY & {word.split("=")[0] for word in arguments} and root_file(name).exists():
+        sys.argv = [f"slm {name}", *arguments]
+        return command(name)(unreachable)()  # Hydra answers without the command's heavy imports
+    # A new process image, because Lightning starts its ranks by running sys.argv again.
+    os.execv(sys.executable, [sys.executable, "-m", f"slm.{name}", *arguments])
+
+
+def conf_folder() -> Path:
+    """conf/ inside the installed wheel, else the checkout's."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def root_file(name: str) -> Path:
+    return conf_folder() / f"{name}.yaml"
+
+
+def unreachable(config: Any) -> None:
+    raise AssertionError("Hydra was to print and stop")
+
+
+# ---- Hydra applications -------------------------------------------------------------------------
+
+
+def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+    """Decorator: a function of the composed config becomes the Hydra application `name`."""
+    import hydra  # here, not above: `slm --help` does not need it
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("slm.swept", swept, replace=True)
+
+    def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
+        @wraps(function)
+        def job(config: Any) -> Any:
+            try:
+                return checked(function, config)
+            except Exception as error:
+                mine = reported(error)
+                if mine is None:
+                    raise
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise mine from None  # the launcher goes on with the other jobs
+                fail(name, mine)
+
+        path = str(conf_folder())
+        application = hydra.main(version_base="1.3", config_path=path, config_name=name)(job)
+        return wraps(function)(lambda: run(name, application))
+
+    return decorate
+
+
+def swept(job_overrides: list[str], number: int) -> str:
+    """Folder name of a job of a sweep: the overrides that differ between jobs, `k=0.4,seed=1`.
+
+    Those are the ones that the command line does not fix. A sweep of one job has its number.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, fixed = OverridesParser.create(), set()
+    for word in sys.argv[1:]:
+        with suppress(HydraException):  # options such as -m are no overrides
+            override = parser.parse_override(word)
+            if not override.is_sweep_override():
+                fixed.add(override.key_or_group)
+    jobs = parser.parse_overrides([word for word in job_overrides if not word.startswith("hydra.")])
+    words = [str(job.input_line) for job in jobs if job.key_or_group not in fixed]
+    return ",".join(words).replace("/", "_") or str(number)
+
+
+def checked(function: Callable[[Any], Any], config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        examples = " ".join(f"{key}=..." for key in missing)
+        raise UserError(f"{', '.join(missing)} must be given: {examples}")
+    return function(config)
+
+
+def reported(error: BaseException | None) -> Exception | None:
+    """The error that one sentence is enough for, be it wrapped by Hydra's `instantiate`."""
+    while error is not None:
+        if isinstance(error, UserError | NonFiniteError):
+            return error
+        if isinstance(error, OSError) and error.filename is not None:
+            return UserError(f"{error.filename}: {error.strerror}")
+        error = error.__cause__
+    return None
+
+
+def run(name: str, application: Callable[[], Any]) -> None:
+    """Run it; say in one sentence what is wrong with the command line."""
+    from hydra.errors import CompactHydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    full = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"  # or Hydra prints several lines itself and exits
+    try:
+        application()
+    except (UserError, NonFiniteError) as error:
+        fail(name, error)
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        if full is not None:
+            raise
+        fail(name, composition_error(name, error))
+    except KeyboardInterrupt:
+        print(f"slm {name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        os.environ.pop(FULL_ERROR) if full is None else os.environ.update({FULL_ERROR: full})
+
+
+def fail(name: str, error: Exception | str) -> None:
+    """One sentence instead of a traceback, and exit code 1."""
+    sys.stdout.flush()
+    print(f"slm {name}: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def composition_error(name: str, error: Exception) -> str:
+    """Hydra's several lines as one sentence that tells a user of this command what to do."""
+    from hydra.errors import OverrideParseException
+
+    text = " ".join(str(error).partition("Config search path")[0].split())
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r}; a value with a comma, `=`, a brace or a colon needs "
+            "quotes inside the shell's: \"key='a,b=c'\""
+        )
+    missing = re.search(r"Missing mandatory value: (?P<key>\S+)", text)
+    if missing is not None:
+        return f"{missing['key']} must be given: {missing['key']}=..."
+    unknown = re.match(r"Could not override '(?P<key>[^']+)'\.", text)
+    if unknown is None:
+        return f"{text} ({FULL_ERROR}=1 shows where)"
+    near = difflib.get_close_matches(unknown["key"], known_keys(name), n=1)
+    hint = f", did you mean {near[0]}?" if near else ""
+    return f"no key {unknown['key']!r}{hint} (`slm {name} --help` lists them)"
+
+
+def known_keys(name: str) -> list[str]:
+    """Every key of the command's config, in dotted form."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return list(dotted(compose(name)))
+
+
+def dotted(config: Any, prefix: str = "") -> Iterator[str]:
+    from omegaconf import DictConfig, OmegaConf
+
+    plain: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
+    for key, value in plain.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yields advance(count): a bar where stderr is a terminal, else a line every 30 s."""
+    if not sys.stderr.isatty():
+        yield Lines(label, total, unit).advance
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    text = "{task.completed:,.0f}/{task.total:,.0f} " + unit + "  {task.fields[rate]:,.0f}/s"
+    columns = (TextColumn(label), BarColumn(), TextColumn(text), TimeRemainingColumn())
+    start = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, rate=0.0)
+
+        def advance(count: int) -> None:
+            done = bar.tasks[0].completed + count
+            bar.update(task, advance=count, rate=done / max(1e-9, time.monotonic() - start))
+
+        yield advance
+
+
+class Lines:
+    """A plain line every LINE_EVERY_S, for logs that nobody watches live."""
+
+    def __init__(self, label: str, total: int, unit: str):
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.started_s = self.printed_s = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.printed_s < LINE_EVERY_S:
+            return
+        self.printed_s = now
+        rate = self.done / (now - self.started_s)
+        print(
+            f"{self.label} {self.done:,}/{self.total:,} {self.unit}  {rate:,.0f}/s  "
+            f"{duration((self.total - self.done) / max(1e-9, rate))} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    """3661.0 -> 1:01:01"""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Windows over token shards -> batches; their order is a pure function of (seed, epoch, index).
+
+A batch is a dict of tensors (B windows, T = seq_len positions):
+
+    input_ids          (B, T) int64
+    targets            (B, T) int64    the next tokens, already shifted; -100 is no target
+    reference_logprob  (B, T) float32  log-prob of each target under the reference (with references)
+    position_ids       (B, T) int64    restarting at each document (only with packing=documents)
+    window, epoch      (B,)   int64    which window, in which pass over the corpus
+    step_valid         (A, B) int64    number of targets of every row of the whole optimizer step
+
+One optimizer step reads the next `batch_size` windows of the permuted corpus, whatever the number
+of ranks and of micro-batches: micro-batch a of rank r is number a * world_size + r of the step. The
+number of windows consumed is the datamodule's state, so a resumed run sees what it would have seen.
+
+`step_valid` lets the module know the loss's denominator before the first micro-batch.
+Costs: reading is a gather from memory maps, about 5 ns a token on one core.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from slm.errors import UserError
+from slm.shards import Corpus, References
+
+IGNORE_INDEX = -100
+Batch = dict[str, Tensor]
+
+
+class Windows:
+    """Random access to the windows of a corpus and, with `references`, to their scores."""
+
+    def __init__(self, corpus: Corpus, references: References | None = None):
+        if references is not None:
+            references.check_matches(corpus)
+        if corpus.num_windows == 0:
+            raise UserError(f"{corpus.folder} holds no window of {corpus.seq_len} tokens")
+        self.corpus, self.references = corpus, references
+        self.first_window = np.cumsum([0, *corpus.windows_per_shard])
+        self._views: dict[tuple[str, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.corpus.num_windows
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers map the files themselves: a pickled memory map would carry its data.
+        return self.__dict__ | {"_views": {}}
+
+    def _view(self, column: str, shard: int) -> np.ndarray:  # (windows of the shard, T or T + 1)
+        """The windows of one shard as rows of a strided view; nothing is read."""
+        if (column, shard) not in self._views:
+            length = self.corpus.seq_len
+            if column == "tokens":
+                rows = sliding_window_view(self.corpus.column(column, shard), length + 1)
+            else:  # entry i is about the token at i, so a window's targets start at index 1
+                store = self.corpus if column == "bytes" else self.references
+                assert store is not None, f"{column} asked for without references"
+                rows = sliding_window_view(store.column(column, shard)[1:], length)
+            self._views[column, shard] = rows[::length]
+        return self._views[column, shard]
+
+    def _gather(self, column: str, windows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        shards = np.searchsorted(self.first_window, windows, side="right") - 1
+        for shard in np.unique(shards):
+            rows = shards == shard
+            out[rows] = self._view(column, shard)[windows[rows] - self.first_window[shard]]
+        return out
+
+    def batch(self, windows: np.ndarray) -> Batch:
+        """The windows with these global numbers, (B,) int64, as a batch of tensors."""
+        size, length = len(windows), self.corpus.seq_len
+        tokens = self._gather("tokens", windows, np.empty((size, length + 1), np.int64))
+        if tokens.max() >= self.corpus.vocab_size:
+            raise UserError(
+                f"{self.corpus.folder}: window {windows[tokens.max(1).argmax()]} holds token id "
+                f"{tokens.max()}, the tokenizer has {self.corpus.vocab_size}"
+            )
+        ids = torch.from_numpy(tokens)
+        batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+        if self.corpus.manifest["packing"] == "documents":
+            first = self._document_starts(windows)
+            batch["targets"] = ids[:, 1:].masked_fill(torch.from_numpy(first[:, 1:]), IGNORE_INDEX)
+            batch["position_ids"] = torch.from_numpy(positions(first[:, :-1]))
+        if self.references is not None:
+            scores = self._gather("logprobs", windows, np.empty((size, length), np.float32))
+            self._check_scores(scores, batch["targets"], windows)
+            batch["reference_logprob"] = torch.from_numpy(scores)
+        batch["window"] = torch.from_numpy(windows)
+        return batch
+
+    def target_bytes(self, windows: np.ndarray) -> Tensor:  # (B, T) int64
+        """UTF-8 bytes of every target; EOS has none."""
+        shape = (len(windows), self.corpus.seq_len)
+        return torch.from_numpy(self._gather("bytes", windows, np.empty(shape, np.int64)))
+
+    def _document_rows(self, shard: int) -> np.ndarray:  # (documents of the shard, 4)
+        """Mapped once: with packing=documents every window of every batch asks for it."""
+        if ("documents", shard) not in self._views:
+            self._views["documents", shard] = self.corpus.column("documents", shard)
+        return self._views["documents", shard]
+
+    def document(self, window: int) -> tuple[int, int, int, int]:
+        """(start, source, record, first token) of the document that a window begins in."""
+        shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
+        rows = self._document_rows(shard)
+        begin = (window - self.first_window[shard]) * self.corpus.seq_len
+        start, source, record, first = rows[np.searchsorted(rows[:, 0], begin, side="right") - 1]
+        return int(start), int(source), int(record), int(first)
+
+    def _document_starts(self, windows: np.ndarray) -> np.ndarray:  # (B, T + 1) bool
+        """True at the first token of a document."""
+        length = self.corpus.seq_len
+        first = np.zeros((len(windows), length + 1), dtype=bool)
+        shards = np.searchsorted(self.first_window, windows, side="right") - 1
+        for row, (window, shard) in enumerate(zip(windows, shards, strict=True)):
+            starts = self._document_rows(int(shard))[:, 0]
+            begin = (window - self.first_window[shard]) * length
+            low, high = np.searchsorted(starts, [begin, begin + length + 1])
+            first[row, starts[low:high] - begin] = True
+        return first
+
+    def _check_scores(self, scores: np.ndarray, targets: Tensor, windows: np.ndarray) -> None:
+        """A live target without a score, or with a positive log-prob, is a broken reference."""
+        assert self.references is not None
+        bad = ~(scores <= 0)  # NaN compares false
+        if not bad.any():
+            return
+        bad &= targets.numpy() != IGNORE_INDEX
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise UserError(
+                f"{self.references.folder}: target {column} of window {windows[row]} has log-prob "
+                f"{scores[row, column]}, a finite number <= 0 is needed"
+            )
+
+
+def positions(first: np.ndarray) -> np.ndarray:  # (B, T) bool -> (B, T) int64
+    """Position of each token within its document; a window's first token counts as position 0."""
+    index = np.arange(first.shape[1])
+    return index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
+
+
+class Order:
+    """The order of training samples: sample n of the run is a window of pass n // num_windows."""
+
+    def __init__(self, num_windows: int, seed: int):
+        self.num_windows, self.seed = num_windows, seed
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._epoch, self._permutation = epoch, generator.permutation(self.num_windows)
+        return self._permutation
+
+    def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(windows, epochs) of the samples [start, stop); a range may cross into the next pass."""
+        epochs = np.arange(start, stop) // self.num_windows
+        windows = np.empty(stop - start, np.int64)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            within = np.arange(start, stop)[rows] % self.num_windows
+            windows[rows] = self._permuted(int(epoch))[within]
+        return windows, epochs
+
+
+class Steps(Dataset):
+    """Item `step` is the list of micro-batches of one optimizer step on one rank."""
+
+    def __init__(
+        self,
+        windows: Windows,
+        order: Order,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.windows, self.order = windows, order
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, step: int) -> list[Batch] | UserError:
+        try:
+            return self._read(step)
+        except UserError as error:  # a worker would wrap it in a traceback; the reader raises it
+            return error
+
+    def _read(self, step: int) -> list[Batch]:
+        start = step * self.batch_size
+        windows, epochs = self.order.samples(start, start + self.batch_size)
+        shape = (-1, self.world_size, self.micro_batch_size)
+        mine = windows.reshape(shape)[:, self.rank]  # (A, B)
+        batch = self.windows.batch(mine.reshape(-1))
+        batch["epoch"] = torch.from_numpy(epochs.reshape(shape)[:, self.rank].reshape(-1))
+        valid = (batch["targets"] != IGNORE_INDEX).sum(1).view(-1, self.micro_batch_size)
+        parts = {key: value.split(self.micro_batch_size) for key, value in batch.items()}
+        return [
+            {key: value[index] for key, value in parts.items()} | {"step_valid": valid}
+            for index in range(len(mine))
+        ]
+
+
+class MicroBatches:
+    """The endless stream of micro-batches that Lightning iterates over, from step `start` on."""
+
+    def __init__(self, steps: Steps, start: int, num_workers: int, pin_memory: bool):
+        self.start = start
+        self.loader = DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(start, 2**62),  # type: ignore[arg-type]
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            # Its own generator: starting an iterator must not draw from the global random state.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in self.loader:
+            if isinstance(step, UserError):
+                raise step
+            yield from step
+
+
+class TokenData(LightningDataModule):
+    """Training windows (`corpus`, `references`) and named held-out sets.
+
+    batch_size:        windows of one optimizer step, over all ranks
+    micro_batch_size:  windows of one forward on one rank
+    heldout:           name -> corpus folder, evaluated during training
+    heldout_windows:   at most this many windows of each held-out set, evenly spread
+    check:             "size", or "full" to compare every file's hash before training
+    """
+
+    def __init__(
+        self,
+        corpus: str,
+        references: str | None,
+        heldout: Mapping[str, str] | None,
+        heldout_windows: int,
+        batch_size: int,
+        micro_batch_size: int,
+        num_workers: int,
+        check: str,
+        seed: int,
+    ):
+        super().__init__()
+        self.corpus = Corpus.open(corpus, check)
+        self.references = None if references is None else References.open(references, check)
+        self.windows = Windows(self.corpus, self.references)
+        named = {} if heldout is None else heldout
+        self.heldout = {name: Corpus.open(folder, check) for name, folder in named.items()}
+        self.heldout_windows = heldout_windows
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.consumed_windows = 0
+        for name, held in self.heldout.items():
+            self._check_heldout(name, held)
+
+    def _check_heldout(self, name: str, held: Corpus) -> None:
+        field = "tokenizer_sha256"
+        theirs, ours = held.manifest[field], self.corpus.manifest[field]
+        if theirs != ours:
+            raise UserError(
+                f"held-out set {name} ({held.folder}): {field} is {theirs}, "
+                f"that of {self.corpus.folder} is {ours}"
+            )
+
+    def accumulate(self, world_size: int) -> int:
+        """Number of micro-batches of one optimizer step on each rank."""
+        per_pass = self.micro_batch_size * world_size
+        if self.batch_size % per_pass:
+            raise UserError(
+                f"data.batch_size ({self.batch_size}) must be a multiple of "
+                f"data.micro_batch_size * ranks ({self.micro_batch_size} * {world_size})"
+            )
+        return self.batch_size // per_pass
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.corpus.seq_len
+
+    def train_dataloader(self) -> MicroBatches:
+        assert self.trainer is not None
+        steps = Steps(
+            self.windows,
+            Order(len(self.windows), self.seed),
+            self.batch_size,
+            self.micro_batch_size,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        start, rest = divmod(self.consumed_windows, self.batch_size)
+        assert rest == 0, f"{self.consumed_windows=} is no multiple of {self.batch_size=}"
+        return MicroBatches(steps, start, self.num_workers, torch.cuda.is_available())
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"consumed_windows": self.trainer.global_step * self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.consumed_windows = state_dict["consumed_windows"]
+
+
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of the numbers below `count`, evenly spread, ascending."""
+    chosen = count if limit is None else min(limit, count)
+    return np.arange(chosen) * count // chosen
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,198 @@
+"""Mean loss in nats per token and bits per byte of models on named sets: `slm evaluate`.
+
+    slm evaluate 'models={base: runs/base/model}' 'sets={math: corpus/heldout}' out=table.csv
+
+bits per byte = nats summed over the targets / (ln 2 * UTF-8 bytes of those targets). EOS counts its
+nats and no bytes. It is the measure that compares tokenizers and select ratios alike. Costs one
+forward pass; no logits are kept.
+"""
+
+import csv
+import io
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from slm.checkpoint import is_due, step_ended
+from slm.cli import command, progress
+from slm.data import IGNORE_INDEX, Windows, spread, to_device
+from slm.errors import UserError
+from slm.model import SelectiveLM, load_model
+from slm.progress import send
+from slm.score import (
+    check_count,
+    check_fits,
+    check_model_folder,
+    check_tokenizer,
+    looks_like_hub_name,
+    pick_device,
+)
+from slm.shards import Corpus, atomic_file
+
+log = logging.getLogger("slm.evaluate")
+
+
+class CorpusLoss(NamedTuple):
+    """Loss of one model on one set."""
+
+    loss: float  # nats per target
+    bits_per_byte: float
+    num_targets: int
+    num_bytes: int
+
+
+def nothing(count: int) -> None:
+    """Nobody watches."""
+
+
+@torch.no_grad()
+def corpus_loss(
+    lm: SelectiveLM,
+    corpus: Corpus,
+    batch_size: int,
+    max_windows: int | None = None,
+    advance: Callable[[int], None] = nothing,
+) -> CorpusLoss:
+    """Evaluate `lm` on the windows of `corpus` (at most `max_windows`, evenly spread).
+
+    The module's mode is put back afterwards, and no random number is drawn. `advance` is told the
+    number of tokens after each batch.
+    """
+    windows = Windows(corpus)
+    chosen = spread(len(windows), max_windows)
+    device = next(lm.parameters()).device
+    training = lm.training
+    lm.eval()
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    num_targets = num_bytes = 0
+    for part in np.split(chosen, range(batch_size, len(chosen), batch_size)):
+        batch = windows.batch(part)
+        live = batch["targets"] != IGNORE_INDEX
+        num_targets += int(live.sum())
+        num_bytes += int(windows.target_bytes(part)[live].sum())
+        nats += lm(to_device(batch, device)).loss.double().sum()
+        advance(live.numel())
+    lm.train(training)
+    return mean_loss(nats.item(), num_targets, num_bytes)
+
+
+def mean_loss(nats: float, num_targets: int, num_bytes: int) -> CorpusLoss:
+    """NaN where there is nothing to divide by."""
+    loss = nats / num_targets if num_targets else math.nan
+    bits = nats / (math.log(2) * num_bytes) if num_bytes else math.nan
+    return CorpusLoss(loss, bits, num_targets, num_bytes)
+
+
+class HeldoutLoss(Callback):
+    """Logs heldout/<name>/{loss,bits_per_byte} every `every_tokens` tokens, from step 0.
+
+    every_tokens: null for twenty times in the run
+    batch_size:   windows of one forward
+    """
+
+    def __init__(self, every_tokens: int | None, batch_size: int):
+        self.every_tokens, self.batch_size = every_tokens, batch_size
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_step == 0:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        pl_module.heldout_losses = {}
+        if step_ended(trainer, batch_idx) and is_due(trainer, self.every_tokens, parts=20):
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: Trainer, pl_module: Any) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        metrics: dict[str, float] = {}
+        for name, corpus in data.heldout.items():
+            with trainer.precision_plugin.forward_context():
+                result = corpus_loss(pl_module.lm, corpus, self.batch_size, data.heldout_windows)
+            pl_module.heldout_losses[name] = metrics[f"heldout/{name}/loss"] = result.loss
+            metrics[f"heldout/{name}/bits_per_byte"] = result.bits_per_byte
+        send(trainer, metrics)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def check_settings(config: Any) -> None:
+    if not config.models or not config.sets:
+        raise UserError(
+            "models and sets must each name at least one folder: 'models={a: runs/a/model}' "
+            "'sets={b: corpus/heldout}'"
+        )
+    check_count("batch_size", config.batch_size)
+    if config.max_windows is not None:
+        check_count("max_windows", config.max_windows)
+    if config.out is not None and Path(config.out).is_dir():
+        raise UserError(f"out is {config.out!r}, a folder; it must be a CSV file")
+
+
+def num_tokens(corpus: Corpus, max_windows: int | None) -> int:
+    return len(spread(corpus.num_windows, max_windows)) * corpus.seq_len
+
+
+def evaluate(models: dict[str, str], sets: dict[str, str], settings: Any) -> list[dict[str, Any]]:
+    """One row for every model and set."""
+    corpora = {name: Corpus.open(folder, settings.check) for name, folder in sets.items()}
+    for folder in models.values():  # all of them before the first forward
+        if not looks_like_hub_name(folder):
+            check_model_folder("model", folder)
+        for corpus in corpora.values():
+            check_tokenizer(folder, corpus)
+    device = pick_device(settings.device)
+    total = sum(num_tokens(corpus, settings.max_windows) for corpus in corpora.values())
+    rows = []
+    with progress("evaluating", total * len(models), "tokens") as advance:
+        for name, folder in models.items():
+            lm = SelectiveLM(load_model(folder))
+            for corpus in corpora.values():
+                check_fits(lm, corpus)
+            lm.to(device)
+            for set_name, corpus in corpora.items():
+                result = corpus_loss(lm, corpus, settings.batch_size, settings.max_windows, advance)
+                rows.append({"model": name, "set": set_name} | result._asdict())
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    table = Table("model", "set", "loss (nats)", "bits per byte", "targets")
+    for row in rows:
+        numbers = (f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['num_targets']:,}")
+        table.add_row(row["model"], row["set"], *numbers)
+    Console().print(table)
+
+
+@command("evaluate")
+def main(config: Any) -> None:
+    check_settings(config)
+    rows = evaluate(dict(config.models), dict(config.sets), config)
+    print_table(rows)
+    if config.out is not None:
+        write_csv(Path(config.out), rows)
+        log.info(f"table: {config.out}")
+
+
+if __name__ == "__main__":
+    main()

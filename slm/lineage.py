@@ -1,0 +1,154 @@
+"""Where a model comes from: what went in, what was counted, on which code and machine.
+
+    lineage.json     in the run's folder, written when the run is complete
+    model/slm.json   the same record, beside the hashes of the model's files
+    model/README.md  the model card: the record and the held-out results for a reader
+
+No path of this machine is in any of them.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slm import __version__
+from slm.data import TokenData
+from slm.shards import Json
+
+PACKAGES = ("torch", "triton", "lightning", "transformers", "tokenizers", "datasets", "numpy")
+
+
+def lineage(
+    *,
+    datamodule: TokenData,
+    selection: Mapping[str, Any],
+    seed: int,
+    init_from: str | None,
+    init_from_sha256: str | None,
+    tokens_seen: int,
+    tokens_selected: int,
+    device: torch.device,
+) -> Json:
+    """What went into a model, as plain JSON without paths of this machine."""
+    references = datamodule.references
+    scored_by = None if references is None else references.manifest["model_sha256"]
+    is_folder = init_from is not None and Path(init_from).exists()
+    return {
+        "init_from": Path(str(init_from)).resolve().name if is_folder else init_from,
+        "init_from_is_folder": is_folder,
+        "init_from_sha256": init_from_sha256,
+        "corpus": datamodule.corpus.folder.resolve().name,
+        "corpus_fingerprint": datamodule.corpus.fingerprint,
+        "references_fingerprint": None if references is None else references.fingerprint,
+        "reference_model_sha256": scored_by,
+        "selection": dict(selection),
+        "seed": seed,
+        "tokens_seen": tokens_seen,
+        "tokens_selected": tokens_selected,
+        "git": git_commit(),
+        "packages": {"slm": __version__} | installed(PACKAGES),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(device),
+    }
+
+
+def git_commit() -> Json | None:
+    """Commit of the checkout that this package runs from; None where it is installed elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no") != ""
+        return {"commit": git("rev-parse", "HEAD"), "changed": changed}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+CARD = """---
+{header}
+---
+
+# A causal language model trained on selected tokens
+
+Trained by selective language modeling (Rho-1, arXiv 2404.07965).
+
+| | |
+| --- | --- |
+{facts}
+
+Corpus `{corpus}`, fingerprint `{fingerprint}`.
+
+## Held-out results
+
+{results}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+```
+
+`slm.json` holds the hashes of the files and all that went in. The licence follows from the
+corpus and the base model; none is stated here.
+"""
+
+
+def model_card(lineage: Json, results: Mapping[str, float]) -> str:
+    """A Hugging Face model card; `results`: heldout/<set>/<measure> -> value, may be empty."""
+    selection = lineage["selection"]
+    rule = selection["_target_"].rsplit(".", 1)[-1]
+    ratio = selection["select_ratio"] if "select_ratio" in selection else 1.0
+    share = lineage["tokens_selected"] / max(1, lineage["tokens_seen"])
+    facts = {
+        "base model": lineage["init_from"] or "none (new weights)",
+        "selection rule": f"{rule}, select_ratio (k) = {ratio}",
+        "tokens seen": f"{lineage['tokens_seen']:,}",
+        "tokens selected": f"{lineage['tokens_selected']:,} ({share:.1%})",
+        "reference model": lineage["reference_model_sha256"] or "none",
+        "seed": lineage["seed"],
+        "device": lineage["device"],
+    }
+    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(results.items())]
+    table = ["| measure | value |", "| --- | --- |", *rows] if rows else ["None were measured."]
+    header = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if lineage["init_from"] is not None and not lineage["init_from_is_folder"]:
+        header.append(f"base_model: {json.dumps(lineage['init_from'])}")
+    header += ["tags:", "- selective-language-modeling", "- rho-1"]
+    return CARD.format(
+        header="\n".join(header),
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        corpus=lineage["corpus"],
+        fingerprint=lineage["corpus_fingerprint"],
+        results="\n".join(table),
+    )

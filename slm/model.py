@@ -1,0 +1,383 @@
+"""Build or load the causal LM, split it into backbone and head, save it as a Hugging Face folder.
+
+Any Hugging Face causal LM whose logits are ``logit_scale * (hidden @ weight.T + bias)``, optionally
+followed by ``softcap * tanh(logits / softcap)``, can be trained. Others are found by `check_model`,
+which compares one batch with cross-entropy of the model's own logits, and refused by name.
+
+Letters: B windows, T positions, D width, V vocabulary.
+"""
+
+import inspect
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from slm.data import Batch
+from slm.errors import UserError
+from slm.shards import hash_file, hash_json, sync_folder
+from slm.tokenizer import first_line, load_tokenizer, tokenizer_sha256
+from slm_kernels import (
+    SelectiveCrossEntropy,
+    TokenCrossEntropy,
+    selective_cross_entropy,
+    token_cross_entropy,
+)
+
+# How model families name the two things that change logits after the head.
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2 and 3; RecurrentGemma
+SCALE_FIELDS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon H1; Muse
+DIVISOR_FIELDS = ("logits_scaling",)  # Granite
+HEAD_TOLERANCE = 1e-3  # of the largest loss, or nats where that is below 1
+PROBE_LOGIT = 60.0  # a soft cap does not show in the small logits of a new model
+CHECK_TOKENS = 128  # of a window, for the checks that need the model's own logits
+LEAK_TOLERANCE = 1e-5  # of the largest hidden state
+ROPE_FIELDS = ("rope_theta", "rope_scaling")  # accepted by every config with rotary positions
+
+
+class Head(NamedTuple):
+    """What the logits are made of beyond the head's weight and bias."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+def build_lm(
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    init_from: str | None,
+    architecture: Mapping[str, Any],
+    attn_implementation: str | None,
+    activation_checkpointing: bool,
+    compile: bool,
+) -> "SelectiveLM":
+    """A float32 model of a stock class with its loss: loaded from `init_from`, else new.
+
+    architecture:         fields of the Hugging Face config, model_type among them (ignored by
+                          init_from)
+    attn_implementation:  sdpa, eager, ...; null takes the best that the class supports
+    compile:              torch.compile the backbone
+    """
+    if init_from is None:
+        model = new_model(architecture, vocab_size, attn_implementation)
+    else:
+        model = load_model(init_from, attn_implementation)
+        check_tokenizer(init_from, tokenizer)
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    if rows < vocab_size:
+        raise UserError(f"model vocab_size is {rows}, the tokenizer has {vocab_size} tokens")
+    set_special_ids(model, tokenizer)
+    if activation_checkpointing:
+        enable_checkpointing(model)
+    if compile:
+        model.base_model.compile()  # in place: the names of the parameters stay
+    # What was loaded is in evaluation mode, where checkpointing and dropout do nothing.
+    return SelectiveLM(model).train()
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} has no activation checkpointing")
+    # The old name warns in transformers 5.23, the new one is absent in 5.17.
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
+def check_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    found, expected = tokenizer_sha256(load_tokenizer(init_from)), tokenizer_sha256(tokenizer)
+    if found != expected:
+        raise UserError(
+            f"model.init_from {init_from} has tokenizer {found}, the corpus has {expected}"
+        )
+
+
+def new_model(
+    architecture: Mapping[str, Any], vocab_size: int, attn_implementation: str | None
+) -> PreTrainedModel:
+    """Random weights. `architecture` may set a vocab_size above the tokenizer's, for padding."""
+    fields: dict[str, Any] = {"vocab_size": vocab_size} | dict(architecture)
+    config_class = known_config(fields.pop("model_type", None))
+    check_fields(fields, config_class)
+    try:
+        config = config_class(**fields)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attn_implementation
+        )
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.architecture makes no causal LM: {reason}") from None
+
+
+def known_config(model_type: str | None) -> type[PreTrainedConfig]:
+    if model_type is None or model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.architecture.model_type is {model_type!r}, it must be a model type of "
+            "transformers, e.g. llama"
+        )
+    return CONFIG_MAPPING[model_type]
+
+
+def check_fields(fields: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> None:
+    """A config keeps fields it does not know, and so a typing error would train another model."""
+    known = {*inspect.signature(config_class).parameters, *config_class.attribute_map, *ROPE_FIELDS}
+    for name in fields.keys() - known:
+        raise UserError(
+            f"model.architecture.{name} is no field of {config_class.__name__}; "
+            f"it has {', '.join(sorted(known))}"
+        )
+
+
+def quiet_without_terminal() -> None:
+    """Transformers draws its bars into log files as well."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
+def load_model(folder: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The causal LM of a Hugging Face folder or hub name in float32, in evaluation mode."""
+    quiet_without_terminal()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"no causal LM at {folder}: {first_line(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would go on with random ones
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"{folder} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}"
+        )
+    return model
+
+
+def set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Inference engines read the ids from the configs, not from the tokenizer."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            config.bos_token_id = tokenizer.bos_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+            config.pad_token_id = pad
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    fields = model.config.get_text_config().to_dict()
+    present = {name: value for name, value in fields.items() if value is not None}
+    scale = 1.0
+    for name in present.keys() & set(SCALE_FIELDS):
+        scale *= present[name]
+    for name in present.keys() & set(DIVISOR_FIELDS):
+        scale /= present[name]
+    caps = [present[name] for name in SOFTCAP_FIELDS if name in present]
+    return Head(scale, caps[0] if caps else None)
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    names = [name for name in ("input_ids", "position_ids") if name in batch]
+    return {name: batch[name] for name in names} | {"use_cache": False}
+
+
+class SelectiveLM(nn.Module):
+    """Backbone, head and loss in one forward: the module that DDP or FSDP wraps.
+
+    FSDP shows the head's weight only inside the forward of the module it wraps, so the loss is
+    computed here and not by the caller: wrap this module, and not the head by itself.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.head = head_of(model)
+
+    @property
+    def projection(self) -> nn.Module:
+        """The output layer: a weight (V, D) and a bias (V,) or None."""
+        layer = self.model.get_output_embeddings()
+        assert layer is not None, f"{type(self.model).__name__} has no output embeddings"
+        return layer
+
+    def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
+        output = self.model.base_model(**model_inputs(batch))
+        return output.last_hidden_state
+
+    def head_arguments(self) -> dict[str, Any]:
+        """The head as the losses of `slm_kernels` take it."""
+        return {
+            "weight": self.projection.weight,
+            "bias": self.projection.bias,
+            "logit_scale": self.head.logit_scale,
+            "softcap": self.head.softcap,
+        }
+
+    def forward(
+        self,
+        batch: Batch,
+        reference_loss: Tensor | None = None,  # (B, T), NaN: no candidate
+        *,
+        select_ratio: float = 1.0,
+        scope: str = "batch",
+        denominator: Tensor | float | None = None,
+    ) -> SelectiveCrossEntropy | TokenCrossEntropy:
+        """The selective loss with `reference_loss`; without it the loss per token, no gradient."""
+        hidden, head = self.hidden(batch), self.head_arguments()
+        if reference_loss is None:
+            return token_cross_entropy(hidden, targets=batch["targets"], **head)
+        return selective_cross_entropy(
+            hidden,
+            targets=batch["targets"],
+            reference_loss=reference_loss,
+            select_ratio=select_ratio,
+            scope=scope,
+            denominator=denominator,
+            **head,
+        )
+
+
+def check_model(lm: SelectiveLM, batch: Batch) -> None:
+    """Refuse a model that this trainer would train on something else than it seems.
+
+    Costs a few forwards of the first CHECK_TOKENS tokens of two windows, since these keep all
+    logits, in evaluation mode; the mode is put back.
+    """
+    check_length(lm.model.config, batch["input_ids"].shape[1])
+    names = batch.keys() & {"input_ids", "targets", "position_ids"}
+    few = {name: batch[name][:2, :CHECK_TOKENS] for name in names}
+    training = lm.training
+    lm.eval()
+    check_head(lm, few)
+    if "position_ids" in few:
+        check_documents(lm, few)
+    lm.train(training)
+
+
+def check_length(config: PreTrainedConfig, seq_len: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)  # models without positions have none
+    if limit is not None and seq_len > limit:
+        raise UserError(f"corpus seq_len is {seq_len}, model max_position_embeddings is {limit}")
+
+
+@torch.no_grad()
+def check_head(lm: SelectiveLM, batch: Batch) -> None:
+    """Refuse a model whose logits our loss does not reproduce: as they are, and made large."""
+    largest = compare_head(lm, batch, gain=1.0)
+    compare_head(lm, batch, gain=PROBE_LOGIT / max(largest, 1e-6))
+
+
+def compare_head(lm: SelectiveLM, batch: Batch, gain: float) -> float:
+    """Our loss against the model's own with the head's output times `gain`; the largest logit."""
+    arguments = lm.head_arguments()
+    arguments["logit_scale"] *= gain
+    ours = token_cross_entropy(lm.hidden(batch), targets=batch["targets"], **arguments).loss
+    logits = amplified_logits(lm, batch, gain).flatten(0, 1)
+    theirs = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
+    difference = (ours.flatten() - theirs).abs().max().item()
+    if not difference <= HEAD_TOLERANCE * max(1.0, theirs.abs().max().item()):
+        raise UserError(
+            f"{type(lm.model).__name__}: its logits are not its head applied to its hidden states; "
+            f"the loss differs by {difference:.3g} nats on one batch, the head's output times "
+            f"{gain:.3g} (understood: {lm.head}); a softcap or scale under another name?"
+        )
+    return logits.abs().max().item()
+
+
+def amplified_logits(lm: SelectiveLM, batch: Batch, gain: float) -> Tensor:  # (B, T, V)
+    def amplify(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return gain * output
+
+    handle = lm.projection.register_forward_hook(amplify)
+    try:
+        return lm.model(**model_inputs(batch)).logits.float()
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def check_documents(lm: SelectiveLM, batch: Batch) -> None:
+    """Refuse a model that looks back past a restart of position_ids, which packing=documents needs.
+
+    Recurrent models do, and those that take their mask or positions from elsewhere.
+    """
+    ids = batch["input_ids"]
+    index, half = torch.arange(ids.shape[1], device=ids.device), ids.shape[1] // 2
+    restarted = torch.where(index < half, index, index - half).expand_as(ids)
+    others = torch.where(index < half, (ids + 1) % len(lm.head_arguments()["weight"]), ids)
+    one, other = (
+        lm.hidden({"input_ids": tokens, "position_ids": restarted})[:, half:]
+        for tokens in (ids, others)
+    )
+    leak = (one - other).abs().max().item()
+    if not leak <= LEAK_TOLERANCE * one.abs().max().item():
+        raise UserError(
+            f"{type(lm.model).__name__} does not keep documents apart (a token of one changes the "
+            f"hidden states of the next by {leak:.3g}), which packing=documents needs; prepare the "
+            "corpus with packing=concat"
+        )
+
+
+def model_sha256(folder: str | Path) -> str:
+    """Identity of a saved model: its config (versions apart) and the hashes of its weights."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("transformers_version", None)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{folder} holds no *.safetensors")
+    return hash_json({"config": config, "weights": [hash_file(path) for path in weights]})
+
+
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
+    lineage: dict[str, Any],
+) -> None:
+    """Write model, tokenizer, model card and lineage to a temporary folder, then rename it."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    quiet_without_terminal()
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card)
+    hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
+    record = {"kind": "model", "lineage": lineage, "sha256": hashes}
+    (temporary / "slm.json").write_text(json.dumps(record, indent=2) + "\n")
+    for path in temporary.iterdir():
+        path.chmod(0o644)  # save_pretrained writes 0600, which a serving account cannot read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(temporary)
+    replace_folder(temporary, folder)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`. A crash before that leaves what `folder` was."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,51 @@
+"""AdamW with weight decay on matrices only, and linear warm-up followed by a cosine."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from slm.errors import UserError
+
+
+def adamw(
+    module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """Vectors (norms, biases) get no weight decay."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    *,
+    warmup_fraction: float,
+    final_fraction: float,
+) -> LambdaLR:
+    """The rate rises over warmup_fraction of the steps, then falls to final_fraction of its peak.
+
+    The last step of the warm-up has the peak, the last of the run the final rate.
+    """
+    check_fraction("warmup_fraction", warmup_fraction)
+    check_fraction("final_fraction", final_fraction)
+    warmup = max(1, round(warmup_fraction * num_steps))
+
+    def factor(steps_before: int) -> float:
+        step = steps_before + 1
+        if step <= warmup:
+            return step / warmup
+        progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"optimizer.schedule.{name} is {value}, it must be in [0, 1]")

@@ -1,0 +1,340 @@
+"""From blocks of text to token shards: worker processes encode, `ShardWriter` packs and writes.
+
+`run_batches(job, batches, num_proc)` yields the results of the batches in their order, whatever
+the number of processes: a worker parses, fills templates, hashes, looks for evaluation text and
+tokenizes. A `ShardWriter` for each side cuts the token stream into windows and full shards.
+
+A few batches of 0.5 MB a worker are in flight, or the longest document (some 100 bytes for each
+byte of it); a writer holds less than a window and what one result adds. Workers import neither
+torch nor transformers.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slm.errors import UserError
+from slm.overlap import Excluded, Overlap
+from slm.records import Text, read_texts
+from slm.shards import ArrayWriter, Json, Shard, atomic_file, shard_path, write_sidecar
+from slm.sources import BLOCK_BYTES, Block, Source
+from slm.tokenizer import Encoded, Encoder, EncoderState
+
+BATCHES_PER_WORKER = 3  # in flight
+MAX_FAULTS_SHOWN = 10
+
+
+# ---- a worker: blocks -> token arrays -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know, sent to it once."""
+
+    sources: list[Source]
+    encoder: EncoderState
+    overlap: Overlap | None
+    heldout_ratio: float
+    stop_on_bad: bool
+    max_bytes: int
+
+
+class Result(NamedTuple):
+    """One batch of blocks, encoded."""
+
+    tokens: np.ndarray  # (n,)
+    sizes: np.ndarray  # (n,): bytes of each token
+    documents: np.ndarray  # (d, 5) int64: number of tokens, source, record, side, bytes
+    excluded: list[Excluded]
+    faults: list[tuple[int, str]]  # source, sentence
+    num_input_bytes: int
+
+    def of_side(self, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `ShardWriter.add` takes."""
+        mine = self.documents[:, 3] == side
+        tokens = np.repeat(mine, self.documents[:, 0])
+        return self.tokens[tokens], self.sizes[tokens], self.documents[mine, :3]
+
+
+@dataclass
+class Tally:
+    """What the report says, summed over the results."""
+
+    sources: list[Source]
+    counts: np.ndarray  # (side, source, 3): documents, tokens, bytes
+    num_faults: Counter[int] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, result: Result) -> None:
+        length, source, _, side, size = result.documents.T
+        np.add.at(self.counts, (side, source), np.column_stack([np.ones_like(size), length, size]))
+        self.num_faults.update(source for source, _ in result.faults)
+        room = MAX_FAULTS_SHOWN - len(self.faults)
+        self.faults.extend(sentence for _, sentence in islice(result.faults, room))
+
+    def of_side(self, side: int) -> Json:
+        names = ("documents", "tokens", "bytes")
+        total = dict(zip(names, self.counts[side].sum(axis=0).tolist(), strict=True))
+        rows = zip(self.sources, self.counts[side].tolist(), strict=True)
+        return total | {"sources": {s.name: dict(zip(names, row, strict=True)) for s, row in rows}}
+
+    def of_faults(self) -> Json:
+        return {
+            "skipped": self.num_faults.total(),
+            "sources": {s.name: self.num_faults[i] for i, s in enumerate(self.sources)},
+            "first": self.faults,
+        }
+
+
+def bad_record(fault: str) -> UserError:
+    return UserError(f"{fault} (on_bad_record=skip counts such records and goes on)")
+
+
+def side_of(digest: bytes, heldout_ratio: float) -> int:
+    """0 train, 1 heldout: a pure function of the text, whatever surrounds it."""
+    return int(int.from_bytes(digest[:8], "big") < round(heldout_ratio * 2**64))
+
+
+def is_kept(digest: bytes, share: float) -> bool:
+    """A part of the documents, independent of their side."""
+    return int.from_bytes(digest[8:], "big") < round(share * 2**64)
+
+
+class Worker:
+    """Runs in each process."""
+
+    def __init__(self, job: Job):
+        # The workers are the parallelism; threads of `tokenizers` would compete with them.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.job, self.encoder = job, Encoder(job.encoder)
+
+    def run(self, blocks: list[Block]) -> Result:
+        """Every kept document of the blocks, in order; raises UserError at the first bad record."""
+        texts, rows, excluded, faults = [], [], [], []
+        for block in blocks:
+            for text in read_texts(block, self.job.sources[block.source], self.job.max_bytes):
+                if text.fault is not None:
+                    self.complain(block, text.fault, faults)
+                    continue
+                side = self.choose_side(block, text)
+                if side is None:
+                    continue
+                shared = None if self.job.overlap is None else self.job.overlap.find(text.text)
+                if shared is None:
+                    texts.append(text)
+                    rows.append((block, side))
+                elif block.copy == 0:
+                    excluded.append(Excluded(block.source, text.where, text.record, *shared))
+        size = sum(block.size for block in blocks)
+        return Result(*self.encode(texts, rows, faults), excluded, faults, size)
+
+    def complain(self, block: Block, fault: str, faults: list[tuple[int, str]]) -> None:
+        if self.job.stop_on_bad:
+            raise bad_record(fault)
+        if block.copy == 0:
+            faults.append((block.source, fault))
+
+    def choose_side(self, block: Block, text: Text) -> int | None:
+        """0, 1, or None where the weight leaves this copy out; a copy more is for training only."""
+        digest = blake2b(text.data, digest_size=16).digest()
+        side = side_of(digest, self.job.heldout_ratio)
+        share = self.job.sources[block.source].weight - block.copy
+        dropped = (side == 1 and block.copy > 0) or not is_kept(digest, share)
+        return None if dropped else side
+
+    def encode(
+        self, texts: list[Text], rows: list[tuple[Block, int]], faults: list[tuple[int, str]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # the first three fields of Result
+        if not texts:
+            return np.empty(0, np.uint16), np.empty(0, np.uint8), np.empty((0, 5), np.int64)
+        num_bytes = np.array([len(text.data) for text in texts], dtype=np.int64)
+        encoded = self.encoder.encode([text.text for text in texts], num_bytes)
+        documents = np.array(
+            [
+                (length, block.source, text.record, side, size)
+                for length, size, text, (block, side) in zip(
+                    encoded.lengths, num_bytes, texts, rows, strict=True
+                )
+            ],
+            dtype=np.int64,
+        )
+        for i, fault in encoded.faults.items():
+            self.complain(rows[i][0], f"{texts[i].where}: {fault}", faults)
+        return drop_faulty(encoded, documents)
+
+
+def drop_faulty(
+    encoded: Encoded, documents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not encoded.faults:
+        return encoded.tokens, encoded.sizes, documents
+    good = np.ones(len(documents), dtype=bool)
+    good[list(encoded.faults)] = False
+    tokens = np.repeat(good, encoded.lengths)
+    return encoded.tokens[tokens], encoded.sizes[tokens], documents[good]
+
+
+# ---- the pool -----------------------------------------------------------------------------------
+
+_worker: Worker
+
+
+def start_worker(job: Job) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    _worker = Worker(job)
+
+
+def die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
+    os._exit(1)
+
+
+def run_in_worker(blocks: list[Block]) -> Result:
+    return _worker.run(blocks)
+
+
+def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Iterator[Result]:
+    """Results in the order of the batches, a bounded number of them in flight."""
+    if num_proc == 1:
+        yield from map(Worker(job).run, batches)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_proc, context, start_worker, (job,))
+    pending: deque[Any] = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(run_in_worker, batch))
+            if len(pending) >= BATCHES_PER_WORKER * num_proc:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process died (out of memory? try fewer: num_proc=1)") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Batches of about BLOCK_BYTES: small files and rows travel together."""
+    batch, size = [], 0
+    for block in blocks:
+        batch.append(block)
+        size += block.size
+        if size >= BLOCK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """One side of the corpus: appends documents, writes whole windows, closes full shards.
+
+    What fills no window yet stays in memory; at the end it is the tail that is dropped.
+    """
+
+    COLUMNS: tuple[str, ...] = ("tokens", "bytes", "documents")
+
+    def __init__(self, folder: Path, seq_len: int, shard_tokens: int, state: EncoderState):
+        self.folder, self.seq_len = folder, seq_len
+        self.capacity = max(1, (shard_tokens - 1) // seq_len) * seq_len + 1
+        self.dtypes: dict[str, str] = dict(
+            zip(self.COLUMNS, (state.token_dtype, state.bytes_dtype, "int64"), strict=True)
+        )
+        self.tokens = np.empty(0, state.token_dtype)  # not written yet
+        self.sizes = np.empty(0, state.bytes_dtype)
+        self.rows = np.empty((0, 3), np.int64)  # start in the side, source, record; not written yet
+        self.last_row = self.rows  # the last one written
+        self.position = 0  # of the first token that is not written, in the side
+        self.shard_start, self.num_shards = 0, 0
+        self.stack, self.writers = ExitStack(), {}
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def add(self, tokens: np.ndarray, sizes: np.ndarray, documents: np.ndarray) -> None:
+        """documents (d, 3): number of tokens, source, record."""
+        ends = self.position + len(self.tokens) + np.cumsum(documents[:, 0])
+        rows = np.column_stack([ends - documents[:, 0], documents[:, 1:]])
+        self.tokens = np.concatenate([self.tokens, tokens])
+        self.sizes = np.concatenate([self.sizes, sizes])
+        self.rows = np.concatenate([self.rows, rows])
+        while self.write_windows():
+            pass
+
+    def write_windows(self) -> bool:
+        """Write as many whole windows as there are into the present shard; False if none."""
+        written = self.position - self.shard_start
+        available = min(self.capacity, written + len(self.tokens))
+        target = (available - 1) // self.seq_len * self.seq_len + 1
+        count = target - written
+        if target <= 1 or count <= 0:
+            return False
+        if not self.writers:
+            self.open_shard()
+        self.writers["tokens"].append(self.tokens[:count])
+        self.writers["bytes"].append(self.sizes[:count])
+        self.tokens, self.sizes = self.tokens[count:], self.sizes[count:]
+        self.position += count
+        self.write_rows(int(np.searchsorted(self.rows[:, 0], self.position)))
+        if target == self.capacity:
+            self.close_shard()
+        return True
+
+    def write_rows(self, count: int) -> None:
+        rows, self.rows = self.rows[:count], self.rows[count:]
+        if len(rows):
+            self.last_row = rows[-1:]
+        start = rows[:, 0] - self.shard_start
+        self.writers["documents"].append(
+            np.column_stack([start, rows[:, 1:], np.maximum(0, -start)])
+        )
+
+    def open_shard(self) -> None:
+        for column in self.COLUMNS:
+            path = shard_path(self.folder, column, self.num_shards)
+            file = self.stack.enter_context(atomic_file(path))
+            columns = 4 if column == "documents" else None
+            self.writers[column] = ArrayWriter(file, self.dtypes[column], columns)
+        begins = len(self.rows) > 0 and self.rows[0, 0] == self.shard_start
+        if not begins:
+            self.rows = np.concatenate([self.last_row, self.rows])
+
+    def close_shard(self) -> None:
+        sha256 = {column: writer.finish() for column, writer in self.writers.items()}
+        rows = {column: writer.length for column, writer in self.writers.items()}
+        self.stack.close()
+        shard = Shard(self.num_shards, rows["tokens"], sha256, self.dtypes, rows)
+        write_sidecar(self.folder, "tokens", shard)
+        self.shard_start = self.position
+        self.num_shards += 1
+        self.writers = {}
+
+    def finish(self) -> int:
+        """Close the last shard; returns the number of tokens that filled no window."""
+        if self.writers:
+            self.close_shard()
+        return len(self.tokens)

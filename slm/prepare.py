@@ -1,0 +1,393 @@
+"""Text to token shards: `slm prepare out=corpus 'sources=[a.jsonl]' tokenizer.vocab_size=4096`.
+
+The parent process reads blocks of text in order (`slm.sources`), workers encode them, and it packs
+the token arrays in order (`slm.packing`). A document's hash alone decides on which side (train,
+heldout) it falls, so neither the order nor the number of processes matters. Memory is a few blocks
+of 0.5 MB a worker, or the longest document (some 100 bytes per byte of it). Speed is the
+tokenizer's: reading, packing and hashing cost a few percent of it.
+
+An interrupted run starts over when it is run again, and ends with the same bytes.
+"""
+
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from slm.cli import command
+from slm.errors import UserError
+from slm.overlap import Exclusion, Overlap, read_exclusion
+from slm.packing import (
+    Job,
+    Result,
+    ShardWriter,
+    Tally,
+    bad_record,
+    group_blocks,
+    run_batches,
+    side_of,
+)
+from slm.records import read_texts
+from slm.shards import (
+    FORMAT,
+    Json,
+    adopt_plan,
+    atomic_file,
+    claim,
+    read_json,
+    write_json,
+    write_manifest,
+)
+from slm.sources import Source, check_choice, parse_sources, read_blocks, read_source
+from slm.tokenizer import encoder_state, load_tokenizer, tokenizer_sha256, train_tokenizer
+
+log = logging.getLogger(__name__)
+
+SIDES = ("train", "heldout")
+LINE_EVERY_S = 60
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+class Speed:
+    """What was read and made of it so far."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.read_bytes, self.text_bytes, self.tokens = 0, 0, 0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def __str__(self) -> str:
+        mb, thousands = self.text_bytes / 1e6, self.tokens / 1e3
+        return f"{mb / self.seconds:.2f} MB/s, {thousands / self.seconds:.0f}k tokens/s"
+
+    def add(self, result: Result) -> None:
+        self.read_bytes += result.num_input_bytes
+        self.text_bytes += int(result.documents[:, 4].sum())
+        self.tokens += len(result.tokens)
+
+
+@contextmanager
+def show_progress(total_bytes: int | None) -> Iterator[Callable[[Result], None]]:
+    """Yields `update(result)`: a bar on a terminal, elsewhere one line a minute.
+
+    `slm.cli.progress` needs a total; that of a compressed file, a table or the hub is not known.
+    """
+    speed = Speed()
+    with show_bar(speed, total_bytes) if sys.stderr.isatty() else show_lines(speed) as show:
+
+        def update(result: Result) -> None:
+            speed.add(result)
+            show()
+
+        yield update
+    if speed.text_bytes:
+        log.info("%.1f MB of text in %.1f s: %s", speed.text_bytes / 1e6, speed.seconds, speed)
+
+
+@contextmanager
+def show_lines(speed: Speed) -> Iterator[Callable[[], None]]:
+    said = speed.started
+
+    def say() -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_EVERY_S:
+            said = time.monotonic()
+            log.info("%.1f MB read, %s", speed.read_bytes / 1e6, speed)
+
+    yield say
+
+
+@contextmanager
+def show_bar(speed: Speed, total_bytes: int | None) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [BarColumn(), DownloadColumn(), TextColumn("{task.description}")]
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total_bytes)
+        yield lambda: bar.update(task, completed=speed.read_bytes, description=str(speed))
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+def check_config(config: Any) -> None:
+    """Every setting has a value of the right type, in its range."""
+    check_number("seq_len", config.seq_len, int, 1, 2**31)
+    check_number("heldout_ratio", config.heldout_ratio, float, 0, 1)
+    check_number("max_document_mb", config.max_document_mb, float, 1e-6, 2**20)
+    check_number("shard_tokens", config.shard_tokens, int, config.seq_len + 1, 2**40)
+    check_choice("packing", config.packing, ("concat", "documents"))
+    check_choice("on_bad_record", config.on_bad_record, ("stop", "skip"))
+    if config.num_proc is not None:
+        check_number("num_proc", config.num_proc, int, 1, 4096)
+    if (config.tokenizer.path is None) == (config.tokenizer.vocab_size is None):
+        raise UserError("exactly one of tokenizer.path and tokenizer.vocab_size must be set")
+    if config.tokenizer.vocab_size is not None:
+        check_number("tokenizer.vocab_size", config.tokenizer.vocab_size, int, 1, 2**31)
+        check_number("tokenizer.train_mb", config.tokenizer.train_mb, float, 1e-6, 2**20)
+        if config.heldout_ratio == 1:
+            raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
+
+
+def check_number(key: str, value: Any, kind: type, low: float, high: float) -> None:
+    if type(value) not in (int, kind):
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"{key} must be {wanted}, found {value!r}")
+    if not low <= value <= high:
+        raise UserError(f"{key} is {value}, it must be between {low} and {high}")
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """`out` exists, holds nothing foreign, and is no other process's until we leave."""
+    lock = out / ".prepare.lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"out={out} is a file or lies in one; it must be a folder") from None
+    try:
+        with claim(lock) as owned:
+            if not owned:
+                raise UserError(f"{out} is being written by another `slm prepare` (see {lock})")
+            others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+            if others and "plan.json" not in others:
+                raise UserError(
+                    f"{out} holds other files ({others[0]}); choose another output folder"
+                )
+            yield
+    finally:
+        with suppress(OSError):
+            out.rmdir()  # only succeeds if nothing was written
+
+
+def run_plan(config: Any, sources: list[Source], exclude: list[Source], tokenizer: Json) -> Json:
+    """What a second run is compared with, one flat field a setting; no path of a file is in it."""
+    keys = ("seq_len", "packing", "heldout_ratio", "on_bad_record")
+    keys += ("max_document_mb", "shard_tokens")
+    plan: Json = {"format": FORMAT, "kind": "preparation"} | {key: config[key] for key in keys}
+    plan |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+    for name, group in (("sources", sources), ("exclude", exclude)):
+        for i, source in enumerate(group):
+            plan |= {f"{name}[{i}].{key}": value for key, value in source.plan().items()}
+    return plan
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+def sample_texts(
+    sources: list[Source], config: Any, overlap: Overlap | None, max_bytes: int
+) -> Iterator[str]:
+    """For training a tokenizer: the first train documents of every source, train_mb in all."""
+    budget = config.tokenizer.train_mb * 1e6
+    for i, source in enumerate(sources):
+        share, spent = budget / (len(sources) - i), 0
+        texts = (
+            text
+            for block in read_source(source, max_bytes)
+            for text in read_texts(block, source, max_bytes)
+        )
+        for text in texts:
+            if text.fault is not None and config.on_bad_record == "stop":
+                raise bad_record(text.fault)
+            if text.fault is not None:
+                continue  # the main pass counts it
+            digest = blake2b(text.data, digest_size=16).digest()
+            if side_of(digest, config.heldout_ratio) == 1:
+                continue
+            if overlap is None or overlap.find(text.text) is None:
+                spent += len(text.data)
+                yield text.text
+            if spent >= share:
+                break
+        budget -= spent
+
+
+def clear(out: Path) -> None:
+    """Remove what an interrupted or failed run has left."""
+    for side in SIDES:
+        shutil.rmtree(out / side, ignore_errors=True)
+    (out / "excluded.jsonl").unlink(missing_ok=True)
+    for path in out.glob(".*.tmp"):
+        path.unlink()
+
+
+def input_bytes(sources: list[Source]) -> int | None:
+    """Bytes to be read; None where that is not known beforehand."""
+    sizes = [source.num_bytes for source in sources]
+    return None if None in sizes else sum(filter(None, sizes))
+
+
+def count_workers(sources: list[Source]) -> int:
+    """The usable cores; fewer where starting a process costs more than it saves."""
+    total = input_bytes(sources)
+    useful = 2**20 if total is None else math.ceil(total / 4e6)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, useful))
+
+
+def write_corpus(
+    config: Any, out: Path, sources: list[Source], exclude: list[Source], tokenizer: Any
+) -> Json:
+    """The run itself, into an empty folder; returns the report."""
+    max_bytes = int(config.max_document_mb * 2**20)
+    exclusion = read_exclusion(exclude, max_bytes) if exclude else None
+    overlap = None if exclusion is None else exclusion.overlap
+    if tokenizer is None:
+        log.info("training a tokenizer of %s entries", config.tokenizer.vocab_size)
+        texts = sample_texts(sources, config, overlap, max_bytes)
+        tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+    state, ratio = encoder_state(tokenizer), float(config.heldout_ratio)
+    job = Job(sources, state, overlap, ratio, config.on_bad_record == "stop", max_bytes)
+    sides = [side for side, share in enumerate((1 - ratio, ratio)) if share > 0]
+    for side in sides:
+        folder = out / SIDES[side]
+        adopt_plan(folder, corpus_plan(config, job, SIDES[side], tokenizer_sha256(tokenizer)))
+        tokenizer.save_pretrained(folder / "tokenizer")
+    tally = Tally(sources, np.zeros((2, len(sources), 3), dtype=np.int64))
+    written = encode_corpus(config, out, job, sides, exclusion, tally)
+    excluded = {} if exclusion is None else exclusion.report()
+    report: Json = {"bad_records": tally.of_faults(), "excluded": excluded}
+    for side, (dropped, num_shards) in written.items():
+        counts = tally.of_side(side) | {"dropped_tail_tokens": dropped}
+        report[SIDES[side]] = finish_side(config, out / SIDES[side], counts, num_shards)
+    return report
+
+
+def corpus_plan(config: Any, job: Job, side: str, tokenizer: str) -> Json:
+    return {
+        "format": FORMAT,
+        "kind": "corpus",
+        "tokenizer_sha256": tokenizer,
+        "vocab_size": job.encoder.vocab_size,
+        "eos_id": job.encoder.eos_id,
+        "seq_len": config.seq_len,
+        "packing": config.packing,
+        "split": side,
+        "sources": [source.name for source in job.sources],
+    }
+
+
+def encode_corpus(
+    config: Any, out: Path, job: Job, sides: list[int], exclusion: Exclusion | None, tally: Tally
+) -> dict[int, tuple[int, int]]:
+    """Write the shards and excluded.jsonl; returns dropped tokens and number of shards by side."""
+    num_proc = count_workers(job.sources) if config.num_proc is None else config.num_proc
+    batches = group_blocks(read_blocks(job.sources, job.max_bytes))
+    with ExitStack() as stack:
+        update = stack.enter_context(show_progress(input_bytes(job.sources)))
+        writers = {
+            side: stack.enter_context(
+                ShardWriter(out / SIDES[side], config.seq_len, config.shard_tokens, job.encoder)
+            )
+            for side in sides
+        }
+        file = stack.enter_context(atomic_file(out / "excluded.jsonl")) if exclusion else None
+        for result in run_batches(job, batches, num_proc):
+            for side, writer in writers.items():
+                writer.add(*result.of_side(side))
+            if exclusion is not None and file is not None:
+                names = (job.sources[excluded.source].name for excluded in result.excluded)
+                file.writelines(map(exclusion.line, result.excluded, names))
+            tally.add(result)
+            update(result)
+        return {side: (writer.finish(), writer.num_shards) for side, writer in writers.items()}
+
+
+def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Json:
+    """Write the manifest; returns the side's report."""
+    if num_shards == 0:
+        hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
+        raise UserError(
+            f"the {folder.name} side has {counts['tokens']} tokens, fewer than the "
+            f"{config.seq_len + 1} of one window (heldout_ratio={config.heldout_ratio}, "
+            f"seq_len={config.seq_len}): {hint}"
+        )
+    manifest = write_manifest(folder, "tokens", num_shards)
+    assert manifest is not None, "every sidecar was just written"
+    in_windows = counts["tokens"] - counts["dropped_tail_tokens"] - num_shards
+    counts |= {"windows": in_windows // config.seq_len, "shards": num_shards}
+    return counts | {"fingerprint": manifest["fingerprint"]}
+
+
+def say_report(out: Path, report: Json) -> None:
+    for side in SIDES:
+        if side in report:
+            log.info(
+                "{folder}: {documents:,} documents, {tokens:,} tokens, {windows:,} windows, "
+                "{shards} shards, {dropped_tail_tokens} tokens dropped at the end".format(
+                    folder=out / side, **report[side]
+                )
+            )
+    for name, counts in report["excluded"].items():
+        log.info(
+            "exclude %s: %d of its %d records share a 13-gram with the text, %d documents dropped",
+            name,
+            counts["records_found"],
+            counts["records"],
+            counts["documents_dropped"],
+        )
+    if report["bad_records"]["skipped"]:
+        log.info("bad records skipped: %d, the first ones:", report["bad_records"]["skipped"])
+        for sentence in report["bad_records"]["first"]:
+            log.info("  %s", sentence)
+
+
+def prepare(config: Any) -> Json:
+    """Run or confirm a preparation; returns its report."""
+    check_config(config)
+    entries = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(entries, dict)
+    sources = parse_sources(entries["sources"], "sources")
+    if not sources:
+        raise UserError("sources is empty: there is nothing to prepare")
+    exclude = parse_sources(entries["exclude"], "exclude")
+    if config.tokenizer.path is None:
+        tokenizer = None
+        identity = {key: config.tokenizer[key] for key in ("vocab_size", "train_mb")}
+    else:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        identity = {"sha256": tokenizer_sha256(tokenizer)}
+    out = Path(str(config.out)).expanduser()
+    with own_folder(out):
+        adopt_plan(out, run_plan(config, sources, exclude, identity))
+        if (out / "report.json").exists():
+            log.info("%s is finished: the same run made it before, nothing to do", out)
+            return read_json(out / "report.json")
+        try:
+            clear(out)
+            report = write_corpus(config, out, sources, exclude, tokenizer)
+            write_json(out / "report.json", report)
+        except (UserError, OSError) as error:
+            clear(out)
+            (out / "plan.json").unlink()
+            if isinstance(error, OSError):
+                raise UserError(f"{out} cannot be written: {error}") from None
+            raise
+    say_report(out, report)
+    return report
+
+
+@command("prepare")
+def main(config: Any) -> None:
+    prepare(config)
+
+
+if __name__ == "__main__":
+    main()

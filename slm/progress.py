@@ -1,0 +1,336 @@
+"""How far, how fast and how well a run goes: step metrics, the progress bar, model FLOPs.
+
+Every metric is a value of the step that it is logged for, never an average over steps, so that an
+interrupted and continued run logs what the uninterrupted one logs (perf/ apart).
+
+Lightning's bars count micro-batches and read every logged metric back; these count optimizer steps
+and show the numbers that `send` hands them.
+"""
+
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning import Callback, Trainer
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from torch import nn
+from transformers import PreTrainedModel
+
+from slm.checkpoint import step_ended
+from slm.cli import duration
+from slm.errors import UserError
+
+if TYPE_CHECKING:
+    from slm.module import StepResult
+
+TOKENS_SEEN = "data/tokens_seen"
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+# Lightning 2.6 lists H200 and NVL boards with sparsity, at twice what a dense matmul can reach.
+# The H200 computes like the H100 SXM; NVL boards stay unknown.
+H200_DENSE = {torch.bfloat16: 989.4e12, torch.float16: 989.4e12, torch.float32: 66.9e12}
+H200_TF32 = 494.7e12
+
+
+# ---- the bar ----------------------------------------------------------------------------------
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """What one line says of the last logged step."""
+    formats = {
+        "train/loss_all": "loss_all {:.4f}",
+        "slm/kept_frac": "kept {:.1%}",
+        "perf/tokens_per_s": "{:,.0f} tokens/s",
+    }
+    return "  ".join(
+        form.format(metrics[name]) for name, form in formats.items() if name in metrics
+    )
+
+
+class StepProgress(ProgressBar):
+    """Counts optimizer steps; the two ways to show them are below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled, self.text = True, ""
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def disable(self) -> None:  # Lightning calls it on all ranks but the first
+        self.enabled = False
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Take over the numbers of the step that just ended."""
+        self.text = summary(metrics) or self.text
+
+    def begin(self, step: int, max_steps: int) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def end(self, step: int) -> None: ...
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.enabled:
+            self.begin(trainer.global_step, trainer.max_steps)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.enabled and step_ended(trainer, batch_idx):
+            self.advance(trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.enabled:
+            self.end(trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+
+class Progress(StepProgress):
+    """A bar on the terminal: steps, loss of all tokens, kept share, tokens/s, time left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar = RichProgress(
+            TextColumn("train"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            refresh_per_second=4,
+            speed_estimate_period=120,
+        )
+
+    def begin(self, step: int, max_steps: int) -> None:
+        self.task = self.bar.add_task("train", total=max_steps, completed=step, text="")
+        self.bar.start()
+
+    def advance(self, step: int) -> None:
+        self.bar.update(self.task, completed=step, text=self.text)
+
+    def end(self, step: int) -> None:
+        self.bar.stop()
+
+
+class ProgressLines(StepProgress):
+    """A line every `every_s` seconds and one at the end, for logs that nobody watches live."""
+
+    def __init__(self, every_s: float = 30.0):
+        super().__init__()
+        self.every_s, self.ended = every_s, True
+
+    def begin(self, step: int, max_steps: int) -> None:
+        self.first_step, self.max_steps = step, max_steps
+        self.started_s = self.printed_s = time.monotonic()
+        self.ended = False
+
+    def advance(self, step: int) -> None:
+        now = time.monotonic()
+        if now - self.printed_s >= self.every_s:
+            self.printed_s = now
+            self._print(step, f"{duration(self._left_s(step, now))} left")
+
+    def end(self, step: int) -> None:
+        if not self.ended:
+            self.ended = True
+            self._print(step, f"{duration(time.monotonic() - self.started_s)} in all")
+
+    def _left_s(self, step: int, now: float) -> float:
+        return (now - self.started_s) / (step - self.first_step) * (self.max_steps - step)
+
+    def _print(self, step: int, time_text: str) -> None:
+        parts = [f"train {step}/{self.max_steps}", self.text, time_text]
+        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def progress_bar() -> StepProgress:
+    """A bar where stderr is a terminal, else lines."""
+    return Progress() if sys.stderr.isatty() else ProgressLines()
+
+
+# ---- model FLOPs utilisation ------------------------------------------------------------------
+
+
+def flops_per_token(model: PreTrainedModel, seq_len: int, select_ratio: float) -> float:
+    """Floating-point operations that training needs for one token of the batch, selected or not.
+
+        6 * P  +  (2 + 4 * select_ratio) * V * D  +  12 * L * D * T
+
+    P parameters but embeddings and head, V vocabulary, D width, L layers, T = seq_len: PaLM
+    (arXiv 2204.02311), appendix B, with a multiply-add counted as 2, 2 forward and 4 backward. The
+    head (tied or not) scores every token forward; its backward sees the selected share only. As in
+    PaLM nothing computed twice is counted twice: that the loss recomputes the logits of selected
+    tokens costs another 2 * select_ratio * V * D on the device. For dense models.
+    """
+    head: Any = model.get_output_embeddings().weight  # type: ignore[union-attr]
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    left_out = {id(parameter) for parameter in [head, *tables]}
+    body = sum(p.numel() for p in model.parameters() if id(p) not in left_out)
+    config = model.config.get_text_config()
+    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    return 6 * body + (2 + 4 * select_ratio) * head.numel() + attention
+
+
+class Peak(NamedTuple):
+    """What one device can do at most, and how we know."""
+
+    flops_per_s: float | None
+    source: str
+
+
+def peak_flops(device: torch.device, precision: str) -> Peak:
+    """Dense matmul rate of `device` under a Lightning precision such as bf16-mixed."""
+    dtype = DTYPES[precision.split("-")[0]]
+    if device.type == "cpu":
+        return measured_peak(dtype)
+    if device.type != "cuda":
+        return Peak(None, f"unknown for {device.type}")
+    name = torch.cuda.get_device_name(device)
+    return Peak(listed_flops(device, name, dtype), f"data sheet, dense {dtype}: {name}")
+
+
+def listed_flops(device: torch.device, name: str, dtype: torch.dtype) -> float | None:
+    if "NVL" in name:
+        return None
+    if "H200" in name and dtype in H200_DENSE:
+        tf32 = dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        return H200_TF32 if tf32 else H200_DENSE[dtype]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an unlisted device is no news: mfu is absent
+        return get_available_flops(device, dtype)
+
+
+def measured_peak(dtype: torch.dtype, size: int = 512, limit_s: float = 0.15) -> Peak:
+    """The fastest of the square matmuls that fit into limit_s: no data sheet speaks of CPUs."""
+    a = torch.ones(size, size, dtype=dtype)  # no random numbers: the run's state must not move
+    torch.mm(a, a)
+    best_s, end = float("inf"), time.perf_counter() + limit_s
+    while (start := time.perf_counter()) < end:
+        torch.mm(a, a)
+        best_s = min(best_s, time.perf_counter() - start)
+    source = f"measured here: {size}x{size} matmul, {dtype}, {torch.get_num_threads()} threads"
+    return Peak(2 * size**3 / best_s, source)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory ever held: of the GPU's allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024  # Linux counts KiB
+
+
+# ---- metrics ----------------------------------------------------------------------------------
+
+
+class RewindableLogger(Logger):
+    """A logger that can forget: a continued run logs again what came after its checkpoint."""
+
+    def truncate_after(self, step: int) -> None: ...
+
+
+def send(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand metrics of the step that just ended to every logger and to the progress bar."""
+    step, data = trainer.global_step, datamodule_of(trainer)
+    numbers = {TOKENS_SEEN: step * data.tokens_per_step, **metrics}
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step)
+    if isinstance(trainer.progress_bar_callback, StepProgress):
+        trainer.progress_bar_callback.show(numbers)
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit()
+
+
+def loss_metrics(result: "StepResult", needs_references: bool) -> dict[str, float]:
+    """Means over one optimizer step, nats; what has no tokens to be a mean of is left out."""
+    sums, metrics = result.sums, {}
+    valid, selected, scored = sums["num_valid"], sums["num_selected"], sums["num_scored"]
+
+    def mean(name: str, total: float, count: float) -> None:
+        if count > 0:
+            metrics[name] = total / count
+
+    mean("train/loss", sums["loss_selected"], selected)
+    mean("train/loss_all", sums["loss_valid"], valid)
+    mean("train/loss_unselected", sums["loss_valid"] - sums["loss_selected"], valid - selected)
+    mean("slm/kept_frac", selected, valid)
+    if scored > 0:
+        reference, reference_selected = sums["reference_loss"], sums["reference_loss_selected"]
+        mean("slm/reference_loss", reference, scored)
+        mean("slm/reference_loss_selected", reference_selected, selected)
+        mean("slm/excess_mean", sums["loss_valid"] - reference, scored)
+        excess_selected = sums["loss_selected"] - reference_selected
+        mean("slm/excess_mean_selected", excess_selected, selected)
+    if needs_references and result.threshold is not None:  # others have none on the excess
+        metrics["slm/threshold"] = result.threshold
+    return metrics | {"train/grad_norm": result.grad_norm}
+
+
+class Metrics(Callback):
+    """Logs every `every_steps`-th optimizer step and the last; the first of the callbacks.
+
+    perf/step_s is the wall time since the step before ended, so what callbacks do before this one
+    counts into it, and what they do after it counts into the next step's.
+    """
+
+    def __init__(self, every_steps: int):
+        if every_steps < 1:
+            raise UserError(
+                f"callbacks.metrics.every_steps is {every_steps}, it must be at least 1"
+            )
+        self.every_steps = every_steps
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        # Before the strategy shards the parameters.
+        seq_len, ratio = datamodule_of(trainer).corpus.seq_len, pl_module.selection.select_ratio
+        self.flops_per_token = flops_per_token(pl_module.lm.model, seq_len, ratio)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.peak = peak_flops(pl_module.device, str(trainer.precision))
+        for logger in trainer.loggers:
+            if isinstance(logger, RewindableLogger) and trainer.global_step > 0:
+                logger.truncate_after(trainer.global_step)
+            facts = {"flops_per_token": self.flops_per_token} | self.peak._asdict()
+            logger.log_hyperparams({"mfu": facts})
+        self.ended_s = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]  # at the step's end it is the next step's
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not step_ended(trainer, batch_idx):
+            return
+        now_s = time.perf_counter()
+        step_s, self.ended_s = now_s - self.ended_s, now_s
+        step = trainer.global_step
+        if step % self.every_steps == 0 or step == trainer.max_steps:
+            # Every rank: the sums are reduced over all of them.
+            losses = loss_metrics(pl_module.step_result(), pl_module.selection.needs_references)
+            losses |= {"train/lr": self.lr, "data/tokens_selected": int(pl_module.tokens_selected)}
+            send(trainer, losses | self._speed(trainer, pl_module.device, step_s))
+
+    def _speed(self, trainer: Trainer, device: torch.device, step_s: float) -> dict[str, float]:
+        """Of the whole job, but memory: of this rank."""
+        tokens_per_s = datamodule_of(trainer).tokens_per_step / step_s
+        speed = {
+            "perf/step_s": step_s,
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/peak_memory_bytes": peak_memory_bytes(device),
+        }
+        if self.peak.flops_per_s is not None:
+            available = self.peak.flops_per_s * trainer.world_size
+            speed["perf/mfu"] = tokens_per_s * self.flops_per_token / available
+        return speed

@@ -1,0 +1,249 @@
+"""Records: a block of a file becomes texts, and a template says how.
+
+`read_texts(block, source, max_bytes)` yields one `Text` for each record of a block: the template
+filled in, or the sentence that names file, line and field of a bad record. It runs in the workers
+of `slm prepare` and imports nothing heavy. JSON is parsed here, one record at a time, so a broken
+one has a line number. Memory is one block and one record of it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from slm.errors import UserError
+
+if TYPE_CHECKING:  # sources.py needs `Template`
+    from slm.sources import Block, Source
+
+LINE_END = re.compile(rb"\n")
+BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)*")
+JSON_TYPES = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+class BadRecord(Exception):
+    """One record that cannot be a document: why, and in which field where that is known."""
+
+    def __init__(self, reason: str, field: str | None = None):
+        super().__init__(reason)
+        self.reason, self.field = reason, field
+
+
+# ---- templates ----------------------------------------------------------------------------------
+
+
+class Join(NamedTuple):
+    """The step `[separator]` of a path: every element of a list, joined."""
+
+    separator: str
+
+
+class Field(NamedTuple):
+    name: str  # as written
+    steps: tuple[str | int | Join, ...]
+    as_text: bool  # `!s`: a number becomes text
+
+
+def unescape(text: str) -> str:
+    """`\\n` and `\\t` typed in a shell or in single quotes are meant as line end and tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def parse_field(name: str) -> Field:
+    """`question.tags[, ]` -> ("question", "tags", Join(", ")); `[]` joins by a line end."""
+    path, as_text = name.removesuffix("!s"), name.endswith("!s")
+    tokens = re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", path)
+    steps: list[str | int | Join] = []
+    for key, bracket in tokens:
+        if key:
+            steps.append(key)
+        elif bracket.isdigit():
+            steps.append(int(bracket))
+        else:
+            steps.append(Join(unescape(bracket) or "\n"))
+    if not steps or not isinstance(steps[0], str):
+        raise UserError(f"{{{name}}} in a template names no field")
+    return Field(path, tuple(steps), as_text)
+
+
+class Template:
+    """`{question}\\n{answers[].text}`: how a record becomes a text; `{{` and `}}` are braces."""
+
+    def __init__(self, text: str):
+        self.pieces: list[str | Field] = []
+        at = 0
+        for match in re.finditer(r"\{\{|\}\}|\{([^{}]*)\}|[{}]", text):
+            self.pieces.append(unescape(text[at : match.start()]))
+            at = match.end()
+            if match[0] in ("{{", "}}"):
+                self.pieces.append(match[0][0])
+            elif match[1] is None:
+                raise UserError(
+                    f"template {text!r}: a single {match[0]} (double it to mean a brace)"
+                )
+            else:
+                self.pieces.append(parse_field(match[1]))
+        self.pieces.append(unescape(text[at:]))
+        self.fields = [piece for piece in self.pieces if isinstance(piece, Field)]
+        if not self.fields:
+            raise UserError(f"template {text!r} has no field: write {{text}} for the field text")
+
+    def render(self, record: Any) -> str:
+        values = [p if isinstance(p, str) else look_up(record, p) for p in self.pieces]
+        if not any(v.strip() for v, p in zip(values, self.pieces, strict=True) if p in self.fields):
+            raise BadRecord("is empty", self.fields[0].name)
+        return "".join(values)
+
+    def blame(self, record: Any, is_bad: Callable[[str], bool]) -> str | None:
+        """The first field whose text `is_bad`."""
+        return next((f.name for f in self.fields if is_bad(look_up(record, f))), None)
+
+
+def look_up(record: Any, field: Field) -> str:
+    return descend(record, field.steps, field)
+
+
+def descend(value: Any, steps: tuple[str | int | Join, ...], field: Field) -> str:
+    for i, step in enumerate(steps):
+        expect(value, dict if isinstance(step, str) else list, field)
+        if isinstance(step, Join):
+            return step.separator.join(descend(v, steps[i + 1 :], field) for v in value)
+        if isinstance(step, str) and step not in value:
+            raise BadRecord(f"is missing (there are: {', '.join(value) or 'none'})", field.name)
+        if isinstance(step, int) and step >= len(value):
+            raise BadRecord(f"is missing (the list has {len(value)} elements)", field.name)
+        value = value[step]
+    if field.as_text and type(value) in (int, float):
+        return str(value)
+    return expect(value, str, field)
+
+
+def expect(value: Any, kind: type, field: Field) -> Any:
+    if not isinstance(value, kind):
+        found = JSON_TYPES[type(value)] if type(value) in JSON_TYPES else type(value).__name__
+        raise BadRecord(f"is {found}, expected {JSON_TYPES[kind]}", field.name)
+    return value
+
+
+# ---- block -> texts -----------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """One document, or the reason why it is none."""
+
+    where: str  # file and line, for messages
+    record: int
+    text: str
+    data: bytes  # the text in UTF-8
+    fault: str | None  # a sentence with the place
+
+
+def read_texts(block: Block, source: Source, max_bytes: int) -> Iterator[Text]:
+    for line, record, raw in split_block(block, source):
+        where = place(block.file, line, source)
+        try:
+            text, data = to_text(raw, source, max_bytes)
+            yield Text(where, record, text, data, None)
+        except BadRecord as bad:
+            named = "" if bad.field is None else f": field {bad.field!r}"
+            yield Text(where, record, "", b"", f"{where}{named} {bad.reason}")
+
+
+def place(file: str, line: int, source: Source) -> str:
+    if source.format == "text" and source.document == "file":
+        return file
+    unit = "line" if source.format in ("jsonl", "text") else "row"
+    return f"{file}, {unit} {line + 1}"
+
+
+def split_block(block: Block, source: Source) -> Iterator[tuple[int, int, Any]]:
+    """(line, record, raw) of each record; blank lines hold none."""
+    data, line, record = block.data, block.line, block.record
+    if not isinstance(data, bytes) or not data:
+        yield line, record, data
+        return
+    if line == 0:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    if source.format == "text" and source.document == "file":
+        yield line, record, data
+        return
+    paragraphs = source.document == "paragraph"
+    at = 0
+    for match in (BLANK_LINE if paragraphs else LINE_END).finditer(data + b"\n" * (1 + paragraphs)):
+        raw = data[at : match.start()]
+        blank = BLANK_LINES.match(raw)
+        assert blank is not None, "the pattern also matches nothing"
+        body, lead = raw[blank.end() :], blank[0].count(b"\n")
+        if body.strip():
+            yield line + lead, record + lead, body.rstrip(b"\r\n")
+        num_lines = data.count(b"\n", at, match.end())
+        line, record, at = line + num_lines, record + num_lines, match.end()
+
+
+def to_text(raw: Any, source: Source, max_bytes: int) -> tuple[str, bytes]:
+    """A record's text and its UTF-8; raises BadRecord."""
+    if raw is None or (isinstance(raw, bytes) and len(raw) > max_bytes):
+        raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
+    record = raw if isinstance(raw, dict) else parse(raw, source)
+    text = source.template.render(record)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        name = source.template.blame(record, has_surrogate)
+        raise BadRecord("has a lone surrogate, which is not valid Unicode", name) from None
+    if "\0" in text:
+        raise BadRecord("contains NUL", source.template.blame(record, lambda value: "\0" in value))
+    if len(data) > max_bytes:
+        raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
+    return text, data
+
+
+def has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def parse(raw: bytes, source: Source) -> Any:
+    if not raw:
+        raise BadRecord("is empty")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 (byte 0x{raw[error.start]:02x} at {error.start + 1})"
+        raise BadRecord(reason, blame_bytes(raw, source)) from None
+    if source.format == "text":
+        return {"text": text.replace("\r\n", "\n")}
+    return parse_json(text)
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"is broken JSON: {error.msg} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"is broken JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise BadRecord(f"is {JSON_TYPES[type(record)]}, expected an object")
+    return record
+
+
+def blame_bytes(raw: bytes, source: Source) -> str | None:
+    """The field that holds the bytes that are not UTF-8, if a field of the template does."""
+    text = raw.decode(errors="surrogateescape")
+    try:
+        record = {"text": text} if source.format == "text" else parse_json(text)
+        return source.template.blame(record, has_surrogate)
+    except BadRecord:
+        return None

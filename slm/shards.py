@@ -1,0 +1,401 @@
+"""The on-disk format: token shards, aligned reference log-prob shards, their manifests.
+
+A folder holds NumPy ``.npy`` files beside JSON, nothing else::
+
+    corpus/train/    plan.json                what the shards are made of, written first
+                     tokens-00000.npy         uint16 or uint32, m * seq_len + 1 tokens
+                     documents-00000.npy      int64 (n, 4): start, source, record, first token
+                     bytes-00000.npy          UTF-8 bytes of each token
+                     tokens-00000.json        the shard's sidecar: sizes and hashes, written last
+                     manifest.json            plan + sidecars + fingerprint; there: whole
+    references/x/    logprobs-00000.npy       log p(token i | those before it in its window)
+
+Window w of a shard reads tokens [w * seq_len, (w + 1) * seq_len], so neighbouring windows share one
+token, windows never cross shards, and every token but a shard's first is a target exactly once.
+No container notices a flipped byte by itself; the hashes here do (``check="full"``, `slm verify`).
+A crash leaves temporary files and files without a sidecar, never something that looks finished.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from io import BufferedRandom
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm.errors import UserError
+
+FORMAT = 1
+CHECKS = ("size", "full")
+HEARTBEAT_S = 5.0
+STALE_S = 60.0
+# Fields of a corpus that decide whether a reference score belongs to a token.
+IDENTITY = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
+
+Json = dict[str, Any]
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BufferedRandom]:
+    """An open temporary file in the folder of `path`; synced and renamed to it on success."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_array(path: Path, array: np.ndarray) -> str:
+    """Write one ``.npy`` atomically; returns the sha256 of the file as read back."""
+    with atomic_file(path) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+        file.flush()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest
+
+
+def map_array(path: Path, dtype: str, length: int) -> np.ndarray:
+    """Memory-map a one- or two-dimensional ``.npy`` of `length` rows; its size must be exact."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged or truncated: {error}") from None
+    if array.dtype != np.dtype(dtype) or len(array) != length:
+        raise UserError(
+            f"{path} holds {len(array)} rows of {array.dtype}, "
+            f"its manifest says {length} of {dtype}"
+        )
+    expected, found = array.offset + array.nbytes, path.stat().st_size
+    if expected != found:
+        raise UserError(f"{path} has {found} bytes, its header says {expected}")
+    return array
+
+
+class ArrayWriter:
+    """Writes a ``.npy`` block by block, so that memory does not grow with the shard.
+
+    NumPy pads the header so that the final length can be written over the provisional one.
+    """
+
+    def __init__(self, file: BufferedRandom, dtype: str, columns: int | None = None):
+        self.file, self.dtype, self.columns, self.length = file, np.dtype(dtype), columns, 0
+        self._write_header()
+
+    def _write_header(self) -> None:
+        shape = (self.length,) if self.columns is None else (self.length, self.columns)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, block: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(block, dtype=self.dtype).data)
+        self.length += len(block)
+
+    def finish(self) -> str:
+        """Write the true length into the header; returns the sha256 of the file as read back."""
+        self.file.seek(0)
+        self._write_header()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.seek(0)
+        return hashlib.file_digest(self.file, "sha256").hexdigest()
+
+
+# ---- one shard, one writer --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One sidecar: a shard's number, its length and the sha256 and dtype of each of its files."""
+
+    index: int
+    num_tokens: int
+    sha256: dict[str, str]  # column -> hex digest
+    dtype: dict[str, str]  # column -> NumPy dtype
+    rows: dict[str, int]  # column -> number of rows (num_tokens, or the number of documents)
+
+    def path(self, folder: Path, column: str) -> Path:
+        return shard_path(folder, column, self.index)
+
+
+def shard_path(folder: Path, column: str, index: int, suffix: str = ".npy") -> Path:
+    return folder / f"{column}-{index:05d}{suffix}"
+
+
+def write_sidecar(folder: Path, column: str, shard: Shard) -> None:
+    """Mark a shard as finished; `column` is the file it is named after (tokens, logprobs)."""
+    write_json(shard_path(folder, column, shard.index, ".json"), asdict(shard))
+
+
+def read_sidecars(folder: Path, column: str) -> list[Shard]:
+    """The finished shards of a folder, in order."""
+    return [Shard(**read_json(path)) for path in sorted(folder.glob(f"{column}-*.json"))]
+
+
+def claim_is_stale(path: Path) -> bool:
+    """True where the claim's process is gone: dead on this host, or silent for STALE_S seconds."""
+    try:
+        owner, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
+    except (FileNotFoundError, json.JSONDecodeError):
+        return path.exists() and time.time() - path.stat().st_mtime > STALE_S
+    if owner["host"] != socket.gethostname():
+        return age > STALE_S
+    return age > STALE_S or not is_alive(owner["pid"])
+
+
+def is_alive(pid: int) -> bool:
+    """Is there such a process on this host?"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Yields True if this process now owns `path` (an O_EXCL file with host, pid and heartbeat).
+
+    Two owners are harmless: they write the same bytes. The claim only saves work.
+    """
+    if path.exists() and claim_is_stale(path):
+        path.unlink(missing_ok=True)
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        yield False
+        return
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+    released = threading.Event()
+
+    def beat() -> None:
+        while not released.wait(HEARTBEAT_S):
+            with suppress(FileNotFoundError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield True
+    finally:
+        released.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def adopt_plan(folder: Path, plan: Json) -> None:
+    """Write plan.json, or check that the one already there says the same thing."""
+    path = folder / "plan.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan)
+        return
+    found = read_json(path)
+    for field in sorted(plan.keys() | found.keys()):
+        before, now = found.get(field), plan.get(field)
+        if before != now:
+            raise UserError(
+                f"{folder} holds another run: {field} is {before!r} in plan.json, {now!r} now; "
+                "choose another output folder"
+            )
+
+
+def write_manifest(folder: Path, column: str, num_shards: int) -> Json | None:
+    """Write manifest.json once all `num_shards` sidecars are present; None before that."""
+    shards = read_sidecars(folder, column)
+    if [shard.index for shard in shards] != list(range(num_shards)):
+        return None
+    body = read_json(folder / "plan.json") | {"shards": [asdict(shard) for shard in shards]}
+    manifest = body | {"fingerprint": fingerprint(body)}
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def fingerprint(body: Json) -> str:
+    """The identity of a folder's content: no path, date or version is in it."""
+    keys = [*IDENTITY, "kind", "corpus_fingerprint", "model_sha256"]
+    shards = [[shard["num_tokens"], shard["sha256"]] for shard in body["shards"]]
+    return hash_json({key: body[key] for key in keys if key in body} | {"shards": shards})
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def why_not(folder: Path) -> str:
+    """Why a folder without manifest.json cannot be opened, and what to do."""
+    if not folder.exists():
+        return "it does not exist"
+    if (folder / "plan.json").exists() and not (folder / "report.json").exists():
+        return "it is unfinished, run the command that makes it again"
+    inside = [path.parent.name for path in sorted(folder.glob("*/manifest.json"))]
+    return f"name a folder in it: {', '.join(inside)}" if inside else "manifest.json is missing"
+
+
+def read_manifest(folder: Path, kind: str) -> Json:
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a finished {kind}: {why_not(folder)}")
+    manifest = read_json(path)
+    for field, expected in (("format", FORMAT), ("kind", kind)):
+        found = manifest.get(field)
+        if found != expected:
+            raise UserError(f"{path}: {field} is {found!r}, expected {expected!r}")
+    if manifest["fingerprint"] != fingerprint(manifest):
+        raise UserError(f"{path}: its content does not match its fingerprint; it was edited")
+    return manifest
+
+
+def check_hashes(folder: Path, shards: list[Shard]) -> None:
+    for shard in shards:
+        for column, expected in shard.sha256.items():
+            path = shard.path(folder, column)
+            found = hash_file(path)
+            if found != expected:
+                raise UserError(f"{path} is damaged: sha256 {found}, its manifest says {expected}")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished folder of shards, opened read-only."""
+
+    folder: Path
+    manifest: Json
+
+    @classmethod
+    def open(cls, folder: str | Path, check: str = "size"):
+        """Open and check a folder. check: "size" (lengths, dtypes) or "full" (hashes as well)."""
+        if check not in CHECKS:
+            raise UserError(f"check must be one of {CHECKS}, found {check!r}")
+        folder = Path(folder)
+        store = cls(folder, read_manifest(folder, cls.KIND))
+        for shard in store.shards:
+            for column in shard.sha256:
+                store.column(column, shard.index)
+        if check == "full":
+            check_hashes(folder, store.shards)
+        return store
+
+    KIND = "store"
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        return [Shard(**shard) for shard in self.manifest["shards"]]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    def column(self, name: str, index: int) -> np.ndarray:
+        """One column of one shard, memory-mapped."""
+        shard = self.shards[index]
+        return map_array(shard.path(self.folder, name), shard.dtype[name], shard.rows[name])
+
+
+class Corpus(Store):
+    """Token shards: ``tokens``, ``documents`` and ``bytes`` columns."""
+
+    KIND = "corpus"
+
+    @property
+    def seq_len(self) -> int:
+        return self.manifest["seq_len"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["vocab_size"]
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.folder / "tokenizer"
+
+    @cached_property
+    def windows_per_shard(self) -> list[int]:
+        return [(shard.num_tokens - 1) // self.seq_len for shard in self.shards]
+
+    @property
+    def num_windows(self) -> int:
+        return sum(self.windows_per_shard)
+
+    @property
+    def num_targets(self) -> int:
+        return self.num_windows * self.seq_len
+
+
+class References(Store):
+    """Log-prob shards aligned with a corpus: ``logprobs`` and, by option, ``entropy`` columns."""
+
+    KIND = "reference"
+
+    def check_matches(self, corpus: Corpus) -> None:
+        """Refuse a reference that was scored on anything but this corpus."""
+        theirs, ours = self.manifest["corpus_fingerprint"], corpus.fingerprint
+        if theirs == ours:
+            return
+        for field in IDENTITY:
+            if self.manifest[field] != corpus.manifest[field]:
+                raise UserError(
+                    f"{self.folder} does not belong to {corpus.folder}: {field} is "
+                    f"{self.manifest[field]!r} in the reference, "
+                    f"{corpus.manifest[field]!r} in the corpus"
+                )
+        raise UserError(
+            f"{self.folder} scores another corpus than {corpus.folder}: corpus fingerprint "
+            f"{theirs} in the reference, {ours} in the corpus (other text, or another order)"
+        )

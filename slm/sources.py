@@ -1,0 +1,328 @@
+"""Sources: which files and rows are read, in which order, in blocks.
+
+`parse_sources` checks the entries of a config's `sources` or `exclude` and finds their files;
+`read_blocks` cuts them into blocks: whole lines of a file, a whole file, or one row of a table.
+That is cheap and keeps the order; what is in a block, `slm.records` finds out in the workers.
+
+JSON lines and text files are read here and not by `datasets`, which cannot name the line of a
+broken record; Parquet, Arrow and hub names stream through `datasets`. Memory is a few blocks, or
+the longest record (`max_document_mb`).
+"""
+
+import difflib
+import glob
+import gzip
+import hashlib
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from slm.errors import UserError
+from slm.records import BLANK_LINE, JSON_TYPES, LINE_END, Template, unescape
+
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+FORMATS = ("jsonl", "text", "parquet", "arrow", "hub")
+COMPRESSED = (".gz", ".zst")
+DOCUMENTS = ("file", "paragraph", "line")
+BLOCK_BYTES = 2**19
+ROWS_AT_ONCE = 256  # what a table reader holds in memory
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of `sources` or `exclude`; what has no default is found where it is not given."""
+
+    path: str  # a file, a folder, a glob, or a name on the hub
+    name: str  # in the manifest and the report: the path's stem
+    format: str  # one of FORMATS: by suffix
+    files: tuple[str, ...]
+    text: str = "{text}"  # the template; a line or a file of text is the field `text`
+    document: str = "file"  # what one document of a text file is: one of DOCUMENTS
+    weight: float = 1.0  # how often each document appears
+    subset: str | None = None  # of a data set on the hub
+    split: str = "train"
+    revision: str | None = None
+
+    @cached_property
+    def template(self) -> Template:
+        return Template(self.text)
+
+    @property
+    def num_copies(self) -> int:
+        return math.ceil(self.weight)
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes to be read, for the progress bar; None where that is not known beforehand."""
+        if self.format not in ("jsonl", "text") or any(f.endswith(COMPRESSED) for f in self.files):
+            return None
+        return self.num_copies * sum(Path(file).stat().st_size for file in self.files)
+
+    def plan(self) -> dict[str, Any]:
+        """What must be the same for a second run to be the same run."""
+        settings = {k: v for k, v in asdict(self).items() if k not in ("path", "files")}
+        settings["text"] = unescape(self.text)
+        return settings | ({"path": self.path} if self.format == "hub" else identify(self.files))
+
+
+def parse_sources(entries: Any, key: str) -> list[Source]:
+    """Check the entries of the config key `key` and find their files."""
+    if not isinstance(entries, list):
+        raise UserError(f"{key} must be a list, as in {key}=[{{path: a.jsonl}}], found {entries!r}")
+    sources = [parse_source(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{key}: two entries have the name {name!r}; set name")
+    return sources
+
+
+def parse_source(entry: Any, key: str) -> Source:
+    entry = {"path": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise UserError(f"{key} must have a path, found {entry!r}")
+    check_settings(entry, key)
+    given: dict[str, Any] = {"name": None, "format": None} | entry
+    files, kind = find_files(entry["path"], given["format"])
+    stem = Path(files[0] if len(files) == 1 else entry["path"]).name
+    while Path(stem).suffix in (*SUFFIXES, *COMPRESSED):
+        stem = Path(stem).stem
+    given["name"] = given["name"] or (entry["path"] if kind == "hub" else stem)
+    source = Source(**given | {"format": kind, "files": tuple(map(str, files))})
+    if kind != "text" and source.document != "file":
+        raise UserError(f"{key}.document is for text files, {source.path} is {kind}")
+    if kind != "hub" and not {"subset", "split", "revision"}.isdisjoint(entry):
+        raise UserError(
+            f"{key}: subset, split and revision are for the hub, {source.path} is {kind}"
+        )
+    return source
+
+
+def check_settings(entry: dict[str, Any], key: str) -> None:
+    """The names, types and values of what the user wrote."""
+    known = [f.name for f in fields(Source) if f.name != "files"]
+    for name, value in entry.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise UserError(f"{key} has an unknown setting {name!r}{hint} ({', '.join(known)})")
+        kind = float if name == "weight" else str
+        if type(value) not in ((int, float) if kind is float else (str,)):
+            raise UserError(f"{key}.{name} must be {JSON_TYPES[kind]}, found {value!r}")
+        if name == "weight" and not 0 < value < math.inf:
+            raise UserError(f"{key}.weight is {value}, it must be positive")
+        if name == "text":
+            Template(value)
+        if name in ("format", "document"):
+            check_choice(f"{key}.{name}", value, FORMATS if name == "format" else DOCUMENTS)
+
+
+def check_choice(key: str, found: Any, allowed: tuple[str, ...]) -> None:
+    if found not in allowed:
+        raise UserError(f"{key} is {found!r}, expected one of {', '.join(allowed)}")
+
+
+def format_of(path: Path) -> str | None:
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    return SUFFIXES[suffix] if suffix in SUFFIXES else None
+
+
+def find_files(given: str, kind: str | None) -> tuple[list[Path], str]:
+    """The files of a path, sorted, and their format."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) is not None)
+        files = [p for p in found if kind in (None, format_of(p))]
+    elif kind == "hub" or (kind is None and looks_like_hub(given)):
+        return [], "hub"
+    else:
+        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    if not files:
+        wanted = "" if kind is None else f" of format {kind}"
+        raise UserError(f"{given}: there is no such file, folder or glob with files{wanted}")
+    kinds = sorted({str(format_of(file)) for file in files}) if kind is None else [kind]
+    if kinds == ["None"]:
+        raise UserError(
+            f"{files[0]}: its suffix tells no format; set format ({', '.join(FORMATS)})"
+        )
+    if len(kinds) > 1:
+        raise UserError(f"{given} holds files of several formats ({', '.join(kinds)}); set format")
+    return files, kinds[0]
+
+
+def looks_like_hub(path: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and format_of(Path(path)) is None
+
+
+def identify(files: tuple[str, ...]) -> dict[str, Any]:
+    """Number, size and hash of names, sizes, first and last bytes: cheap, and no path is in it."""
+    digest, total = hashlib.sha256(), 0
+    for file in files:
+        size = Path(file).stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(4096)
+            stream.seek(max(0, size - 4096))
+            digest.update(f"{Path(file).name}\0{size}\0".encode() + head + stream.read(4096))
+        total += size
+    return {"num_files": len(files), "num_bytes": total, "files_sha256": digest.hexdigest()}
+
+
+# ---- source -> blocks ---------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A piece of one file. `data` is whole lines, a whole file, a row, or None: too long."""
+
+    source: int  # index in the list of sources
+    copy: int  # the how manieth reading of the source, from 0
+    file: str
+    line: int  # lines (rows) of the file before it
+    record: int  # lines (rows, files) of the source before it
+    data: bytes | dict[str, Any] | None
+    size: int  # bytes of input
+
+
+def read_blocks(sources: list[Source], max_bytes: int) -> Iterator[Block]:
+    """All sources one after the other, each as often as its weight asks for."""
+    for index, source in enumerate(sources):
+        for copy in range(source.num_copies):
+            for block in read_source(source, max_bytes):
+                yield block._replace(source=index, copy=copy)
+
+
+def read_source(source: Source, max_bytes: int) -> Iterator[Block]:
+    if source.format in ("jsonl", "text"):
+        return read_files(source, max_bytes)
+    return read_tables(source)
+
+
+def read_files(source: Source, max_bytes: int) -> Iterator[Block]:
+    whole_file = source.format == "text" and source.document == "file"
+    separator = BLANK_LINE if source.document == "paragraph" else LINE_END
+    record = 0
+    for file in source.files:
+        line = 0
+        with open_stream(Path(file)) as stream:
+            if whole_file:
+                data = stream.read(max_bytes + 1)
+                kept = data if len(data) <= max_bytes else None
+                yield Block(0, 0, file, 0, record, kept, len(data))
+                record += 1
+                continue
+            for data, num_lines in cut(stream, separator, max_bytes):
+                yield Block(0, 0, file, line, record, data, len(data or b""))
+                line += num_lines
+                record += num_lines
+        if line == 0:
+            yield Block(0, 0, file, 0, record, b"", 0)
+
+
+@contextmanager
+def open_stream(file: Path) -> Iterator[IO[bytes]]:
+    """The decompressed bytes of a file."""
+    try:
+        if file.suffix == ".gz":
+            stream = gzip.open(file)
+        elif file.suffix == ".zst":
+            import pyarrow  # here, not above: 0.3 s, and only this suffix needs it
+
+            stream = pyarrow.input_stream(str(file), compression="zstd")
+        else:
+            stream = open(file, "rb")
+        with stream:
+            yield cast(IO[bytes], stream)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{file} is truncated or damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def cut(
+    stream: IO[bytes], separator: re.Pattern[bytes], max_bytes: int
+) -> Iterator[tuple[bytes | None, int]]:
+    """Pieces that end with a separator, and their lines; None for a record that is too long."""
+    pending, passed = b"", 0  # passed: lines of a record that is being skipped
+    skipping = False
+    while chunk := stream.read(BLOCK_BYTES):
+        pending += chunk
+        if skipping:
+            match = separator.search(pending)
+            # A separator may begin in this chunk and end in the next.
+            end = match.end() if match else max(0, len(pending) - 64)
+            passed += pending.count(b"\n", 0, end)
+            pending = pending[end:]
+            if match is None:
+                continue
+            yield None, passed
+            skipping = False
+        end = max((match.end() for match in separator.finditer(pending)), default=0)
+        if end:
+            yield pending[:end], pending.count(b"\n", 0, end)
+            pending = pending[end:]
+        elif len(pending) > max_bytes:
+            skipping, passed = True, 0
+    if skipping:
+        yield None, passed + pending.count(b"\n") + 1
+    elif pending:
+        yield pending, pending.count(b"\n") + (not pending.endswith(b"\n"))
+
+
+def read_tables(source: Source) -> Iterator[Block]:
+    """Rows through `datasets`, a file at a time so that a bad row's file has a name."""
+    record = 0
+    for file in source.files or (source.path,):
+        try:
+            for line, row in enumerate(open_table(source, file)):
+                yield Block(0, 0, file, line, record, row, row_size(row))
+                record += 1
+        # Whatever Arrow, fsspec or the hub's client raise, the user needs the name and the reason.
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{file} cannot be read as {source.format}: {reason}") from None
+
+
+def open_table(source: Source, file: str) -> Any:
+    import datasets  # here, not above: it takes a second, and JSON lines and text do without it
+
+    if source.format == "hub":
+        table = datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
+    else:
+        settings: dict[str, Any] = {}
+        if source.format == "parquet":
+            settings["batch_size"] = ROWS_AT_ONCE
+        table = datasets.load_dataset(
+            source.format, data_files=glob.escape(file), split="train", streaming=True, **settings
+        )
+    needed = [str(f.steps[0]) for f in source.template.fields]
+    if table.column_names is not None and set(needed) <= set(table.column_names):
+        table = table.select_columns(sorted(set(needed)))
+    return table
+
+
+def row_size(value: Any) -> int:
+    """Characters of all the text in a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(row_size, value.values()))
+    return sum(map(row_size, value)) if isinstance(value, list) else 8

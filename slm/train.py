@@ -1,0 +1,278 @@
+"""Train a causal language model on selected tokens: `slm train` (see `slm train --help`).
+
+One trainer for the reference model (selection=all on curated text), the controls (all, random) and
+the target model (excess). The run's folder holds
+
+    run.json        what the run is made of; another run is refused in the same folder
+    checkpoints/    see checkpoint.py
+    train.csv, heldout.csv, wandb/
+    model/          the result as a Hugging Face folder, written when the run is complete
+    lineage.json    what went in, what was counted
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast
+
+from slm.checkpoint import (
+    Checkpoints,
+    RandomStates,
+    StopOnSignal,
+    VerifiedCheckpointIO,
+    newest_checkpoint,
+)
+from slm.cli import command
+from slm.data import TokenData
+from slm.errors import UserError
+from slm.lineage import lineage, model_card
+from slm.model import SelectiveLM, check_model, model_sha256, save_model
+from slm.module import SelectiveModule
+from slm.progress import progress_bar
+from slm.shards import References, claim, read_json, write_json
+from slm.tokenizer import load_tokenizer
+from slm.tracking import WandbLog
+
+log = logging.getLogger("slm.train")
+warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
+# Lightning greets, advises and repeats itself; its warnings still show.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+DTYPES = {"32-true": "float32", "bf16-mixed": "bfloat16"}  # of the forward; weights stay float32
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """Hydra's instantiate, with our own errors as they were raised."""
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
+    """What must not change when a run is continued; folders may move, so hashes stand for them."""
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    init_from = plain["model"].pop("init_from")
+    loaded = None if init_from is None else init_identity(init_from)
+    return {
+        "seed": plain["seed"],
+        "max_tokens": plain["max_tokens"],
+        "corpus": data.corpus.fingerprint,
+        "references": None if data.references is None else data.references.fingerprint,
+        "init_from": loaded,
+        "data.batch_size": plain["data"]["batch_size"],
+        "data.micro_batch_size": plain["data"]["micro_batch_size"],
+        "trainer.precision": plain["trainer"]["precision"],
+        **flat("model", plain["model"]),
+        **flat("selection", plain["selection"]),
+        **flat("optimizer", plain["optimizer"]),
+    }
+
+
+def flat(prefix: str, tree: Any) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"prefix.a.b": 1}"""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(f"{prefix}.{key}", value).items()}
+
+
+def init_identity(init_from: str) -> str:
+    """Hash of a local folder; a hub name stands for itself."""
+    return model_sha256(init_from) if Path(init_from).is_dir() else init_from
+
+
+def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | None:
+    """Write run.json or compare with it; returns the checkpoint to continue from.
+
+    A run that ended before its first checkpoint has nothing to lose and is replaced.
+    """
+    if resume not in ("auto", "never"):
+        raise UserError(f"resume is {resume!r}, it must be auto or never")
+    path = folder / "run.json"
+    kept = any((folder / "checkpoints").glob("*.ckpt")) or (folder / "model").exists()
+    if not path.exists() or not kept:
+        write_json(path, identity)
+        return None
+    before = read_json(path)
+    for field in [*identity, *sorted(before.keys() - identity.keys())]:
+        if identity.get(field) != before.get(field):
+            raise UserError(
+                f"{folder} holds another run: {field} is {before.get(field)!r} in run.json, "
+                f"{identity.get(field)!r} now; choose another `out`"
+            )
+    if resume == "never":
+        raise UserError(f"{folder} holds this run already (run.json), and resume is 'never'")
+    return newest_checkpoint(folder / "checkpoints", log.warning)
+
+
+def check_config(config: DictConfig, data: TokenData, needs_references: bool) -> None:
+    if needs_references and data.references is None:
+        raise UserError(
+            f"selection {config.selection._target_} needs data.references (a folder made by "
+            "`slm score`), found null"
+        )
+    if config.trainer.precision not in DTYPES:
+        raise UserError(
+            f"trainer.precision is {config.trainer.precision!r}, it must be one of {tuple(DTYPES)}"
+        )
+    if config.max_tokens < data.tokens_per_step:
+        raise UserError(
+            f"max_tokens ({config.max_tokens}) is less than one optimizer step "
+            f"({data.tokens_per_step} tokens)"
+        )
+    if data.references is not None:
+        warn_of_other_precision(data.references, config.trainer.precision)
+    best_of = config.callbacks.checkpoints.best_of
+    if best_of is not None and best_of not in data.heldout:
+        raise UserError(
+            f"callbacks.checkpoints.best_of is {best_of!r}, data.heldout has {sorted(data.heldout)}"
+        )
+
+
+def warn_of_other_precision(references: References, precision: str) -> None:
+    """Scores of another precision shift every excess loss a little; the paper does not say."""
+    scored, training = references.manifest["scoring"]["dtype"], DTYPES[precision]
+    if scored != training:
+        log.warning(
+            "%s was scored in %s, training computes in %s", references.folder, scored, training
+        )
+
+
+def build_trainer(config: DictConfig, data: TokenData) -> Trainer:
+    loggers = [build(node) for node in config.logger.values()]
+    callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
+    checkpoints = next(item for item in callbacks if isinstance(item, Checkpoints))
+    trainer: Trainer = build(
+        config.trainer,
+        max_steps=round(config.max_tokens / data.tokens_per_step),
+        max_epochs=-1,
+        logger=loggers,
+        callbacks=[RandomStates(), *callbacks, StopOnSignal(checkpoints), progress_bar()],
+        plugins=[VerifiedCheckpointIO()],
+        enable_checkpointing=False,  # Checkpoints saves, and it alone
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.accumulate_grad_batches = data.accumulate(trainer.world_size)
+    return trainer
+
+
+def build_module(
+    config: DictConfig, data: TokenData, tokenizer: PreTrainedTokenizerFast
+) -> SelectiveModule:
+    lm: SelectiveLM = build(config.model, tokenizer=tokenizer, vocab_size=data.corpus.vocab_size)
+    selection = build(config.selection)
+    check_config(config, data, selection.needs_references)
+    check_model(lm, data.windows.batch(np.arange(min(2, len(data.windows)))))
+    return SelectiveModule(
+        lm,
+        selection,
+        build(config.optimizer.adamw),
+        build(config.optimizer.schedule),
+        config.optimizer.gradient_clip,
+    )
+
+
+def export(
+    config: DictConfig,
+    module: SelectiveModule,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TokenData,
+    identity: dict[str, Any],
+) -> None:
+    """Write model/ and lineage.json; their presence means that the run is complete."""
+    trainer, folder = module.trainer, Path(config.run_dir)
+    record = lineage(
+        datamodule=data,
+        selection=OmegaConf.to_container(config.selection, resolve=True),  # type: ignore[arg-type]
+        seed=config.seed,
+        init_from=config.model.init_from,
+        init_from_sha256=identity["init_from"],
+        tokens_seen=trainer.global_step * data.tokens_per_step,
+        tokens_selected=round(module.tokens_selected.item()),
+        device=module.device,
+    )
+    results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}
+    write_json(folder / "lineage.json", record)
+    card = model_card(record, results)
+    save_model(folder / "model", module.lm.model, tokenizer, card, record)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLog):
+            written = folder / "model" / "slm.json"
+            logger.log_folder(written, name=f"model-{folder.name}", kind="model", is_input=False)
+
+
+def train(config: DictConfig) -> Path:
+    """Run or continue one training; returns the model folder."""
+    folder = Path(config.run_dir)
+    seed_everything(config.seed, workers=True, verbose=False)
+    data: TokenData = build(config.data)
+    tokenizer = load_tokenizer(data.corpus.tokenizer_folder)
+    module = build_module(config, data, tokenizer)
+    trainer = build_trainer(config, data)
+    identity = run_identity(config, data)
+    with only_writer(folder):
+        checkpoint = adopt_run(folder, identity, config.resume)
+        if (folder / "model" / "slm.json").exists():
+            log.info("%s is complete already", folder)
+            return folder / "model"
+        log.info("new run in %s" if checkpoint is None else "continuing %s", checkpoint or folder)
+        try:
+            log_inputs(trainer, config, data)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            if trainer.is_global_zero:
+                export(config, module, tokenizer, data, identity)
+            trainer.strategy.barrier()
+        finally:
+            for logger in trainer.loggers:
+                logger.finalize("finished")
+    return folder / "model"
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another live process trains in; ranks of one job share it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # Lightning sets it on import
+        yield
+        return
+    with claim(folder / "run.claim") as mine:
+        if not mine:
+            owner = (folder / "run.claim").read_text()
+            raise UserError(f"another process trains in {folder} ({owner} in run.claim)")
+        yield
+
+
+def log_inputs(trainer: Trainer, config: DictConfig, data: TokenData) -> None:
+    """The configuration to every logger, the folders that are read to W&B's lineage."""
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(plain)
+        if isinstance(logger, WandbLog):
+            for store in filter(None, (data.corpus, data.references)):
+                name = f"{store.KIND}-{store.fingerprint[:12]}"
+                manifest = store.folder / "manifest.json"
+                logger.log_folder(manifest, name=name, kind=store.KIND, is_input=True)
+
+
+@command("train")
+def main(config: DictConfig) -> None:
+    folder = train(config)
+    log.info("model: %s", folder)
+
+
+if __name__ == "__main__":
+    main()

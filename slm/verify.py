@@ -1,0 +1,292 @@
+"""Is a folder whole? `slm verify FOLDER ...` names what is not, and exits with 1.
+
+Knows corpora and references (manifest.json), what `slm prepare` made (train/, heldout/), runs
+(run.json), checkpoints and models, in the folder itself and in the folders below it. Every file is
+read and its hash compared: it costs about a second a gigabyte. Leftovers of killed processes are
+named; they do no harm.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm.cli import progress
+from slm.errors import UserError
+from slm.shards import (
+    Corpus,
+    Json,
+    References,
+    Shard,
+    Store,
+    fingerprint,
+    read_json,
+    read_sidecars,
+)
+
+STORES: dict[str, type[Store]] = {"corpus": Corpus, "reference": References}
+FIRST_COLUMN = {"corpus": "tokens", "reference": "logprobs"}
+SHARD_PATTERNS = ("tokens-*.npy", "logprobs-*.npy")
+BLOCK = 1 << 22
+
+Advance = Callable[[int], None]
+
+
+# ---- what there is ------------------------------------------------------------------------------
+
+
+def parts(path: Path) -> list[Path]:
+    """The stores, runs, checkpoints and models at and below `path`."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist")
+    found = list(walk(path))
+    if not found:
+        raise UserError(f"{path} is no corpus, reference, run, checkpoint or model folder")
+    return found
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    if is_store(folder) or is_model(folder):
+        yield folder
+        return
+    if is_run(folder) or is_prepared(folder):
+        yield folder
+    yield from sorted(folder.glob("*.ckpt"))
+    for item in sorted(folder.iterdir()):
+        if item.is_dir() and not item.is_symlink() and not item.name.startswith("."):
+            yield from walk(item)
+
+
+def is_prepared(path: Path) -> bool:
+    """The folder that `slm prepare` was given: its corpora are train/ and heldout/ in it."""
+    return (path / "plan.json").exists() and any(
+        (path / side).is_dir() for side in ("train", "heldout")
+    )
+
+
+def is_store(path: Path) -> bool:
+    if is_prepared(path):
+        return False
+    named = any((path / name).exists() for name in ("manifest.json", "plan.json"))
+    return named or any(next(path.glob(pattern), None) for pattern in SHARD_PATTERNS)
+
+
+def is_model(path: Path) -> bool:
+    return (path / "config.json").exists() or (path / "slm.json").exists()
+
+
+def is_run(path: Path) -> bool:
+    return (path / "run.json").exists()
+
+
+# ---- one part at a time -------------------------------------------------------------------------
+
+
+def check_hash(path: Path, expected: str, source: str, advance: Advance) -> None:
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            advance(len(block))
+    if digest.hexdigest() != expected:
+        raise UserError(f"{path} is damaged: sha256 {digest.hexdigest()}, {source} says {expected}")
+
+
+def field(record: Json, name: str, path: Path) -> Any:
+    if name not in record:
+        raise UserError(f"{path} is damaged: it has no {name!r}")
+    return record[name]
+
+
+def verify_store(path: Path, advance: Advance) -> str:
+    if not (path / "manifest.json").exists():
+        raise UserError(
+            f"{path} is unfinished: manifest.json is missing; run the command that makes it again"
+        )
+    kind = field(read_json(path / "manifest.json"), "kind", path / "manifest.json")
+    if kind not in STORES:
+        raise UserError(f"{path / 'manifest.json'}: kind is {kind!r}, known are {tuple(STORES)}")
+    store = STORES[kind].open(path)
+    check_records(store, FIRST_COLUMN[kind])
+    for shard in store.shards:
+        for column, expected in shard.sha256.items():
+            check_hash(shard.path(path, column), expected, "manifest.json", advance)
+        if isinstance(store, References):
+            check_scores(store, shard)
+    if isinstance(store, Corpus):
+        check_tokenizer(store)
+    tokens = sum(shard.num_tokens for shard in store.shards)
+    return f"{kind}, {len(store.shards)} shards, {tokens:,} tokens, fingerprint {store.fingerprint}"
+
+
+def check_records(store: Store, column: str) -> None:
+    """manifest.json is a function of plan.json and the sidecars; a flipped byte in any shows."""
+    shards = [asdict(shard) for shard in read_sidecars(store.folder, column)]
+    if not (store.folder / "plan.json").exists():
+        raise UserError(f"{store.folder / 'plan.json'} is missing")
+    body = read_json(store.folder / "plan.json") | {"shards": shards}
+    made = body | {"fingerprint": fingerprint(body)}
+    for name in sorted(made.keys() | store.manifest.keys()):
+        if name not in made or name not in store.manifest or made[name] != store.manifest[name]:
+            raise UserError(
+                f"{store.folder / 'manifest.json'}: {name} is not what plan.json and the shards' "
+                "sidecars say"
+            )
+
+
+def check_scores(store: References, shard: Shard) -> None:
+    """Every score is finite and <= 0; NaN where there is none, which packing=concat has one of."""
+    path, scores = shard.path(store.folder, "logprobs"), store.column("logprobs", shard.index)
+    if len(scores) and not np.isnan(scores[0]):
+        raise UserError(f"{path}: entry 0 is {scores[0]}, a shard's first token has no score: NaN")
+    may_be_nan = store.manifest["packing"] == "documents"
+    for start in range(1, len(scores), BLOCK):
+        block = scores[start : start + BLOCK]
+        good = (block <= 0) & ~np.isneginf(block) | (np.isnan(block) & may_be_nan)
+        if not good.all():
+            index = int(good.argmin())
+            raise UserError(
+                f"{path}: entry {start + index} is {block[index]}, a log-prob is finite and <= 0"
+            )
+
+
+def check_tokenizer(corpus: Corpus) -> None:
+    from slm.tokenizer import load_tokenizer, tokenizer_sha256  # imports transformers
+
+    if not (corpus.tokenizer_folder / "tokenizer.json").exists():
+        raise UserError(f"{corpus.tokenizer_folder / 'tokenizer.json'} is missing")
+    found = tokenizer_sha256(load_tokenizer(corpus.tokenizer_folder))
+    expected = corpus.manifest["tokenizer_sha256"]
+    if found != expected:
+        raise UserError(
+            f"{corpus.tokenizer_folder} is damaged: tokenizer_sha256 {found}, manifest.json says "
+            f"{expected}"
+        )
+
+
+def verify_model(path: Path, advance: Advance) -> str:
+    weights = sorted(path.glob("*.safetensors"))
+    for item in weights:
+        check_structure(item)
+    if not (path / "slm.json").exists():
+        if not weights:
+            raise UserError(f"{path} is no whole model: it has no *.safetensors")
+        return "model of another origin: no hashes are recorded, only its structure was checked"
+    record = path / "slm.json"
+    expected = field(read_json(record), "sha256", record)
+    for name, digest in expected.items():
+        check_hash(path / name, digest, "slm.json", advance)
+    return f"model, {len(expected)} files"
+
+
+def check_structure(weights: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is damaged: {error}") from None
+
+
+def verify_checkpoint(path: Path, advance: Advance) -> str:
+    record = path.with_name(path.name + ".json")
+    if path.suffix != ".ckpt":
+        raise UserError(f"{path} is no checkpoint (*.ckpt); give a folder to check other files")
+    if not record.exists():
+        raise UserError(f"{path} is unfinished: {record.name} is missing")
+    check_hash(path, field(read_json(record), "sha256", record), record.name, advance)
+    return "checkpoint"
+
+
+def verify_run(path: Path) -> str:
+    read_json(path / "run.json")
+    if not (path / "model" / "slm.json").exists():
+        raise UserError(f"{path} is unfinished: model/ is missing; run the same command again")
+    return "run, finished"
+
+
+def verify_part(path: Path, advance: Advance) -> str:
+    if path.is_file():
+        return verify_checkpoint(path, advance)
+    if is_store(path):
+        return verify_store(path, advance)
+    if is_model(path):
+        return verify_model(path, advance)
+    return verify_prepared(path) if is_prepared(path) else verify_run(path)
+
+
+def verify_prepared(path: Path) -> str:
+    if not (path / "report.json").exists():
+        raise UserError(f"{path} is unfinished: report.json is missing; run `slm prepare` again")
+    return "prepared text, finished"
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files and claims that a killed process left (or one that is at work now)."""
+    if not folder.is_dir():
+        return []
+    return sorted([*folder.glob(".*.tmp"), *folder.glob("*.claim")])
+
+
+def verify(path: Path, advance: Advance = lambda count: None) -> Iterator[tuple[Path, bool, str]]:
+    """(part, whole, what it is or what is wrong) for everything at and below `path`."""
+    for part in parts(path):
+        try:
+            yield part, True, verify_part(part, advance)
+        except UserError as error:
+            yield part, False, str(error)
+        except OSError as error:
+            yield part, False, f"{error.filename or part} cannot be read: {error.strerror}"
+        except (KeyError, TypeError, AttributeError) as error:
+            yield part, False, f"{part}: a JSON file in it is damaged ({error!r})"
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def size_bytes(path: Path) -> int:
+    """What is going to be read."""
+    files = [path] if path.is_file() else list(path.iterdir())
+    return sum(item.stat().st_size for item in files if item.is_file())
+
+
+def report(path: Path) -> bool:
+    """Print a line for each part; True if all are whole."""
+    whole = True
+    total = sum(size_bytes(part) for part in parts(path))
+    with progress("verifying", total, "bytes") as advance:
+        results = list(verify(path, advance))
+    for part, good, text in results:
+        print(f"{'whole' if good else 'NOT WHOLE'}: {part}: {text}")
+        for item in leftovers(part):
+            print(f"  left over, harmless: {item.name}")
+        whole &= good
+    return whole
+
+
+def main() -> None:
+    about, _, more = str(__doc__).partition("\n\n")
+    parser = argparse.ArgumentParser(prog="slm verify", description=about, epilog=more)
+    parser.add_argument("folder", type=Path, nargs="+", help="a folder, or a checkpoint file")
+    whole = True
+    for folder in parser.parse_args().folder:
+        try:
+            whole &= report(folder)
+        except (UserError, OSError) as error:
+            print(f"NOT WHOLE: {error}")
+            whole = False
+    sys.exit(0 if whole else 1)
+
+
+if __name__ == "__main__":
+    main()
