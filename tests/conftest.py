@@ -1,0 +1,124 @@
+"""Small real folders: a tokenizer, corpora made by hand, references with known scores."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slm.shards import (
+    FORMAT,
+    Corpus,
+    References,
+    Shard,
+    shard_path,
+    write_array,
+    write_json,
+    write_manifest,
+    write_sidecar,
+)
+from slm.tokenizer import token_bytes, tokenizer_sha256, train_tokenizer
+
+# Tests never reach for a network, and two cores are shared by everything.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline")
+
+TEXT = [
+    "Selective language modeling trains on the tokens that are worth learning.",
+    "A reference model scores every token of the corpus once; the scores are stored.",
+    "The loss of the target model minus the loss of the reference model is the excess loss.",
+    "def divide(total, count):\n    return total / count\n",
+    "Zahlen wie 3,1415 und Zeichen wie \u00e4, \u00f6 und \u00fc haben mehrere Bytes. \U0001f600",
+] * 8
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(TEXT, 300)
+
+
+@pytest.fixture
+def make_corpus(tokenizer) -> Callable[..., Corpus]:
+    """make_corpus(folder, shards of token ids, seq_len) -> Corpus"""
+
+    def make(
+        folder: Path,
+        shards: list[np.ndarray],
+        seq_len: int,
+        packing: str = "concat",
+        starts: list[list[int]] | None = None,
+        vocab_size: int | None = None,
+    ) -> Corpus:
+        folder.mkdir(parents=True)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        plan = {
+            "format": FORMAT,
+            "kind": "corpus",
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "vocab_size": vocab_size or len(tokenizer),
+            "eos_id": tokenizer.eos_token_id,
+            "seq_len": seq_len,
+            "packing": packing,
+            "split": folder.name,
+            "sources": ["test"],
+        }
+        write_json(folder / "plan.json", plan)
+        sizes = token_bytes(tokenizer)
+        for index, ids in enumerate(shards):
+            tokens = np.asarray(ids, np.uint16)
+            first = [0] if starts is None else starts[index]
+            columns = {
+                "tokens": tokens,
+                "documents": np.array([[s, 0, i, 0] for i, s in enumerate(first)], np.int64),
+                "bytes": sizes[np.minimum(tokens, len(sizes) - 1)].astype(np.uint8),
+            }
+            hashes = {c: write_array(shard_path(folder, c, index), a) for c, a in columns.items()}
+            dtypes = {c: str(a.dtype) for c, a in columns.items()}
+            rows = {c: len(a) for c, a in columns.items()}
+            write_sidecar(folder, "tokens", Shard(index, len(tokens), hashes, dtypes, rows))
+        write_manifest(folder, "tokens", len(shards))
+        return Corpus.open(folder)
+
+    return make
+
+
+@pytest.fixture
+def make_references() -> Callable[..., References]:
+    """make_references(folder, corpus, log-probs of each shard) -> References"""
+
+    def make(folder: Path, corpus: Corpus, logprobs: list[np.ndarray]) -> References:
+        folder.mkdir(parents=True)
+        fields = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
+        plan = {
+            "format": FORMAT,
+            "kind": "reference",
+            "corpus_fingerprint": corpus.fingerprint,
+            "model_sha256": "by hand",
+            "scoring": {"dtype": "float32", "attn_implementation": "sdpa", "device": "cpu"},
+        } | {field: corpus.manifest[field] for field in fields}
+        write_json(folder / "plan.json", plan)
+        for index, scores in enumerate(logprobs):
+            array = np.asarray(scores, np.float32)
+            digest = write_array(shard_path(folder, "logprobs", index), array)
+            columns = {"logprobs": "float32"}, {"logprobs": len(array)}
+            write_sidecar(
+                folder, "logprobs", Shard(index, len(array), {"logprobs": digest}, *columns)
+            )
+        write_manifest(folder, "logprobs", len(logprobs))
+        return References.open(folder)
+
+    return make
+
+
+@pytest.fixture
+def text_corpus(tmp_path, tokenizer, make_corpus) -> Corpus:
+    """Two shards of real text in windows of 16."""
+    ids = [token for text in TEXT for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
+    cut = 16 * 20 + 1
+    return make_corpus(tmp_path / "corpus", [np.array(ids[:cut]), np.array(ids[cut : 2 * cut])], 16)

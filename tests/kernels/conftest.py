@@ -1,0 +1,67 @@
+"""Problems to solve, and torch.empty filled with NaN: an output left unwritten fails a test."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
+
+
+class Problem(NamedTuple):
+    hidden: Tensor  # (N, D), a leaf
+    weight: Tensor  # (V, D), a leaf
+    bias: Tensor  # (V,), a leaf
+    targets: Tensor  # (N,)
+    reference_loss: Tensor  # (N,)
+    token_weight: Tensor  # (N,)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty_tensors() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def make_problem() -> Callable[..., Problem]:
+    def make(
+        num_tokens: int = 37,
+        width: int = 7,
+        vocab_size: int = 29,
+        dtype: torch.dtype = torch.float64,
+        ignored: float = 0.2,
+        seed: int = 0,
+    ) -> Problem:
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float64)
+
+        targets = torch.randint(vocab_size, (num_tokens,), generator=random)
+        hole = torch.rand(num_tokens, generator=random) < ignored
+        return Problem(
+            hidden=normal(num_tokens, width).to(dtype).requires_grad_(),
+            weight=normal(vocab_size, width).to(dtype).requires_grad_(),
+            bias=normal(vocab_size).to(dtype).requires_grad_(),
+            targets=targets.masked_fill(hole, -100),
+            reference_loss=normal(num_tokens).abs().float() * 3,
+            token_weight=normal(num_tokens),
+        )
+
+    return make
+
+
+@pytest.fixture
+def run_on_ranks() -> Callable[[Callable[[int, int, str], None], int, Path], None]:
+    """Run `work(rank, world, folder)` in processes forked from one that has imported torch."""
+
+    def run(work: Callable[[int, int, str], None], world: int, folder: Path) -> None:
+        multiprocessing.set_forkserver_preload(["torch.distributed", "hypothesis", "pytest"])
+        start_processes(work, (world, str(folder)), world, start_method="forkserver")
+
+    return run

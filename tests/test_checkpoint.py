@@ -1,0 +1,99 @@
+"""Checkpoint files: atomic, hashed, complete; random states; what is refused."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slm.checkpoint import (
+    RandomStates,
+    VerifiedCheckpointIO,
+    check_checkpoint,
+    newest_checkpoint,
+    random_state,
+    set_random_state,
+    sidecar,
+)
+from slm.errors import UserError
+
+
+def save(folder: Path, step: int, kind: str = "step") -> Path:
+    path = folder / f"{kind}-{step:08d}.ckpt"
+    VerifiedCheckpointIO().save_checkpoint({"global_step": step, "w": torch.ones(3) * step}, path)
+    return path
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path, 7)
+    assert torch.equal(VerifiedCheckpointIO().load_checkpoint(path)["w"], torch.full((3,), 7.0))
+    VerifiedCheckpointIO().remove_checkpoint(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flipped_byte_truncation_and_missing_sidecar_are_refused(tmp_path):
+    path = save(tmp_path, 7)
+    data = path.read_bytes()
+    for damaged in (data[:-1], data[:100] + bytes([data[100] ^ 1]) + data[101:], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="step-00000007.ckpt is damaged: sha256"):
+            VerifiedCheckpointIO().load_checkpoint(path)
+    path.write_bytes(data)
+    check_checkpoint(path)
+    sidecar(path).unlink()
+    with pytest.raises(UserError, match="unfinished: step-00000007.ckpt.json is missing"):
+        VerifiedCheckpointIO().load_checkpoint(path)
+    with pytest.raises(UserError, match="does not exist"):
+        check_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_hostile_pickle_is_refused_even_with_a_matching_hash(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    path = tmp_path / "step-00000001.ckpt"
+    VerifiedCheckpointIO().save_checkpoint({"global_step": 1, "x": Evil()}, path)
+    with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
+        VerifiedCheckpointIO().load_checkpoint(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_newest_valid_of_both_kinds_is_found_and_the_rest_reported(tmp_path):
+    warnings: list[str] = []
+    assert newest_checkpoint(tmp_path, warnings.append) is None
+    save(tmp_path, 5)
+    best = save(tmp_path, 6, "best")
+    newest = save(tmp_path, 10)
+    assert newest_checkpoint(tmp_path, warnings.append) == newest
+    newest.write_bytes(b"torn")
+    assert newest_checkpoint(tmp_path, warnings.append) == best
+    assert len(warnings) == 1 and "step-00000010.ckpt is damaged" in warnings[0]
+
+
+def test_a_failed_save_leaves_the_old_checkpoints_alone(tmp_path, monkeypatch):
+    old = save(tmp_path, 5)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 6)
+    assert newest_checkpoint(tmp_path, print) == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == [old.name, sidecar(old).name]
+
+
+def test_random_states_come_back_through_a_file(tmp_path):
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(2).tolist()
+
+    draw()
+    np.random.randn()  # leaves a cached Gaussian behind
+    path = tmp_path / "step-00000001.ckpt"
+    VerifiedCheckpointIO().save_checkpoint({"global_step": 1, **RandomStates().state_dict()}, path)
+    expected = [draw() for _ in range(3)]
+    set_random_state(VerifiedCheckpointIO().load_checkpoint(path)["ranks"][0])
+    assert [draw() for _ in range(3)] == expected
+    assert random_state().keys() == {"python", "numpy", "torch", "cuda"}

@@ -1,0 +1,395 @@
+"""The command line: help at once, one sentence for a mistake, any directory, any path."""
+
+import csv
+import io
+import logging
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import slm
+from slm import cli, evaluate, score, verify
+from slm.cli import COMMANDS, command, conf_folder, dispatch, duration, progress, reported
+from slm.errors import NonFiniteError, UserError
+from slm.model import save_model
+from slm.shards import References
+
+SLM = [sys.executable, "-m", "slm.cli"]
+HEAVY = {"torch", "transformers", "lightning", "wandb", "datasets", "matplotlib"}
+AWKWARD = "with space, comma=and {brace}"
+TOY = "defaults: [base, _self_]\nneeded: ???\nnumber: 1\nnest: {inner: 2}\n"
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
+    """call(main, words) runs a command in this process; exit code, stdout, stderr."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(main: Callable[[], Any], *words: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["slm x", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    yield run
+    root.handlers[:], root.level = handlers, level  # Hydra has put its own there
+
+
+@pytest.fixture
+def application(monkeypatch, tmp_path) -> Callable[..., Callable[[], None]]:
+    """application(function) is the command `toy` with two keys, one of them required."""
+    (tmp_path / "conf").mkdir()
+    shutil.copy(conf_folder() / "base.yaml", tmp_path / "conf")
+    (tmp_path / "conf" / "toy.yaml").write_text(TOY)
+    monkeypatch.setattr(cli, "conf_folder", lambda: tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    return command("toy")
+
+
+def slm_command(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*SLM, *words], capture_output=True, text=True, timeout=300, **options)
+
+
+# ---- slm ----------------------------------------------------------------------------------------
+
+
+def test_usage_names_every_command(call):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        code, out, err = call(cli.main, *words)
+        assert (code, err) == (0, "")
+        assert all(f"\n  {name} " in out for name in COMMANDS)
+    assert call(cli.main, "--version")[1] == f"{slm.__version__}\n"
+
+
+def test_an_unknown_command_gets_a_suggestion(monkeypatch):
+    with pytest.raises(SystemExit, match="no command 'scoer', did you mean score?"):
+        dispatch(["scoer"])
+    with pytest.raises(SystemExit, match=r"no command 'xyz' \(commands: prepare, train"):
+        dispatch(["xyz"])
+
+
+def test_a_command_becomes_a_module_in_a_new_process_image(monkeypatch):
+    seen: list[Any] = []
+    monkeypatch.setattr(os, "execv", lambda *words: seen.append(words))
+    dispatch(["score", "out=a b"])
+    dispatch(["verify", "--help"])  # not Hydra's
+    start = [sys.executable, "-m"]
+    assert seen[0] == (sys.executable, [*start, "slm.score", "out=a b"])
+    assert seen[1] == (sys.executable, [*start, "slm.verify", "--help"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["score", "--cfg", "job"]])
+def test_help_imports_nothing_heavy(words):
+    code = (
+        f"import sys; sys.argv = ['slm', *{words}]\n"
+        "from slm import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        f"assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "slm" in done.stdout or "batch_size" in done.stdout
+
+
+def test_help_into_a_closed_pipe_is_silent():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*SLM, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in conf_folder().glob("*.yaml")))
+def test_help_of_every_root_shows_its_keys(call, name):
+    if name == "base":
+        return
+    code, out, err = call(cli.main, name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"slm {name}: ") and "\nout: " in out
+    assert not re.search(r"\$[A-Z]", out)
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+def refuse(config: Any) -> None:
+    raise UserError(f"number is {config.number}")
+
+
+def test_a_user_error_is_one_line_and_exit_1(call, application):
+    assert call(application(refuse), "needed=1") == (1, "", "slm toy: number is 1\n")
+    assert [path.name for path in Path().iterdir()] == ["conf"]  # no log file, no folder
+
+
+def test_under_multirun_the_other_jobs_go_on_and_the_end_is_1(call, application):
+    seen: list[int] = []
+
+    def job(config: Any) -> None:
+        seen.append(config.number)
+        if config.number == 2:
+            refuse(config)
+
+    code, _, err = call(application(job), "-m", "needed=1", "number=1,2,3", "hydra.sweep.dir=s")
+    assert (code, seen) == (1, [1, 2, 3])
+    assert err.splitlines()[-1] == "slm toy: number is 2" and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["needed=1", "numbr=2"],
+            "no key 'numbr', did you mean number? (`slm toy --help` lists them)",
+        ),
+        (["needed=1", "nest.iner=2"], "no key 'nest.iner', did you mean nest.inner? (`slm toy"),
+        (["needed=1", "zzzz=2"], "no key 'zzzz' (`slm toy --help` lists them)"),
+        ([], "needed must be given: needed=..."),
+        (["needed=a=b"], "cannot read 'needed=a=b'; a value with a comma"),
+        (["needed=a,b"], "Ambiguous value for argument 'needed=a,b'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(call, application, words, message):
+    code, out, err = call(application(refuse), *words)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"slm toy: {message}") and err.count("\n") == 1
+
+
+def test_an_unknown_choice_of_a_group_lists_the_known(call):
+    code, out, err = call(command("train")(refuse), "selection=foo", "out=x")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "Could not find 'selection/foo'" in err and "all excess random" in err
+
+
+def test_the_required_key_that_hydra_itself_needs_is_named(call):
+    assert call(command("train")(refuse)) == (1, "", "slm train: out must be given: out=...\n")
+
+
+def test_a_bug_keeps_its_traceback(call, application):
+    def broken(config: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        call(application(broken), "needed=1")
+    assert cli.FULL_ERROR not in os.environ
+
+
+def test_a_file_that_cannot_be_opened_is_named(call, application, tmp_path):
+    def job(config: Any) -> None:
+        open(tmp_path)
+
+    code, _, err = call(application(job), "needed=1")
+    assert (code, err) == (1, f"slm toy: {tmp_path}: Is a directory\n")
+
+
+def test_ctrl_c_ends_with_130(call, application):
+    def job(config: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert call(application(job), "needed=1") == (130, "", "slm toy: interrupted\n")
+
+
+class Picky:
+    """A constructor that Hydra's instantiate calls."""
+
+    def __init__(self, value: int):
+        raise UserError(f"value is {value}")
+
+
+def test_an_error_that_hydra_wrapped_is_found():
+    with pytest.raises(InstantiationException) as caught:
+        instantiate({"_target_": f"{__name__}.Picky", "value": 3}, _convert_="all")
+    assert str(reported(caught.value)) == "value is 3"
+    assert isinstance(reported(NonFiniteError("nan")), NonFiniteError)
+    assert reported(ValueError("a bug")) is None
+    assert reported(OSError("no file")) is None
+
+
+# ---- commands as a user runs them ---------------------------------------------------------------
+
+
+@pytest.fixture
+def awkward(tmp_path, tokenizer, make_corpus) -> Path:
+    """A folder of an awkward name with a corpus and a model in it."""
+    folder = tmp_path / AWKWARD
+    make_corpus(folder / "corpus", [np.arange(33), np.arange(33)[::-1]], 8)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes, **heads))
+    save_model(folder / "model", model, tokenizer, "card", {})
+    return folder
+
+
+def test_awkward_paths_from_another_directory(call, awkward, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        f"corpus='{AWKWARD}/corpus'",
+        f"reference_model='{AWKWARD}/model'",
+        f"out='{AWKWARD}/refs'",
+        "device=cpu",
+    ]
+    code, _, err = call(score.main, *words)
+    assert code == 0 and "scored 64 tokens" in err
+    assert len(References.open(awkward / "refs").shards) == 2
+    assert "is finished already, nothing to do" in call(score.main, *words)[2]
+    models, sets = f"{{a: '{AWKWARD}/model'}}", f"{{b: '{AWKWARD}/corpus'}}"
+    words = [f"models={models}", f"sets={sets}", f"out='{AWKWARD}/t.csv'", "device=cpu"]
+    code, out, _ = call(evaluate.main, *words)
+    assert code == 0 and "bits per byte" in out
+    with open(awkward / "t.csv", newline="") as file:
+        assert [(row["model"], row["set"]) for row in csv.DictReader(file)] == [("a", "b")]
+    assert call(verify.main, AWKWARD)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [AWKWARD]  # and nothing else
+
+
+@pytest.mark.parametrize("main", [score.main, evaluate.main])
+def test_required_keys_are_asked_for(call, main):
+    code, _, err = call(main)
+    assert code == 1 and "must be given: " in err and err.count("\n") == 1
+
+
+def test_config_dir_adds_a_users_own_file(call, tmp_path, monkeypatch):
+    (tmp_path / "mine" / "selection").mkdir(parents=True)
+    (tmp_path / "mine" / "selection" / "own.yaml").write_text("_target_: mine.Rule\nkey: 7\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "selection=own", "out=x", "--config-dir", "mine", "--cfg", "job"]
+    code, out, err = call(cli.main, *words)
+    assert (code, err) == (0, "") and "_target_: mine.Rule\n  key: 7\n" in out
+
+
+@pytest.mark.slow
+def test_slm_and_python_m_run_the_command_from_another_directory(awkward):
+    words = [f"corpus='{AWKWARD}/corpus'", f"reference_model='{AWKWARD}/model'", "device=cpu"]
+    done = slm_command("score", *words, f"out='{AWKWARD}/one'", cwd=awkward.parent)
+    assert done.returncode == 0, done.stderr
+    first = [sys.executable, "-m", "slm.score", *words, f"out='{AWKWARD}/two'"]
+    again = subprocess.run(first, capture_output=True, text=True, cwd=awkward.parent)
+    assert again.returncode == 0, again.stderr
+    fingerprints = {References.open(awkward / name).fingerprint for name in ("one", "two")}
+    assert len(fingerprints) == 1
+    assert slm_command("verify", AWKWARD, cwd=awkward.parent).returncode == 0
+
+
+@pytest.mark.slow
+def test_slm_from_an_installed_wheel(tmp_path):
+    """Built, installed without its dependencies, run from /: conf/ is inside."""
+    root = conf_folder().parent
+    build = [sys.executable, "-m", "pip", "wheel", str(root), "--no-deps", "-w", str(tmp_path)]
+    build += ["--no-build-isolation", "--quiet"]  # the backend is among the dev dependencies
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    wheel = next(tmp_path.glob("*.whl"))
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
+    subprocess.run([*install, "--quiet", str(wheel)], check=True, capture_output=True)
+    # A plain .pth line adds our dependencies, and not the .pth files among them: no editable slm.
+    (site / "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    program = str(tmp_path / "venv" / "bin" / "slm")
+    where = subprocess.run(
+        [python, "-c", "from slm.cli import conf_folder; import slm_kernels; print(conf_folder())"],
+        capture_output=True, text=True, cwd="/", check=True,
+    )  # fmt: skip
+    assert where.stdout.strip() == str(site / "slm" / "conf")
+    for words, expected in [
+        (["--help"], "usage: slm"),
+        (["train", "--help"], "selection: all, excess, random"),
+        (["score", "--help"], "reference_model: ???"),
+        (["verify", "--help"], "usage: slm verify"),
+    ]:
+        done = subprocess.run([program, *words], capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+    done = subprocess.run([program, "verify", "nowhere"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 1 and done.stdout == "NOT WHOLE: nowhere does not exist\n"
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+def test_lines_come_at_most_every_so_often(capsys, monkeypatch):
+    now = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    with progress("scoring", 4000, "tokens") as advance:
+        for _ in range(4):
+            advance(1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring 2,000/4,000 tokens  65/s  0:00:31 left",
+        "scoring 4,000/4,000 tokens  65/s  0:00:00 left",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("scoring", 4000, "tokens") as advance:
+        advance(1000)
+        advance(3000)
+    said = terminal.getvalue()
+    assert "scoring" in said and "4,000/4,000 tokens" in said and "/s" in said
+
+
+def test_nothing_to_do_is_no_division_by_zero(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "LINE_EVERY_S", 0.0)
+    with progress("verifying", 0, "bytes") as advance:
+        advance(0)
+    assert "verifying 0/0 bytes" in capsys.readouterr().err
+
+
+def test_duration():
+    assert [duration(s) for s in (0.4, 59.6, 3661.0, 360000)] == [
+        "0:00:00",
+        "0:01:00",
+        "1:01:01",
+        "100:00:00",
+    ]
+
+
+@pytest.mark.slow
+def test_scoring_on_a_real_terminal_shows_tokens_per_second(awkward):
+    words = [f"corpus='{AWKWARD}/corpus'", f"reference_model='{AWKWARD}/model'"]
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [*SLM, "score", *words, f"out='{AWKWARD}/refs'", "device=cpu"],
+        cwd=awkward.parent,
+        stderr=child,
+        stdout=child,
+    )
+    os.close(child)
+    said = b""
+    try:
+        while block := os.read(parent, 4096):
+            said += block
+    except OSError:
+        pass  # the other end is closed
+    os.close(parent)
+    assert process.wait(60) == 0
+    assert re.search(rb"64/64 tokens\s+[\d,]+/s", said), said

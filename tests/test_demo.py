@@ -1,0 +1,91 @@
+"""The demo's text and its split; the stages run whole in CI, at a small scale."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from slm.demo import docstrings, is_heldout, quoted, source_files, write_texts
+
+
+def test_docstrings_of_modules_classes_and_functions_with_their_names():
+    long = "explains what happens at some length, so that it is worth reading by a model"
+    source = (
+        f'"""{long} 1"""\nclass A:\n    """{long} 2"""\n    def f(self):\n        """{long} 3"""\n'
+    )
+    found = list(docstrings("pkg/mod.py", source))
+    assert found == [f"pkg.mod\n\n{long} 1", f"pkg.mod.A\n\n{long} 2", f"pkg.mod.f\n\n{long} 3"]
+    assert list(docstrings("x.py", "def broken(:\n")) == []
+    assert list(docstrings("x.py", 'def f():\n    """short"""\n')) == []
+
+
+def test_topics_of_the_language_reference():
+    text = "The assert statement. " * 20
+    assert list(docstrings("pydoc_data/topics.py", f"topics = {{'assert': {text!r}}}")) == [text]
+
+
+def test_a_module_is_held_out_whole():
+    names = [name for name, _ in source_files()]
+    assert not [name for name in names if "/test/" in f"/{name}" or "site-packages" in name]
+    sides: dict[str, set[bool]] = {}
+    for name in names:
+        sides.setdefault(name.split("/")[0].removesuffix(".py"), set()).add(is_heldout(name))
+    assert all(len(side) == 1 for side in sides.values())
+    share = sum(True in side for side in sides.values()) / len(sides)
+    assert 0.05 < share < 0.25
+
+
+def test_no_held_out_module_is_in_the_training_text(tmp_path):
+    write_texts(tmp_path)
+    names = {}
+    for kind in ("raw", "curated", "heldout"):
+        lines = (tmp_path / f"{kind}.jsonl").read_text().splitlines()
+        names[kind] = {json.loads(line)["name"] for line in lines}
+    assert names["heldout"] and all(is_heldout(name) for name in names["heldout"])
+    assert not [name for name in names["raw"] | names["curated"] if is_heldout(name)]
+    assert "pydoc_data/topics.py" not in names["raw"]  # it is the curated text, word for word
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("demo/runs-1/a.b_c", "demo/runs-1/a.b_c"),
+        ("a b,c=d", '"a b,c=d"'),
+        ('say "x"\\', '"say \\"x\\"\\\\"'),
+    ],
+)
+def test_quoted_is_read_back_by_hydra(path, expected):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert quoted(path) == expected
+    assert OverridesParser.create().parse_override(f"out={quoted(path)}").value() == path
+
+
+@pytest.mark.slow
+def test_the_whole_demo_runs_from_another_folder(tmp_path):
+    words = ['out="a b,c=d"', "base_tokens=16384", "target_tokens=8192", "seeds=2"]
+    more = ['train=["logger=csv"]', "vocab_size=512"]
+    command = [sys.executable, "-m", "slm.demo", *words, *more]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    out = tmp_path / "a b,c=d"
+    with open(out / "results.csv", newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [
+        "base, before",
+        "reference model itself",
+        "all tokens",
+        "random 0.6",
+        "excess 0.6",
+        "all tokens, curated text mixed in",
+    ]
+    assert [row["num_seeds"] for row in rows.values()] == ["1", "1", "2", "2", "2", "2"]
+    assert all(3 < float(row["loss_mean"]) < 7 for row in rows.values())
+    runs = sorted(path.name for path in (out / "runs" / "excess").iterdir() if path.is_dir())
+    assert runs == ["seed=0", "seed=1"]
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "selected.html").read_text()
+    share = page.count('<span class="s"') / page.count("<span")
+    assert 0.55 < share < 0.62  # the headings have a span of their own

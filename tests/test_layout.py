@@ -1,0 +1,81 @@
+"""What must stay as it is laid out: names, imports, one test file a module."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels" / "slm_kernels"
+# What a kernel may import: triton on first use only, so it is not there after `import slm_kernels`.
+KERNEL_IMPORTS = {"torch", "triton", "slm_kernels"}
+UNTESTED = {"errors"}  # two empty exception classes
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The first names of all imports of a file, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            yield node.module.split(".")[0]
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_is_no_package():
+    # The name belongs to a Hugging Face package that transformers imports; a folder without
+    # __init__.py gives way to it, one with __init__.py breaks `import transformers`.
+    assert KERNELS.is_dir()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_imports_next_to_the_kernels_folder():
+    # `python -c` puts the working directory, the root here, first on the path.
+    assert "Llama" in python("from transformers import LlamaForCausalLM; print(LlamaForCausalLM)")
+
+
+def test_slm_kernels_loads_nothing_but_torch_and_the_standard_library():
+    code = (
+        "import sys, torch\nbefore = set(sys.modules)\nimport slm_kernels\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    allowed = set(sys.stdlib_module_names) | {"slm_kernels", "torch"}
+    assert set(python(code).split()) - allowed == set()
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_kernel_imports_nothing_else_later(path):
+    assert set(imported(path)) - KERNEL_IMPORTS - set(sys.stdlib_module_names) == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "slm").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_trainer_never_imports_experiments_or_tests(path):
+    assert not {"experiments", "tests", "conftest"} & set(imported(path))
+
+
+def test_no_module_hides_one_of_the_standard_library():
+    names = {path.stem for path in (ROOT / "slm").glob("*.py") if path.stem != "__init__"}
+    assert names & set(sys.stdlib_module_names) == set()
+
+
+def test_every_module_has_its_test_file():
+    modules = {path.stem for path in (ROOT / "slm").glob("*.py") if path.stem != "__init__"}
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert modules - tested == UNTESTED
+    assert tested - modules <= {"layout", "conf", "pipeline"}
+
+
+def test_nothing_names_a_folder_of_one_machine():
+    private = ("/" + "home/", "/" + "root/", "/" + "work/", "/" + "Users/")
+    files = [path for folder in ("slm", "conf", "kernels") for path in (ROOT / folder).rglob("*.*")]
+    texts = {path: path.read_text() for path in files if path.suffix in (".py", ".yaml", ".md")}
+    assert [path for path, text in texts.items() if any(name in text for name in private)] == []

@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from slm.lineage import lineage, model_card
+
+
+def fake_datamodule() -> Any:
+    corpus = SimpleNamespace(folder=Path("/somewhere/else/math"), fingerprint="c" * 64)
+    references = SimpleNamespace(fingerprint="f" * 64, manifest={"model_sha256": "e" * 64})
+    return SimpleNamespace(corpus=corpus, references=references)
+
+
+def test_lineage_and_card(tmp_path: Path) -> None:
+    selection = {"_target_": "slm.selection.Excess", "select_ratio": 0.6, "scope": "batch"}
+    (tmp_path / "base").mkdir()
+    record = lineage(
+        datamodule=fake_datamodule(),
+        selection=selection,
+        seed=7,
+        init_from=str(tmp_path / "base"),
+        init_from_sha256="a" * 64,
+        tokens_seen=2_000_000,
+        tokens_selected=1_200_000,
+        device=torch.device("cpu"),
+    )
+    assert json.loads(json.dumps(record)) == record
+    assert str(tmp_path) not in json.dumps(record) and "/somewhere" not in json.dumps(record)
+    assert record["reference_model_sha256"] == "e" * 64 and record["init_from"] == "base"
+    assert record["packages"]["torch"] == torch.__version__
+    card = model_card(record, {"heldout/math/loss": 2.34567, "heldout/math/bits_per_byte": 0.9})
+    header, body = card.split("---\n")[1:3]
+    assert header.splitlines() == [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- selective-language-modeling",
+        "- rho-1",
+    ]
+    for text in (
+        "| base model | base |",
+        "| selection rule | Excess, select_ratio (k) = 0.6 |",
+        "| tokens seen | 2,000,000 |",
+        "| tokens selected | 1,200,000 (60.0%) |",
+        "| heldout/math/loss | 2.3457 |",
+        "Corpus `math`",
+        "AutoModelForCausalLM.from_pretrained",
+    ):
+        assert text in body
+
+
+def test_card_of_a_hub_model_and_of_new_weights() -> None:
+    shared: dict[str, Any] = {
+        "datamodule": SimpleNamespace(corpus=fake_datamodule().corpus, references=None),
+        "selection": {"_target_": "slm.selection.All"},
+        "seed": 0,
+        "init_from_sha256": None,
+        "tokens_seen": 10,
+        "tokens_selected": 10,
+        "device": torch.device("cpu"),
+    }
+    card = model_card(lineage(init_from="org/name", **shared), {})
+    assert 'base_model: "org/name"' in card and "None were measured." in card
+    card = model_card(lineage(init_from=None, **shared), {})
+    assert "base_model" not in card and "| base model | none (new weights) |" in card
+    assert "select_ratio (k) = 1.0" in card and "| reference model | none |" in card

@@ -1,0 +1,564 @@
+"""The loss inside `SelectiveLM` is the model's own, or the model is refused; saved folders."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import slm.model as model_module
+from slm.data import IGNORE_INDEX, Batch
+from slm.errors import UserError
+from slm.model import (
+    SelectiveLM,
+    build_lm,
+    check_head,
+    check_model,
+    load_model,
+    model_sha256,
+    new_model,
+    save_model,
+)
+from slm.module import clip
+from slm.tokenizer import train_tokenizer
+
+VOCAB, LENGTH = 61, 12
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+LLAMA = SIZES | {"model_type": "llama", "num_key_value_heads": 2}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama tied": LLAMA | {"tie_word_embeddings": True},
+    "qwen2": LLAMA | {"model_type": "qwen2"},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 8},
+    "gemma2": LLAMA | {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.5},
+    "cohere": LLAMA | {"model_type": "cohere", "logit_scale": 0.25},
+    "granite": LLAMA | {"model_type": "granite", "logits_scaling": 4.0},
+    "mistral": LLAMA | {"model_type": "mistral", "sliding_window": 4},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "gpt_neox": SIZES | {"model_type": "gpt_neox"},
+    "phi": LLAMA | {"model_type": "phi"},  # its head has a bias
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 16,
+        "word_embed_proj_dim": 8,
+        "ffn_dim": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "dropout": 0.0,
+    },
+    "mamba": {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    # Stock classes whose logits are something else: times, not over, logits_scaling; a layer more.
+    "hyperclovax": LLAMA | {"model_type": "hyperclovax", "logits_scaling": 4.0},
+    "modernbert": SIZES
+    | {"model_type": "modernbert-decoder", "cls_token_id": 1, "sep_token_id": 1},
+}
+REFUSED = ("hyperclovax", "modernbert")
+RECURRENT_OR_BLIND = ("opt", "mamba")  # they ignore position_ids where documents restart
+TRAINABLE = [name for name in ARCHITECTURES if name not in REFUSED]
+APART = [name for name in TRAINABLE if name not in RECURRENT_OR_BLIND]
+
+
+def make_lm(name: str, seed: int = 0, **fields: Any) -> SelectiveLM:
+    """A model with weights larger than at initialisation, and no bias that is zero."""
+    torch.manual_seed(seed)
+    model = new_model(ARCHITECTURES[name] | fields, VOCAB, None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    return SelectiveLM(model).train()
+
+
+def make_batch(seed: int = 0, documents: bool = False) -> Batch:
+    """Two windows, one target ignored; with `documents`, new ones begin at positions 5 and 9."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCAB, (2, LENGTH + 1), generator=generator)
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:].clone()}
+    batch["targets"][1, 3] = IGNORE_INDEX
+    if documents:
+        positions = [*range(5), *range(4), *range(LENGTH - 9)]
+        batch["position_ids"] = torch.tensor([positions, positions])
+        batch["targets"][:, [4, 8]] = IGNORE_INDEX
+    return batch
+
+
+def own_losses(model: PreTrainedModel, batch: Batch) -> Tensor:  # (B, T)
+    """Cross-entropy of the logits that the model itself gives."""
+    positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+    logits = model(batch["input_ids"], use_cache=False, **positions).logits
+    flat = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+    return flat.view(batch["targets"].shape)
+
+
+def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
+
+
+def no_reference(batch: Batch) -> Tensor:
+    return torch.zeros(batch["targets"].shape)
+
+
+# ---- the loss -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_loss_and_gradients_are_those_of_the_models_own_logits(name):
+    lm, batch = make_lm(name), make_batch()
+    expected = own_losses(lm.model, batch)
+    torch.testing.assert_close(lm(batch).loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    (expected.sum() / (batch["targets"] != IGNORE_INDEX).sum()).backward()
+    own = gradients(lm)
+    output = lm(batch, no_reference(batch))
+    torch.testing.assert_close(output.token_loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    output.loss.backward()
+    ours = gradients(lm)
+    assert ours.keys() == own.keys()
+    for key in own:
+        torch.testing.assert_close(ours[key], own[key], rtol=1e-4, atol=1e-6)
+    check_model(lm, batch)
+
+
+def test_loss_over_all_tokens_is_the_one_that_transformers_trains_on():
+    lm = make_lm("llama")
+    ids = torch.randint(2, VOCAB, (2, LENGTH + 1))
+    own = lm.model(ids, labels=ids).loss  # shifts by itself
+    own.backward()
+    expected = gradients(lm)
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+    loss = lm(batch, no_reference(batch)).loss
+    loss.backward()
+    torch.testing.assert_close(loss, own)
+    for key, gradient in gradients(lm).items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
+
+
+def test_selection_scores_every_target_and_trains_on_the_selected_alone():
+    lm, batch = make_lm("llama"), make_batch()
+    losses = own_losses(lm.model, batch)
+    reference = 4 * torch.rand(batch["targets"].shape)
+    output = lm(batch, reference, select_ratio=0.4, scope="sequence", denominator=7.0)
+    torch.testing.assert_close(output.token_loss, losses.detach(), rtol=1e-5, atol=1e-5)
+    assert output.selected.sum(1).tolist() == [5, 4]  # of 12 and 11
+    for row, excess in enumerate((losses - reference).detach()):
+        live = batch["targets"][row] != IGNORE_INDEX
+        kept, left = excess[output.selected[row]], excess[live & ~output.selected[row]]
+        assert kept.min() > left.max()
+    output.loss.backward()
+    ours = gradients(lm)
+    (losses[output.selected].sum() / 7.0).backward()
+    for key, gradient in gradients(lm).items():
+        torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_unselected_tokens_stay_in_the_context():
+    lm, batch = make_lm("llama"), make_batch()
+    reference = torch.full(batch["targets"].shape, torch.nan)
+    reference[:, -1] = 0.0  # only the last target of each window is trained on
+    output = lm(batch, reference)
+    torch.testing.assert_close(output.token_loss, lm(batch).loss)
+    output.loss.backward()
+    embedding: Any = lm.model.get_input_embeddings()
+    seen = embedding.weight.grad.abs().sum(1)[batch["input_ids"].unique()]
+    assert (seen > 0).all()
+
+
+def test_scoring_makes_no_graph():
+    lm, batch = make_lm("llama"), make_batch()
+    assert not lm(batch).loss.requires_grad
+
+
+def test_autocast_selects_by_float32_scores_of_its_own_operands():
+    lm, batch = make_lm("llama"), make_batch()
+    reference = torch.full(batch["targets"].shape, 4.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = lm(batch, reference, select_ratio=0.5)
+        hidden = lm.hidden(batch)
+    weight = lm.head_arguments()["weight"]
+    logits = hidden.bfloat16().float() @ weight.bfloat16().float().T
+    exact = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+    assert output.token_loss.dtype == torch.float32
+    torch.testing.assert_close(output.token_loss.flatten(), exact, rtol=1e-6, atol=1e-6)
+    rounded = output.token_loss.bfloat16().float()
+    assert (rounded != output.token_loss).float().mean() > 0.9
+
+
+# ---- documents ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", APART)
+def test_position_ids_keep_documents_apart(name):
+    lm, batch = make_lm(name).eval(), make_batch(documents=True)
+    before = lm(batch).loss
+    changed = batch | {"input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][:, 2] = (changed["input_ids"][:, 2] + 1) % VOCAB
+    after = lm(changed).loss
+    assert torch.equal(before[:, 5:], after[:, 5:])
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert (before[:, 2:4] != after[:, 2:4]).any()
+    check_model(lm, batch)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_loss_of_a_document_is_its_loss_alone(name):
+    lm, batch = make_lm(name).eval(), make_batch(documents=True)
+    together = lm(batch).loss
+    for begin, end in ((0, 5), (5, 9), (9, LENGTH)):
+        alone = {key: batch[key][:, begin:end] for key in ("input_ids", "targets")}
+        torch.testing.assert_close(lm(alone).loss, together[:, begin:end], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECURRENT_OR_BLIND)
+def test_a_model_that_mixes_documents_is_refused_where_they_are_apart(name):
+    lm = make_lm(name)
+    check_model(lm, make_batch())
+    with pytest.raises(UserError, match=f"{type(lm.model).__name__} does not keep documents apart"):
+        check_model(lm, make_batch(documents=True))
+
+
+# ---- refusal --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_stock_model_with_other_logits_is_refused_by_name(name):
+    lm = make_lm(name)
+    with pytest.raises(UserError, match=f"{type(lm.model).__name__}: its logits are not its head"):
+        check_head(lm, make_batch())
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda z: 1.01 * z,
+        lambda z: z + 0.01 * torch.arange(VOCAB),
+        lambda z: 30 * torch.tanh(z / 30),
+        lambda z: z.clamp(max=40),
+        lambda z: z * torch.nan,
+    ],
+    ids=["scale", "bias", "softcap", "clamp", "nan"],
+)
+def test_altered_logits_are_refused_even_where_they_are_small(alter, monkeypatch):
+    lm = SelectiveLM(new_model(LLAMA, VOCAB, None))  # as new: no logit reaches 1
+    forward = lm.model.forward
+
+    def altered(*arguments: Any, **named: Any) -> Any:
+        output = forward(*arguments, **named)
+        output.logits = alter(output.logits)
+        return output
+
+    check_head(lm, make_batch())
+    monkeypatch.setattr(lm.model, "forward", altered)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM: its logits .* softcap or scale under"):
+        check_head(lm, make_batch())
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "fields"),
+    [
+        ("gemma2", "SOFTCAP_FIELDS", {"final_logit_softcapping": 30.0}),
+        ("cohere", "SCALE_FIELDS", {}),
+        ("granite", "DIVISOR_FIELDS", {}),
+    ],
+)
+def test_field_under_another_name_is_refused(name, known, fields, monkeypatch):
+    monkeypatch.setattr(model_module, known, ("a_name_of_tomorrow",))
+    with pytest.raises(UserError, match="head understood|understood: Head"):
+        check_head(make_lm(name, **fields), make_batch())
+
+
+def test_check_puts_the_mode_back_and_leaves_no_hook():
+    for training in (True, False):
+        lm = make_lm("llama").train(training)
+        before = lm.model(make_batch()["input_ids"]).logits
+        check_model(lm, make_batch(documents=True))
+        assert lm.training is training and lm.model.training is training
+        assert torch.equal(before, lm.model(make_batch()["input_ids"]).logits)
+        assert all(p.grad is None for p in lm.parameters())
+
+
+def test_windows_longer_than_the_model_are_refused():
+    lm = make_lm("llama", max_position_embeddings=LENGTH - 1)
+    with pytest.raises(UserError, match="seq_len is 12, .*max_position_embeddings is 11"):
+        check_model(lm, make_batch())
+
+
+# ---- building -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build(tokenizer):
+    def make(
+        init_from: Path | None = None, fields: dict[str, Any] | None = None, **options: Any
+    ) -> SelectiveLM:
+        defaults = {
+            "attn_implementation": "sdpa",
+            "activation_checkpointing": False,
+            "compile": False,
+        } | options
+        folder = None if init_from is None else str(init_from)
+        torch.manual_seed(0)
+        return build_lm(tokenizer, 300, folder, LLAMA | (fields or {}), **defaults)
+
+    return make
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer, build) -> Path:
+    save_model(tmp_path / "model", build().model, tokenizer, "a card", {"seed": 0})
+    return tmp_path / "model"
+
+
+def test_new_model_is_float32_and_knows_the_special_ids(build, tokenizer):
+    lm = build(fields={"dtype": "bfloat16"})
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+    for config in (lm.model.config, lm.model.generation_config):
+        assert config.eos_token_id == config.pad_token_id == tokenizer.eos_token_id
+        assert config.bos_token_id == tokenizer.bos_token_id
+    assert lm.model.config.vocab_size == 300
+
+
+def test_vocabulary_smaller_than_the_tokenizers_is_refused_and_a_padded_one_is_not(build):
+    with pytest.raises(UserError, match="vocab_size is 299, the tokenizer has 300 tokens"):
+        build(fields={"vocab_size": 299})
+    assert build(fields={"vocab_size": 304}).head_arguments()["weight"].shape[0] == 304
+
+
+def test_a_typing_error_in_the_architecture_is_refused(build):
+    with pytest.raises(UserError, match="hiden_size is no field of LlamaConfig.*hidden_size"):
+        build(fields={"hiden_size": 8})
+    with pytest.raises(UserError, match="model_type is 'lama'"):
+        build(fields={"model_type": "lama"})
+    with pytest.raises(UserError, match="makes no causal LM: .*'hidden_size' expected int"):
+        build(fields={"hidden_size": "16"})
+    build(fields={"rope_theta": 5000.0})
+
+
+def test_attention_that_the_class_lacks_is_refused_and_null_takes_what_it_has(build):
+    with pytest.raises(UserError, match="^model.architecture makes no .* Gemma2ForCausalLM "):
+        build(fields=ARCHITECTURES["gemma2"], attn_implementation="sdpa")
+    lm = build(fields=ARCHITECTURES["gemma2"], attn_implementation=None)
+    assert lm.model.config._attn_implementation == "eager"
+    lm = build(attn_implementation=None)
+    assert lm.model.config._attn_implementation == "sdpa"
+
+
+def test_loaded_model_trains_from_the_same_weights(saved, build):
+    lm = build(saved)
+    assert lm.training and lm.model.training  # from_pretrained leaves evaluation mode
+    for name, parameter in build().named_parameters():
+        assert torch.equal(parameter, lm.get_parameter(name))
+
+
+def test_bfloat16_folder_is_loaded_as_float32(saved, build):
+    load_model(saved).bfloat16().save_pretrained(saved)
+    assert {p.dtype for p in build(saved).parameters()} == {torch.float32}
+
+
+def test_folder_with_another_tokenizer_is_refused(saved, build):
+    train_tokenizer(["other text, other tokens " * 9], 270).save_pretrained(saved)
+    with pytest.raises(UserError, match=f"init_from {saved} has tokenizer .*, the corpus has"):
+        build(saved)
+
+
+def test_missing_weights_are_refused(saved):
+    weights = load_file(saved / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    message = f"{saved} lacks 1 weights of LlamaForCausalLM, e.g. model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(UserError, match=message):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("damage", ["absent", "garbage", "truncated", "no config"])
+def test_damaged_folder_is_one_sentence(saved, damage):
+    weights = saved / "model.safetensors"
+    if damage == "absent":
+        shutil.rmtree(saved)
+    elif damage == "no config":
+        (saved / "config.json").unlink()
+    else:
+        weights.write_bytes(b"no" * 99 if damage == "garbage" else weights.read_bytes()[:-64])
+    with pytest.raises(UserError, match=f"^no causal LM at {saved}: [^\n]+$"):
+        load_model(saved)
+
+
+def test_activation_checkpointing_computes_twice_and_gets_the_same(saved, build):
+    results = []
+    for checkpointing in (False, True):
+        lm, batch = build(saved, activation_checkpointing=checkpointing), make_batch()
+        calls = []
+        attention: Any = lm.get_submodule("model.model.layers.0.self_attn")
+        attention.register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        loss = lm(batch, no_reference(batch)).loss
+        loss.backward()
+        results.append((loss.detach(), gradients(lm)))
+        assert len(calls) == 1 + checkpointing
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        assert torch.equal(gradient, results[1][1][name])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiled_backbone_gets_the_same(build, documents):
+    results = []
+    for compiled in (False, True):
+        lm, batch = build(compile=compiled), make_batch(documents=documents)
+        output = lm(batch, no_reference(batch), select_ratio=0.5)
+        output.loss.backward()
+        results.append((lm.state_dict().keys(), output.token_loss, gradients(lm)))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-5)
+    for name, gradient in results[0][2].items():
+        torch.testing.assert_close(results[1][2][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+# ---- folders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_folder_gives_the_same_logits_bit_for_bit(tmp_path, tokenizer, build, tied):
+    lm = build(fields={"tie_word_embeddings": tied}).eval()
+    save_model(tmp_path / "m", lm.model, tokenizer, "card", {})
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = make_batch()["input_ids"]
+    assert torch.equal(loaded(ids).logits, lm.model(ids).logits)
+    shared = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert shared is tied
+    assert tied is ("lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors"))
+
+
+def test_saved_folder_is_readable_by_others_and_describes_itself(saved):
+    for path in saved.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644, path.name
+    record = json.loads((saved / "slm.json").read_text())
+    assert record["lineage"] == {"seed": 0}
+    assert record["sha256"].keys() == {p.name for p in saved.iterdir()} - {"slm.json"}
+    assert (saved / "README.md").read_text() == "a card"
+
+
+def crash(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["weights", "tokenizer", "hashes", "sync"])
+def test_a_crash_while_saving_leaves_the_folder_before(saved, tokenizer, build, monkeypatch, where):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    other = build(fields={"rms_norm_eps": 1e-5})
+    target = {
+        "weights": (type(other.model), "save_pretrained"),
+        "tokenizer": (type(tokenizer), "save_pretrained"),
+        "hashes": (model_module, "hash_file"),
+        "sync": (os, "fsync"),
+    }[where]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(*target, crash)
+        save_model(saved, other.model, tokenizer, "b", {})
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    save_model(saved, other.model, tokenizer, "b", {})
+    assert json.loads((saved / "config.json").read_text())["rms_norm_eps"] == 1e-5
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
+def test_identity_survives_saving_again_and_tells_models_apart(saved, tmp_path, tokenizer, build):
+    identity = model_sha256(saved)
+    save_model(tmp_path / "again", load_model(saved), tokenizer, "another card", {"x": 1})
+    assert model_sha256(tmp_path / "again") == identity
+    lm = build()
+    save_model(tmp_path / "same", lm.model, tokenizer, "", {})
+    assert model_sha256(tmp_path / "same") == identity
+    with torch.no_grad():
+        next(lm.parameters())[0, 0] += 1e-3
+    save_model(tmp_path / "weights", lm.model, tokenizer, "", {})
+    save_model(tmp_path / "config", build(fields={"rms_norm_eps": 1e-5}).model, tokenizer, "", {})
+    others = {model_sha256(tmp_path / "weights"), model_sha256(tmp_path / "config")}
+    assert len(others | {identity}) == 3
+
+
+def test_identity_needs_weights(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no \*.safetensors"):
+        model_sha256(saved)
+
+
+# ---- sharded --------------------------------------------------------------------------------
+
+
+def sharded_gradients(folder: str, rank: str, layers_too: str) -> None:
+    """One of two processes: its window's loss, every gradient gathered, against one process."""
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
+    whole = make_batch()
+    plain = make_lm("llama tied")
+    plain(whole, 4 + no_reference(whole), select_ratio=0.5, scope="sequence").loss.backward()
+    expected = gradients(plain)
+    lm = make_lm("llama tied")
+    mesh = init_device_mesh("cpu", (2,))
+    if layers_too == "True":
+        layers: Any = lm.get_submodule("model.model.layers")
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(lm, mesh=mesh)
+    mine = {key: value[int(rank) : int(rank) + 1] for key, value in whole.items()}
+    total = 6 + 6  # round(0.5 * 12) and round(0.5 * 11); the gradients are averaged over 2 ranks
+    reference = 4 + no_reference(mine)
+    lm(mine, reference, select_ratio=0.5, scope="sequence", denominator=total / 2).loss.backward()
+    norm = torch.nn.utils.get_total_norm(expected.values())
+    torch.testing.assert_close(clip(lm, None), norm)
+    for name, parameter in lm.named_parameters():
+        assert isinstance(parameter.grad, DTensor), name
+        torch.testing.assert_close(
+            parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6
+        )
+    assert torch.equal(lm(mine).loss, plain(mine).loss)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers_too", [False, True])
+def test_fully_sharded_module_has_the_gradients_of_one_process(tmp_path, layers_too):
+    command = [sys.executable, __file__, "sharded_gradients", str(tmp_path)]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(layers_too)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=240)
+        assert worker.returncode == 0, errors
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])

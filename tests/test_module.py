@@ -1,0 +1,504 @@
+"""The training step against an independent float64 one: one denominator, exact sums, the stop."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Callback, Trainer
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from slm.data import IGNORE_INDEX, Batch
+from slm.errors import NonFiniteError, UserError
+from slm.model import SelectiveLM, new_model
+from slm.module import SUMS, SelectiveModule, StepResult
+from slm.selection import All, Excess, Random, Selection
+
+VOCAB, LENGTH, STEP_ROWS = 41, 8, 8
+
+
+def make_lm(seed: int = 0) -> SelectiveLM:
+    torch.manual_seed(seed)
+    fields = {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+    }
+    return SelectiveLM(new_model(fields, VOCAB, None)).train()
+
+
+def make_rows(num_rows: int = STEP_ROWS, seed: int = 0) -> Batch:
+    """Windows of very different numbers of targets, 8 in the first, then fewer, as documents do."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (num_rows, LENGTH + 1), generator=generator)
+    targets = ids[:, 1:].clone()
+    starts = torch.zeros(num_rows, LENGTH, dtype=torch.bool)
+    for row in range(num_rows):
+        starts[row, 1 : 1 + row % LENGTH] = True  # that many documents of one token
+    index = torch.arange(LENGTH)
+    latest = torch.where(starts, index, 0).cummax(1).values
+    targets[:, :-1] = targets[:, :-1].masked_fill(starts[:, 1:], IGNORE_INDEX)
+    reference = -4 * torch.rand(targets.shape, generator=generator)
+    return {
+        "input_ids": ids[:, :-1],
+        "targets": targets,
+        "position_ids": index - latest,
+        "reference_logprob": reference.masked_fill(targets == IGNORE_INDEX, torch.nan),
+        "window": torch.arange(num_rows) + 100,
+        "epoch": torch.zeros(num_rows, dtype=torch.int64),
+    }
+
+
+def micro_batches(rows: Batch, accumulate: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    """The micro-batches of one optimizer step on one rank, as the data module makes them."""
+    size = len(rows["window"]) // (accumulate * world_size)
+    parts = {key: value.split(size)[rank::world_size] for key, value in rows.items()}
+    valid = torch.stack([(part != IGNORE_INDEX).sum(1) for part in parts["targets"]])
+    return [
+        {key: part[index] for key, part in parts.items()} | {"step_valid": valid}
+        for index in range(accumulate)
+    ]
+
+
+class Stream:
+    """An endless run over the steps' micro-batches."""
+
+    def __init__(self, steps: list[list[Batch]]):
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            for step in self.steps:
+                yield from step
+
+
+class Record(Callback):
+    """The result of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.results: list[StepResult] = []
+        self.selected: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.results.append(pl_module.step_result())
+            self.selected.append(pl_module.tokens_selected.item())
+
+
+def sgd(lm: SelectiveLM) -> Optimizer:
+    """Rate 1: the weights move by the gradient itself."""
+    return SGD(lm.parameters(), lr=1.0)
+
+
+def constant(optimizer: Optimizer, num_steps: int) -> LRScheduler:
+    return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def fit(
+    lm: SelectiveLM,
+    selection: Selection,
+    steps: list[list[Batch]],
+    gradient_clip: float | None = None,
+    optimizer: Callable[[SelectiveLM], Optimizer] = sgd,
+    **trainer: Any,
+) -> tuple[SelectiveModule, Record]:
+    module = SelectiveModule(lm, selection, optimizer, constant, gradient_clip)
+    record = Record()
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "precision": "64-true",
+        "max_steps": len(steps),
+        "accumulate_grad_batches": len(steps[0]),
+    } | trainer
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    Trainer(callbacks=[record], max_epochs=-1, **dict.fromkeys(quiet, False), **options).fit(
+        module, Stream(steps)
+    )
+    return module, record
+
+
+# ---- the independent computation ------------------------------------------------------------
+
+
+def own_losses(model: Any, batch: Batch) -> Tensor:  # (B, T)
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    flat = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+    return flat.view(batch["targets"].shape)
+
+
+def top(scores: list[tuple[float, int, int]], ratio: float) -> list[tuple[int, int]]:
+    keep = max(1, math.floor(ratio * len(scores) + 0.5)) if scores else 0
+    return [(row, column) for _, row, column in sorted(scores, key=lambda s: -s[0])[:keep]]
+
+
+def by_hand(excess: Tensor, live: Tensor, ratio: float, scope: str) -> Tensor:  # (B, T) bool
+    scores = [(excess[r, c].item(), r, c) for r, c in live.nonzero().tolist()]
+    rows = range(len(live)) if scope == "sequence" else [None]
+    groups = [[s for s in scores if row is None or s[1] == row] for row in rows]
+    selected = torch.zeros_like(live)
+    for place in (place for group in groups for place in top(group, ratio)):
+        selected[place] = True
+    return selected
+
+
+def expected_step(
+    lm: SelectiveLM, step: list[Batch], ratio: float, scope: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradients and sums: all selected losses of the step in one float64 graph, divided once."""
+    model = copy.deepcopy(lm.model).double()
+    sums: dict[str, Any] = dict.fromkeys(SUMS, 0.0)
+    for batch in step:
+        losses, live = own_losses(model, batch), batch["targets"] != IGNORE_INDEX
+        reference = -batch["reference_logprob"].double()
+        selected = by_hand(losses.detach() - reference, live, ratio, scope)
+        sums["loss_selected"] += losses[selected].sum()
+        sums["loss_valid"] += losses[live].sum().item()
+        sums["num_selected"] += selected.sum().item()
+        sums["num_valid"] += live.sum().item()
+        sums["reference_loss"] += reference[live].sum().item()
+        sums["reference_loss_selected"] += reference[selected].sum().item()
+        sums["num_scored"] += live.sum().item()
+    (sums["loss_selected"] / sums["num_selected"]).backward()
+    sums["loss_selected"] = sums["loss_selected"].item()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sums
+
+
+def moved(before: SelectiveLM, after: SelectiveLM) -> dict[str, Tensor]:
+    """The gradient that a step of rate 1 followed."""
+    old, new = weights_of(before.model), weights_of(after.model)
+    return {name: old[name].double() - new[name] for name in new}
+
+
+def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=rtol)
+
+
+# ---- the step -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize(("ratio", "scope"), [(0.4, "sequence"), (0.4, "batch"), (1.0, "batch")])
+def test_step_is_one_division_by_the_number_of_selected_tokens(accumulate, ratio, scope):
+    lm, step = make_lm(), micro_batches(make_rows(), accumulate)
+    expected, sums = expected_step(lm, step, ratio, scope)
+    module, record = fit(copy.deepcopy(lm), Excess(ratio, scope), [step])
+    assert_gradients(moved(lm, module.lm), expected, 1e-9)
+    assert record.results[0].sums == pytest.approx(sums, rel=1e-12)
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+    assert record.results[0].grad_norm == pytest.approx(norm, rel=1e-9)
+    assert record.selected == [sums["num_selected"]]
+
+
+def test_step_by_sequences_does_not_depend_on_the_split():
+    weights = []
+    for accumulate in (1, 2, 4, 8):
+        module, _ = fit(
+            make_lm(), Excess(0.4, "sequence"), [micro_batches(make_rows(), accumulate)]
+        )
+        weights.append(torch.nn.utils.parameters_to_vector(module.lm.parameters()))
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=1e-12, atol=1e-12)
+
+
+def test_all_and_random_take_the_same_step_as_their_masks_by_hand():
+    lm, step = make_lm(), micro_batches(make_rows(), 2)
+    expected, sums = expected_step(lm, step, 1.0, "batch")
+    module, record = fit(copy.deepcopy(lm), All(), [step])
+    assert_gradients(moved(lm, module.lm), expected, 1e-9)
+    assert record.results[0].sums == pytest.approx(sums, rel=1e-12)
+    rule = Random(0.5, seed=3)
+    module, record = fit(copy.deepcopy(lm), rule, [step])
+    model = copy.deepcopy(lm.model).double()
+    losses = torch.cat(
+        [own_losses(model, b)[~rule.criterion(b).reference_loss.isnan()] for b in step]
+    )
+    losses.mean().backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_gradients(moved(lm, module.lm), expected, 1e-9)
+    assert record.selected == [len(losses)]
+
+
+def test_without_references_nothing_is_counted_as_scored():
+    rows = make_rows()
+    del rows["reference_logprob"]
+    _, record = fit(make_lm(), All(), [micro_batches(rows, 2)])
+    sums = record.results[0].sums
+    assert sums["num_scored"] == sums["reference_loss"] == sums["reference_loss_selected"] == 0
+    assert sums["loss_selected"] == sums["loss_valid"] > 0
+
+
+def test_selection_follows_the_model_and_counts_add_up():
+    lm, steps = make_lm(), [micro_batches(make_rows(seed=seed), 2) for seed in range(3)]
+    follower = copy.deepcopy(lm).double()
+    total, expected = 0.0, []
+    for step in steps:  # selects by the weights of the moment
+        gradients, sums = expected_step(follower, step, 0.4, "batch")
+        with torch.no_grad():
+            for name, parameter in follower.model.named_parameters():
+                parameter -= gradients[name]
+        total += sums["num_selected"]
+        expected.append((sums, total))
+    module, record = fit(lm, Excess(0.4), steps)
+    for result, selected, (sums, so_far) in zip(
+        record.results, record.selected, expected, strict=True
+    ):
+        assert result.sums == pytest.approx(sums, rel=1e-9)
+        assert selected == so_far
+    for name, parameter in module.lm.named_parameters():
+        torch.testing.assert_close(parameter, follower.get_parameter(name), rtol=1e-8, atol=1e-8)
+
+
+def test_model_that_is_its_own_reference_selects_k_of_the_ties():
+    lm, rows = make_lm().double(), make_rows()
+    rows["reference_logprob"] = -lm(rows).loss.masked_fill(
+        rows["targets"] == IGNORE_INDEX, torch.nan
+    )
+    module, record = fit(lm, Excess(0.4), [micro_batches(rows, 1)])
+    num_valid = int((rows["targets"] != IGNORE_INDEX).sum())
+    assert record.results[0].sums["num_selected"] == math.floor(0.4 * num_valid + 0.5)
+    assert record.results[0].threshold == pytest.approx(0, abs=1e-12)
+
+
+def test_backbone_runs_once_for_each_micro_batch():
+    lm, calls = make_lm(), []
+    lm.model.base_model.register_forward_hook(lambda *_: calls.append(0))
+    fit(lm, Excess(0.4), [micro_batches(make_rows(), 4)])
+    assert len(calls) == 4
+
+
+def test_step_without_any_target_leaves_the_weights():
+    rows = make_rows()
+    rows["targets"] = torch.full_like(rows["targets"], IGNORE_INDEX)
+    lm = make_lm()
+    for rule in (All(), Excess(0.4), Excess(0.4, "sequence"), Random(0.4, seed=0)):
+        module, record = fit(copy.deepcopy(lm), rule, [micro_batches(rows, 2)])
+        assert all((gradient == 0).all() for gradient in moved(lm, module.lm).values())
+        assert record.results[0].sums["num_selected"] == 0
+        assert record.results[0].threshold is None
+
+
+# ---- thresholds -----------------------------------------------------------------------------
+
+
+def test_threshold_is_the_lowest_selected_excess_of_the_last_micro_batch():
+    lm, step = make_lm(), micro_batches(make_rows(), 2)
+    losses = own_losses(copy.deepcopy(lm.model).double(), step[-1]).detach()
+    excess = losses + step[-1]["reference_logprob"]
+    live = step[-1]["targets"] != IGNORE_INDEX
+    _, record = fit(copy.deepcopy(lm), Excess(0.4), [step])
+    lowest = excess[by_hand(excess, live, 0.4, "batch")].min().item()
+    assert record.results[0].threshold == pytest.approx(lowest, rel=1e-9)
+    _, record = fit(copy.deepcopy(lm), Excess(0.4, "sequence"), [step])
+    selected = by_hand(excess, live, 0.4, "sequence")
+    rows = [row[mask].min().item() for row, mask in zip(excess, selected, strict=True)]
+    assert record.results[0].threshold == pytest.approx(np.mean(rows), rel=1e-9)
+
+
+def test_windows_without_targets_have_no_part_in_the_mean_threshold():
+    rows = make_rows()
+    whole = fit(make_lm(), Excess(0.4, "sequence"), [micro_batches(rows, 1)])[1].results[0]
+    empty = {key: value[:1].clone() for key, value in rows.items()}
+    empty["targets"][:] = IGNORE_INDEX
+    more = {key: torch.cat([value, empty[key]]) for key, value in rows.items()}
+    result = fit(make_lm(), Excess(0.4, "sequence"), [micro_batches(more, 1)])[1].results[0]
+    assert result.threshold == pytest.approx(whole.threshold, rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", [All(), Random(0.4, seed=0), Random(0.4, 0, "sequence")])
+def test_rules_that_keep_all_their_candidates_have_no_threshold(rule):
+    _, record = fit(make_lm(), rule, [micro_batches(make_rows(), 2)])
+    assert record.results[0].threshold is None
+
+
+# ---- the stop -------------------------------------------------------------------------------
+
+
+def break_a_loss(lm: SelectiveLM, place: tuple[int, ...]) -> None:
+    """The loss of one token becomes NaN; the gradient knows nothing of it."""
+
+    def replace(module: Any, inputs: Any, output: Any) -> Any:
+        losses = output.token_loss.clone()
+        losses[place] = math.nan
+        return output._replace(token_loss=losses)
+
+    lm.register_forward_hook(replace)
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rule", [All(), Excess(0.1), Random(0.1, seed=0)])
+def test_broken_weights_stop_before_the_update(value, rule):
+    lm = make_lm()
+    with torch.no_grad():
+        # One token of the vocabulary that is never an input: its logit alone is broken.
+        lm.head_arguments()["weight"][VOCAB - 1, 0] = value
+    rows = make_rows()
+    rows["input_ids"] = rows["input_ids"].clamp(max=VOCAB - 2)
+    before = weights_of(lm)
+    with pytest.raises(NonFiniteError, match=r"step 0: .*\(windows of this rank: \[100, .*107"):
+        fit(lm, rule, [micro_batches(rows, 2)], precision="32-true")
+    for name, parameter in lm.named_parameters():
+        assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0))
+
+
+def test_an_unselected_broken_loss_stops_too():
+    """Random never looks at the loss, so a broken token is mostly not among the selected."""
+    lm, rows = make_lm(), make_rows()
+    rule = Random(0.1, seed=0)
+    step = micro_batches(rows, 1)
+    left = rule.criterion(step[0]).reference_loss.isnan() & (rows["targets"] != IGNORE_INDEX)
+    break_a_loss(lm, tuple(left.nonzero()[0].tolist()))
+    before = weights_of(lm)
+    with pytest.raises(NonFiniteError, match="loss sum nan, gradient norm [0-9]"):
+        fit(lm, rule, [step], precision="32-true")
+    assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
+
+
+# ---- clipping -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_clipping_is_torchs(factor):
+    lm, step = make_lm(), micro_batches(make_rows(), 2)
+    expected, _ = expected_step(lm, step, 0.4, "batch")
+    parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in expected.values()]
+    for parameter, gradient in zip(parameters, expected.values(), strict=True):
+        parameter.grad = gradient.clone()
+    norm = torch.nn.utils.get_total_norm(expected.values()).item()
+    torch.nn.utils.clip_grad_norm_(parameters, factor * norm)
+    clipped: Any = {n: p.grad for n, p in zip(expected, parameters, strict=True)}
+    module, record = fit(copy.deepcopy(lm), Excess(0.4), [step], gradient_clip=factor * norm)
+    assert_gradients(moved(lm, module.lm), clipped, 1e-9)
+    assert record.results[0].grad_norm == pytest.approx(norm, rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan])
+def test_clipping_to_nothing_is_refused(value):
+    with pytest.raises(UserError, match=f"gradient_clip is {value}, it must be above 0, or null"):
+        SelectiveModule(make_lm(), All(), sgd, constant, value)
+
+
+def test_lightnings_own_clipping_is_refused():
+    with pytest.raises(UserError, match="trainer.gradient_clip_val is 0.5, .*gradient_clip is 2.0"):
+        step = micro_batches(make_rows(), 1)
+        fit(make_lm(), All(), [step], gradient_clip=2.0, gradient_clip_val=0.5)
+
+
+# ---- precision ------------------------------------------------------------------------------
+
+
+def test_float32_step_agrees_with_float64():
+    lm, step = make_lm(), micro_batches(make_rows(), 2)
+    expected, _ = expected_step(lm, step, 0.4, "sequence")
+    module, _ = fit(copy.deepcopy(lm), Excess(0.4, "sequence"), [step], precision="32-true")
+    assert_gradients(moved(lm, module.lm), expected, 1e-5)
+
+
+def test_bf16_mixed_step_keeps_float32_weights_and_scores():
+    lm, step = make_lm(), micro_batches(make_rows(), 1)
+    outputs: list[Any] = []
+    lm.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    module, record = fit(copy.deepcopy(lm), Excess(0.4), [step], precision="bf16-mixed")
+    output, reference = outputs[0], -step[0]["reference_logprob"]
+    assert output.token_loss.dtype == torch.float32
+    live = step[0]["targets"] != IGNORE_INDEX
+    assert (output.token_loss.bfloat16().float() != output.token_loss)[live].float().mean() > 0.9
+    assert torch.equal(output.selected, by_hand(output.token_loss - reference, live, 0.4, "batch"))
+    assert {p.dtype for p in module.lm.parameters()} == {torch.float32}
+    expected, _ = expected_step(lm, step, 0.4, "batch")
+    norm = torch.nn.utils.get_total_norm(expected.values()).item()
+    assert record.results[0].grad_norm == pytest.approx(norm, rel=0.1)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------
+
+
+def test_count_of_selected_tokens_goes_through_a_checkpoint():
+    module, record = fit(make_lm(), Excess(0.4), [micro_batches(make_rows(), 2)])
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    other = SelectiveModule(make_lm(), Excess(0.4), sgd, constant, None)
+    other.on_load_checkpoint(checkpoint)
+    assert other.tokens_selected.item() == record.selected[0] > 0
+
+
+# ---- two processes --------------------------------------------------------------------------
+
+
+def steps_of_rank(rank: int, ranks: int) -> list[list[Batch]]:
+    return [micro_batches(make_rows(seed=seed), 4 // ranks, rank, ranks) for seed in range(3)]
+
+
+def train_on_two_ranks(folder: str) -> None:
+    """Lightning starts the second process by running the same command again."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    steps = steps_of_rank(rank, 2)
+    module, record = fit(make_lm(), Excess(0.4, "sequence"), steps, 0.5, devices=2, strategy="ddp")
+    results = [result._asdict() for result in record.results]
+    state = {"weights": module.lm.state_dict(), "results": results, "selected": record.selected}
+    torch.save(state, f"{folder}/rank-{rank}.pt")
+
+
+def break_one_of_two_ranks(folder: str) -> None:
+    rank, lm = int(os.environ.get("LOCAL_RANK", "0")), make_lm()
+    if rank == 1:
+        break_a_loss(lm, (0, LENGTH - 1))
+    before = weights_of(lm)
+    with pytest.raises(NonFiniteError):
+        fit(lm, All(), steps_of_rank(rank, 2), devices=2, strategy="ddp")
+    assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
+    Path(folder, f"rank-{rank}.stopped").touch()
+
+
+def run_script(*arguments: str) -> None:
+    command = [sys.executable, "-W", "ignore", __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_get_the_weights_of_one_process(tmp_path):
+    run_script("train_on_two_ranks", str(tmp_path))
+    module, record = fit(make_lm(), Excess(0.4, "sequence"), steps_of_rank(0, 1), 0.5)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"rank-{rank}.pt")
+        for name, value in module.lm.state_dict().items():
+            torch.testing.assert_close(found["weights"][name], value, rtol=1e-9, atol=1e-9)
+        assert found["selected"] == record.selected
+        for theirs, ours in zip(found["results"], record.results, strict=True):
+            assert theirs["sums"] == pytest.approx(ours.sums, rel=1e-9)
+            assert theirs["grad_norm"] == pytest.approx(ours.grad_norm, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_a_broken_loss_on_one_rank_stops_both(tmp_path):
+    run_script("break_one_of_two_ranks", str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"rank-0.stopped", "rank-1.stopped"}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])

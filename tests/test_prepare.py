@@ -1,0 +1,426 @@
+"""Corpora by hand, the same bytes whatever the processes and crashes, exclusion, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from slm.cli import conf_folder
+from slm.errors import UserError
+from slm.packing import side_of
+from slm.prepare import prepare
+from slm.shards import ArrayWriter, Corpus, claim
+from slm.tokenizer import EOS, train_tokenizer
+
+DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def bytes_folder(tmp_path_factory) -> str:
+    """A tokenizer without merges: every byte is a token."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["a"], 257).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path, bytes_folder):
+    """run(out=..., **settings) -> report, with conf/prepare.yaml's defaults and one process."""
+
+    def go(out="out", **settings):
+        config = OmegaConf.load(conf_folder() / "prepare.yaml")
+        own = [str(key) for key in config if key not in ("defaults", "hydra")]
+        config = OmegaConf.masked_copy(cast(DictConfig, config), own)
+        small = {"seq_len": 4, "heldout_ratio": 0, "num_proc": 1, "out": str(tmp_path / out)}
+        if "tokenizer" not in settings:
+            small["tokenizer"] = {"path": bytes_folder}
+        return prepare(OmegaConf.merge(config, small | settings))
+
+    return go
+
+
+def write(path: Path, *documents: str) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return str(path)
+
+
+def stream(corpus: Corpus) -> list[int]:
+    return [t for i in range(len(corpus.shards)) for t in corpus.column("tokens", i).tolist()]
+
+
+def decode(corpus: Corpus, tokens: list[int]) -> list[str]:
+    """The documents in a stream of byte tokens; the last may lack its end."""
+    from slm.tokenizer import load_tokenizer
+
+    text = load_tokenizer(corpus.tokenizer_folder).decode(tokens)
+    assert isinstance(text, str)
+    return text.split(EOS)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+def test_arrays_by_hand(run, tmp_path):
+    first = write(tmp_path / "one.jsonl", "abcdefg", "h")
+    second = write(tmp_path / "two.jsonl", "\u00e9", "ijkl", "mn")
+    report = run(sources=[first, second], shard_tokens=9)
+    corpus = Corpus.open(tmp_path / "out" / "train", check="full")
+    eos, byte = corpus.manifest["eos_id"], {}
+    tokenizer = json.loads((corpus.tokenizer_folder / "tokenizer.json").read_text())
+    byte = {k: v for k, v in tokenizer["model"]["vocab"].items() if len(k) == 1}
+    a_to_g = [byte[c] for c in "abcdefg"]
+    e_acute = [byte["\u00c3"], byte["\u00a9"]]  # 0xc3, 0xa9 in the byte-level alphabet
+    ijkl = [byte[c] for c in "ijkl"]
+    # 21 tokens: shards of 9 and 9 (2 windows of 4, and one more), then 3 that fill no window.
+    assert corpus.column("tokens", 0).tolist() == [*a_to_g, eos, byte["h"]]
+    assert corpus.column("tokens", 1).tolist() == [eos, *e_acute, eos, *ijkl, eos]
+    assert corpus.column("documents", 0).tolist() == [[0, 0, 0, 0], [8, 0, 1, 0]]
+    assert corpus.column("documents", 1).tolist() == [[-1, 0, 1, 1], [1, 1, 0, 0], [4, 1, 1, 0]]
+    assert corpus.column("bytes", 0).tolist() == [1] * 7 + [0, 1]
+    assert corpus.column("bytes", 1).tolist() == [0, 1, 1, 0, 1, 1, 1, 1, 0]
+    assert (len(corpus.shards), corpus.num_windows) == (2, 4)
+    assert report["train"]["dropped_tail_tokens"] == 3
+    assert report["train"]["sources"]["two"] == {"documents": 3, "tokens": 11, "bytes": 8}
+    assert report["train"]["windows"] == 4
+    assert corpus.column("tokens", 0).dtype == np.uint16
+    assert corpus.column("bytes", 0).dtype == np.uint8
+    expected = {"split": "train", "sources": ["one", "two"], "packing": "concat", "vocab_size": 257}
+    assert {key: corpus.manifest[key] for key in expected} == expected
+
+
+def test_special_token_strings_are_text(run, tmp_path):
+    run(sources=[write(tmp_path / "a.jsonl", f"a{EOS}b", "cdef")], seq_len=1)
+    corpus = Corpus.open(tmp_path / "out" / "train")
+    tokens = stream(corpus)
+    assert tokens.count(corpus.manifest["eos_id"]) == 2
+    assert tokens.index(corpus.manifest["eos_id"]) == len(f"a{EOS}b")
+
+
+def test_weights_repeat_and_thin_out(run, tmp_path):
+    texts = [f"{i:03}" for i in range(400)]
+    paths = [write(tmp_path / f"{name}.jsonl", *texts) for name in ("half", "more")]
+    report = run(
+        sources=[{"path": paths[0], "weight": 0.5}, {"path": paths[1], "weight": 2.25}],
+        heldout_ratio=0.25,
+    )
+    train, heldout = (Corpus.open(tmp_path / "out" / side) for side in ("train", "heldout"))
+    seen, kept = decode(train, stream(train)), decode(heldout, stream(heldout))
+    half, more = report["train"]["sources"]["half"], report["train"]["sources"]["more"]
+    assert 110 < half["documents"] < 190  # 0.5 of the 300 that are not held out
+    assert 620 < more["documents"] < 730  # 2.25 of them
+    assert {seen[half["documents"] :].count(text) for text in texts} <= {0, 2, 3}
+    assert max(kept.count(text) for text in texts) <= 2  # once from each source
+    assert not {*kept[:-1]} & {*seen[:-1]}
+
+
+def test_split_depends_on_the_text_alone(run, tmp_path):
+    texts = [f"document {i}" for i in range(300)]
+    run(out="one", sources=[write(tmp_path / "a.jsonl", *texts)], heldout_ratio=0.3)
+    shuffled = [*reversed(texts), *(f"new {i}" for i in range(50)), *texts[:20]]
+    run(out="two", sources=[write(tmp_path / "b.jsonl", *shuffled)], heldout_ratio=0.3)
+    sides = []
+    for out in ("one", "two"):
+        corpus = Corpus.open(tmp_path / out / "heldout")
+        sides.append({*decode(corpus, stream(corpus))[:-2]} & {*texts})
+    assert 60 < len(sides[0]) < 120
+    assert len(sides[0] ^ sides[1]) <= 2  # the two ends that fill no window
+
+
+def test_all_held_out(run, tmp_path):
+    run(sources=[write(tmp_path / "a.jsonl", "abcdef")], heldout_ratio=1)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "heldout",
+        "plan.json",
+        "report.json",
+    ]
+
+
+def test_large_vocabulary_is_uint32(run, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"[UNK]": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 70_000)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = write(tmp_path / "a.jsonl", "w69999 w65536", "w2")
+    run(sources=[path], seq_len=2, tokenizer={"path": str(tmp_path / "tokenizer")})
+    corpus = Corpus.open(tmp_path / "out" / "train")
+    tokens = corpus.column("tokens", 0)
+    assert (tokens.dtype, tokens.tolist()) == (np.uint32, [69999, 65536, 1, 2, 1])
+    assert corpus.column("bytes", 0).tolist() == [6, 7, 0, 2, 0]
+    assert corpus.vocab_size == 70_000
+
+
+def test_trained_tokenizer_sees_the_train_side_only(run, tmp_path):
+    texts = [f"{i} the cat sat on the mat with the hat\n" * 3 for i in range(60)]
+    digests = [blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    held = [text for text, d in zip(texts, digests, strict=True) if side_of(d, 0.5) == 1]
+    path = write(tmp_path / "a.jsonl", *(t + "zzzz" * 9 * (t in held) for t in texts))
+    run(sources=[path], heldout_ratio=0.5, tokenizer={"vocab_size": 290, "train_mb": 1})
+    train, heldout = (Corpus.open(tmp_path / "out" / side) for side in ("train", "heldout"))
+    assert train.manifest["tokenizer_sha256"] == heldout.manifest["tokenizer_sha256"]
+    assert train.vocab_size == 290
+
+
+# ---- the same bytes -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_text(tmp_path_factory) -> list[dict[str, object]]:
+    """About 3 MB: nested threads and prose; where there is no such folder, the standard library."""
+    if DATA.is_dir():
+        threads = "{question.body_text}\n{answers[\n].body_text}"
+        return [
+            {"path": str(DATA / "raw" / "se_*.jsonl"), "text": threads, "name": "se"},
+            {"path": str(DATA / "general" / "*2_valid.txt"), "document": "line", "weight": 1.5},
+            {"path": str(DATA / "raw" / "aqua_dev.jsonl"), "text": "{question}\n{options[]}"},
+        ]
+    return [{"path": f"{Path(os.__file__).parent}/*.py", "format": "text"}]
+
+
+def test_same_bytes_whatever_num_proc(run, tmp_path, real_text, monkeypatch):
+    settings = {"sources": real_text, "heldout_ratio": 0.1, "seq_len": 128, "shard_tokens": 200_000}
+    vocabulary = {"vocab_size": 1000, "train_mb": 1}
+    reports = [
+        run(out=f"{num_proc}", num_proc=num_proc, tokenizer=vocabulary, **settings)
+        for num_proc in (1, 2, 3)
+    ]
+    outputs = [files(tmp_path / out) for out in ("1", "2", "3")]
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert reports[0]["train"]["shards"] > 2
+    for side in ("train", "heldout"):
+        corpus = Corpus.open(tmp_path / "1" / side, check="full")
+        in_shards = sum(shard.num_tokens for shard in corpus.shards)
+        report = reports[0][side]
+        assert in_shards + report["dropped_tail_tokens"] == report["tokens"]
+        assert report["windows"] == corpus.num_windows
+        num_bytes = sum(int(corpus.column("bytes", s.index).sum()) for s in corpus.shards)
+        assert 0 <= report["bytes"] - num_bytes <= 128 * 8
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "slm.prepare", *arguments]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+
+
+def cli(folder: Path, *arguments: str) -> tuple[int, str]:
+    process = start(folder, *arguments)
+    _, message = process.communicate(timeout=60)
+    return process.returncode, message
+
+
+def quote(source: dict[str, object]) -> str:
+    return "{" + ", ".join(f"{k}: {json.dumps(v)}" for k, v in source.items()) + "}"
+
+
+def test_killed_and_run_again(run, tmp_path, real_text, bytes_folder):
+    """kill -9 once some shards are there; a second live writer is refused before that."""
+    settings = {"seq_len": 64, "shard_tokens": 100_000, "heldout_ratio": 0.1}
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    arguments += [f"sources=[{', '.join(map(quote, real_text))}]", "num_proc=2", "out='a b=1,c'"]
+    arguments.append(f"tokenizer.path={bytes_folder}")
+    out = tmp_path / "a b=1,c"
+    process = start(tmp_path, *arguments)
+    wait_for(out / "train" / "tokens-00002.json")
+    with pytest.raises(UserError, match="is being written by another"):
+        run(out=out.name, sources=real_text, **settings)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    assert not (out / "train" / "manifest.json").exists()
+    for worker in workers:
+        wait_for(Path(f"/proc/{worker}"), exists=False)
+    run(out="whole", sources=real_text, **settings)
+    run(out=out.name, sources=real_text, **settings)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def wait_for(path: Path, exists: bool = True) -> None:
+    for _ in range(400):
+        if path.exists() == exists:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path}: exists is still {not exists}")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# ---- evaluation text ----------------------------------------------------------------------------
+
+
+def read_excluded(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "excluded.jsonl").read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    return [json.loads(line) for line in lines]
+
+
+def test_exclusion_by_hand(run, tmp_path):
+    words = [f"w{i}" for i in range(20)]
+    evaluation = write(tmp_path / "e.jsonl", " ".join(words[:13]), "too short")
+    other = write(tmp_path / "f.jsonl", "; ".join(words[5:20]).upper())
+    texts = [
+        "before " + ", ".join(words[:13]) + " after",  # shared with e
+        " ".join(words[:12] + ["x"] + words[12:13]),  # 12 in a row
+        " ".join(words),  # shared with both
+        " ".join(reversed(words)),
+    ]
+    report = run(sources=[write(tmp_path / "a.jsonl", *texts)], exclude=[evaluation, other])
+    assert report["train"]["documents"] == 2
+    assert report["excluded"]["e"] == {
+        "records": 2,
+        "records_found": 1,
+        "records_too_short": 1,
+        "documents_dropped": 2,
+    }
+    assert report["excluded"]["f"]["documents_dropped"] == 1
+    rows = read_excluded(tmp_path / "out")
+    assert [(row["source"], row["record"], row["found_in"]) for row in rows] == [
+        ("a", 0, ["e"]),
+        ("a", 2, ["e", "f"]),
+    ]
+    assert rows[0]["ngram"] == " ".join(words[:13])
+    assert rows[0]["where"].endswith("a.jsonl, line 1")
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_bad_record_stops_or_is_counted(run, tmp_path, num_proc):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        '{"text": "one two"}',
+        '{"text": 5}',
+        '{"text": "three"}',
+        '{"text": "f',
+        '{"text": ""}',
+    ]
+    path.write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: field 'text' is a number") as caught:
+        run(sources=[str(path)], num_proc=num_proc)
+    assert "on_bad_record=skip" in str(caught.value)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: field 'text' is a number"):
+        run(sources=[str(path)], tokenizer={"vocab_size": 300})  # not: too little text to train on
+    assert not (tmp_path / "out").exists()
+    report = run(sources=[str(path)], num_proc=num_proc, on_bad_record="skip")
+    assert report["bad_records"]["skipped"] == report["bad_records"]["sources"]["a"] == 3
+    assert [sentence.split(", line ")[1][0] for sentence in report["bad_records"]["first"]] == [
+        "2",
+        "4",
+        "5",
+    ]
+    assert report["train"]["documents"] == 2
+
+
+def test_another_run_is_refused_and_a_finished_one_left_alone(run, tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", "abcdefgh")
+    run(sources=[path])
+    before = files(tmp_path / "out")
+    with caplog.at_level("INFO"):
+        assert run(sources=[path])["train"]["documents"] == 1
+    assert "is finished" in caplog.text
+    with pytest.raises(UserError, match="holds another run: seq_len is 4 in plan.json, 2 now"):
+        run(sources=[path], seq_len=2)
+    with pytest.raises(UserError, match=r"sources\[0\].weight is 1.0 in plan.json, 2 now"):
+        run(sources=[{"path": path, "weight": 2}])
+    write(tmp_path / "a.jsonl", "abcdefg!")
+    with pytest.raises(UserError, match=r"sources\[0\].files_sha256"):
+        run(sources=[path])
+    assert files(tmp_path / "out") == before
+
+
+def test_foreign_folders_are_refused(run, tmp_path):
+    path = write(tmp_path / "a.jsonl", "abcdefgh")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
+        run(sources=[path])
+    assert files(tmp_path / "out") == {"thesis.tex": b"x"}
+    with pytest.raises(UserError, match="is a file or lies in one"):
+        run(out="a.jsonl/x", sources=[path])
+    (tmp_path / "locked").mkdir()
+    with (
+        claim(tmp_path / "locked" / ".prepare.lock"),
+        pytest.raises(UserError, match="is being written by another"),
+    ):
+        run(out="locked", sources=[path])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sources": []}, "sources is empty"),
+        ({"seq_len": 0}, "seq_len is 0, it must be between 1 and"),
+        ({"seq_len": 4.5}, "seq_len must be a whole number, found 4.5"),
+        ({"heldout_ratio": 1.5}, "heldout_ratio is 1.5, it must be between 0 and 1"),
+        ({"shard_tokens": 4}, "shard_tokens is 4, it must be between 5"),
+        ({"packing": "best"}, "packing is 'best', expected one of concat, documents"),
+        ({"on_bad_record": "no"}, "on_bad_record is 'no', expected one of stop, skip"),
+        ({"num_proc": 0}, "num_proc is 0"),
+        ({"tokenizer": {"path": None}}, "exactly one of tokenizer.path and tokenizer.vocab_size"),
+        ({"tokenizer": {"path": "/none"}}, "no tokenizer at /none"),
+        ({"tokenizer": {"vocab_size": 300}, "heldout_ratio": 1}, "heldout_ratio=1 leaves none"),
+        ({"tokenizer": {"vocab_size": 5000}}, "supports only"),
+        ({"seq_len": 99}, "the train side has 9 tokens, fewer than the 100 of one window"),
+        ({"exclude": ["a.jsonl"]}, "no record has 13 words"),
+    ],
+)
+def test_mistakes_in_the_configuration(run, tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.jsonl"), "abcdefgh")
+    with pytest.raises(UserError, match=message):
+        run(**({"sources": ["a.jsonl"]} | settings))
+    assert not Path("out").exists()
+
+
+def test_command_line_says_one_sentence(tmp_path):
+    code, message = cli(tmp_path, "out=x", "sources=[none.jsonl]", "tokenizer.vocab_size=300")
+    assert (code, message.count("\n")) == (1, 1), message
+    assert "none.jsonl: there is no such file" in message
+    code, message = cli(tmp_path, "out=x", "tokenizer.vocab_size=300")
+    assert (code, "sources must be given" in message) == (1, True), message
+    code, message = cli(tmp_path, "out=x", "sources=[]", "sequence=3")
+    assert (code, "sequence" in message) == (1, True), message
+
+
+def test_disk_full_leaves_nothing_that_looks_finished(run, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", "abcdefgh")
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ArrayWriter, "finish", full)
+    with pytest.raises(UserError, match="out cannot be written: .*No space left"):
+        run(sources=[path])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_dies_is_reported(tmp_path, bytes_folder):
+    write(tmp_path / "a.jsonl", *["abcdefgh" * 1000] * 700)
+    arguments = ("out=x", "sources=[a.jsonl]", f"tokenizer.path={bytes_folder}", "num_proc=2")
+    process = start(tmp_path, *arguments, "shard_tokens=10000")
+    wait_for(tmp_path / "x" / "train" / "tokens-00001.json")
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a worker process died" in message
+    assert not (tmp_path / "x").exists()

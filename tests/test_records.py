@@ -1,0 +1,161 @@
+"""Templates and records: every bad record names its file, line and field."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from slm.errors import UserError
+from slm.records import BadRecord, Template, read_texts
+from slm.sources import Source, parse_sources, read_blocks
+
+DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA} with public text")
+LIMIT = 2**20
+
+
+def source(path, **settings) -> Source:
+    return parse_sources([{"path": str(path)} | settings], "sources")[0]
+
+
+def texts(path, max_bytes=LIMIT, **settings):
+    """(record, text or fault without the folder) of everything in a source."""
+    one = source(path, **settings)
+    return [
+        (text.record, text.text if text.fault is None else fault(text.fault, path))
+        for block in read_blocks([one], max_bytes)
+        for text in read_texts(block, one, max_bytes)
+    ]
+
+
+def fault(sentence: str, path: Path) -> str:
+    assert sentence.startswith(str(path)), sentence
+    return sentence.removeprefix(str(path.parent) + "/")
+
+
+# ---- templates ----------------------------------------------------------------------------------
+
+RECORD = {
+    "q": "Why?",
+    "n": 3,
+    "none": None,
+    "blank": "  ",
+    "a": {"b": {"c": "deep"}},
+    "list": [{"t": "one"}, {"t": "two"}],
+    "tags": ["x", "y"],
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{q}", "Why?"),
+        ("Q: {q}\\nA:\\t{a.b.c}\n", "Q: Why?\nA:\tdeep\n"),
+        ("{list[].t}", "one\ntwo"),
+        ("{list[; ].t} {tags[\\n\\n]}", "one; two x\n\ny"),
+        ("{tags[1]}{list[0].t}", "yone"),
+        ("{{{q}}} {n!s}", "{Why?} 3"),
+        ("{q}{blank}", "Why?  "),
+    ],
+)
+def test_template(template, expected):
+    assert Template(template).render(RECORD) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "field", "reason"),
+    [
+        ("{answer}", "answer", "is missing (there are: q, n, none, blank, a, list, tags)"),
+        ("{q}{a.b.d}", "a.b.d", "is missing (there are: c)"),
+        ("{n}", "n", "is a number, expected text"),
+        ("{none}", "none", "is null, expected text"),
+        ("{a}", "a", "is an object, expected text"),
+        ("{q.x}", "q.x", "is text, expected an object"),
+        ("{a[]}", "a[]", "is an object, expected a list"),
+        ("{list[2].t}", "list[2].t", "is missing (the list has 2 elements)"),
+        ("Text: {blank}", "blank", "is empty"),
+    ],
+)
+def test_template_names_the_field(template, field, reason):
+    with pytest.raises(BadRecord) as caught:
+        Template(template).render(RECORD)
+    assert (caught.value.field, caught.value.reason) == (field, reason)
+
+
+@pytest.mark.parametrize("template", ["no field", "{", "a } b", "{}", "{[0]}"])
+def test_template_mistakes_are_refused(template):
+    with pytest.raises(UserError, match="template"):
+        Template(template)
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"text": "a', "is broken JSON: Unterminated string starting at at character 10"),
+        (b"[1, 2]", "is a list, expected an object"),
+        (b"[" * 100_000, "is broken JSON: "),
+        (b'{"text": ' + b"1" * 5000 + b"}", "is broken JSON: "),
+        (b'{"body": "a"}', ": field 'text' is missing (there are: body)"),
+        (b'{"text": 5}', ": field 'text' is a number, expected text"),
+        (b'{"text": true}', ": field 'text' is a boolean, expected text"),
+        (b'{"text": " "}', ": field 'text' is empty"),
+        (b'{"text": "a\\u0000b"}', ": field 'text' contains NUL"),
+        (b'{"text": "a\\ud800b"}', ": field 'text' has a lone surrogate"),
+        (b'{"text": "a\xffb"}', ": field 'text' is not UTF-8 (byte 0xff at 12)"),
+        (b'{"other": "\xe4", "text": "a"}', " is not UTF-8 (byte 0xe4 at 12)"),
+        (b'{"text": "' + b"a" * LIMIT + b'"}', " is longer than 1 MB (max_document_mb)"),
+    ],
+)
+def test_bad_json_records_name_the_place(tmp_path, line, expected):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "good"}\n')
+    found = texts(path)
+    assert [record for record, _ in found] == [0, 2, 3]
+    separator = "" if expected.startswith(":") else " "
+    assert found[1][1].startswith("a.jsonl, line 3" + separator + expected.lstrip(" "))
+    assert (found[0][1], found[2][1]) == ("fine", "good")
+
+
+def test_crlf_byte_order_mark_and_blank_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a\\r\\n"}\r\n \r\n{"text": "b"}')
+    assert texts(path) == [(0, "a\r\n"), (2, "b")]
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n \r\nthree\r\n")
+    assert texts(path) == [(0, "one\ntwo\n\n \nthree\n")]
+    assert texts(path, document="line") == [(0, "one"), (1, "two"), (4, "three")]
+    assert texts(path, document="paragraph") == [(0, "one\ntwo"), (4, "three")]
+
+
+def test_bad_text_names_the_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\n\n\ntw\x00o\n\nthr\xffee\n")
+    faults = [(0, "one"), (4, "a.txt, line 5: field 'text' contains NUL")]
+    faults += [(6, "a.txt, line 7: field 'text' is not UTF-8 (byte 0xff at 4)")]
+    assert texts(path, document="paragraph") == faults
+    assert [line for line, _ in texts(path, document="line")] == [0, 4, 6]
+    assert texts(path) == [(0, "a.txt: field 'text' is not UTF-8 (byte 0xff at 17)")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz"])
+def test_empty_file_is_a_bad_record(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    unit = "" if name == "a.txt" else ", line 1"
+    assert texts(tmp_path / name) == [(0, f"{name}{unit} is empty")]
+
+
+@needs_data
+def test_threads_with_nested_answers():
+    template = "{question.title}\n\n{question.body_text}\n\n{answers[\\n\\n].body_text}"
+    path = DATA / "raw" / "se_mathoverflow.net__category-theory.jsonl"
+    found = texts(path, text=template)
+    assert len(found) == 50
+    first = json.loads(path.read_text().splitlines()[0])
+    parts = [first["question"]["title"], first["question"]["body_text"]]
+    parts += [answer["body_text"] for answer in first["answers"]]
+    assert found[0] == (0, "\n\n".join(parts))

@@ -1,0 +1,167 @@
+"""The format on disk: what is refused, what survives a crash."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from slm import shards
+from slm.errors import UserError
+from slm.shards import ArrayWriter, Corpus, References, adopt_plan, atomic_file, claim, map_array
+
+
+def test_array_writer_equals_numpy_save(tmp_path):
+    whole = np.arange(1000, dtype=np.uint16)
+    with atomic_file(tmp_path / "a.npy") as file:
+        writer = ArrayWriter(file, "uint16")
+        for block in np.split(whole, [1, 500, 500, 999]):
+            writer.append(block)
+        digest = writer.finish()
+    assert np.array_equal(np.load(tmp_path / "a.npy"), whole)
+    assert digest == shards.hash_file(tmp_path / "a.npy")
+    assert np.array_equal(map_array(tmp_path / "a.npy", "uint16", 1000), whole)
+
+
+def test_array_writer_with_columns(tmp_path):
+    rows = np.arange(12).reshape(3, 4)
+    with atomic_file(tmp_path / "a.npy") as file:
+        writer = ArrayWriter(file, "int64", columns=4)
+        writer.append(rows[:1])
+        writer.append(rows[1:])
+        writer.finish()
+    assert np.array_equal(np.load(tmp_path / "a.npy"), rows)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "a.npy") as file:
+        file.write(b"half")
+        raise RuntimeError("crash")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_during_a_write_leaves_no_finished_file(tmp_path):
+    code = (
+        "import os, pathlib, sys; from slm.shards import atomic_file\n"
+        "with atomic_file(pathlib.Path(sys.argv[1]) / 'a.npy') as file:\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    assert not (tmp_path / "a.npy").exists()
+
+
+@pytest.mark.parametrize("column", ["tokens", "documents", "bytes"])
+def test_full_check_names_the_file_with_a_flipped_byte(text_corpus, column):
+    path = text_corpus.folder / f"{column}-00001.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    Corpus.open(text_corpus.folder)  # sizes are right
+    with pytest.raises(UserError, match=f"{column}-00001.npy is damaged: sha256"):
+        Corpus.open(text_corpus.folder, "full")
+
+
+def test_truncated_extended_missing_and_swapped_files_are_refused(text_corpus):
+    path = text_corpus.folder / "tokens-00000.npy"
+    data = path.read_bytes()
+    for damaged, message in [
+        (data[:-2], "tokens-00000.npy is damaged or truncated"),
+        (data + b"xx", f"has {len(data) + 2} bytes, its header says {len(data)}"),
+        (b"", "tokens-00000.npy is damaged or truncated"),
+    ]:
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            Corpus.open(text_corpus.folder)
+    path.unlink()
+    with pytest.raises(UserError, match="tokens-00000.npy is missing"):
+        Corpus.open(text_corpus.folder)
+    other = text_corpus.folder / "tokens-00001.npy"
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match="tokens-00000.npy is damaged: sha256"):
+        Corpus.open(text_corpus.folder, "full")
+
+
+def test_wrong_dtype_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(4, dtype=np.int64))
+    with pytest.raises(UserError, match="holds 4 rows of int64, its manifest says 4 of uint16"):
+        map_array(tmp_path / "a.npy", "uint16", 4)
+
+
+def test_edited_newer_and_foreign_manifests_are_refused(text_corpus):
+    path = text_corpus.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for change, message in [
+        ({"seq_len": 8}, "does not match its fingerprint"),
+        ({"format": 2}, "format is 2, expected 1"),
+        ({"kind": "reference"}, "kind is 'reference', expected 'corpus'"),
+    ]:
+        path.write_text(json.dumps(manifest | change))
+        with pytest.raises(UserError, match=message):
+            Corpus.open(text_corpus.folder)
+    path.write_text("{")
+    with pytest.raises(UserError, match="manifest.json is not valid JSON"):
+        Corpus.open(text_corpus.folder)
+    path.unlink()
+    with pytest.raises(UserError, match="it is unfinished"):
+        Corpus.open(text_corpus.folder)
+    with pytest.raises(UserError, match="not a finished reference"):
+        References.open(text_corpus.folder)
+
+
+def test_fingerprint_changes_with_order_and_content_but_not_with_place(tmp_path, make_corpus):
+    a, b = np.arange(13), np.arange(13, 26)
+    first = make_corpus(tmp_path / "first", [a, b], 4).fingerprint
+    assert make_corpus(tmp_path / "again", [a, b], 4).fingerprint == first
+    assert make_corpus(tmp_path / "swapped", [b, a], 4).fingerprint != first
+    assert make_corpus(tmp_path / "packed", [a, b], 4, packing="documents").fingerprint != first
+    changed = a.copy()
+    changed[5] += 1
+    assert make_corpus(tmp_path / "changed", [changed, b], 4).fingerprint != first
+
+
+def test_plan_of_another_run_is_refused_with_both_values(tmp_path):
+    adopt_plan(tmp_path, {"seq_len": 4, "kind": "corpus"})
+    adopt_plan(tmp_path, {"seq_len": 4, "kind": "corpus"})
+    with pytest.raises(UserError, match="another run: seq_len is 4 in plan.json, 8 now"):
+        adopt_plan(tmp_path, {"seq_len": 8, "kind": "corpus"})
+
+
+def test_claim_is_exclusive_and_released(tmp_path):
+    path = tmp_path / "a.claim"
+    with claim(path) as first:
+        assert first
+        owner = json.loads(path.read_text())
+        assert owner == {"host": socket.gethostname(), "pid": os.getpid()}
+        with claim(path) as second:
+            assert not second
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_claim_of_a_dead_process_and_of_a_silent_host_is_taken_over(tmp_path):
+    path = tmp_path / "a.claim"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid}))
+    with claim(path) as mine:
+        assert mine
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with claim(path) as mine:
+        assert not mine  # it may be alive
+    silent = time.time() - 2 * shards.STALE_S
+    os.utime(path, (silent, silent))
+    with claim(path) as mine:
+        assert mine
+
+
+def test_claim_beats_while_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "HEARTBEAT_S", 0.01)
+    path = tmp_path / "a.claim"
+    with claim(path):
+        os.utime(path, (0, 0))
+        time.sleep(0.2)
+        assert time.time() - path.stat().st_mtime < 5

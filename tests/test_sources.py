@@ -1,0 +1,212 @@
+"""Files and blocks: what is read in which order, and which settings are refused."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from slm import sources
+from slm.errors import UserError
+from slm.records import LINE_END, read_texts
+from slm.sources import Source, cut, open_stream, parse_sources, read_blocks
+
+LIMIT = 2**20
+
+
+def source(path, **settings) -> Source:
+    return parse_sources([{"path": str(path)} | settings], "sources")[0]
+
+
+def texts(path, max_bytes=LIMIT, **settings):
+    """(record, text or fault without the folder) of everything in a source."""
+    one = source(path, **settings)
+    return [
+        (text.record, text.text if text.fault is None else fault(text.fault, path))
+        for block in read_blocks([one], max_bytes)
+        for text in read_texts(block, one, max_bytes)
+    ]
+
+
+def fault(sentence: str, path: Path) -> str:
+    assert sentence.startswith(str(path)), sentence
+    return sentence.removeprefix(str(path.parent) + "/")
+
+
+def write(path: Path, *records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# ---- blocks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 64, 2**19])
+@pytest.mark.parametrize("document", ["line", "paragraph"])
+def test_blocks_do_not_change_records(tmp_path, monkeypatch, block_bytes, document):
+    path = tmp_path / "a.txt"
+    path.write_text("a b\nc\n\n\n" + "long " * 9 + "\nx\n\n  \ny\n\nend")
+    expected = texts(path, document=document)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block_bytes)
+    assert texts(path, document=document) == expected
+    with open_stream(path) as stream:
+        pieces = list(cut(stream, LINE_END, LIMIT))
+    assert b"".join(data or b"" for data, _ in pieces) == path.read_bytes()
+    assert sum(lines for _, lines in pieces) == 11
+
+
+@pytest.mark.parametrize("block_bytes", [16, 50, 2**19])
+def test_too_long_lines_are_skipped_in_bounded_memory(tmp_path, monkeypatch, block_bytes):
+    path = tmp_path / "a.txt"
+    path.write_text("one\n" + "x" * 500 + "\ntwo\n" + "y" * 500)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block_bytes)
+    too_long = "is longer than 9.53674e-05 MB (max_document_mb)"
+    assert texts(path, max_bytes=100, document="line") == [
+        (0, "one"),
+        (1, f"a.txt, line 2 {too_long}"),
+        (2, "two"),
+        (3, f"a.txt, line 4 {too_long}"),
+    ]
+    assert texts(path, max_bytes=100) == [(0, f"a.txt {too_long}")]
+
+
+def test_ten_megabytes_in_one_line(tmp_path):
+    text = "0123456789" * 2**20
+    path = write(tmp_path / "a.jsonl", {"text": text}, {"text": "b"})
+    assert texts(path, max_bytes=2**24) == [(0, text), (1, "b")]
+
+
+def test_records_are_numbered_through_the_files_of_a_source(tmp_path):
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "a.jsonl", {"text": "1"}, {"text": "2"})
+    write(tmp_path / "b" / "c.jsonl", {"text": "3"}, {"text": 4})
+    found = texts(tmp_path)
+    assert found[:3] == [(0, "1"), (1, "2"), (2, "3")]
+    assert found[3][1].endswith("b/c.jsonl, line 2: field 'text' is a number, expected text")
+    assert found[3][0] == 3
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+ODD = "a b=1,c[2]{x}*?'.d"
+
+
+def test_odd_names_and_compression(tmp_path):
+    folder = tmp_path / ODD
+    folder.mkdir()
+    plain = write(folder / f"{ODD}.jsonl", {"text": "plain"})
+    (folder / f"{ODD}.json.gz").write_bytes(gzip.compress(b'{"text": "gz"}'))
+    with pa.output_stream(str(folder / f"{ODD}.ndjson.zst"), compression="zstd") as stream:
+        stream.write(b'{"text": "zst"}\n')
+    assert texts(plain) == [(0, "plain")]
+    assert [text for _, text in texts(folder)] == ["gz", "plain", "zst"]
+    assert source(plain).name == ODD
+    assert source(folder / f"{ODD}.json.gz").name == ODD
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_truncated_compression_is_refused(tmp_path, suffix):
+    content = b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(10_000))
+    path = tmp_path / f"a.jsonl{suffix}"
+    codec = {".gz": "gzip", ".zst": "zstd"}[suffix]
+    with pa.output_stream(str(path), compression=codec) as stream:
+        stream.write(content)
+    assert len(texts(path)) == 10_000
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"a\.jsonl.*([Tt]runcated|end-of-stream)"):
+        texts(path)
+    path.write_bytes(b"no compression at all")
+    with pytest.raises(UserError, match=r"a\.jsonl.* (is truncated or damaged|cannot be read)"):
+        texts(path)
+
+
+def make_table(path: Path) -> Path:
+    rows = {
+        "text": ["one", "two", None],
+        "meta": [{"tags": ["x", "y"]}, {"tags": []}, {"tags": ["z"]}],
+    }
+    table = pa.table(rows)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_tables(tmp_path, suffix):
+    path = make_table(tmp_path / f"{ODD}{suffix}")
+    null = f"{ODD}{suffix}, row 3: field 'text' is null, expected text"
+    assert texts(path) == [(0, "one"), (1, "two"), (2, null)]
+    assert texts(path, text="{meta.tags[+]}")[::2] == [(0, "x+y"), (2, "z")]
+    missing = f"{ODD}{suffix}, row 1: field 'body' is missing (there are: text, meta)"
+    assert texts(path, text="{body}")[0] == (0, missing)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=f"cannot be read as {suffix[1:]}"):
+        texts(path)
+
+
+def test_hub_names_stream_through_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([{"question": "q", "n": 1}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    one = source("owner/name", text="{question}", subset="main", split="test")
+    (block,) = read_blocks([one], LIMIT)
+    assert (block.data, block.file, one.name) == ({"question": "q"}, "owner/name", "owner/name")
+    settings = {"split": "test", "revision": None, "streaming": True}
+    assert asked == [(("owner/name", "main"), settings)]
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"path": "x.jsonl"}, "x.jsonl: there is no such file"),
+        ({"pth": "x"}, r"sources\[0\] must have a path"),
+        ({"path": "a.txt", "wieght": 2}, "unknown setting 'wieght', did you mean weight"),
+        ({"path": "a.txt", "weight": "2"}, r"sources\[0\].weight must be a number, found '2'"),
+        ({"path": "a.txt", "weight": 0}, "weight is 0, it must be positive"),
+        ({"path": "a.txt", "text": 3}, "text must be text, found 3"),
+        ({"path": "a.txt", "document": "page"}, "document is 'page', expected one of file"),
+        ({"path": "a.txt", "format": "xml"}, "format is 'xml', expected one of jsonl"),
+        ({"path": "a.jsonl", "document": "line"}, "document is for text files"),
+        ({"path": "a.jsonl", "split": "test"}, "split and revision are for the hub"),
+        ({"path": "a.tex"}, "its suffix tells no format"),
+        ({"path": "."}, r"several formats \(jsonl, text\)"),
+        ({"path": ".", "format": "parquet"}, "no such file.* of format parquet"),
+    ],
+)
+def test_mistakes_in_settings(tmp_path, monkeypatch, entry, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "a.jsonl", "a.tex"):
+        Path(name).write_text("x")
+    with pytest.raises(UserError, match=message):
+        parse_sources([entry], "sources")
+
+
+def test_two_sources_need_two_names(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", {"text": "1"}))
+    with pytest.raises(UserError, match="two entries have the name 'a'; set name"):
+        parse_sources([path, path], "sources")
+    with pytest.raises(UserError, match="sources must be a list"):
+        parse_sources(path, "sources")
+
+
+def test_identity_of_files_is_not_their_folder(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "a.jsonl", {"text": "same"})
+    one, two = (source(tmp_path / folder / "a.jsonl").plan() for folder in ("one", "two"))
+    assert one == two
+    write(tmp_path / "two" / "a.jsonl", {"text": "sane"})
+    assert source(tmp_path / "two" / "a.jsonl").plan() != one

@@ -1,0 +1,211 @@
+"""Identity, byte counts and encoding, on every family of tokenizers."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from slm.errors import UserError
+from slm.tokenizer import (
+    EOS,
+    Encoder,
+    encoder_state,
+    fit,
+    load_tokenizer,
+    token_bytes,
+    tokenizer_sha256,
+    train_tokenizer,
+    vocabulary_size,
+)
+
+TEXTS = [
+    "plain words, and 12 numbers",
+    " leading space\n\n  and   runs \t of them ",
+    "Zürich, 東京, \U0001f600\U0001f600, e\u0301 (decomposed), \ufb01 (ligature)",
+    "x",
+    "a <|endoftext|> in the text is text",
+]
+
+
+def encode(tokenizer, texts):
+    encoder = Encoder(encoder_state(tokenizer))
+    sizes = np.array([len(text.encode()) for text in texts], np.int64)
+    return encoder.encode(texts, sizes)
+
+
+def check_sums(tokenizer, texts):
+    """Bytes sum to each text's UTF-8, and EOS stands at the end with none."""
+    encoded = encode(tokenizer, texts)
+    assert encoded.faults == {}
+    ends = np.cumsum(encoded.lengths)
+    for text, end, length in zip(texts, ends, encoded.lengths, strict=True):
+        assert encoded.tokens[end - 1] == tokenizer.eos_token_id
+        assert encoded.sizes[end - 1] == 0
+        assert encoded.sizes[end - length : end].sum() == len(text.encode())
+        assert tokenizer.eos_token_id not in encoded.tokens[end - length : end - 1]
+    return encoded
+
+
+def word_level(vocab, pre_tokenizer):
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module")
+def llama_like():
+    """Byte fallback, and a space put in front of every text."""
+    vocab = {"<unk>": 0, "</s>": 1, "\u2581": 2, "a": 3, "\u2581a": 4}
+    vocab |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
+    backend = Tokenizer(
+        models.BPE(
+            vocab,
+            [("\u2581", "a")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def test_byte_level_sums_and_uint8(tokenizer):
+    encoded = check_sums(tokenizer, TEXTS)
+    assert (encoded.tokens.dtype, encoded.sizes.dtype) == (np.uint16, np.uint8)
+    assert tokenizer.decode(encoded.tokens[: encoded.lengths[0] - 1]) == TEXTS[0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=5))
+def test_byte_level_sums_on_any_text(tokenizer, texts):
+    check_sums(tokenizer, texts)
+
+
+def test_byte_level_with_prefix_space_and_normalizer(tokenizer):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    changed = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    check_sums(changed, TEXTS)
+
+
+def test_byte_fallback_sums(llama_like):
+    encoded = check_sums(llama_like, [*TEXTS, "a a"])
+    first = len(encoded.tokens) - int(encoded.lengths[-1])
+    assert encoded.tokens[first:].tolist() == [4, 4, 1]
+    assert encoded.sizes[first:].tolist() == [1, 2, 0]  # the first space is not the text's
+
+
+def test_sizes_by_offsets_where_spaces_are_dropped():
+    vocab = {"[UNK]": 0, "</s>": 1, "ab": 2, "\u00e9": 3}
+    tokenizer = word_level(vocab, pre_tokenizers.Whitespace())
+    encoded = check_sums(tokenizer, ["ab  \u00e9 zz ", " ab"])
+    assert encoded.tokens.tolist() == [2, 3, 0, 1, 2, 1]
+    assert encoded.sizes.tolist() == [2, 4, 4, 0, 3, 0]
+    assert encoded.sizes.dtype == np.uint16
+
+
+def test_texts_that_cannot_be_documents():
+    vocab = {"[UNK]": 0, "</s>": 1, "ab": 2}
+    tokenizer = word_level(vocab, pre_tokenizers.WhitespaceSplit())
+    faults = encode(tokenizer, ["ab", "ab </s> ab", "   ", "ab" + " " * 70_000]).faults
+    assert faults == {
+        1: "the tokenizer finds its end-of-text token in the text",
+        2: "3 bytes of text make only 0 tokens",
+        3: "70002 bytes of text make only 1 tokens",
+    }
+
+
+def test_special_token_strings_are_text(tokenizer):
+    tokens = encode(tokenizer, [f"{EOS}{EOS}"]).tokens
+    assert (tokens == tokenizer.eos_token_id).tolist() == [False] * (len(tokens) - 1) + [True]
+    assert tokenizer.decode(tokens[:-1]) == EOS * 2
+    assert tokenizer(EOS)["input_ids"] == [tokenizer.eos_token_id]  # what the default would do
+
+
+def test_truncation_padding_and_special_tokens_of_the_file_are_ignored(tokenizer):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9, pad_id=tokenizer.eos_token_id, pad_token=EOS)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.eos_token_id)]
+    )
+    changed = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    assert tokenizer_sha256(changed) == tokenizer_sha256(tokenizer)
+    np.testing.assert_array_equal(
+        encode(changed, TEXTS).tokens, encode(tokenizer, TEXTS).tokens, strict=True
+    )
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (70_000, "uint32")])
+def test_dtype_of_large_vocabularies(size, dtype):
+    vocab = {"[UNK]": 0, "</s>": 1} | {f"w{i}": i for i in range(2, size)}
+    tokenizer = word_level(vocab, pre_tokenizers.WhitespaceSplit())
+    encoded = encode(tokenizer, [f"w{size - 1} w2"])
+    assert encoded.tokens.tolist() == [size - 1, 2, 1]
+    assert encoded.tokens.dtype == np.dtype(dtype)
+    assert vocabulary_size(tokenizer) == size
+
+
+def test_added_tokens_count(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    changed = load_tokenizer(tmp_path)
+    changed.add_tokens(["<calculate>"])
+    changed.add_special_tokens({"additional_special_tokens": ["<secret>"]})
+    assert vocabulary_size(changed) == len(tokenizer) + 2
+    assert token_bytes(changed)[-2:].tolist() == [11, 0]
+    encoded = check_sums(changed, ["1 <calculate> 2 <secret>"])
+    assert len(tokenizer) in encoded.tokens
+    assert len(tokenizer) + 1 not in encoded.tokens
+
+
+def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert tokenizer_sha256(loaded) == tokenizer_sha256(tokenizer)
+    assert encode(loaded, TEXTS).tokens.tolist() == encode(tokenizer, TEXTS).tokens.tolist()
+
+
+def test_training_is_deterministic_and_exact():
+    first, second = (train_tokenizer(TEXTS * 3, 300) for _ in range(2))
+    assert tokenizer_sha256(first) == tokenizer_sha256(second)
+    assert len(first) == 300
+    assert max(map(len, first.get_vocab())) <= 128
+
+
+def test_training_refuses_impossible_sizes():
+    with pytest.raises(UserError, match="vocab_size is 256, it must exceed the 256"):
+        train_tokenizer(TEXTS, 256)
+    with pytest.raises(UserError, match=r"supports only \d+ token types, .* asks for 5000"):
+        train_tokenizer(TEXTS, 5000)
+
+
+def test_loading_refuses_what_is_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer at"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer at"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    vocab = {"[UNK]": 0, "a": 1}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(UserError, match="no eos_token"):
+        load_tokenizer(tmp_path / "no_eos")
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20))
+def test_fit_keeps_the_sum(sizes):
+    before = np.array(sizes)
+    if before.sum() <= 10 * len(before):
+        after = fit(before, 10)
+        assert after.sum() == before.sum()
+        assert after.min() >= 0 and after.max() <= 10

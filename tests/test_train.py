@@ -1,0 +1,311 @@
+"""A run that was stopped and continued equals one that was not, bit for bit; what is refused."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning import Callback
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slm import train as train_module
+from slm.cli import conf_folder
+from slm.errors import NonFiniteError, UserError
+from slm.train import train
+
+TINY = [
+    "model.architecture.hidden_size=16",
+    "model.architecture.intermediate_size=32",
+    "model.architecture.num_hidden_layers=1",
+    "model.architecture.num_attention_heads=2",
+    "model.architecture.num_key_value_heads=2",
+    "+model.architecture.attention_dropout=0.2",
+    "logger=csv",
+    "callbacks.metrics.every_steps=1",
+]
+
+
+def compose_train(out: Path, corpus: Path, *overrides: str) -> Any:
+    """40 windows of 16: a pass is 5 steps of 8 windows; 12 steps are more than two passes."""
+    words = [
+        f"out='{out}'",
+        f"run_dir='{out}'",
+        f"data.corpus='{corpus}'",
+        f"data.heldout={{held: '{corpus}'}}",
+        "data.heldout_windows=6",
+        "data.batch_size=8",
+        "data.micro_batch_size=4",
+        f"max_tokens={12 * 8 * 16}",
+        "selection=random",
+        "optimizer.adamw.lr=0.01",
+        "callbacks.heldout.every_tokens=384",
+        "callbacks.checkpoints.every_tokens=256",
+        "callbacks.checkpoints.best_of=held",
+        *TINY,
+        *overrides,
+    ]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose("train", overrides=words)
+
+
+class Crash(Callback):
+    """Raises after optimizer step `step`, once its checkpoint is written."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
+    """Hand the trainer a bar that crashes: the last of all callbacks."""
+    bar = Callback() if step is None else Crash(step)
+    monkeypatch.setattr(train_module, "progress_bar", lambda: bar)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """A log without what measures time or memory."""
+    with open(path, newline="") as file:
+        found = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
+
+
+def same_results(one: Path, other: Path) -> None:
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for log in ("train.csv", "heldout.csv"):
+        assert rows(one / log) == rows(other / log)
+
+
+@pytest.fixture
+def whole(tmp_path, text_corpus, monkeypatch) -> Path:
+    crash_at(monkeypatch, None)
+    train(compose_train(tmp_path / "whole", text_corpus.folder))
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cut", [3, 4, 5, 7, 10])  # inside a pass, at its end (5, 10), in the next
+def test_resumed_run_equals_the_uninterrupted_one(
+    tmp_path, text_corpus, whole, monkeypatch, cut, num_workers
+):
+    config = compose_train(tmp_path / "cut", text_corpus.folder, f"data.num_workers={num_workers}")
+    crash_at(monkeypatch, cut)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    assert not (tmp_path / "cut" / "model").exists()
+    torch.manual_seed(999)  # a new process would not have this one's random state either
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(whole, tmp_path / "cut")
+
+
+def test_logs_have_every_step_once_and_the_last_checkpoints_are_kept(whole):
+    assert [int(row["step"]) for row in rows(whole / "train.csv")] == list(range(1, 13))
+    assert [int(row["step"]) for row in rows(whole / "heldout.csv")] == [0, 3, 6, 9, 12]
+    names = sorted(path.name for path in (whole / "checkpoints").glob("*.ckpt"))
+    assert [name for name in names if name.startswith("step")] == [
+        "step-00000010.ckpt",
+        "step-00000012.ckpt",
+    ]
+    losses = {int(r["step"]): float(r["heldout/held/loss"]) for r in rows(whole / "heldout.csv")}
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    assert [name for name in names if name.startswith("best")] == [f"best-{best:08d}.ckpt"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, text_corpus, whole, monkeypatch):
+    config = compose_train(tmp_path / "cut", text_corpus.folder)
+    crash_at(monkeypatch, 8)
+    with pytest.raises(RuntimeError):
+        train(config)
+    folder = tmp_path / "cut" / "checkpoints"
+    newest = sorted(folder.glob("step-*.ckpt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    for path in folder.glob("best-*"):
+        path.unlink()
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(whole, tmp_path / "cut")
+
+
+def test_the_order_of_the_run_is_not_disturbed_by_heldout_evaluation(
+    tmp_path, text_corpus, whole, monkeypatch
+):
+    config = compose_train(
+        tmp_path / "rarely", text_corpus.folder, "callbacks.heldout.every_tokens=1_000_000"
+    )
+    train(config)
+    assert rows(whole / "train.csv") == rows(tmp_path / "rarely" / "train.csv")
+
+
+def test_finished_folder_loads_in_transformers_and_runs_once(whole, tmp_path, text_corpus):
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
+    ids = tokenizer("the loss of the model", return_tensors="pt").input_ids
+    again = AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    before = (whole / "model" / "model.safetensors").stat().st_mtime_ns
+    train(compose_train(whole, text_corpus.folder))
+    assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_lineage_counts_seen_and_selected_tokens(whole):
+    lineage = json.loads((whole / "lineage.json").read_text())
+    assert lineage["tokens_seen"] == 12 * 8 * 16
+    per_call = int(0.6 * 4 * 16 + 0.5)
+    assert lineage["tokens_selected"] == 12 * 2 * per_call
+    last = rows(whole / "train.csv")[-1]
+    assert float(last["data/tokens_selected"]) == 12 * 2 * per_call
+
+
+def test_all_excess_and_random_see_the_same_order(
+    tmp_path, text_corpus, make_references, monkeypatch
+):
+    crash_at(monkeypatch, None)
+    scores = [np.full(s.num_tokens, -1.0) for s in text_corpus.shards]
+    references = make_references(tmp_path / "r", text_corpus, scores)
+    orders = []
+
+    class Spy(Callback):
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            orders[-1].append(batch["window"].tolist())
+
+    monkeypatch.setattr(train_module, "progress_bar", Spy)
+    for rule in ("all", "random", "excess"):
+        orders.append([])
+        references_word = f"data.references='{references.folder}'"
+        words = (f"selection={rule}", references_word, "max_tokens=512")
+        train(compose_train(tmp_path / rule, text_corpus.folder, *words))
+    assert orders[0] == orders[1] == orders[2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["selection=excess"], "needs data.references .* found null"),
+        (["selection.select_ratio=0"], r"select_ratio is 0.*\(0, 1\]"),
+        (["selection.select_ratio=1.2"], r"select_ratio is 1.2.*\(0, 1\]"),
+        (["max_tokens=100"], r"max_tokens \(100\) is less than one optimizer step \(128 tokens\)"),
+        (["data.micro_batch_size=3"], r"data.batch_size \(8\)"),
+        (["trainer.precision=16-mixed"], "precision is '16-mixed'"),
+        (
+            ["callbacks.checkpoints.best_of=other"],
+            r"best_of is 'other', data.heldout has \['held'\]",
+        ),
+        (["+model.architecture.vocab_size=10"], "vocab_size is 10, the tokenizer has 300"),
+        (["model.init_from=/nowhere"], "no causal LM at /nowhere"),
+        (["data.corpus=/nowhere"], "/nowhere is not a finished corpus"),
+        (["resume=maybe"], "resume is 'maybe'"),
+        (["model.architecture.model_type=gru"], "gru"),
+    ],
+)
+def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *overrides))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=1", "seed is 0 in run.json, 1 now"),
+        ("selection.select_ratio=0.5", "selection.select_ratio is 0.6 in run.json, 0.5 now"),
+        ("data.batch_size=4", "data.batch_size is 8 in run.json, 4 now"),
+        ("resume=never", "holds this run already"),
+    ],
+)
+def test_a_folder_with_another_run_is_refused(whole, text_corpus, override, message):
+    with pytest.raises(UserError, match=message):
+        train(compose_train(whole, text_corpus.folder, override))
+
+
+def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(
+    tmp_path, text_corpus, monkeypatch
+):
+    class Poison(Callback):
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 5:
+                next(pl_module.lm.parameters()).data[0] = torch.nan
+
+    monkeypatch.setattr(train_module, "progress_bar", Poison)
+    with pytest.raises(NonFiniteError, match="step 5: loss sum nan.*windows of this rank"):
+        train(compose_train(tmp_path / "run", text_corpus.folder))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
+    assert names == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# ---- whole processes ------------------------------------------------------------------------
+
+
+def command(out: Path, corpus: Path, *overrides: str) -> list[str]:
+    words = [
+        f"out='{out}'",
+        f"data.corpus='{corpus}'",
+        f"data.heldout={{held: '{corpus}'}}",
+        "data.heldout_windows=2",
+        "data.batch_size=8",
+        "data.micro_batch_size=4",
+        "selection=random",
+        "optimizer.adamw.lr=0.01",
+        "callbacks.checkpoints.every_tokens=2560",
+        *TINY,
+    ]
+    return [sys.executable, "-m", "slm.train", *words, *overrides]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_a_checkpoint_and_tells_the_scheduler(tmp_path, text_corpus, number, code):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(out, text_corpus.folder, f"max_tokens={128 * 100_000}"))
+    wait_for(out / "train.csv", process)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    assert list((out / "checkpoints").glob("step-*.ckpt.json"))
+    assert not (out / "model").exists()
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_weights(tmp_path, text_corpus):
+    words = (text_corpus.folder, f"max_tokens={128 * 600}")
+    assert subprocess.run(command(tmp_path / "whole", *words)).returncode == 0
+    out = tmp_path / "a path, with = and spaces"
+    for delay in (0.3, 0.8, 0.1, 1.1):
+        process = subprocess.Popen(command(out, *words))
+        wait_for(out / "checkpoints", process)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    assert subprocess.run(command(out, *words)).returncode == 0
+    same_results(tmp_path / "whole", out)
+    steps = [int(row["step"]) for row in rows(out / "train.csv")]
+    assert steps == list(range(1, 601))
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.time() + 90
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.time() < deadline
+        time.sleep(0.05)
+    assert os.path.exists(path)
