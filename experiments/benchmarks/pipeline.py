@@ -1,0 +1,426 @@
+"""Speed and size of everything around the model: rows in results/pipeline.csv.
+
+    python experiments/benchmarks/pipeline.py            all, about fifteen minutes on two cores
+    python experiments/benchmarks/pipeline.py data help  some of them
+    python experiments/benchmarks/pipeline.py --small    toy sizes, for the test suite
+
+What is compared is timed in turn within one loop, so that both see the same machine. Each row names
+the machine and the versions, and gives the median with the lowest and the highest of the repeats.
+Targets: see CONTRIBUTING.md.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results" / "pipeline.csv"
+FIELDS: tuple[str, ...] = (
+    "benchmark", "case", "unit", "median", "low", "high", "repeats", "target", "machine", "cores",
+    "python", "torch", "lightning", "transformers", "date",
+)  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "machine": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+class Rows:
+    """Collects rows, prints each, appends them to the CSV."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, benchmark: str, case: str, unit: str, values: list[float], target: str) -> None:
+        row = {"benchmark": benchmark, "case": case, "unit": unit, "target": target}
+        row |= {"median": statistics.median(values), "low": min(values), "high": max(values)}
+        row |= {"repeats": len(values)} | machine()
+        self.rows.append(row)
+        spread = f"{row['low']:.4g} to {row['high']:.4g}"
+        print(
+            f"{benchmark:9} {case:44} {row['median']:>10.4g} {unit:12} ({spread}) {target}",
+            flush=True,
+        )
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def timed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turn(repeats: int, **functions: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds of each function, `repeats` times, one after the other in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(timed(function))
+    return seconds
+
+
+def ratios(one: list[float], other: list[float]) -> list[float]:
+    return [a / b for a, b in zip(one, other, strict=True)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- inputs -----------------------------------------------------------------------------------
+
+
+def write_source_text(path: Path, size_mb: float) -> None:
+    """JSON lines of the standard library's sources, repeated until the size is there."""
+    import json
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts = [file.read_text(errors="replace") for file in sorted(root.glob("*.py"))]
+    written, index = 0, 0
+    with open(path, "w") as file:
+        while written < size_mb * 1e6:
+            line = json.dumps({"text": f"# copy {index}\n{texts[index % len(texts)]}"}) + "\n"
+            written += file.write(line)
+            index += 1
+
+
+def prepare_command(source: Path, out: Path, *words: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "slm.prepare",
+        f"sources=[{{path: '{source}', text: '{{text}}'}}]",
+        f"out='{out}'",
+        "seq_len=128",
+        *words,
+    ]
+
+
+def make_corpus(folder: Path, size_mb: float) -> Path:
+    write_source_text(folder / "corpus.jsonl", size_mb)
+    words = ("tokenizer.vocab_size=4096", "heldout_ratio=0")
+    subprocess.run(prepare_command(folder / "corpus.jsonl", folder / "corpus", *words), check=True)
+    return folder / "corpus" / "train"
+
+
+# ---- benchmarks -------------------------------------------------------------------------------
+
+
+def bench_prepare(rows: Rows, folder: Path, small: bool) -> None:
+    """`slm prepare` against the tokenizer's own encode_batch_fast on the same text and cores."""
+    from tokenizers import Tokenizer
+
+    corpus = make_corpus(folder, 1 if small else 10)
+    tokenizer_file = corpus / "tokenizer" / "tokenizer.json"
+    source = folder / "speed.jsonl"
+    write_source_text(source, 1 if small else 40)
+    texts = read_texts(source)
+    size_mb = sum(len(text.encode()) for text in texts) / 1e6
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+
+    def bare() -> None:
+        for start in range(0, len(texts), 256):
+            tokenizer.encode_batch_fast(texts[start : start + 256], add_special_tokens=False)
+
+    rates: dict[str, list[float]] = {"bare": [], "prepare": []}
+    for index in range(1 if small else 5):
+        rates["bare"].append(size_mb / timed(bare))
+        rates["prepare"].append(prepare_rate(source, folder / f"p{index}", corpus, size_mb))
+    rows.add("prepare", "encode_batch_fast alone", "MB/s", rates["bare"], "")
+    rows.add("prepare", "slm prepare, start-up left out", "MB/s", rates["prepare"], "")
+    rows.add("prepare", "ratio", "1", ratios(rates["prepare"], rates["bare"]), ">= 0.85")
+    for size in (1, 2) if small else (10, 100, 1000):
+        write_source_text(source, size)
+        words = (f"tokenizer.path='{corpus / 'tokenizer'}'", "heldout_ratio=0")
+        peak = peak_mb(prepare_command(source, folder / f"m{size}", *words))
+        rows.add("prepare", f"peak memory, {size} MB of input", "MB", [peak], "flat")
+
+
+def read_texts(path: Path) -> list[str]:
+    import json
+
+    with open(path) as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def prepare_rate(source: Path, out: Path, corpus: Path, size_mb: float) -> float:
+    """MB/s by the seconds that `slm prepare` itself prints: the start of the process left out."""
+    words = (f"tokenizer.path='{corpus / 'tokenizer'}'", "heldout_ratio=0")
+    done = subprocess.run(prepare_command(source, out, *words), check=True, capture_output=True)
+    seconds = re.search(rb"MB of text in ([0-9.]+) s", done.stdout + done.stderr)
+    assert seconds is not None, done.stderr
+    return size_mb / float(seconds[1])
+
+
+def peak_mb(command: list[str]) -> float:
+    """Largest resident set of the command and of any of its children."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
+    return int(out.stdout.split()[-1]) / 1024
+
+
+def bench_data(rows: Rows, folder: Path, small: bool) -> None:
+    """Tokens/s that the datamodule supplies on one core, page cache warm."""
+    from slm.data import MicroBatches, Order, Steps, Windows
+
+    for seq_len, target in ((2048, ">= 50e6"), (128, ">= 10e6")):
+        corpus, references = random_store(folder / str(seq_len), seq_len, 1 if small else 32)
+        windows = Windows(corpus, references)
+        batch_size = 65536 // seq_len
+        steps = Steps(windows, Order(len(windows), 0), batch_size, batch_size)
+        count = 10 if small else 200
+
+        def supply(steps: Steps = steps, count: int = count) -> None:
+            stream = iter(MicroBatches(steps, 0, 0, pin_memory=False))
+            for _ in range(count):
+                next(stream)
+
+        with one_thread():
+            supply()
+            seconds = in_turn(2 if small else 7, supply=supply)["supply"]
+        rates = [count * batch_size * seq_len / value for value in seconds]
+        rows.add("data", f"windows of {seq_len}, with references", "tokens/s", rates, target)
+
+
+def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, Any]:
+    """A corpus of random ids with random scores; four shards."""
+    from slm.shards import (
+        FORMAT,
+        Corpus,
+        References,
+        Shard,
+        shard_path,
+        write_array,
+        write_json,
+        write_manifest,
+        write_sidecar,
+    )
+
+    generator = np.random.default_rng(0)
+    length = million_tokens * 250_000 // seq_len * seq_len + 1
+    identity = {
+        "tokenizer_sha256": "",
+        "vocab_size": 32000,
+        "seq_len": seq_len,
+        "packing": "concat",
+    }
+
+    def write(
+        name: str, kind: str, column: str, make: Callable[[], np.ndarray], **more: str
+    ) -> Path:
+        path = folder / name
+        path.mkdir(parents=True)
+        write_json(path / "plan.json", {"format": FORMAT, "kind": kind} | identity | more)
+        for index in range(4):
+            array = make()
+            digest = write_array(shard_path(path, column, index), array)
+            about = {column: digest}, {column: str(array.dtype)}, {column: len(array)}
+            write_sidecar(path, column, Shard(index, len(array), *about))
+        write_manifest(path, column, 4)
+        return path
+
+    tokens = write("corpus", "corpus", "tokens",
+                   lambda: generator.integers(0, 32000, length, dtype=np.uint16))  # fmt: skip
+    corpus = Corpus.open(tokens)
+    scores = write("references", "reference", "logprobs",
+                   lambda: -generator.random(length, dtype=np.float32),
+                   corpus_fingerprint=corpus.fingerprint, model_sha256="")  # fmt: skip
+    return corpus, References.open(scores)
+
+
+def small_lm(vocab_size: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from slm.model import SelectiveLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=vocab_size, hidden_size=128, intermediate_size=352,
+                         num_hidden_layers=3, num_attention_heads=4,
+                         tie_word_embeddings=True)  # fmt: skip
+    return SelectiveLM(LlamaForCausalLM(config))
+
+
+def bench_score(rows: Rows, folder: Path, small: bool) -> None:
+    """`slm score`'s inner loop against a bare forward pass that keeps no logits."""
+    from slm.score import Scorer
+    from slm.shards import Corpus
+
+    corpus = Corpus.open(make_corpus(folder, 0.5 if small else 3))
+    lm = small_lm(corpus.vocab_size).eval()
+    total = corpus.num_targets
+    counter = iter(range(1000))
+
+    def score() -> None:
+        out = folder / f"scores{next(counter)}"
+        out.mkdir()
+        Scorer(lm, corpus, out, 32, "float32").run(lambda count: None)
+
+    def bare() -> None:
+        from slm.data import Windows
+
+        windows = Windows(corpus)
+        weight = lm.model.get_output_embeddings().weight
+        with torch.no_grad():
+            for start in range(0, len(windows), 32):
+                batch = windows.batch(np.arange(start, min(start + 32, len(windows))))
+                hidden = lm.hidden(batch).flatten(0, 1)
+                for rows_ in hidden.split(1024):
+                    torch.logsumexp(rows_ @ weight.T, 1)
+
+    bare()
+    seconds = in_turn(1 if small else 5, bare=bare, score=score)
+    for name, values in seconds.items():
+        rows.add("score", name, "tokens/s", [total / value for value in values], "")
+    rows.add(
+        "score", "score / bare forward", "1", ratios(seconds["bare"], seconds["score"]), ">= 0.9"
+    )
+
+
+def bench_train(rows: Rows, folder: Path, small: bool) -> None:
+    """A whole `slm train` step of the demo's model against the bare model, loss and optimizer."""
+    import json
+
+    from slm.optim import adamw
+    from slm.shards import Corpus
+
+    corpus_folder = make_corpus(folder, 0.5 if small else 3)
+    corpus = Corpus.open(corpus_folder)
+    steps = 6 if small else 60
+    ours, bare = [], []
+    for repeat in range(1 if small else 5):
+        bare += [bare_step_s(small_lm(corpus.vocab_size), adamw, corpus, steps)]
+        out = folder / f"run{repeat}"
+        words = [f"data.corpus='{corpus_folder}'", f"out='{out}'", f"max_tokens={steps * 4096}",
+                 "selection=random", "logger=default"]  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-c", STEP_TIMES, *words, f"+times='{out}.json'"], check=True
+        )
+        times = json.loads(Path(f"{out}.json").read_text())
+        ours.append(statistics.median(times[len(times) // 5 :]))
+    rows.add("train", "bare model, loss, AdamW", "s/step", bare, "")
+    rows.add("train", "slm train, CSV and W&B offline", "s/step", ours, "")
+    added = [ratio - 1 for ratio in ratios(ours, bare)]
+    rows.add("train", "share added by the trainer", "1", added, "< 0.05")
+
+
+# Runs `slm train` with a clock in the place of the progress bar, the last of the callbacks.
+STEP_TIMES = """
+import json, sys, time
+from pathlib import Path
+from lightning import Callback
+times = next(word for word in sys.argv if word.startswith("+times=")); sys.argv.remove(times)
+import slm.train
+class Clock(Callback):
+    marks = []
+    def on_train_batch_end(self, *_): self.marks.append(time.perf_counter())
+slm.train.progress_bar = Clock
+slm.train.main()
+gaps = [b - a for a, b in zip(Clock.marks, Clock.marks[1:])]
+Path(times.removeprefix("+times=").strip("'")).write_text(json.dumps(gaps))
+"""
+
+
+def bare_step_s(lm: Any, adamw: Any, corpus: Any, steps: int) -> float:
+    """Median seconds of forward, selective loss at 0.6, backward, clip, AdamW."""
+    from slm.data import Windows
+
+    windows = Windows(corpus)
+    optimizer = adamw(lm, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    seconds = []
+    for step in range(steps):
+        batch = windows.batch(np.arange(step * 32, step * 32 + 32) % len(windows))
+        start = time.perf_counter()
+        mask = torch.rand(batch["targets"].shape).argsort(0) < 0.6 * 32
+        reference = torch.full(mask.shape, torch.nan).masked_fill(mask, 0.0)
+        lm(batch, reference, select_ratio=1.0).loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[steps // 5 :])
+
+
+def bench_help(rows: Rows, folder: Path, small: bool) -> None:
+    """Time until a person has read access to help."""
+    program = str(Path(sys.executable).parent / "slm")
+    for words, target in ((["--help"], "<= 0.3"), (["train", "--help"], "<= 1.5")):
+        command = [program, *words]
+        run = lambda command=command: subprocess.run(command, check=True, capture_output=True)  # noqa: E731
+        run()
+        seconds = in_turn(2 if small else 9, run=run)["run"]
+        rows.add("help", f"slm {' '.join(words)}", "s", seconds, target)
+
+
+BENCHMARKS = {
+    "help": bench_help,
+    "data": bench_data,
+    "prepare": bench_prepare,
+    "score": bench_score,
+    "train": bench_train,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("which", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS))
+    parser.add_argument("--small", action="store_true", help="toy sizes; numbers mean nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV that the rows are added to")
+    arguments = parser.parse_args()
+    rows = Rows()
+    for name in arguments.which:
+        with tempfile.TemporaryDirectory() as folder:
+            BENCHMARKS[name](rows, Path(folder), arguments.small)
+    rows.write(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
