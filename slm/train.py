@@ -23,6 +23,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import distributed
 from transformers import PreTrainedTokenizerFast
 
 from slm.checkpoint import (
@@ -239,7 +240,14 @@ def train(config: DictConfig) -> Path:
         finally:
             for logger in trainer.loggers:
                 logger.finalize("finished")
+            leave_process_group()
     return folder / "model"
+
+
+def leave_process_group() -> None:
+    """A gloo group that is alive when the interpreter ends sometimes aborts the process."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager

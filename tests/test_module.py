@@ -501,4 +501,7 @@ def test_a_broken_loss_on_one_rank_stops_both(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    globals()[sys.argv[1]](*sys.argv[2:])
+    try:
+        globals()[sys.argv[1]](*sys.argv[2:])
+    finally:
+        torch.distributed.destroy_process_group()  # one alive at exit may abort the process
