@@ -132,9 +132,7 @@ def prepare(out: Path, config: Any) -> None:
     text, corpora = out / "text", out / "corpora"
 
     def make(name: str, files: list[str], *more: str) -> None:
-        sources = ", ".join(
-            f"{{path: {quoted(text / f'{file}.jsonl')}, text: '{{text}}'}}" for file in files
-        )
+        sources = ", ".join(quoted(text / f"{file}.jsonl") for file in files)
         run("prepare", f"sources=[{sources}]", f"out={quoted(corpora / name)}",
             f"seq_len={config.seq_len}", *more)  # fmt: skip
 

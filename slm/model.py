@@ -78,8 +78,8 @@ def build_lm(
     if init_from is None:
         model = new_model(architecture, vocab_size, attn_implementation)
     else:
+        check_tokenizer(init_from, tokenizer)  # a mistyped path ends here, before the weights
         model = load_model(init_from, attn_implementation)
-        check_tokenizer(init_from, tokenizer)
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
     if rows < vocab_size:

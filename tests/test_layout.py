@@ -1,6 +1,7 @@
 """What must stay as it is laid out: names, imports, one test file a module."""
 
 import ast
+import csv
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def test_every_module_has_its_test_file():
     modules = {path.stem for path in (ROOT / "slm").glob("*.py") if path.stem != "__init__"}
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert modules - tested == UNTESTED
-    assert tested - modules <= {"layout", "conf", "pipeline"}
+    assert tested - modules <= {"layout", "conf", "pipeline", "benchmarks"}
 
 
 def test_nothing_names_a_folder_of_one_machine():
@@ -79,3 +80,27 @@ def test_nothing_names_a_folder_of_one_machine():
     files = [path for folder in ("slm", "conf", "kernels") for path in (ROOT / folder).rglob("*.*")]
     texts = {path: path.read_text() for path in files if path.suffix in (".py", ".yaml", ".md")}
     assert [path for path, text in texts.items() if any(name in text for name in private)] == []
+
+
+def readme_rows(path: Path) -> dict[str, list[str]]:
+    """First cell -> the other cells of every table row of a Markdown file, without emphasis."""
+    lines = path.read_text(encoding="utf-8").replace("**", "").splitlines()
+    cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in cells}
+
+
+def test_readme_shows_the_results_of_the_experiment():
+    with open(ROOT / "experiments" / "2026-11-21_math" / "results.csv", newline="") as file:
+        mean = {(row["arm"], row["set"]): float(row["mean"]) for row in csv.DictReader(file)}
+    rows = readme_rows(ROOT / "README.md")
+    labels = {
+        "all tokens": "all",
+        "random 60%": "random_0.6",
+        "excess loss, 60%": "excess_0.6",
+        "excess loss, 40%": "excess_0.4",
+        "all tokens, curated text mixed in": "mixed_all",
+        "the reference model itself": "reference",
+    }
+    for label, arm in labels.items():
+        expected = [mean[arm, name] for name in ("gsm8k_test", "math_500")]
+        assert [float(cell) for cell in rows[label]] == pytest.approx(expected, abs=5.1e-4), label

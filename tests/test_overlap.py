@@ -1,7 +1,6 @@
 """13 words in a row: found exactly, by whole records, whatever stands between the words."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,8 @@ from slm.errors import UserError
 from slm.overlap import WORD, Excluded, Exclusion, Overlap, ngram_keys, read_exclusion
 from slm.records import read_texts
 from slm.sources import parse_sources, read_blocks
+from text_helpers import DATA, LIMIT, needs_data
 
-DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA} with public text")
-LIMIT = 2**20
 WORDS = [f"w{i}" for i in range(20)]
 
 

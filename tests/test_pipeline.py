@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from slm.data import Windows
 from slm.shards import Corpus, References
+from text_helpers import DATA, needs_data
 
-DATA = Path(os.environ.get("SLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TINY = ["experiment=smoke", "logger=csv", "data.batch_size=8", "data.micro_batch_size=4"]
 
 
@@ -32,7 +31,7 @@ def slm(folder: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason="SLM_DATA (experiments/fetch_data.py) is not here")
+@needs_data
 def test_text_to_evaluation(tmp_path):
     raw = f"{{path: '{DATA}/raw/aqua_*.jsonl', text: \"{{question}}\\n{{rationale}}\"}}"
     curated = f"{{path: '{DATA}/curated/gsm8k_train.jsonl', text: \"{{question}}\\n{{answer}}\"}}"

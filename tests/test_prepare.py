@@ -20,8 +20,7 @@ from slm.packing import side_of
 from slm.prepare import prepare
 from slm.shards import ArrayWriter, Corpus, claim
 from slm.tokenizer import EOS, train_tokenizer
-
-DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+from text_helpers import DATA
 
 
 @pytest.fixture(scope="module")

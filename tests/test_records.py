@@ -2,38 +2,12 @@
 
 import gzip
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from slm.errors import UserError
-from slm.records import BadRecord, Template, read_texts
-from slm.sources import Source, parse_sources, read_blocks
-
-DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA} with public text")
-LIMIT = 2**20
-
-
-def source(path, **settings) -> Source:
-    return parse_sources([{"path": str(path)} | settings], "sources")[0]
-
-
-def texts(path, max_bytes=LIMIT, **settings):
-    """(record, text or fault without the folder) of everything in a source."""
-    one = source(path, **settings)
-    return [
-        (text.record, text.text if text.fault is None else fault(text.fault, path))
-        for block in read_blocks([one], max_bytes)
-        for text in read_texts(block, one, max_bytes)
-    ]
-
-
-def fault(sentence: str, path: Path) -> str:
-    assert sentence.startswith(str(path)), sentence
-    return sentence.removeprefix(str(path.parent) + "/")
-
+from slm.records import BadRecord, Template
+from text_helpers import DATA, LIMIT, needs_data, texts
 
 # ---- templates ----------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """Files and blocks: what is read in which order, and which settings are refused."""
 
 import gzip
-import json
 from pathlib import Path
 
 import datasets
@@ -11,35 +10,9 @@ import pytest
 
 from slm import sources
 from slm.errors import UserError
-from slm.records import LINE_END, read_texts
-from slm.sources import Source, cut, open_stream, parse_sources, read_blocks
-
-LIMIT = 2**20
-
-
-def source(path, **settings) -> Source:
-    return parse_sources([{"path": str(path)} | settings], "sources")[0]
-
-
-def texts(path, max_bytes=LIMIT, **settings):
-    """(record, text or fault without the folder) of everything in a source."""
-    one = source(path, **settings)
-    return [
-        (text.record, text.text if text.fault is None else fault(text.fault, path))
-        for block in read_blocks([one], max_bytes)
-        for text in read_texts(block, one, max_bytes)
-    ]
-
-
-def fault(sentence: str, path: Path) -> str:
-    assert sentence.startswith(str(path)), sentence
-    return sentence.removeprefix(str(path.parent) + "/")
-
-
-def write(path: Path, *records) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
+from slm.records import LINE_END
+from slm.sources import cut, open_stream, parse_sources, read_blocks
+from text_helpers import LIMIT, source, texts, write_records
 
 # ---- blocks -------------------------------------------------------------------------------------
 
@@ -75,14 +48,14 @@ def test_too_long_lines_are_skipped_in_bounded_memory(tmp_path, monkeypatch, blo
 
 def test_ten_megabytes_in_one_line(tmp_path):
     text = "0123456789" * 2**20
-    path = write(tmp_path / "a.jsonl", {"text": text}, {"text": "b"})
+    path = write_records(tmp_path / "a.jsonl", {"text": text}, {"text": "b"})
     assert texts(path, max_bytes=2**24) == [(0, text), (1, "b")]
 
 
 def test_records_are_numbered_through_the_files_of_a_source(tmp_path):
     (tmp_path / "b").mkdir()
-    write(tmp_path / "a.jsonl", {"text": "1"}, {"text": "2"})
-    write(tmp_path / "b" / "c.jsonl", {"text": "3"}, {"text": 4})
+    write_records(tmp_path / "a.jsonl", {"text": "1"}, {"text": "2"})
+    write_records(tmp_path / "b" / "c.jsonl", {"text": "3"}, {"text": 4})
     found = texts(tmp_path)
     assert found[:3] == [(0, "1"), (1, "2"), (2, "3")]
     assert found[3][1].endswith("b/c.jsonl, line 2: field 'text' is a number, expected text")
@@ -97,7 +70,7 @@ ODD = "a b=1,c[2]{x}*?'.d"
 def test_odd_names_and_compression(tmp_path):
     folder = tmp_path / ODD
     folder.mkdir()
-    plain = write(folder / f"{ODD}.jsonl", {"text": "plain"})
+    plain = write_records(folder / f"{ODD}.jsonl", {"text": "plain"})
     (folder / f"{ODD}.json.gz").write_bytes(gzip.compress(b'{"text": "gz"}'))
     with pa.output_stream(str(folder / f"{ODD}.ndjson.zst"), compression="zstd") as stream:
         stream.write(b'{"text": "zst"}\n')
@@ -195,7 +168,7 @@ def test_mistakes_in_settings(tmp_path, monkeypatch, entry, message):
 
 
 def test_two_sources_need_two_names(tmp_path):
-    path = str(write(tmp_path / "a.jsonl", {"text": "1"}))
+    path = str(write_records(tmp_path / "a.jsonl", {"text": "1"}))
     with pytest.raises(UserError, match="two entries have the name 'a'; set name"):
         parse_sources([path, path], "sources")
     with pytest.raises(UserError, match="sources must be a list"):
@@ -205,8 +178,8 @@ def test_two_sources_need_two_names(tmp_path):
 def test_identity_of_files_is_not_their_folder(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "a.jsonl", {"text": "same"})
+        write_records(tmp_path / folder / "a.jsonl", {"text": "same"})
     one, two = (source(tmp_path / folder / "a.jsonl").plan() for folder in ("one", "two"))
     assert one == two
-    write(tmp_path / "two" / "a.jsonl", {"text": "sane"})
+    write_records(tmp_path / "two" / "a.jsonl", {"text": "sane"})
     assert source(tmp_path / "two" / "a.jsonl").plan() != one

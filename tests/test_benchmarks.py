@@ -1,0 +1,27 @@
+"""The benchmarks run at toy size, so that they cannot rot; their numbers mean nothing here."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["help", "data", "prepare", "score", "train"])
+def test_benchmark_of_the_pipeline_at_toy_size(tmp_path, name):
+    command = [sys.executable, str(BENCHMARKS / "pipeline.py"), name, "--small"]
+    out = tmp_path / "rows.csv"
+    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=240)
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(BENCHMARKS / "results" / "pipeline.csv", newline="") as file:
+        committed = {row["case"] for row in csv.DictReader(file) if row["benchmark"] == name}
+    found = {row["case"] for row in rows}
+    assert {case for case in found if "MB of input" not in case} <= committed
+    for row in rows:
+        assert row["benchmark"] == name and row["machine"] and row["torch"]
+        assert float(row["low"]) <= float(row["median"]) <= float(row["high"])

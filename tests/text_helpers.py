@@ -1,0 +1,41 @@
+"""Texts as the tests write, read and find them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from slm.records import read_texts
+from slm.sources import Source, parse_sources, read_blocks
+
+DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="SLM_DATA (experiments/fetch_data.py) is not here"
+)
+LIMIT = 2**20  # bytes of a document
+
+
+def source(path, **settings) -> Source:
+    return parse_sources([{"path": str(path)} | settings], "sources")[0]
+
+
+def texts(path, max_bytes=LIMIT, **settings):
+    """(record, text or fault without the folder) of everything in a source."""
+    one = source(path, **settings)
+    return [
+        (text.record, text.text if text.fault is None else fault(text.fault, path))
+        for block in read_blocks([one], max_bytes)
+        for text in read_texts(block, one, max_bytes)
+    ]
+
+
+def fault(sentence: str, path: Path) -> str:
+    assert sentence.startswith(str(path)), sentence
+    return sentence.removeprefix(str(path.parent) + "/")
+
+
+def write_records(path: Path, *records) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
