@@ -75,6 +75,7 @@ class Rows:
         )
 
     def write(self, path: Path) -> None:
+        """Append what was collected since the last time."""
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with open(path, "a", newline="") as file:
@@ -82,6 +83,7 @@ class Rows:
             if new:
                 writer.writeheader()
             writer.writerows(self.rows)
+        self.rows.clear()
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -419,7 +421,7 @@ def main() -> None:
     for name in arguments.which:
         with tempfile.TemporaryDirectory() as folder:
             BENCHMARKS[name](rows, Path(folder), arguments.small)
-    rows.write(arguments.out)
+        rows.write(arguments.out)
 
 
 if __name__ == "__main__":
