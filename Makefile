@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-fast lint types bench clean
+TRITON ?= 3.6.0
+RESULTS ?= gpu-results
+
+.PHONY: demo test test-fast lint types bench compile-gate gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/slm demo
@@ -24,6 +27,17 @@ types: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python experiments/benchmarks/pipeline.py
+
+# What the kernels compile to under another Triton: spills, tensor cores, shared memory.
+compile-gate: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(VENV)/triton-$(TRITON) $(BIN)/python kernels/benchmarks/compiled.py
+
+# On a machine with a GPU, torch and triton: no environment of its own. Under nine minutes.
+gpu-check:
+	mkdir -p $(RESULTS)
+	PYTHONPATH=kernels:. $(PYTHON) -m pytest tests/kernels -m "not slow" --junitxml=$(RESULTS)/tests.xml
+	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/bench.py --out $(RESULTS)/bench.csv
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python >= 3.11 is needed, $(PYTHON) is {v.major}.{v.minor}")'

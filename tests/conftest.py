@@ -21,6 +21,9 @@ from slm.shards import (
 )
 from slm.tokenizer import token_bytes, tokenizer_sha256, train_tokenizer
 
+# Triton's kernels run in its interpreter where there is no GPU; it must know before its import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests never reach for a network, and two cores are shared by everything.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline")
 
@@ -31,6 +34,14 @@ TEXT = [
     "def divide(total, count):\n    return total / count\n",
     "Zahlen wie 3,1415 und Zeichen wie \u00e4, \u00f6 und \u00fc haben mehrere Bytes. \U0001f600",
 ] * 8
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs CUDA: see `make gpu-check`")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session", autouse=True)

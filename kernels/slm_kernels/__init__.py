@@ -1,6 +1,6 @@
 """Selective language modeling (Rho-1, arXiv 2404.07965) as a loss: needs torch and nothing else."""
 
-from slm_kernels.reference import TokenCrossEntropy
+from slm_kernels.contracts import TokenCrossEntropy
 from slm_kernels.selection import select_count, select_top_k
 from slm_kernels.selective_cross_entropy import (
     SelectiveCrossEntropy,

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from slm_kernels.reference import Head
+from slm_kernels.contracts import Head
+from slm_kernels.ops import refuse
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,7 +63,7 @@ def check_targets(
     vocab_size: int,
     ignore_index: int,
     device: torch.device,
-) -> None:
+) -> Tensor:  # (...), bool: not ignored
     if targets.shape != shape:
         raise ValueError(f"targets must be {tuple(shape)}, got {tuple(targets.shape)}")
     if targets.dtype != torch.int64:
@@ -72,7 +73,8 @@ def check_targets(
             f"targets and hidden must be on one device, got {targets.device}, {device}"
         )
     outside = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
-    _refuse(
+    return refuse(
+        targets != ignore_index,
         outside,
         targets,
         f"targets must lie in [0, {vocab_size}) or be ignore_index {ignore_index}",
@@ -83,7 +85,7 @@ def check_reference_loss(
     reference_loss: Tensor,  # (...)
     targets: Tensor,  # (...)
     valid: Tensor,  # (...)
-) -> None:
+) -> Tensor:  # valid
     if reference_loss.shape != targets.shape:
         raise ValueError(
             f"reference_loss must be {tuple(targets.shape)} as targets, got "
@@ -92,7 +94,8 @@ def check_reference_loss(
     if reference_loss.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"reference_loss must be float32 or float64, got {reference_loss.dtype}")
     check_device("reference_loss", reference_loss, "targets", targets)
-    _refuse(
+    return refuse(
+        valid,
         valid & (reference_loss < 0),
         reference_loss,
         "reference_loss must be >= 0 (it looks as if log-probabilities were passed: pass "
@@ -103,7 +106,9 @@ def check_reference_loss(
 def check_token_weight(
     token_weight: Tensor,  # (...)
     targets: Tensor,  # (...)
-) -> None:
+    valid: Tensor,  # (...)
+    max_rows: int | None,
+) -> Tensor:  # valid
     if token_weight.shape != targets.shape:
         raise ValueError(
             f"token_weight must be {tuple(targets.shape)} as targets, got "
@@ -112,6 +117,17 @@ def check_token_weight(
     if token_weight.dtype != torch.bool and not token_weight.is_floating_point():
         raise ValueError(f"token_weight must be bool or floating point, got {token_weight.dtype}")
     check_device("token_weight", token_weight, "targets", targets)
+    if max_rows is None:
+        return valid
+    check_count("max_rows", max_rows)
+    weighted = (valid & (token_weight != 0)).sum()
+    message = f"max_rows is {max_rows}, more tokens have a weight"
+    return refuse(valid, weighted > max_rows, weighted, message)
+
+
+def check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
 
 
 def check_denominator(denominator: float | Tensor | None) -> None:
@@ -122,12 +138,3 @@ def check_denominator(denominator: float | Tensor | None) -> None:
             )
     elif denominator is not None and not 0 <= denominator < math.inf:
         raise ValueError(f"denominator must be finite and >= 0, got {denominator}")
-
-
-def _refuse(wrong: Tensor, values: Tensor, message: str) -> None:
-    """ValueError on a CPU. Elsewhere a device assertion, which needs no host synchronisation."""
-    if wrong.device.type != "cpu":
-        torch.ops.aten._assert_async.msg(~wrong.any(), message)
-    elif wrong.any():
-        worst = values[wrong]
-        raise ValueError(f"{message}, got {len(worst)} others, the first {worst[0].item()}")

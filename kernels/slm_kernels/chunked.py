@@ -7,19 +7,25 @@ and writes each slice of the weight's gradient once:
     G = (softmax(z) - onehot) * scale    grad_weight[slice] = G.T @ hidden    grad_hidden += G @ W
 
 Matrix work: 2 NVD forward and 6 KVD backward for K rows with a weight; autograd needs 6 NVD.
+Columns in the logits cache are read from it instead: 4 KVD.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
 
-from slm_kernels.reference import Head, TokenStats, compute_dtype
+from slm_kernels.contracts import Head, HeadGradients, LogitsCache, TokenStats, compute_dtype
+from slm_kernels.rows import WeightedRows
 
 EXP_IS_ZERO = -1000.0  # exp of it is exactly 0 in float32 and float64, and 0 * it is not NaN
+
+
+def cache_block(hidden: Tensor) -> int:
+    return _tile_shape(hidden.device)[1]
 
 
 def _tile_shape(device: torch.device) -> tuple[int, int]:
@@ -90,25 +96,30 @@ def stats_of_tiles(
     tiles: Iterable[tuple[int, Tensor]],  # (start, (R, v)) in vocabulary order; overwritten
     targets: Tensor,  # (R,), all valid
     dtype: torch.dtype,
-    want_entropy: bool,
+    want_entropy: bool = False,
+    want_correct: bool = False,
+    keep: Callable[[int, Tensor, Tensor], None] = lambda start, exps, offset: None,
 ) -> TokenStats:
+    """`keep` is shown exp(z - offset) of every tile."""
     row_max = torch.full_like(targets, torch.finfo(dtype).min, dtype=dtype)
     target_logit, sum_exp, sum_exp_z = (torch.zeros_like(row_max) for _ in range(3))
-    correct = torch.ones_like(targets, dtype=torch.bool)
+    correct = torch.ones_like(targets, dtype=torch.bool) if want_correct else None
     for start, z in tiles:
         tile_max = z.amax(dim=1)
         rows, column = _targets_inside(targets, start, z.shape[1])
         target_logit[rows] = z[rows, column]
-        # The target is the first maximum if it is the first of its own tile, beats every tile
-        # before, and is beaten by none after.
-        correct &= tile_max <= row_max
-        correct[rows] = (z[rows].argmax(dim=1) == column) & (tile_max > row_max)[rows]
+        if correct is not None:
+            # The target is the first maximum if it is the first of its own tile, beats every tile
+            # before, and is beaten by none after.
+            correct &= tile_max <= row_max
+            correct[rows] = (z[rows].argmax(dim=1) == column) & (tile_max > row_max)[rows]
 
         new_max = torch.maximum(row_max, tile_max)
         drop = (row_max - new_max).clamp_(min=EXP_IS_ZERO)
         z.sub_(new_max[:, None])
         shifted = z.clamp(min=EXP_IS_ZERO) if want_entropy else None
         z.exp_()
+        keep(start, z, new_max)
         if shifted is not None:
             sum_exp_z = (sum_exp_z + drop * sum_exp) * drop.exp() + shifted.mul_(z).sum(dim=1)
         sum_exp = sum_exp * drop.exp() + z.sum(dim=1)
@@ -126,12 +137,13 @@ def stats_of_tiles(
 def empty_stats(
     targets: Tensor,  # (N,)
     dtype: torch.dtype,
-    want_entropy: bool,
+    want_entropy: bool = False,
+    want_correct: bool = False,
 ) -> TokenStats:
     """What an ignored row has."""
     zero = torch.zeros_like(targets, dtype=dtype)
     entropy = torch.zeros_like(zero) if want_entropy else None
-    correct = torch.zeros_like(targets, dtype=torch.bool)
+    correct = torch.zeros_like(targets, dtype=torch.bool) if want_correct else None
     return TokenStats(zero, torch.zeros_like(zero), torch.ones_like(zero), entropy, correct)
 
 
@@ -146,9 +158,11 @@ def token_stats(
     head: Head,
     targets: Tensor,  # (N,), -1 where ignored
     want_entropy: bool,
+    want_correct: bool,
+    cache: LogitsCache,  # written
 ) -> TokenStats:
     dtype = compute_dtype(hidden)
-    stats = empty_stats(targets, dtype, want_entropy)
+    stats = empty_stats(targets, dtype, want_entropy, want_correct)
     buffer = _tile_buffer(head, len(targets), dtype)
     valid = (targets >= 0).nonzero().squeeze(1)
     for mine in row_blocks(len(valid), _tile_shape(hidden.device)[0]):
@@ -158,94 +172,58 @@ def token_stats(
             (part.start, _tile_logits(block, part, head, buffer))
             for part in _vocabulary_slices(head, dtype)
         )
-        write_rows(stats, rows, stats_of_tiles(tiles, targets[rows], dtype, want_entropy))
+        keep = partial(_write_cache, cache, rows)
+        found = stats_of_tiles(tiles, targets[rows], dtype, want_entropy, want_correct, keep)
+        write_rows(stats, rows, found)
     return stats
 
 
-class WeightedRows(NamedTuple):
-    """The K rows with a weight, and what their logit gradients are made of."""
-
-    positions: Tensor  # (K,), among the N
-    targets: Tensor  # (K,)
-    row_max: Tensor  # (K,)
-    scale: Tensor  # (K,), upstream gradient * token_weight / sum_exp
-    at_target: Tensor  # (K,), (p - 1) * sum_exp, where p = exp(-loss)
-
-    def part(self, mine: slice) -> "WeightedRows":
-        return WeightedRows(*(column[mine] for column in self))
-
-
-def rows_with_weight(
-    upstream: Tensor,  # ()
-    targets: Tensor,  # (N,)
-    token_weight: Tensor,  # (N,)
-    loss: Tensor,  # (N,)
-    row_max: Tensor,  # (N,)
-    sum_exp: Tensor,  # (N,)
-) -> WeightedRows:
-    kept = ((token_weight != 0) & (targets >= 0)).nonzero().squeeze(1)
-    return WeightedRows(
-        positions=kept,
-        targets=targets[kept],
-        row_max=row_max[kept],
-        scale=upstream * token_weight[kept] / sum_exp[kept],
-        at_target=torch.expm1(-loss[kept]) * sum_exp[kept],
-    )
+def _write_cache(
+    cache: LogitsCache,
+    rows: Tensor,  # (R,)
+    start: int,
+    exps: Tensor,  # (R, v)
+    offset: Tensor,  # (R,)
+) -> None:
+    out = cache.exps[:, start : start + exps.shape[1]]
+    if out.shape[1]:
+        out.index_copy_(0, rows, exps[:, : out.shape[1]].to(out.dtype))
+        cache.offset[:, start // cache.block].index_copy_(0, rows, offset)
 
 
 def logit_gradient_(
     z: Tensor,  # (R, v), overwritten
     start: int,
     rows: WeightedRows,  # R rows
-) -> Tensor:  # (R, v)
-    inside, column = _targets_inside(rows.targets, start, z.shape[1])
-    z.sub_(rows.row_max[:, None]).exp_()
-    z[inside, column] = rows.at_target[inside]
-    return z.mul_(rows.scale[:, None])
+    softcap: float | None = None,
+) -> Tensor:  # (R, v), gradient before the soft cap, over the rows' scale
+    slope = None if softcap is None else 1 - (z / softcap).square_()
+    gradient = z.sub_(rows.row_max[:, None]).exp_()
+    return _with_targets_(gradient if slope is None else gradient.mul_(slope), start, rows)
 
 
-class _WeightedSum(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # (N, D)
-        weight: Tensor,  # (V, D)
-        bias: Tensor | None,  # (V,)
-        logit_scale: float,
-        softcap: float | None,
-        targets: Tensor,  # (N,)
-        token_weight: Tensor,  # (N,)
-        stats: TokenStats,
-    ) -> Tensor:  # ()
-        per_token = (targets, token_weight, stats.loss, stats.row_max, stats.sum_exp)
-        ctx.save_for_backward(hidden, weight, bias, *per_token)
-        ctx.logit_scale, ctx.softcap = logit_scale, softcap
-        return (token_weight * stats.loss).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: the decorator's signature
-        ctx: Any,
-        upstream: Tensor,  # ()
-    ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *per_token = ctx.saved_tensors
-        head = Head(weight, bias, ctx.logit_scale, ctx.softcap)
-        rows = rows_with_weight(upstream * ctx.logit_scale, *per_token)
-        gradients = _head_gradients(hidden, head, rows, ctx.needs_input_grad[:3])
-        return (*gradients, None, None, None, None, None)
+def _with_targets_(gradient: Tensor, start: int, rows: WeightedRows) -> Tensor:
+    inside, column = _targets_inside(rows.targets, start, gradient.shape[1])
+    gradient[inside, column] = rows.at_target[inside]
+    return gradient
 
 
-def _head_gradients(
+def head_gradients(
     hidden: Tensor,  # (N, D)
     head: Head,
     rows: WeightedRows,  # K of the N
+    cache: LogitsCache,
     wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # (N, D), (V, D), (V,)
+) -> HeadGradients:
+    """The rows' scale goes to the (K, D) factors, which are smaller than the (K, V) gradient."""
     dtype = compute_dtype(hidden)
-    selected = hidden.index_select(0, rows.positions).to(dtype)  # (K, D)
+    selected = rows.gather(hidden).to(dtype)  # (K, D)
+    scaled = selected * rows.scale[:, None]
     grad_selected = torch.zeros_like(selected) if wanted[0] else None
-    grad_weight = torch.zeros_like(head.weight) if wanted[1] else None
-    grad_bias = torch.zeros_like(head.bias) if head.bias is not None and wanted[2] else None
+    grad_weight = head.weight.new_zeros(head.weight.shape) if wanted[1] else None
+    grad_bias = (
+        head.bias.new_zeros(head.bias.shape) if head.bias is not None and wanted[2] else None
+    )
     buffer = _tile_buffer(head, len(selected), dtype)
     for part in _vocabulary_slices(head, dtype):
         # The sums are the outputs themselves in the compute dtype; otherwise rounded once, below.
@@ -254,28 +232,21 @@ def _head_gradients(
         weight_sum = None if weight_out is None else weight_out.to(dtype)
         bias_sum = None if bias_out is None else bias_out.to(dtype)
         for mine in row_blocks(len(selected), _tile_shape(hidden.device)[0]):
-            gradient = _tile_gradient(selected[mine], part, head, rows.part(mine), buffer)
+            some = rows.part(mine)
+            gradient = _tile_gradient(selected[mine], part, head, some, cache, buffer)
             if grad_selected is not None:
                 grad_selected[mine].addmm_(gradient, part.weight)
             if weight_sum is not None:
-                weight_sum.addmm_(gradient.T, selected[mine])
+                weight_sum.addmm_(gradient.T, scaled[mine])
             if bias_sum is not None:
-                bias_sum += gradient.sum(dim=0)
+                bias_sum.addmv_(gradient.T, some.scale)
         if weight_out is not None and weight_sum is not None:
             weight_out.copy_(weight_sum)
         if bias_out is not None and bias_sum is not None:
             bias_out.copy_(bias_sum)
-    return _scatter(hidden, rows, grad_selected), grad_weight, grad_bias
-
-
-def _scatter(
-    hidden: Tensor,  # (N, D)
-    rows: WeightedRows,  # K of the N
-    grad_selected: Tensor | None,  # (K, D)
-) -> Tensor | None:  # (N, D)
-    if grad_selected is None:
-        return None
-    return torch.zeros_like(hidden).index_copy_(0, rows.positions, grad_selected.to(hidden.dtype))
+    if grad_selected is not None:
+        grad_selected = rows.scatter(grad_selected.mul_(rows.scale[:, None]), like=hidden)
+    return HeadGradients(grad_selected, grad_weight, grad_bias)
 
 
 def _tile_gradient(
@@ -283,20 +254,25 @@ def _tile_gradient(
     part: _Slice,
     head: Head,
     rows: WeightedRows,  # R rows
+    cache: LogitsCache,
     buffer: Tensor,
-) -> Tensor:  # (R, v), gradient of hidden @ weight.T + bias
+) -> Tensor:  # (R, v), gradient of hidden @ weight.T + bias, over the rows' scale
+    if part.start + len(part.weight) <= cache.exps.shape[1]:
+        return _cached_gradient(part, head, rows, cache, buffer)
     z = _tile_logits(block, part, head, buffer)
-    slope = None if head.softcap is None else 1 - (z / head.softcap).square_()
-    gradient = logit_gradient_(z, part.start, rows)
-    return gradient if slope is None else gradient.mul_(slope)
+    return logit_gradient_(z, part.start, rows, head.softcap)
 
 
-def weighted_sum(
-    hidden: Tensor,  # (N, D)
-    head: Head,
-    targets: Tensor,  # (N,), -1 where ignored
-    token_weight: Tensor,  # (N,)
-    stats: TokenStats,
-) -> Tensor:  # ()
-    """Differentiable sum of token_weight * token_loss, from a forward pass already made."""
-    return _WeightedSum.apply(hidden, *head, targets, token_weight, stats)
+def _cached_gradient(
+    part: _Slice, head: Head, rows: WeightedRows, cache: LogitsCache, buffer: Tensor
+) -> Tensor:  # (R, v)
+    stop = part.start + len(part.weight)
+    offset = cache.offset[rows.positions, part.start // cache.block]
+    exps = cache.exps[:, part.start : stop].index_select(0, rows.positions)
+    gradient = buffer[: exps.numel()].view(exps.shape).copy_(exps)
+    slope = None
+    if head.softcap is not None:  # what underflowed to 0 has no logit any more, and needs none
+        z = gradient.clamp(min=torch.finfo(gradient.dtype).tiny).log_() + offset[:, None]
+        slope = 1 - z.div_(head.softcap).square_()
+    gradient.mul_((offset - rows.row_max).exp_()[:, None])
+    return _with_targets_(gradient if slope is None else gradient.mul_(slope), part.start, rows)

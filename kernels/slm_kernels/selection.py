@@ -3,6 +3,8 @@
 Scores become integers in the same order, so ties, -0.0 and NaN have one answer on every device.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +26,11 @@ def select_count(
     check_select_ratio(select_ratio)
     count = torch.floor(num_candidates.double() * select_ratio + 0.5).long()
     return torch.minimum(count.clamp(min=1), num_candidates)
+
+
+def count_of(num_candidates: int, select_ratio: float) -> int:
+    """`select_count` of a number that is known."""
+    return min(max(math.floor(num_candidates * select_ratio + 0.5), 1), num_candidates)
 
 
 def select_top_k(

@@ -7,12 +7,13 @@ nats and float32 (float64 for float64 operands). Every function takes the head i
     ignore_index    the target of a token that is not predicted
     logit_scale     z = logit_scale * (hidden @ weight.T + bias)
     softcap         then z = softcap * tanh(z / softcap), unless None
-    implementation  "auto", "reference" (plain torch, all logits at once) or "chunked"
+    implementation  "auto", "reference" (plain torch, all logits at once), "chunked" (torch, any
+                    device) or "triton" (CUDA); auto takes triton where it can run, else chunked
+
+`weight` and `bias` may be sharded DTensors of a data-parallel model: they are gathered, and their
+gradient returns sharded in the same way, averaged over the ranks as such wrappers do.
 """
 
-import logging
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from slm_kernels import checks, chunked, from_logits, reference
-from slm_kernels.reference import Head, TokenCrossEntropy, TokenStats
-from slm_kernels.selection import check_scope, check_select_ratio, select_top_k
-
-logger = logging.getLogger("slm_kernels")
+from slm_kernels import checks, from_logits, ops, reference
+from slm_kernels.contracts import Head, TokenCrossEntropy, TokenStats
+from slm_kernels.implementation import pick_implementation
+from slm_kernels.selection import check_scope, check_select_ratio, count_of, select_top_k
+from slm_kernels.sharded import gathered
 
 
 class SelectiveCrossEntropy(NamedTuple):
@@ -41,15 +42,25 @@ class SelectiveCrossEntropy(NamedTuple):
     num_valid: Tensor  # (), int64: target is not ignored
 
 
-class Implementation(NamedTuple):
-    token_stats: Callable[[Tensor, Head, Tensor, bool], TokenStats]
-    weighted_sum: Callable[[Tensor, Head, Tensor, Tensor, TokenStats], Tensor]
+class _Pass(NamedTuple):
+    """A forward pass that has been made, and what its backward pass needs."""
 
+    name: str
+    hidden: Tensor  # (N, D)
+    head: Head
+    targets: Tensor  # (N,), -1 where ignored
+    stats: TokenStats
+    cache: tuple[Tensor, Tensor]
 
-IMPLEMENTATIONS = {
-    "reference": Implementation(reference.token_stats, reference.weighted_sum),
-    "chunked": Implementation(chunked.token_stats, chunked.weighted_sum),
-}
+    def weighted_sum(
+        self,
+        token_weight: Tensor,  # (N,)
+        capacity: int | None,
+    ) -> Tensor:  # ()
+        operands = (self.hidden, self.head, self.targets, token_weight)
+        if self.name == "reference":
+            return reference.weighted_sum(*operands)
+        return ops.weighted_sum(*operands, self.stats, self.cache, capacity, self.name)
 
 
 def token_cross_entropy(
@@ -69,12 +80,12 @@ def token_cross_entropy(
     The loss is L_RM or L_theta of Rho-1 (arXiv 2404.07965, Eq 1). Ignored tokens have zeros and
     False; their forward pass is skipped. Raises ValueError as `selective_cross_entropy` does.
     """
-    engine = _implementation(implementation, hidden.device)
     hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
     valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
-    rows, row_targets = _flatten(hidden, targets, valid)
-    with torch.no_grad(), _without_autocast(hidden):
-        stats = engine.token_stats(rows, head, row_targets, want_entropy)
+    stats = _forward(
+        hidden, head, targets, valid, implementation, want_entropy=want_entropy, want_correct=True
+    ).stats
+    assert stats.correct is not None
     return TokenCrossEntropy(
         loss=stats.loss.view(targets.shape),
         lse=(stats.row_max + stats.sum_exp.log()).view(targets.shape),
@@ -90,6 +101,8 @@ def weighted_cross_entropy(
     token_weight: Tensor,  # (...), bool or floating point
     *,
     denominator: float | Tensor | None = None,
+    max_rows: int | None = None,
+    logits_cache_bytes: int = 0,
     bias: Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -103,19 +116,22 @@ def weighted_cross_entropy(
     the target `ignore_index` to skip its forward pass too. With no weight at all the loss is 0.
     A non-finite token_loss makes the loss non-finite, whatever its weight.
 
+    How many tokens have a weight is read back from the device, unless `max_rows` says how many
+    there are at most: then nothing is synchronised, and more of them are an error.
+    `logits_cache_bytes`: see `selective_cross_entropy`.
+
     Raises ValueError as `selective_cross_entropy` does.
     """
     checks.check_denominator(denominator)
-    engine = _implementation(implementation, hidden.device)
+    checks.check_count("logits_cache_bytes", logits_cache_bytes)
     hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
     valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
-    checks.check_token_weight(token_weight, targets)
-    rows, row_targets = _flatten(hidden, targets, valid)
+    valid = checks.check_token_weight(token_weight, targets, valid, max_rows)
+    done = _forward(hidden, head, targets, valid, implementation, cache_bytes=logits_cache_bytes)
+    with torch.no_grad():
+        row_weight = token_weight.masked_fill(~valid, 0).reshape(-1).to(done.stats.loss.dtype)
     with _without_autocast(hidden):
-        with torch.no_grad():
-            stats = engine.token_stats(rows, head, row_targets, False)
-            row_weight = token_weight.masked_fill(~valid, 0).reshape(-1).to(stats.loss.dtype)
-        local_sum = engine.weighted_sum(rows, head, row_targets, row_weight, stats)
+        local_sum = done.weighted_sum(row_weight, max_rows)
     if denominator is None:
         denominator = row_weight.sum()
     return _divide(local_sum, denominator, ~row_weight.any())
@@ -131,6 +147,7 @@ def selective_cross_entropy(
     scope: str = "batch",
     group: ProcessGroup | None = None,
     denominator: float | Tensor | None = None,
+    logits_cache_bytes: int = 0,
     bias: Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -149,23 +166,27 @@ def selective_cross_entropy(
     in the gradient of `hidden`. A non-finite token_loss, selected or not, makes the loss
     non-finite. Under autocast the operands are cast to its dtype; scores stay float32.
 
+    `logits_cache_bytes` buys time with memory: as many columns of exponentials as fit are kept for
+    the backward pass, which else computes the selected rows' logits again. They have two bytes
+    each (bfloat16 for bfloat16 operands, else float16; float64 for float64), so the gradients
+    differ by that rounding; the losses and the selection do not.
+
     Raises ValueError, with both values, for: shapes, dtypes or devices that do not fit together;
     a select_ratio outside (0, 1]; an unknown scope or implementation; a global scope without a
     group; a target outside [0, V); a negative reference_loss, which is a log-probability passed
     by mistake. The last two are device assertions on an accelerator.
     """
     _check_selection(select_ratio, scope, group, denominator)
-    engine = _implementation(implementation, hidden.device)
+    checks.check_count("logits_cache_bytes", logits_cache_bytes)
     hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
     valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
-    checks.check_reference_loss(reference_loss, targets, valid)
-    rows, row_targets = _flatten(hidden, targets, valid)
+    valid = checks.check_reference_loss(reference_loss, targets, valid)
+    done = _forward(hidden, head, targets, valid, implementation, cache_bytes=logits_cache_bytes)
+    with torch.no_grad():
+        chosen = _choose(done.stats.loss, reference_loss, valid, select_ratio, scope, group)
+        row_weight = chosen.selected.reshape(-1).to(done.stats.loss.dtype)
     with _without_autocast(hidden):
-        with torch.no_grad():
-            stats = engine.token_stats(rows, head, row_targets, False)
-            chosen = _choose(stats.loss, reference_loss, valid, select_ratio, scope, group)
-        row_weight = chosen.selected.reshape(-1).to(stats.loss.dtype)
-        local_sum = engine.weighted_sum(rows, head, row_targets, row_weight, stats)
+        local_sum = done.weighted_sum(row_weight, _capacity(targets, select_ratio, scope))
     return chosen._replace(loss=_mean(local_sum, chosen.num_selected, denominator, group))
 
 
@@ -188,7 +209,7 @@ def selective_cross_entropy_from_logits(
     _check_selection(select_ratio, scope, group, denominator)
     checks.check_logits(logits)
     valid = _valid(targets, logits.shape[:-1], logits.shape[-1], ignore_index, logits.device)
-    checks.check_reference_loss(reference_loss, targets, valid)
+    valid = checks.check_reference_loss(reference_loss, targets, valid)
     rows, row_targets = _flatten(logits, targets, valid)
     with torch.no_grad():
         stats = from_logits.token_stats(rows, row_targets)
@@ -198,18 +219,43 @@ def selective_cross_entropy_from_logits(
     return chosen._replace(loss=_mean(local_sum, chosen.num_selected, denominator, group))
 
 
-def _implementation(name: str, device: torch.device) -> Implementation:
-    if name != "auto" and name not in IMPLEMENTATIONS:
-        choices = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be one of {choices}, got {name!r}")
-    name = "chunked" if name == "auto" else name
-    _say_once(name, device.type)
-    return IMPLEMENTATIONS[name]
+def _forward(
+    hidden: Tensor,  # (..., D)
+    head: Head,
+    targets: Tensor,  # (...)
+    valid: Tensor,  # (...)
+    implementation: str,
+    want_entropy: bool = False,
+    want_correct: bool = False,
+    cache_bytes: int = 0,
+) -> _Pass:
+    name = pick_implementation(implementation, hidden)
+    rows, row_targets = _flatten(hidden, targets, valid)
+    wanted = (want_entropy, want_correct)
+    nothing = (hidden.new_empty(0, 0), hidden.new_empty(0, 0))
+    with torch.no_grad(), _without_autocast(hidden):
+        if name == "reference":
+            stats = reference.token_stats(rows, head, row_targets, *wanted)
+            return _Pass(name, rows, head, row_targets, stats, nothing)
+        # Without a backward pass there is nobody to read the cache.
+        stats, *cache = ops.token_stats(rows, head, row_targets, *wanted, cache_bytes, name)
+    return _Pass(name, rows, head, row_targets, stats, (cache[0], cache[1]))
 
 
-@cache
-def _say_once(name: str, device_type: str) -> None:
-    logger.info("cross-entropy on %s runs the implementation %r", device_type, name)
+def _capacity(
+    targets: Tensor,  # (..., T)
+    select_ratio: float,
+    scope: str,
+) -> int | None:
+    """How many tokens can be selected at most, where the device need not be asked.
+
+    On a CPU asking costs nothing, and in a group one rank may hold all that is selected.
+    """
+    if targets.device.type == "cpu" or scope == "global":
+        return None
+    if scope == "batch":
+        return count_of(targets.numel(), select_ratio)
+    return targets.shape[:-1].numel() * count_of(targets.shape[-1], select_ratio)
 
 
 def _check_selection(
@@ -235,7 +281,7 @@ def _operands(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    head = Head(weight, bias, logit_scale, softcap)
+    head = Head(gathered(weight), gathered(bias), logit_scale, softcap)
     checks.check_head(hidden, head)
     return hidden, head
 
@@ -251,8 +297,7 @@ def _valid(
     ignore_index: int,
     device: torch.device,
 ) -> Tensor:  # (...), bool
-    checks.check_targets(targets, shape, vocab_size, ignore_index, device)
-    return targets != ignore_index
+    return checks.check_targets(targets, shape, vocab_size, ignore_index, device)
 
 
 def _flatten(
@@ -277,7 +322,7 @@ def _choose(
     excess_loss = (token_loss - reference_loss).masked_fill(~candidates, torch.nan)
     selected = select_top_k(excess_loss, candidates, select_ratio, scope=scope, group=group)
     return SelectiveCrossEntropy(
-        loss=row_loss.new_tensor(torch.nan),
+        loss=row_loss.new_full((), torch.nan),
         token_loss=token_loss,
         excess_loss=excess_loss,
         selected=selected,
@@ -329,5 +374,8 @@ def _divide(
     denominator: float | Tensor,
     nothing: Tensor,  # (), bool: no token has a weight, and 0 / 0 shall be 0
 ) -> Tensor:  # ()
-    divisor = torch.as_tensor(denominator, dtype=local_sum.dtype, device=local_sum.device)
+    if isinstance(denominator, Tensor):
+        divisor = denominator.to(local_sum.device, local_sum.dtype)
+    else:  # filled on the device: a tensor made of a Python number would be copied to it
+        divisor = local_sum.new_full((), denominator)
     return local_sum / divisor.masked_fill(nothing, 1.0)

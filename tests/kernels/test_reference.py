@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from slm_kernels.reference import Head, logits, token_stats, weighted_sum
+from slm_kernels.contracts import Head
+from slm_kernels.reference import logits, token_stats, weighted_sum
 
 
 def test_two_words_have_the_logistic_loss():
     # z = (a, 0): p(0) = 1 / (1 + exp(-a)).
     hidden = torch.tensor([[3.0], [-2.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    stats = token_stats(hidden, Head(weight, None, 1.0, None), torch.tensor([0, 1]), True)
+    stats = token_stats(hidden, Head(weight, None, 1.0, None), torch.tensor([0, 1]), True, True)
     torch.testing.assert_close(
         stats.loss,
         torch.tensor([math.log1p(math.exp(-3)), math.log1p(math.exp(-2))], dtype=torch.float64),
@@ -31,8 +32,8 @@ def test_head_is_scale_then_softcap():
 def test_every_field_against_a_loop_over_tokens(make_problem):
     p = make_problem()
     targets = p.targets.masked_fill(p.targets < 0, -1)
-    stats = token_stats(p.hidden, Head(p.weight, p.bias, 0.7, 5.0), targets, True)
-    assert stats.entropy is not None
+    stats = token_stats(p.hidden, Head(p.weight, p.bias, 0.7, 5.0), targets, True, True)
+    assert stats.entropy is not None and stats.correct is not None
     for i, target in enumerate(targets.tolist()):
         raw = [
             0.7 * (sum(a * b for a, b in zip(p.hidden[i].tolist(), row, strict=True)) + b0)
@@ -53,9 +54,7 @@ def test_gradient_is_softmax_minus_onehot():
     weight = torch.tensor([[1.0, 0, 0], [2.0, 0, 0], [0.5, 0, 0]]).double().requires_grad_()
     head = Head(weight, None, 1.0, None)
     targets, token_weight = torch.tensor([2]), torch.tensor([-3.0]).double()
-    weighted_sum(
-        hidden, head, targets, token_weight, token_stats(hidden, head, targets, False)
-    ).backward()
+    weighted_sum(hidden, head, targets, token_weight).backward()
     expected = -3 * (torch.tensor([1.0, 2.0, 0.5]).double().softmax(0) - torch.tensor([0, 0, 1]))
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad[:, 0], expected)

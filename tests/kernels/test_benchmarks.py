@@ -1,0 +1,52 @@
+"""The kernels' benchmark runs at toy size, and what the kernels compile to passes the gate."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+
+
+def run(script: str, *words: str) -> str:
+    # The gate compiles; with the interpreter there would be nothing to compile.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(BENCHMARKS / script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_at_toy_size(tmp_path):
+    out = tmp_path / "rows.csv"
+    run("bench.py", "--small", "--device", "cpu", "--out", str(out))
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    peers = {row["peer"] for row in rows}
+    assert {"ours", "ours, full cache", "plain torch, masked", "matrix product"} <= peers
+    assert {float(row["select_ratio"]) for row in rows} == {0.3, 0.6, 1.0}
+    for row in rows:
+        assert float(row["low_ms"]) <= float(row["median_ms"]) <= float(row["high_ms"])
+        assert row["torch"] and row["device"]
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_spills_and_with_tensor_cores():
+    table = run("compiled.py", "--dtype", "bf16", "fp32").splitlines()
+    kernels = [line.split()[0] for line in table[2:]]
+    assert len(kernels) == 48 and set(kernels) == {"stats", "score", "gradient", "cached"}
+
+
+def test_the_gate_sees_a_spill_and_missing_tensor_cores(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import compiled
+
+    tile = compiled.TILES["hopper", True]
+    case = compiled.Case("stats", None, "hopper", "bf16", tile, {}, {"BLOCK_D": 64}, "plain")
+    assert compiled.Row(case, 255, 0, 0, 144.0, 4).faults() == []
+    assert len(compiled.Row(case, 255, 8, 2, 144.0, 4).faults()) == 1
+    assert len(compiled.Row(case, 255, 8, 2, 230.0, 0).faults()) == 3
