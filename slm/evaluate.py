@@ -25,16 +25,9 @@ from slm.checkpoint import is_due, step_ended
 from slm.cli import command, progress
 from slm.data import IGNORE_INDEX, Windows, spread, to_device
 from slm.errors import UserError
-from slm.model import SelectiveLM, load_model
+from slm.model import SelectiveLM, check_model_folder, load_model, looks_like_hub_name
 from slm.progress import send
-from slm.score import (
-    check_count,
-    check_fits,
-    check_model_folder,
-    check_tokenizer,
-    looks_like_hub_name,
-    pick_device,
-)
+from slm.score import check_count, check_fits, check_tokenizer, pick_device
 from slm.shards import Corpus, atomic_file
 
 log = logging.getLogger("slm.evaluate")

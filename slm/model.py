@@ -78,7 +78,9 @@ def build_lm(
     if init_from is None:
         model = new_model(architecture, vocab_size, attn_implementation)
     else:
-        check_tokenizer(init_from, tokenizer)  # a mistyped path ends here, before the weights
+        if not looks_like_hub_name(init_from):
+            check_model_folder("model.init_from", init_from)
+        check_tokenizer(init_from, tokenizer)
         model = load_model(init_from, attn_implementation)
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
@@ -91,6 +93,17 @@ def build_lm(
         model.base_model.compile()  # in place: the names of the parameters stay
     # What was loaded is in evaluation mode, where checkpointing and dropout do nothing.
     return SelectiveLM(model).train()
+
+
+def check_model_folder(key: str, name: str) -> None:
+    """A mistyped path must not be looked for on a hub, with minutes of retries."""
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"{key} {name} is no model folder: config.json is missing")
+
+
+def looks_like_hub_name(name: str) -> bool:
+    owner, _, model = name.partition("/")
+    return "/" not in model and not Path(name).exists() and not Path(owner or "/").exists()
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

@@ -26,6 +26,7 @@ from slm.model import (
     SelectiveLM,
     check_length,
     check_model,
+    check_model_folder,
     load_model,
     model_sha256,
 )
@@ -75,17 +76,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used here: {reason}") from None
-
-
-def check_model_folder(key: str, name: str) -> None:
-    """A mistyped path must not be looked for on a hub, with minutes of retries."""
-    if not (Path(name) / "config.json").is_file():
-        raise UserError(f"{key} {name} is no model folder: config.json is missing")
-
-
-def looks_like_hub_name(name: str) -> bool:
-    owner, _, model = name.partition("/")
-    return "/" not in model and not Path(name).exists() and not Path(owner or "/").exists()
 
 
 def check_tokenizer(model: str, corpus: Corpus) -> None:

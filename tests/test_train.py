@@ -210,7 +210,10 @@ def test_all_excess_and_random_see_the_same_order(
             r"best_of is 'other', data.heldout has \['held'\]",
         ),
         (["+model.architecture.vocab_size=10"], "vocab_size is 10, the tokenizer has 300"),
-        (["model.init_from=/nowhere"], "no causal LM at /nowhere"),
+        (
+            ["model.init_from=/nowhere"],
+            "model.init_from /nowhere is no model folder: config.json is missing",
+        ),
         (["data.corpus=/nowhere"], "/nowhere is not a finished corpus"),
         (["resume=maybe"], "resume is 'maybe'"),
         (["model.architecture.model_type=gru"], "gru"),

@@ -7,7 +7,8 @@ and writes each slice of the weight's gradient once:
     G = (softmax(z) - onehot) * scale    grad_weight[slice] = G.T @ hidden    grad_hidden += G @ W
 
 Matrix work: 2 NVD forward and 6 KVD backward for K rows with a weight; autograd needs 6 NVD.
-Columns in the logits cache are read from it instead: 4 KVD.
+Columns in the logits cache are read from it instead: 4 KVD. Where the weights are known before the
+forward pass, `sum_and_gradients` makes the gradients in it, from the same logits: 2 NVD + 4 KVD.
 """
 
 import math
@@ -21,6 +22,8 @@ from torch import Tensor
 from slm_kernels.contracts import Head, HeadGradients, LogitsCache, TokenStats, compute_dtype
 from slm_kernels.rows import WeightedRows
 
+BLOCK_BYTES = 2**25  # of whole rows of logits, where the weights are known: 32 MiB
+LEAST_ROWS = 128  # of them: fewer make slow products
 EXP_IS_ZERO = -1000.0  # exp of it is exactly 0 in float32 and float64, and 0 * it is not NaN
 
 
@@ -69,9 +72,17 @@ def _tile_logits(
     head: Head,
     buffer: Tensor,  # at least R * v elements
 ) -> Tensor:  # (R, v), in the buffer
-    # Only out= and in-place products in this file: autocast leaves those in float32.
     shape = (block.shape[0], part.weight.shape[0])
-    z = buffer[: shape[0] * shape[1]].view(shape)
+    return _fill_logits(buffer[: shape[0] * shape[1]].view(shape), block, part, head)
+
+
+def _fill_logits(
+    z: Tensor,  # (R, v), overwritten
+    block: Tensor,  # (R, D)
+    part: _Slice,
+    head: Head,
+) -> Tensor:  # (R, v)
+    # Only out= and in-place products in this file: autocast leaves those in float32.
     scale = head.logit_scale
     if part.bias is None:
         torch.addmm(z, block, part.weight.T, beta=0, alpha=scale, out=z)
@@ -261,6 +272,78 @@ def _tile_gradient(
         return _cached_gradient(part, head, rows, cache, buffer)
     z = _tile_logits(block, part, head, buffer)
     return logit_gradient_(z, part.start, rows, head.softcap)
+
+
+def sum_and_gradients(
+    hidden: Tensor,  # (N, D), float32 or float64
+    head: Head,
+    targets: Tensor,  # (N,), -1 where ignored
+    token_weight: Tensor,  # (N,)
+    wanted: tuple[bool, bool, bool],
+) -> tuple[TokenStats, HeadGradients]:
+    """Stats of all rows, and the gradients of the sum of token_weight * token_loss.
+
+    Whole rows of logits exist for a block of rows at a time.
+    """
+    weighted = (token_weight != 0) & (targets >= 0)
+    no_cache = LogitsCache(hidden.new_empty(0, 0), hidden.new_empty(0, 0), 1)
+    others = targets.masked_fill(weighted, -1)
+    stats = token_stats(hidden, head, others, False, False, no_cache)
+    gradients = HeadGradients(
+        hidden=torch.zeros_like(hidden) if wanted[0] else None,
+        weight=head.weight.new_zeros(head.weight.shape) if wanted[1] else None,
+        bias=head.weight.new_zeros(len(head.weight)) if wanted[2] else None,
+    )
+    rows = weighted.nonzero().squeeze(1)
+    size = max(LEAST_ROWS, BLOCK_BYTES // (len(head.weight) * hidden.element_size()))
+    buffer = hidden.new_empty(min(size, len(rows)) * len(head.weight))
+    for mine in row_blocks(len(rows), size):
+        z = buffer[: (mine.stop - mine.start) * len(head.weight)].view(-1, len(head.weight))
+        _gradients_of_block(hidden, head, targets, token_weight, rows[mine], stats, gradients, z)
+    return stats, gradients
+
+
+def _gradients_of_block(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    targets: Tensor,  # (N,)
+    token_weight: Tensor,  # (N,)
+    rows: Tensor,  # (R,)
+    stats: TokenStats,  # written
+    gradients: HeadGradients,  # added to
+    z: Tensor,  # (R, V), overwritten
+) -> None:
+    block = hidden.index_select(0, rows)
+    parts = list(_vocabulary_slices(head, hidden.dtype))
+    tiles = [part.of(z.T).T for part in parts]  # (R, v) each
+    row_max = z.new_full((len(rows),), torch.finfo(z.dtype).min)
+    for part, tile in zip(parts, tiles, strict=True):
+        _fill_logits(tile, block, part, head)
+        row_max = torch.maximum(row_max, tile.amax(dim=1))
+    at = torch.arange(len(rows), device=z.device), targets[rows]
+    target_logit = z[at]
+    slopes = [
+        None if head.softcap is None else 1 - (tile / head.softcap).square_() for tile in tiles
+    ]
+    sum_exp = torch.zeros_like(row_max)
+    for tile in tiles:
+        sum_exp += tile.sub_(row_max[:, None]).exp_().sum(dim=1)
+    loss = (row_max - target_logit) + sum_exp.log()
+    write_rows(stats, rows, TokenStats(loss, row_max, sum_exp, None, None))
+    z[at] = torch.expm1(-loss) * sum_exp
+    scale = head.logit_scale * token_weight[rows] / sum_exp
+    scaled = block * scale[:, None]
+    total = torch.zeros_like(block)
+    for part, tile, slope in zip(parts, tiles, slopes, strict=True):
+        gradient = tile if slope is None else tile.mul_(slope)
+        if gradients.hidden is not None:
+            total.addmm_(gradient, part.weight)
+        if gradients.weight is not None:
+            part.of(gradients.weight).addmm_(gradient.T, scaled)
+        if gradients.bias is not None:
+            part.of(gradients.bias).addmv_(gradient.T, scale)
+    if gradients.hidden is not None:
+        gradients.hidden.index_copy_(0, rows, total.mul_(scale[:, None]))
 
 
 def _cached_gradient(

@@ -170,6 +170,67 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 _weighted_sum.register_autograd(_backward, setup_context=_save)
 
 
+@custom_op("slm_kernels::known_sum", mutates_args=())
+def _known_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weight: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum, loss, row_max, sum_exp, and the gradients of the sum, made at once."""
+    say_once("chunked", hidden.device.type)
+    head = Head(weight, bias, logit_scale, softcap)
+    wants = (wanted[0], wanted[1], wanted[2])
+    stats, found = chunked.sum_and_gradients(hidden, head, targets, token_weight, wants)
+    gradients = [hidden.new_empty(0) if one is None else one for one in found]
+    local_sum = (token_weight * stats.loss).sum()
+    return local_sum, stats.loss, stats.row_max, stats.sum_exp, *gradients  # type: ignore[return-value]
+
+
+@_known_sum.register_fake
+def _(hidden, weight, bias, targets, token_weight, logit_scale, softcap, wanted):
+    column = lambda: hidden.new_empty(len(targets))  # noqa: E731
+    like = (hidden, weight, hidden if bias is None else bias)
+    gradients = (
+        tensor.new_empty(tensor.shape) if want else hidden.new_empty(0)
+        for tensor, want in zip(like, wanted, strict=True)
+    )
+    return hidden.new_empty(()), column(), column(), column(), *gradients
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs[-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[4:])
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    return (*(one * upstream if want else None for one, want in pairs), *[None] * 5)
+
+
+_known_sum.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def known_sum(
+    hidden: Tensor,  # (N, D), float32 or float64
+    head: Head,
+    targets: Tensor,  # (N,), -1 where ignored
+    token_weight: Tensor,  # (N,)
+) -> tuple[Tensor, TokenStats]:
+    """Differentiable sum of token_weight * token_loss, in one pass: the weights are known."""
+    operands = (hidden, head.weight, head.bias)
+    wanted = [tensor is not None and tensor.requires_grad for tensor in operands]
+    local_sum, loss, row_max, sum_exp, *_ = _known_sum(
+        *operands, targets, token_weight, head.logit_scale, head.softcap, wanted
+    )
+    return local_sum, TokenStats(loss, row_max, sum_exp, None, None)
+
+
 @custom_op("slm_kernels::refuse", mutates_args=())
 def _refuse(keep: Tensor, wrong: Tensor, values: Tensor, message: str) -> Tensor:
     if wrong.device.type != "cpu":

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from slm_kernels import checks, from_logits, ops, reference
-from slm_kernels.contracts import Head, TokenCrossEntropy, TokenStats
+from slm_kernels.contracts import Head, TokenCrossEntropy, TokenStats, compute_dtype
 from slm_kernels.implementation import pick_implementation
 from slm_kernels.selection import check_scope, check_select_ratio, count_of, select_top_k
 from slm_kernels.sharded import gathered
@@ -51,12 +51,15 @@ class _Pass(NamedTuple):
     targets: Tensor  # (N,), -1 where ignored
     stats: TokenStats
     cache: tuple[Tensor, Tensor]
+    known_sum: Tensor | None  # (), where the weights were known and the gradients are made
 
     def weighted_sum(
         self,
         token_weight: Tensor,  # (N,)
         capacity: int | None,
     ) -> Tensor:  # ()
+        if self.known_sum is not None:
+            return self.known_sum
         operands = (self.hidden, self.head, self.targets, token_weight)
         if self.name == "reference":
             return reference.weighted_sum(*operands)
@@ -127,9 +130,11 @@ def weighted_cross_entropy(
     hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
     valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
     valid = checks.check_token_weight(token_weight, targets, valid, max_rows)
-    done = _forward(hidden, head, targets, valid, implementation, cache_bytes=logits_cache_bytes)
     with torch.no_grad():
-        row_weight = token_weight.masked_fill(~valid, 0).reshape(-1).to(done.stats.loss.dtype)
+        row_weight = token_weight.masked_fill(~valid, 0).reshape(-1).to(compute_dtype(hidden))
+    done = _forward(
+        hidden, head, targets, valid, implementation, row_weight, cache_bytes=logits_cache_bytes
+    )
     with _without_autocast(hidden):
         local_sum = done.weighted_sum(row_weight, max_rows)
     if denominator is None:
@@ -181,7 +186,11 @@ def selective_cross_entropy(
     hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
     valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
     valid = checks.check_reference_loss(reference_loss, targets, valid)
-    done = _forward(hidden, head, targets, valid, implementation, cache_bytes=logits_cache_bytes)
+    everything = (valid & ~reference_loss.isnan()).reshape(-1).to(compute_dtype(hidden))
+    done = _forward(
+        hidden, head, targets, valid, implementation, everything if select_ratio == 1 else None,
+        cache_bytes=logits_cache_bytes,
+    )  # fmt: skip
     with torch.no_grad():
         chosen = _choose(done.stats.loss, reference_loss, valid, select_ratio, scope, group)
         row_weight = chosen.selected.reshape(-1).to(done.stats.loss.dtype)
@@ -225,21 +234,33 @@ def _forward(
     targets: Tensor,  # (...)
     valid: Tensor,  # (...)
     implementation: str,
+    known_weight: Tensor | None = None,  # (N,)
     want_entropy: bool = False,
     want_correct: bool = False,
     cache_bytes: int = 0,
 ) -> _Pass:
     name = pick_implementation(implementation, hidden)
     rows, row_targets = _flatten(hidden, targets, valid)
-    wanted = (want_entropy, want_correct)
     nothing = (hidden.new_empty(0, 0), hidden.new_empty(0, 0))
-    with torch.no_grad(), _without_autocast(hidden):
-        if name == "reference":
-            stats = reference.token_stats(rows, head, row_targets, *wanted)
-            return _Pass(name, rows, head, row_targets, stats, nothing)
-        # Without a backward pass there is nobody to read the cache.
-        stats, *cache = ops.token_stats(rows, head, row_targets, *wanted, cache_bytes, name)
-    return _Pass(name, rows, head, row_targets, stats, (cache[0], cache[1]))
+    with _without_autocast(hidden):
+        if known_weight is not None and name == "chunked" and _wants_gradient(rows, head):
+            local_sum, stats = ops.known_sum(rows, head, row_targets, known_weight)
+            return _Pass(name, rows, head, row_targets, stats, nothing, local_sum)
+        with torch.no_grad():
+            if name == "reference":
+                stats = reference.token_stats(rows, head, row_targets, want_entropy, want_correct)
+                return _Pass(name, rows, head, row_targets, stats, nothing, None)
+            stats, *cache = ops.token_stats(
+                rows, head, row_targets, want_entropy, want_correct, cache_bytes, name
+            )
+    return _Pass(name, rows, head, row_targets, stats, (cache[0], cache[1]), None)
+
+
+def _wants_gradient(hidden: Tensor, head: Head) -> bool:
+    """Of operands whose gradient may be made before its scale is known without losing digits."""
+    operands = (hidden, head.weight, head.bias)
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in operands)
+    return wanted and torch.is_grad_enabled() and hidden.dtype in (torch.float32, torch.float64)
 
 
 def _capacity(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kernel_helpers import forget_known_weights
 from slm_kernels import chunked, weighted_cross_entropy
 from slm_kernels.contracts import Head
 
@@ -12,6 +13,7 @@ from slm_kernels.contracts import Head
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(chunked, "_tile_shape", lambda device: (5, 8))
+    forget_known_weights(monkeypatch)
 
 
 def gradients(problem, implementation):
