@@ -8,6 +8,7 @@ Lightning saves through a temporary file on another file system, saves no random
 exit code 0 on SIGTERM and trains on after NaN; the pieces here replace that.
 """
 
+import logging
 import random
 import signal
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from slm.errors import UserError
 from slm.shards import atomic_file, hash_file, read_json, write_json
+
+log = logging.getLogger("slm.checkpoint")
 
 
 def sidecar(path: Path) -> Path:
@@ -202,6 +205,7 @@ class StopOnSignal(Callback):
         received = trainer.strategy.reduce_boolean_decision(self.received != 0, all=False)
         if received:
             self.checkpoints.save(trainer)
+            log.warning("stopped at step %d, saved; the same command goes on", trainer.global_step)
             raise SystemExit(128 + (self.received or signal.SIGTERM))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -210,8 +210,8 @@ def composition_error(name: str, error: Exception) -> str:
     text = " ".join(str(error).partition("Config search path")[0].split())
     if isinstance(error, OverrideParseException):
         return (
-            f"cannot read {error.override!r}; a value with a comma, `=`, a brace or a colon needs "
-            "quotes inside the shell's: \"key='a,b=c'\""
+            f"cannot read {error.override!r}; a value with a comma, `=`, `~`, a brace or a colon "
+            "needs quotes inside the shell's: \"key='a,b=c'\" (in a dict, keys cannot have them)"
         )
     missing = re.search(r"Missing mandatory value: (?P<key>\S+)", text)
     if missing is not None:
@@ -219,9 +219,13 @@ def composition_error(name: str, error: Exception) -> str:
     unknown = re.match(r"Could not override '(?P<key>[^']+)'\.", text)
     if unknown is None:
         return f"{text} ({FULL_ERROR}=1 shows where)"
-    near = difflib.get_close_matches(unknown["key"], known_keys(name), n=1)
+    key, keys = unknown["key"], known_keys(name)
+    if key in keys:
+        return f"the groups chosen here have no key {key!r}: it belongs to another choice"
+    last = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    near = [*last, *difflib.get_close_matches(key, keys, n=1)]
     hint = f", did you mean {near[0]}?" if near else ""
-    return f"no key {unknown['key']!r}{hint} (`slm {name} --help` lists them)"
+    return f"no key {key!r}{hint} (`slm {name} --help` lists them)"
 
 
 def known_keys(name: str) -> list[str]:

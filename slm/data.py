@@ -257,6 +257,8 @@ class TokenData(LightningDataModule):
         self.references = None if references is None else References.open(references, check)
         self.windows = Windows(self.corpus, self.references)
         named = {} if heldout is None else heldout
+        if not isinstance(named, Mapping):
+            raise UserError(f"data.heldout is {heldout!r}, it must be {{name: folder, ...}}")
         self.heldout = {name: Corpus.open(folder, check) for name, folder in named.items()}
         self.heldout_windows = heldout_windows
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size

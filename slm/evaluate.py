@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning import Callback, Trainer
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -25,10 +26,11 @@ from slm.checkpoint import is_due, step_ended
 from slm.cli import command, progress
 from slm.data import IGNORE_INDEX, Windows, spread, to_device
 from slm.errors import UserError
-from slm.model import SelectiveLM, check_model_folder, load_model, looks_like_hub_name
+from slm.model import SelectiveLM, check_model_folder, load_model
 from slm.progress import send
 from slm.score import check_count, check_fits, check_tokenizer, pick_device
 from slm.shards import Corpus, atomic_file
+from slm.tokenizer import looks_like_hub_name
 
 log = logging.getLogger("slm.evaluate")
 
@@ -120,6 +122,9 @@ class HeldoutLoss(Callback):
 
 
 def check_settings(config: Any) -> None:
+    for key in ("models", "sets"):
+        if not isinstance(config[key], DictConfig | None):
+            raise UserError(f"{key} is {config[key]}, it must be {{name: folder, ...}}")
     if not config.models or not config.sets:
         raise UserError(
             "models and sets must each name at least one folder: 'models={a: runs/a/model}' "

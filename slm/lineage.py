@@ -41,10 +41,10 @@ def lineage(
     scored_by = None if references is None else references.manifest["model_sha256"]
     is_folder = init_from is not None and Path(init_from).exists()
     return {
-        "init_from": Path(str(init_from)).resolve().name if is_folder else init_from,
+        "init_from": short_name(str(init_from)) if is_folder else init_from,
         "init_from_is_folder": is_folder,
         "init_from_sha256": init_from_sha256,
-        "corpus": datamodule.corpus.folder.resolve().name,
+        "corpus": short_name(datamodule.corpus.folder),
         "corpus_fingerprint": datamodule.corpus.fingerprint,
         "references_fingerprint": None if references is None else references.fingerprint,
         "reference_model_sha256": scored_by,
@@ -58,6 +58,11 @@ def lineage(
         "platform": platform.platform(),
         "device": device_name(device),
     }
+
+
+def short_name(folder: str | Path) -> str:
+    """The last two names: the last alone is `train` or `model` for nearly everything."""
+    return "/".join(Path(folder).resolve().parts[-2:])
 
 
 def git_commit() -> Json | None:

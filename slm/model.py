@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from slm.data import Batch
 from slm.errors import UserError
 from slm.shards import hash_file, hash_json, sync_folder
-from slm.tokenizer import first_line, load_tokenizer, tokenizer_sha256
+from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
 from slm_kernels import (
     SelectiveCrossEntropy,
     TokenCrossEntropy,
@@ -99,11 +99,6 @@ def check_model_folder(key: str, name: str) -> None:
     """A mistyped path must not be looked for on a hub, with minutes of retries."""
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{key} {name} is no model folder: config.json is missing")
-
-
-def looks_like_hub_name(name: str) -> bool:
-    owner, _, model = name.partition("/")
-    return "/" not in model and not Path(name).exists() and not Path(owner or "/").exists()
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

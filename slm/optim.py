@@ -13,6 +13,9 @@ def adamw(
     module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """Vectors (norms, biases) get no weight decay."""
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not isinstance(value, int | float) or value < 0:
+            raise UserError(f"optimizer.adamw.{name} is {value!r}, it must be a number >= 0")
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

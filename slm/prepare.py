@@ -40,11 +40,13 @@ from slm.packing import (
 from slm.records import read_texts
 from slm.shards import (
     FORMAT,
+    Corpus,
     Json,
     adopt_plan,
     atomic_file,
     claim,
     read_json,
+    read_sidecars,
     write_json,
     write_manifest,
 )
@@ -349,6 +351,20 @@ def say_report(out: Path, report: Json) -> None:
             log.info("  %s", sentence)
 
 
+def damage(out: Path) -> str | None:
+    """What is missing or has another size; contents are for `slm verify`."""
+    report = read_json(out / "report.json")
+    try:
+        for side in SIDES:
+            if side in report:
+                Corpus.open(out / side)
+                if len(read_sidecars(out / side, "tokens")) != report[side]["shards"]:
+                    return f"{out / side} lacks a shard's JSON file"
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def prepare(config: Any) -> Json:
     """Run or confirm a preparation; returns its report."""
     check_config(config)
@@ -368,8 +384,12 @@ def prepare(config: Any) -> Json:
     with own_folder(out):
         adopt_plan(out, run_plan(config, sources, exclude, identity))
         if (out / "report.json").exists():
-            log.info("%s is finished: the same run made it before, nothing to do", out)
-            return read_json(out / "report.json")
+            fault = damage(out)
+            if fault is None:
+                log.info("%s is finished: the same run made it before, nothing to do", out)
+                return read_json(out / "report.json")
+            log.warning("%s is made again: %s", out, fault)
+            (out / "report.json").unlink()
         try:
             clear(out)
             report = write_corpus(config, out, sources, exclude, tokenizer)

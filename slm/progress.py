@@ -8,9 +8,11 @@ and show the numbers that `send` hands them.
 """
 
 import resource
+import statistics
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -290,6 +292,7 @@ class Metrics(Callback):
                 f"callbacks.metrics.every_steps is {every_steps}, it must be at least 1"
             )
         self.every_steps = every_steps
+        self.recent_s: deque[float] = deque(maxlen=max(every_steps, 9))
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # Before the strategy shards the parameters.
@@ -314,12 +317,15 @@ class Metrics(Callback):
         if not step_ended(trainer, batch_idx):
             return
         now_s = time.perf_counter()
-        step_s, self.ended_s = now_s - self.ended_s, now_s
+        self.recent_s.append(now_s - self.ended_s)
+        self.ended_s = now_s
         step = trainer.global_step
         if step % self.every_steps == 0 or step == trainer.max_steps:
             # Every rank: the sums are reduced over all of them.
             losses = loss_metrics(pl_module.step_result(), pl_module.selection.needs_references)
             losses |= {"train/lr": self.lr, "data/tokens_selected": int(pl_module.tokens_selected)}
+            # The median: an evaluation or a checkpoint in between is no slow step.
+            step_s = statistics.median(self.recent_s)
             send(trainer, losses | self._speed(trainer, pl_module.device, step_s))
 
     def _speed(self, trainer: Trainer, device: torch.device, step_s: float) -> dict[str, float]:

@@ -45,7 +45,7 @@ def num_selected(selection: Selection, valid_per_row: Tensor) -> Tensor:  # (A, 
 
 
 def check_selection(select_ratio: float, scope: str) -> None:
-    if not 0 < select_ratio <= 1:
+    if not isinstance(select_ratio, int | float) or not 0 < select_ratio <= 1:
         raise UserError(f"selection.select_ratio is {select_ratio}, it must be in (0, 1]")
     if scope not in SCOPES:
         raise UserError(f"selection.scope is {scope!r}, it must be one of {SCOPES}")

@@ -248,7 +248,9 @@ def adopt_plan(folder: Path, plan: Json) -> None:
         write_json(path, plan)
         return
     found = read_json(path)
-    for field in sorted(plan.keys() | found.keys()):
+    # What both have comes first: that a list is shorter says less than what differs in it.
+    both = plan.keys() & found.keys()
+    for field in [*sorted(both), *sorted(plan.keys() ^ found.keys())]:
         before, now = found.get(field), plan.get(field)
         if before != now:
             raise UserError(

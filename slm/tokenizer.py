@@ -36,6 +36,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 
     if Path(name).is_file():
         raise UserError(f"{name} is a file: a tokenizer is its folder or a name on the hub")
+    if not Path(name).exists() and not looks_like_hub_name(str(name)):
+        raise UserError(f"no tokenizer at {name}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     # `tokenizers` raises a bare Exception on a damaged file.
@@ -46,6 +48,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token; documents end with one")
     return tokenizer
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """A mistyped path must not be looked for on a hub, with minutes of retries."""
+    owner, _, rest = name.partition("/")
+    return "/" not in rest and not Path(name).exists() and not Path(owner or "/").exists()
 
 
 def first_line(error: Exception) -> str:

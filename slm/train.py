@@ -102,6 +102,11 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
     if resume not in ("auto", "never"):
         raise UserError(f"resume is {resume!r}, it must be auto or never")
     path = folder / "run.json"
+    others = {entry.name for entry in folder.iterdir()} - {"run.claim", ".hydra"}
+    if others and not path.exists():
+        raise UserError(
+            f"{folder} holds {sorted(others)[0]} and no run (run.json): choose another `out`"
+        )
     kept = any((folder / "checkpoints").glob("*.ckpt")) or (folder / "model").exists()
     if not path.exists() or not kept:
         write_json(path, identity)

@@ -228,7 +228,7 @@ def verify_part(path: Path, advance: Advance) -> str:
 def verify_prepared(path: Path) -> str:
     if not (path / "report.json").exists():
         raise UserError(f"{path} is unfinished: report.json is missing; run `slm prepare` again")
-    return "prepared text, finished"
+    return "report of a preparation"
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -226,6 +226,7 @@ def test_another_tokenizer_is_refused_before_any_forward(
     [
         ({"models": {}}, "models and sets must each name at least one folder"),
         ({"sets": None}, "models and sets must each name at least one folder"),
+        ({"models": ["m"]}, r"models is \['m'\], it must be {name: folder, ...}"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_windows": -1}, "max_windows is -1"),
         ({"out": "."}, "out is '.', a folder"),

@@ -29,7 +29,8 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     )
     assert json.loads(json.dumps(record)) == record
     assert str(tmp_path) not in json.dumps(record) and "/somewhere" not in json.dumps(record)
-    assert record["reference_model_sha256"] == "e" * 64 and record["init_from"] == "base"
+    assert record["reference_model_sha256"] == "e" * 64
+    assert record["init_from"] == f"{tmp_path.name}/base"
     assert record["packages"]["torch"] == torch.__version__
     card = model_card(record, {"heldout/math/loss": 2.34567, "heldout/math/bits_per_byte": 0.9})
     header, body = card.split("---\n")[1:3]
@@ -41,12 +42,12 @@ def test_lineage_and_card(tmp_path: Path) -> None:
         "- rho-1",
     ]
     for text in (
-        "| base model | base |",
+        f"| base model | {tmp_path.name}/base |",
         "| selection rule | Excess, select_ratio (k) = 0.6 |",
         "| tokens seen | 2,000,000 |",
         "| tokens selected | 1,200,000 (60.0%) |",
         "| heldout/math/loss | 2.3457 |",
-        "Corpus `math`",
+        "Corpus `else/math`",
         "AutoModelForCausalLM.from_pretrained",
     ):
         assert text in body

@@ -347,6 +347,18 @@ def test_another_run_is_refused_and_a_finished_one_left_alone(run, tmp_path, cap
     assert files(tmp_path / "out") == before
 
 
+def test_a_damaged_corpus_is_made_again(run, tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", "abcdefgh")
+    run(sources=[path])
+    before = files(tmp_path / "out")
+    for name in ("tokens-00000.npy", "manifest.json", "tokens-00000.json"):
+        (tmp_path / "out" / "train" / name).unlink()
+        caplog.clear()
+        run(sources=[path])
+        assert f"{tmp_path / 'out'} is made again: {tmp_path / 'out' / 'train'}" in caplog.text
+        assert files(tmp_path / "out") == before
+
+
 def test_foreign_folders_are_refused(run, tmp_path):
     path = write(tmp_path / "a.jsonl", "abcdefgh")
     (tmp_path / "out").mkdir()

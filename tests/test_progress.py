@@ -2,13 +2,14 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -142,13 +143,19 @@ class Recorder(Logger):
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None: ...
 
 
-def fit(folder: Path, steps: int, resume: Path | None = None, loggers: list[Any] | None = None):
+def fit(
+    folder: Path,
+    steps: int,
+    resume: Path | None = None,
+    loggers: list[Any] | None = None,
+    more: Sequence[Callback] = (),
+):
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
         accumulate_grad_batches=2,
         logger=[CsvLog(str(folder))] if loggers is None else loggers,
-        callbacks=[Metrics(every_steps=3), ProgressLines(every_s=0.0)],
+        callbacks=[Metrics(every_steps=3), ProgressLines(every_s=0.0), *more],
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -167,6 +174,23 @@ def without_speed(path: Path) -> list[dict[str, str]]:
         {name: value for name, value in row.items() if not name.startswith("perf/")}
         for row in read_csv(path)
     ]
+
+
+class Pause(Callback):
+    """What an evaluation does to the clock."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 2:
+            time.sleep(0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_speed_is_of_a_step_and_not_of_what_interrupts_it(tmp_path: Path) -> None:
+    fit(tmp_path, 3, more=[Pause()])
+    (row,) = read_csv(tmp_path / "train.csv")
+    assert float(row["perf/step_s"]) < 0.4
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")

@@ -187,6 +187,14 @@ def test_training_refuses_impossible_sizes():
         train_tokenizer(TEXTS, 5000)
 
 
+def test_a_mistyped_path_is_not_looked_for_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    for name in ("corpus/tokenizer", "./tokenizer", "a/b/c"):
+        with pytest.raises(UserError, match=f"no tokenizer at {name}: there is no such folder"):
+            load_tokenizer(name)
+
+
 def test_loading_refuses_what_is_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no tokenizer at"):
         load_tokenizer(tmp_path)

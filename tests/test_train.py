@@ -202,6 +202,9 @@ def test_all_excess_and_random_see_the_same_order(
         (["selection=excess"], "needs data.references .* found null"),
         (["selection.select_ratio=0"], r"select_ratio is 0.*\(0, 1\]"),
         (["selection.select_ratio=1.2"], r"select_ratio is 1.2.*\(0, 1\]"),
+        (["selection.select_ratio=sixty"], "select_ratio is sixty, it must be in"),
+        (["optimizer.adamw.lr=-1"], "optimizer.adamw.lr is -1, it must be a number >= 0"),
+        (["data.heldout=somewhere"], "data.heldout is 'somewhere', it must be {name: folder"),
         (["max_tokens=100"], r"max_tokens \(100\) is less than one optimizer step \(128 tokens\)"),
         (["data.micro_batch_size=3"], r"data.batch_size \(8\)"),
         (["trainer.precision=16-mixed"], "precision is '16-mixed'"),
@@ -223,6 +226,13 @@ def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, 
     with pytest.raises(UserError, match=message):
         train(compose_train(tmp_path / "run", text_corpus.folder, *overrides))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path, text_corpus):
+    before = sorted(path.name for path in text_corpus.folder.iterdir())
+    with pytest.raises(UserError, match=r"holds bytes-00000.json|holds .* and no run"):
+        train(compose_train(text_corpus.folder, text_corpus.folder))
+    assert sorted(path.name for path in text_corpus.folder.iterdir()) == before
 
 
 @pytest.mark.parametrize(

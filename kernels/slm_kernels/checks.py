@@ -86,6 +86,8 @@ def check_reference_loss(
     targets: Tensor,  # (...)
     valid: Tensor,  # (...)
 ) -> Tensor:  # valid
+    if not isinstance(reference_loss, Tensor):
+        raise ValueError(f"reference_loss must be a tensor, got {reference_loss!r}")
     if reference_loss.shape != targets.shape:
         raise ValueError(
             f"reference_loss must be {tuple(targets.shape)} as targets, got "

@@ -32,6 +32,8 @@ def test_benchmark_at_toy_size(tmp_path):
     for row in rows:
         assert float(row["low_ms"]) <= float(row["median_ms"]) <= float(row["high_ms"])
         assert row["torch"] and row["device"]
+    run("plot.py", str(out))
+    assert out.with_suffix(".png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
