@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "cuda": [Shape(8192, 2048, 32000), Shape(16384, 4096, 128256), Shape(16384, 2304, 256000)],
-    "cpu": [Shape(4096, 512, 32000), Shape(4096, 512, 8000), Shape(4096, 512, 64000)],
+    "cpu": [Shape(4096, 512, 32000), Shape(4096, 512, 8000), Shape(4096, 512, 16000)],
     "small": [Shape(48, 16, 100)],
 }
 FIELDS: tuple[str, ...] = (
