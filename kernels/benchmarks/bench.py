@@ -16,7 +16,6 @@ import csv
 import gc
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -146,10 +145,16 @@ def print_cpu_peak(name: str, shape: Shape, ratio: float, dtype: str) -> None:
     peer = available("cpu")[0][name]
     peer(make_problem(256, 64, 512, getattr(torch, dtype), "cpu"), ratio)  # loads the libraries
     problem = make_problem(*shape, getattr(torch, dtype), "cpu")
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = status_kb("VmRSS")
     peer(problem, ratio)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print((peak - resident - gradient_bytes(problem)) / 2**20)
+    print((status_kb("VmHWM") - before) / 2**10 - gradient_bytes(problem) / 2**20)
+
+
+def status_kb(field: str) -> int:
+    """Of this process alone: getrusage's peak is inherited from the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def run_shape(

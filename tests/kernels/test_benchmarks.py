@@ -23,12 +23,12 @@ def run(script: str, *words: str) -> str:
 @pytest.mark.slow
 def test_benchmark_at_toy_size(tmp_path):
     out = tmp_path / "rows.csv"
-    run("bench.py", "--small", "--device", "cpu", "--out", str(out))
+    run("bench.py", "--small", "--device", "cpu", "--ratio", "0.6", "--out", str(out))
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
     peers = {row["peer"] for row in rows}
     assert {"ours", "ours, full cache", "plain torch, masked", "matrix product"} <= peers
-    assert {float(row["select_ratio"]) for row in rows} == {0.3, 0.6, 1.0}
+    assert {float(row["select_ratio"]) for row in rows} == {0.6}
     for row in rows:
         assert float(row["low_ms"]) <= float(row["median_ms"]) <= float(row["high_ms"])
         assert row["torch"] and row["device"]
@@ -38,9 +38,9 @@ def test_benchmark_at_toy_size(tmp_path):
 
 @pytest.mark.slow
 def test_kernels_compile_without_spills_and_with_tensor_cores():
-    table = run("compiled.py", "--dtype", "bf16", "fp32").splitlines()
+    table = run("compiled.py", "--dtype", "bf16").splitlines()  # all: `make compile-gate`
     kernels = [line.split()[0] for line in table[2:]]
-    assert len(kernels) == 48 and set(kernels) == {"stats", "score", "gradient", "cached"}
+    assert len(kernels) == 24 and set(kernels) == {"stats", "score", "gradient", "cached"}
 
 
 def test_the_gate_sees_a_spill_and_missing_tensor_cores(monkeypatch):
