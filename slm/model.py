@@ -67,6 +67,7 @@ def build_lm(
     attn_implementation: str | None,
     activation_checkpointing: bool,
     compile: bool,
+    logits_cache_bytes: int,
 ) -> "SelectiveLM":
     """A float32 model of a stock class with its loss: loaded from `init_from`, else new.
 
@@ -74,6 +75,7 @@ def build_lm(
                           init_from)
     attn_implementation:  sdpa, eager, ...; null takes the best that the class supports
     compile:              torch.compile the backbone
+    logits_cache_bytes:   memory for the loss to keep between forward and backward, which saves time
     """
     if init_from is None:
         model = new_model(architecture, vocab_size, attn_implementation)
@@ -92,7 +94,7 @@ def build_lm(
     if compile:
         model.base_model.compile()  # in place: the names of the parameters stay
     # What was loaded is in evaluation mode, where checkpointing and dropout do nothing.
-    return SelectiveLM(model).train()
+    return SelectiveLM(model, logits_cache_bytes).train()
 
 
 def check_model_folder(key: str, name: str) -> None:
@@ -214,8 +216,9 @@ class SelectiveLM(nn.Module):
     computed here and not by the caller: wrap this module, and not the head by itself.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, logits_cache_bytes: int = 0):
         super().__init__()
+        self.logits_cache_bytes = logits_cache_bytes
         self.model = model
         self.head = head_of(model)
 
@@ -259,6 +262,7 @@ class SelectiveLM(nn.Module):
             select_ratio=select_ratio,
             scope=scope,
             denominator=denominator,
+            logits_cache_bytes=self.logits_cache_bytes,
             **head,
         )
 

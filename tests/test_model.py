@@ -326,6 +326,7 @@ def build(tokenizer):
             "attn_implementation": "sdpa",
             "activation_checkpointing": False,
             "compile": False,
+            "logits_cache_bytes": 0,
         } | options
         folder = None if init_from is None else str(init_from)
         torch.manual_seed(0)
@@ -544,6 +545,23 @@ def sharded_gradients(folder: str, rank: str, layers_too: str) -> None:
         )
     assert torch.equal(lm(mine).loss, plain(mine).loss)
     dist.destroy_process_group()
+
+
+def test_logits_cache_changes_gradients_by_its_rounding_alone():
+    batch = make_batch()
+    reference = 4 + no_reference(batch)
+    results = []
+    for size in (0, 2**20):
+        lm = make_lm("llama")
+        lm.logits_cache_bytes = size
+        out = lm(batch, reference, select_ratio=0.5)
+        out.loss.backward()
+        results.append((out.selected, {n: p.grad for n, p in lm.named_parameters()}))
+    (selected, plain), (again, cached) = results
+    assert torch.equal(selected, again)
+    assert any(not torch.equal(plain[name], cached[name]) for name in plain)
+    for name, grad in plain.items():
+        assert (cached[name] - grad).norm() <= 1e-3 * grad.norm(), name
 
 
 @pytest.mark.slow
