@@ -38,8 +38,9 @@ def panel(axes: Any, rows: list[dict[str, Any]], x: str, y: str) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=peer, **style)
     axes.set(xlabel={"select_ratio": "select_ratio", "vocab_size": "vocabulary"}[x])
     axes.set(ylabel={"median_ms": "forward + backward (ms)", "peak_extra_mb": "extra MB"}[y])
-    axes.set_ylim(bottom=0 if y == "median_ms" else None)
-    if y == "peak_extra_mb":
+    if y == "median_ms":
+        axes.set_ylim(bottom=0)
+    else:
         axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
 
