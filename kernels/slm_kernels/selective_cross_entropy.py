@@ -242,25 +242,31 @@ def _forward(
     name = pick_implementation(implementation, hidden)
     rows, row_targets = _flatten(hidden, targets, valid)
     nothing = (hidden.new_empty(0, 0), hidden.new_empty(0, 0))
+    trains = _trains(rows, head)
     with _without_autocast(hidden):
-        if known_weight is not None and name == "chunked" and _wants_gradient(rows, head):
+        if known_weight is not None and name == "chunked" and trains and _is_exact(rows):
             local_sum, stats = ops.known_sum(rows, head, row_targets, known_weight)
             return _Pass(name, rows, head, row_targets, stats, nothing, local_sum)
         with torch.no_grad():
             if name == "reference":
                 stats = reference.token_stats(rows, head, row_targets, want_entropy, want_correct)
                 return _Pass(name, rows, head, row_targets, stats, nothing, None)
+            budget = cache_bytes if trains else 0  # else nobody reads it
             stats, *cache = ops.token_stats(
-                rows, head, row_targets, want_entropy, want_correct, cache_bytes, name
+                rows, head, row_targets, want_entropy, want_correct, budget, name
             )
     return _Pass(name, rows, head, row_targets, stats, (cache[0], cache[1]), None)
 
 
-def _wants_gradient(hidden: Tensor, head: Head) -> bool:
-    """Of operands whose gradient may be made before its scale is known without losing digits."""
+def _trains(hidden: Tensor, head: Head) -> bool:
     operands = (hidden, head.weight, head.bias)
     wanted = any(tensor is not None and tensor.requires_grad for tensor in operands)
-    return wanted and torch.is_grad_enabled() and hidden.dtype in (torch.float32, torch.float64)
+    return wanted and torch.is_grad_enabled()
+
+
+def _is_exact(hidden: Tensor) -> bool:
+    """A gradient that is made before its scale is known would be rounded twice in 16 bits."""
+    return hidden.dtype in (torch.float32, torch.float64)
 
 
 def _capacity(

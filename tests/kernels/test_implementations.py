@@ -522,3 +522,23 @@ def test_cache_is_a_budget(make_problem, engine):
         assert exps.nbytes + offset.nbytes <= budget
         sizes.append(exps.shape[1])
     assert sizes[0] == sizes[1] == 0 and sizes[-1] == 70 and sizes == sorted(sizes)
+
+
+def test_no_cache_is_kept_where_nothing_is_trained(make_problem, engine, monkeypatch):
+    from slm_kernels import ops
+
+    budgets = []
+    token_stats = ops.token_stats
+
+    def seen(*arguments):
+        budgets.append(arguments[5])
+        return token_stats(*arguments)
+
+    monkeypatch.setattr(ops, "token_stats", seen)
+    forget_known_weights(monkeypatch)
+    p = placed(make_problem(), engine)
+    options = {"logits_cache_bytes": 5000} | engine.options()
+    weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weight, **options)
+    with torch.no_grad():
+        weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weight, **options)
+    assert budgets == [5000, 0]
