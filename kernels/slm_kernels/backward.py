@@ -18,7 +18,15 @@ from torch import Tensor
 
 from slm_kernels.contracts import Head, HeadGradients, LogitsCache
 from slm_kernels.rows import WeightedRows
-from slm_kernels.tiles import LOG2_E, interpreted, is_plain, logits_tile, pick_tile, readable
+from slm_kernels.tiles import (
+    LOG2_E,
+    interpreted,
+    is_plain,
+    logits_tile,
+    pick_tile,
+    place_of,
+    readable,
+)
 
 SLICE_BYTES = 2**26  # of G: 64 MiB
 SLICE_COLUMNS = (1024, 8192)  # at least and at most
@@ -54,12 +62,9 @@ def _gradient_kernel(
     UPCAST: tl.constexpr,
 ):
     """G of the columns [start, stop): the logits again, then their gradient."""
-    pid = tl.program_id(0)
-    in_group = GROUP_N * tl.cdiv(stop - start, BLOCK_V)
-    first_block = pid // in_group * GROUP_N
-    blocks = tl.minimum(tl.cdiv(K, BLOCK_N) - first_block, GROUP_N)
-    first_row = (first_block + pid % in_group % blocks) * BLOCK_N
-    first_column = start + pid % in_group // blocks * BLOCK_V
+    row_blocks, column_blocks = tl.cdiv(K, BLOCK_N), tl.cdiv(stop - start, BLOCK_V)
+    row_block, column_block = place_of(tl.program_id(0), row_blocks, column_blocks, GROUP_N)
+    first_row, first_column = row_block * BLOCK_N, start + column_block * BLOCK_V
     z = logits_tile(
         selected, weight, bias, first_row, first_column, K, V, D,
         selected_stride, weight_stride, logit_scale, softcap,

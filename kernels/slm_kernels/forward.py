@@ -23,6 +23,7 @@ from slm_kernels.tiles import (
     is_plain,
     logits_tile,
     pick_tile,
+    place_of,
     readable,
 )
 
@@ -77,14 +78,7 @@ def _stats_kernel(
     HAS_CACHE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    # Programs that run together share rows and weights in L2: GROUP_N row blocks by all shares.
-    pid = tl.program_id(0)
-    in_group = GROUP_N * num_shares
-    first_block = pid // in_group * GROUP_N
-    blocks = tl.minimum(tl.cdiv(N, BLOCK_N) - first_block, GROUP_N)
-    row_block = first_block + pid % in_group % blocks
-    share = pid % in_group // blocks
-
+    row_block, share = place_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), num_shares, GROUP_N)
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
     target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32)

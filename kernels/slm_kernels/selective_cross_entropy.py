@@ -186,11 +186,12 @@ def selective_cross_entropy(
     hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
     valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
     valid = checks.check_reference_loss(reference_loss, targets, valid)
-    everything = (valid & ~reference_loss.isnan()).reshape(-1).to(compute_dtype(hidden))
+    everything = None
+    if select_ratio == 1:
+        everything = (valid & ~reference_loss.isnan()).reshape(-1).to(compute_dtype(hidden))
     done = _forward(
-        hidden, head, targets, valid, implementation, everything if select_ratio == 1 else None,
-        cache_bytes=logits_cache_bytes,
-    )  # fmt: skip
+        hidden, head, targets, valid, implementation, everything, cache_bytes=logits_cache_bytes
+    )
     with torch.no_grad():
         chosen = _choose(done.stats.loss, reference_loss, valid, select_ratio, scope, group)
         row_weight = chosen.selected.reshape(-1).to(done.stats.loss.dtype)

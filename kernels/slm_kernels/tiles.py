@@ -79,6 +79,15 @@ def _tanh(x):
 
 
 @triton.jit
+def place_of(program, row_blocks, column_blocks, GROUP_N: tl.constexpr):
+    """Row and column block of a program: those that run together share rows and weights in L2."""
+    in_group = GROUP_N * column_blocks
+    first = program // in_group * GROUP_N
+    rows = tl.minimum(row_blocks - first, GROUP_N)
+    return first + program % in_group % rows, program % in_group // rows
+
+
+@triton.jit
 def logits_tile(
     hidden,
     weight,
