@@ -226,15 +226,15 @@ def train(config: DictConfig) -> Path:
     folder = Path(config.run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
     data: TokenData = build(config.data)
-    tokenizer = load_tokenizer(data.corpus.tokenizer_folder)
-    module = build_module(config, data, tokenizer)
-    trainer = build_trainer(config, data)
     identity = run_identity(config, data)
     with only_writer(folder):
         checkpoint = adopt_run(folder, identity, config.resume)
         if (folder / "model" / "slm.json").exists():
             log.info("%s is complete already", folder)
             return folder / "model"
+        tokenizer = load_tokenizer(data.corpus.tokenizer_folder)
+        module = build_module(config, data, tokenizer)
+        trainer = build_trainer(config, data)
         log.info("new run in %s" if checkpoint is None else "continuing %s", checkpoint or folder)
         try:
             log_inputs(trainer, config, data)
