@@ -4,6 +4,7 @@ from slm_kernels.contracts import TokenCrossEntropy
 from slm_kernels.selection import select_count, select_top_k
 from slm_kernels.selective_cross_entropy import (
     SelectiveCrossEntropy,
+    WeightedCrossEntropy,
     selective_cross_entropy,
     selective_cross_entropy_from_logits,
     token_cross_entropy,
@@ -13,6 +14,7 @@ from slm_kernels.selective_cross_entropy import (
 __all__ = [
     "SelectiveCrossEntropy",
     "TokenCrossEntropy",
+    "WeightedCrossEntropy",
     "select_count",
     "select_top_k",
     "selective_cross_entropy",

@@ -111,6 +111,8 @@ def check_token_weight(
     valid: Tensor,  # (...)
     max_rows: int | None,
 ) -> Tensor:  # valid
+    if not isinstance(token_weight, Tensor):
+        raise ValueError(f"token_weight must be or make a tensor, got {token_weight!r}")
     if token_weight.shape != targets.shape:
         raise ValueError(
             f"token_weight must be {tuple(targets.shape)} as targets, got "

@@ -14,6 +14,7 @@ nats and float32 (float64 for float64 operands). Every function takes the head i
 gradient returns sharded in the same way, averaged over the ranks as such wrappers do.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,14 @@ class SelectiveCrossEntropy(NamedTuple):
     num_selected: Tensor  # (), int64
     num_candidates: Tensor  # (), int64: valid and with a reference loss
     num_valid: Tensor  # (), int64: target is not ignored
+
+
+class WeightedCrossEntropy(NamedTuple):
+    """Only `loss` carries gradient."""
+
+    loss: Tensor  # ()
+    token_loss: Tensor  # (...), nats; 0 where the target is ignored
+    token_weight: Tensor  # (...), in the dtype of token_loss; 0 where the target is ignored
 
 
 class _Pass(NamedTuple):
@@ -101,7 +110,7 @@ def weighted_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (...), int64, already shifted
-    token_weight: Tensor,  # (...), bool or floating point
+    token_weight: Tensor | Callable[[Tensor], Tensor],  # (...), bool or floating point
     *,
     denominator: float | Tensor | None = None,
     max_rows: int | None = None,
@@ -111,13 +120,15 @@ def weighted_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     implementation: str = "auto",
-) -> Tensor:  # ()
+) -> WeightedCrossEntropy:
     """Sum of token_weight * token_loss over `denominator`, by default the weights' own sum.
 
-    Weights may be negative; those of ignored tokens count for nothing, in the sum as well.
-    `token_weight` gets no gradient. A token with weight 0 costs no backward arithmetic; give it
-    the target `ignore_index` to skip its forward pass too. With no weight at all the loss is 0.
-    A non-finite token_loss makes the loss non-finite, whatever its weight.
+    `token_weight` is a tensor, or a function that makes it of the token losses (...) between the
+    forward and the backward pass: the door for selection rules of one's own. Weights may be
+    negative; those of ignored tokens count for nothing, in the sum as well. They get no gradient.
+    A token with weight 0 costs no backward arithmetic; give it the target `ignore_index` to skip
+    its forward pass too. With no weight at all the loss is 0. A non-finite token_loss makes the
+    loss non-finite, whatever its weight.
 
     How many tokens have a weight is read back from the device, unless `max_rows` says how many
     there are at most: then nothing is synchronised, and more of them are an error.
@@ -129,17 +140,35 @@ def weighted_cross_entropy(
     checks.check_count("logits_cache_bytes", logits_cache_bytes)
     hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
     valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
-    valid = checks.check_token_weight(token_weight, targets, valid, max_rows)
-    with torch.no_grad():
-        row_weight = token_weight.masked_fill(~valid, 0).reshape(-1).to(compute_dtype(hidden))
+    known = None
+    if not callable(token_weight):
+        known = _row_weight(token_weight, targets, valid, max_rows, compute_dtype(hidden))
     done = _forward(
-        hidden, head, targets, valid, implementation, row_weight, cache_bytes=logits_cache_bytes
+        hidden, head, targets, valid, implementation, known, cache_bytes=logits_cache_bytes
     )
+    token_loss = done.stats.loss.view(targets.shape)
+    if known is None:
+        with torch.no_grad():
+            made = token_weight(token_loss)
+        known = _row_weight(made, targets, valid, max_rows, compute_dtype(hidden))
     with _without_autocast(hidden):
-        local_sum = done.weighted_sum(row_weight, max_rows)
+        local_sum = done.weighted_sum(known, max_rows)
     if denominator is None:
-        denominator = row_weight.sum()
-    return _divide(local_sum, denominator, ~row_weight.any())
+        denominator = known.sum()
+    loss = _divide(local_sum, denominator, ~known.any())
+    return WeightedCrossEntropy(loss, token_loss, known.view(targets.shape))
+
+
+@torch.no_grad()
+def _row_weight(
+    token_weight: Tensor,  # (...)
+    targets: Tensor,  # (...)
+    valid: Tensor,  # (...)
+    max_rows: int | None,
+    dtype: torch.dtype,
+) -> Tensor:  # (N,), 0 where ignored
+    valid = checks.check_token_weight(token_weight, targets, valid, max_rows)
+    return token_weight.masked_fill(~valid, 0).reshape(-1).to(dtype)
 
 
 def selective_cross_entropy(

@@ -26,14 +26,14 @@ def gradients(problem, implementation):
         bias=problem.bias,
         denominator=3.0,
         implementation=implementation,
-    )
+    ).loss
     return loss, torch.autograd.grad(loss, leaves)
 
 
 def test_only_rows_with_weight_are_computed_again(make_problem, monkeypatch):
     p = make_problem(vocab_size=8)  # one tile of vocabulary: a row is computed once
     p = p._replace(token_weight=p.token_weight.masked_fill(torch.arange(37) % 3 == 0, 0))
-    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weight)
+    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weight).loss
     rows = []
     tile_logits = chunked._tile_logits
 

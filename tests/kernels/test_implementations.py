@@ -69,7 +69,7 @@ def gradients(problem, implementation, use_bias=True, upstream=1.0, **options):
         denominator=3.0,
         implementation=implementation,
         **options,
-    )
+    ).loss
     return loss, torch.autograd.grad(loss, leaves, torch.tensor(upstream).to(loss))
 
 
@@ -169,7 +169,7 @@ def test_gradcheck(make_problem, head, known, cache_bytes, monkeypatch):
             logits_cache_bytes=cache_bytes,
             implementation="chunked",
             **head,
-        )
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (p.hidden, p.weight, p.bias))
 
@@ -263,7 +263,7 @@ def one_row(z, target, engine):
 def test_confident_token_keeps_its_digits(engine):
     # p = 1 - 4e-6: the gradient at the target must agree with the loss, and not be rounded to 0.
     row = one_row([13.0, 0.5, *[-30.0] * 9], 0, engine)
-    loss = weighted_cross_entropy(*row, **engine.options())
+    loss = weighted_cross_entropy(*row, **engine.options()).loss
     loss.backward()
     weight = row[1]
     z = weight.detach().double()[:, 0]
@@ -285,7 +285,7 @@ def test_huge_logits(engine, size, softcap, cache_bytes):
         row = one_row(z, 7, engine)
         loss = weighted_cross_entropy(
             *row, softcap=softcap, logits_cache_bytes=cache_bytes, **options
-        )
+        ).loss
         results.append((loss, *torch.autograd.grad(loss, row[:2])))
     for ours, theirs in zip(*results, strict=True):
         assert ours.isfinite().all()
@@ -295,7 +295,7 @@ def test_huge_logits(engine, size, softcap, cache_bytes):
 def test_huge_close_logits_lose_nothing_to_a_rounded_lse(engine):
     z = [10000.0, 10000.5, 9999.25, *[0.0] * 10]
     row = one_row(z, 0, engine)
-    weighted_cross_entropy(*row, **engine.options()).backward()
+    weighted_cross_entropy(*row, **engine.options()).loss.backward()
     expected = torch.tensor(z, dtype=torch.float64).softmax(0)
     expected[0] -= 1
     assert row[1].grad is not None
@@ -420,7 +420,7 @@ def test_frozen_operand(make_problem, engine, frozen):
         bias=p.bias,
         denominator=3.0,
         **engine.options(),
-    ).backward()
+    ).loss.backward()
     for name, leaf in leaves.items():
         if name == frozen:
             assert leaf.grad is None
@@ -444,7 +444,7 @@ def test_backward_twice_with_a_retained_graph(make_problem, engine):
     p = placed(make_problem(), engine)
     loss = weighted_cross_entropy(
         p.hidden, p.weight, p.targets, p.token_weight.abs(), **engine.options()
-    )
+    ).loss
     first = torch.autograd.grad(loss, (p.hidden, p.weight), retain_graph=True)
     second = torch.autograd.grad(loss, (p.hidden, p.weight))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -462,7 +462,7 @@ def test_repeated_backwards_accumulate_exactly(make_problem, engine):
             bias=p.bias,
             denominator=3.0,
             **engine.options(),
-        )
+        ).loss
         loss.backward()
     for leaf, single in zip((p.hidden, p.weight, p.bias), once, strict=True):
         assert leaf.grad is not None and torch.equal(leaf.grad, 2 * single)
@@ -470,7 +470,9 @@ def test_repeated_backwards_accumulate_exactly(make_problem, engine):
 
 def test_a_second_derivative_is_refused(make_problem, engine):
     p = placed(make_problem(), engine)
-    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weight, **engine.options())
+    loss = weighted_cross_entropy(
+        p.hidden, p.weight, p.targets, p.token_weight, **engine.options()
+    ).loss
     (grad,) = torch.autograd.grad(loss, p.hidden, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
@@ -489,7 +491,7 @@ def test_weight_tied_to_the_embedding(make_problem, engine):
             p.token_weight,
             denominator=2.0,
             implementation=implementation,
-        )
+        ).loss
         results.append(torch.autograd.grad(loss, weight)[0])
     assert_same(results[0], results[1], engine)
 
@@ -497,7 +499,9 @@ def test_weight_tied_to_the_embedding(make_problem, engine):
 def test_gradient_changed_in_place_is_noticed(make_problem, engine):
     p = placed(make_problem(), engine)
     hidden = p.hidden * 1
-    loss = weighted_cross_entropy(hidden, p.weight, p.targets, p.token_weight, **engine.options())
+    loss = weighted_cross_entropy(
+        hidden, p.weight, p.targets, p.token_weight, **engine.options()
+    ).loss
     (expected,) = torch.autograd.grad(loss, p.hidden, retain_graph=True)
     hidden.mul_(2)
     try:  # a gradient that was made in the forward pass has nothing to notice

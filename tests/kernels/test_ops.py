@@ -102,12 +102,13 @@ def test_every_public_loss_compiles_in_one_graph():
 
     def everything(x: Tensor) -> tuple[Tensor, ...]:
         scores = token_cross_entropy(x, weight, targets, want_entropy=True)
-        mean = weighted_cross_entropy(x, weight, targets, reference_loss, max_rows=24)
+        mean = weighted_cross_entropy(x, weight, targets, reference_loss, max_rows=24).loss
+        made = weighted_cross_entropy(x, weight, targets, lambda losses: losses > reference_loss)
         out = selective_cross_entropy_from_logits(
             x @ weight.T, targets, reference_loss, select_ratio=0.5
         )
         assert scores.entropy is not None
-        return scores.loss, scores.entropy, scores.correct, mean, out.loss, out.selected
+        return scores.loss, scores.entropy, scores.correct, mean, made.loss, out.loss, out.selected
 
     torch.compiler.reset()
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")

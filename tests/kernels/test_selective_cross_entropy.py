@@ -331,18 +331,18 @@ def test_weighted_mean_against_a_loop(make_problem):
         if p.targets[i] != -100
     ]
     expected = torch.stack([a for a, _ in terms]).sum() / torch.stack([b for _, b in terms]).sum()
-    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, token_weight)
+    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, token_weight).loss
     torch.testing.assert_close(loss, expected)
 
 
 def test_weights_get_no_gradient_and_masks_are_weights(make_problem):
     p = make_problem()
     token_weight = p.token_weight.abs().requires_grad_()
-    weighted_cross_entropy(p.hidden, p.weight, p.targets, token_weight).backward()
+    weighted_cross_entropy(p.hidden, p.weight, p.targets, token_weight).loss.backward()
     assert token_weight.grad is None
     mask = torch.arange(37) % 2 == 0
     chosen = mask & (p.targets != -100)
-    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, mask)
+    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, mask).loss
     expected = F.cross_entropy((p.hidden @ p.weight.T)[chosen], p.targets[chosen])
     torch.testing.assert_close(loss, expected)
 
@@ -352,20 +352,48 @@ def test_weight_of_an_ignored_token_counts_for_nothing(make_problem):
     weights = [
         torch.ones(37).masked_fill(p.targets == -100, value) for value in (0.0, 9.0, math.nan)
     ]
-    losses = [weighted_cross_entropy(p.hidden, p.weight, p.targets, weight) for weight in weights]
+    losses = [
+        weighted_cross_entropy(p.hidden, p.weight, p.targets, weight).loss for weight in weights
+    ]
     assert losses[0] == losses[1] == losses[2]
 
 
 def test_no_weight_at_all_is_zero_loss(make_problem):
     p = make_problem()
-    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, torch.zeros(37))
+    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, torch.zeros(37)).loss
     grads = torch.autograd.grad(loss, (p.hidden, p.weight))
     assert loss == 0 and all((grad == 0).all() for grad in grads)
 
 
+def test_weights_made_of_the_losses_are_those_weights(make_problem):
+    p = make_problem()
+    given = []
+
+    def make(token_loss):
+        given.append(token_loss)
+        return torch.sigmoid(token_loss - p.reference_loss)
+
+    out = weighted_cross_entropy(p.hidden, p.weight, p.targets, make)
+    z = p.hidden @ p.weight.T
+    token_loss = F.cross_entropy(z, p.targets, reduction="none")
+    torch.testing.assert_close(given[0], token_loss.detach())
+    token_weight = torch.sigmoid(token_loss - p.reference_loss).detach()
+    token_weight = token_weight * (p.targets != -100)
+    torch.testing.assert_close(out.token_weight, token_weight)
+    torch.testing.assert_close(out.token_loss, token_loss.detach())
+    expected = (token_weight * token_loss).sum() / token_weight.sum()
+    torch.testing.assert_close(out.loss, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.loss, (p.hidden, p.weight)),
+        torch.autograd.grad(expected, (p.hidden, p.weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_weights_that_cancel_are_not_hidden(make_problem):
     p = make_problem(num_tokens=2, ignored=0.0)
-    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, torch.tensor([1.0, -1.0]))
+    loss = weighted_cross_entropy(p.hidden, p.weight, p.targets, torch.tensor([1.0, -1.0])).loss
     assert not loss.isfinite()
 
 
@@ -413,7 +441,13 @@ def test_mistakes_are_named(change, message):
 
 @pytest.mark.parametrize(
     ("token_weight", "message"),
-    [(torch.ones(4), r"\(5,\) as targets, got \(4,\)"), (torch.ones(5).long(), "torch.int64")],
+    [
+        (torch.ones(4), r"\(5,\) as targets, got \(4,\)"),
+        (torch.ones(5).long(), "torch.int64"),
+        (lambda token_loss: token_loss[:4], r"\(5,\) as targets, got \(4,\)"),
+        (lambda token_loss: 1.0, "make a tensor, got 1.0"),
+        (None, "make a tensor, got None"),
+    ],
 )
 def test_weight_mistakes_are_named(token_weight, message):
     with pytest.raises(ValueError, match=message):
