@@ -5,19 +5,19 @@ A batch is a dict of tensors (B windows, T = seq_len positions):
     input_ids          (B, T) int64
     targets            (B, T) int64    the next tokens, already shifted; -100 is no target
     reference_logprob  (B, T) float32  log-prob of each target under the reference (with references)
+    reference_entropy  (B, T) float32  entropy of its prediction, nats (where it was stored)
     position_ids       (B, T) int64    restarting at each document (only with packing=documents)
     window, epoch      (B,)   int64    which window, in which pass over the corpus
-    step_valid         (A, B) int64    number of targets of every row of the whole optimizer step
 
 One optimizer step reads the next `batch_size` windows of the permuted corpus, whatever the number
 of ranks and of micro-batches: micro-batch a of rank r is number a * world_size + r of the step. The
 number of windows consumed is the datamodule's state, so a resumed run sees what it would have seen.
 
-`step_valid` lets the module know the loss's denominator before the first micro-batch.
 Costs: reading is a gather from memory maps, about 5 ns a token on one core.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,23 +28,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from slm.errors import UserError
-from slm.shards import Corpus, References
+from slm.shards import Corpus, References, Store
 
 IGNORE_INDEX = -100
+COMBINE = ("mean", "min", "max", "mixture")
 Batch = dict[str, Tensor]
 
 
-class Windows:
-    """Random access to the windows of a corpus and, with `references`, to their scores."""
+def combine(logprobs: np.ndarray, how: str) -> np.ndarray:  # (R, B, T) -> (B, T)
+    """Several references as one: the mean, min or max of their losses, or their mixture.
 
-    def __init__(self, corpus: Corpus, references: References | None = None):
-        if references is not None:
-            references.check_matches(corpus)
+    mixture: log of the mean probability, as if one of them were drawn for every token
+    """
+    if how == "mixture":
+        highest = logprobs.max(0)
+        return highest + np.log(np.exp(logprobs - highest).mean(0))
+    # The lowest loss is the highest log-prob.
+    return {"mean": np.mean, "min": np.max, "max": np.min}[how](logprobs, axis=0)
+
+
+class Windows:
+    """Random access to the windows of a corpus and, with `references`, to their scores.
+
+    combine:  how several references become one (see above); None for one or none
+    """
+
+    def __init__(
+        self, corpus: Corpus, references: Sequence[References] = (), combine: str | None = None
+    ):
+        for store in references:
+            store.check_matches(corpus)
         if corpus.num_windows == 0:
             raise UserError(f"{corpus.folder} holds no window of {corpus.seq_len} tokens")
-        self.corpus, self.references = corpus, references
+        self.corpus, self.references, self.combine = corpus, tuple(references), combine
         self.first_window = np.cumsum([0, *corpus.windows_per_shard])
-        self._views: dict[tuple[str, int], np.ndarray] = {}
+        self._views: dict[tuple[Path, str, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.corpus.num_windows
@@ -53,30 +71,33 @@ class Windows:
         # Workers map the files themselves: a pickled memory map would carry its data.
         return self.__dict__ | {"_views": {}}
 
-    def _view(self, column: str, shard: int) -> np.ndarray:  # (windows of the shard, T or T + 1)
-        """The windows of one shard as rows of a strided view; nothing is read."""
-        if (column, shard) not in self._views:
+    def _view(self, store: Store, column: str, shard: int) -> np.ndarray:
+        """A shard's windows as rows of a strided view, (n, T) or (n, T + 1): nothing is read."""
+        key = (store.folder, column, shard)
+        if key not in self._views:
             length = self.corpus.seq_len
             if column == "tokens":
-                rows = sliding_window_view(self.corpus.column(column, shard), length + 1)
+                rows = sliding_window_view(store.column(column, shard), length + 1)
             else:  # entry i is about the token at i, so a window's targets start at index 1
-                store = self.corpus if column == "bytes" else self.references
-                assert store is not None, f"{column} asked for without references"
                 rows = sliding_window_view(store.column(column, shard)[1:], length)
-            self._views[column, shard] = rows[::length]
-        return self._views[column, shard]
+            self._views[key] = rows[::length]
+        return self._views[key]
 
-    def _gather(self, column: str, windows: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def _gather(
+        self, store: Store, column: str, windows: np.ndarray, out: np.ndarray
+    ) -> np.ndarray:
         shards = np.searchsorted(self.first_window, windows, side="right") - 1
         for shard in np.unique(shards):
             rows = shards == shard
-            out[rows] = self._view(column, shard)[windows[rows] - self.first_window[shard]]
+            out[rows] = self._view(store, column, shard)[windows[rows] - self.first_window[shard]]
         return out
 
     def batch(self, windows: np.ndarray) -> Batch:
         """The windows with these global numbers, (B,) int64, as a batch of tensors."""
         size, length = len(windows), self.corpus.seq_len
-        tokens = self._gather("tokens", windows, np.empty((size, length + 1), np.int64))
+        tokens = self._gather(
+            self.corpus, "tokens", windows, np.empty((size, length + 1), np.int64)
+        )
         if tokens.max() >= self.corpus.vocab_size:
             raise UserError(
                 f"{self.corpus.folder}: window {windows[tokens.max(1).argmax()]} holds token id "
@@ -88,23 +109,58 @@ class Windows:
             first = self._document_starts(windows)
             batch["targets"] = ids[:, 1:].masked_fill(torch.from_numpy(first[:, 1:]), IGNORE_INDEX)
             batch["position_ids"] = torch.from_numpy(positions(first[:, :-1]))
-        if self.references is not None:
-            scores = self._gather("logprobs", windows, np.empty((size, length), np.float32))
-            self._check_scores(scores, batch["targets"], windows)
-            batch["reference_logprob"] = torch.from_numpy(scores)
+        if self.references:
+            batch |= self._scores(batch["targets"], windows)
         batch["window"] = torch.from_numpy(windows)
         return batch
 
     def target_bytes(self, windows: np.ndarray) -> Tensor:  # (B, T) int64
         """UTF-8 bytes of every target; EOS has none."""
         shape = (len(windows), self.corpus.seq_len)
-        return torch.from_numpy(self._gather("bytes", windows, np.empty(shape, np.int64)))
+        return torch.from_numpy(
+            self._gather(self.corpus, "bytes", windows, np.empty(shape, np.int64))
+        )
+
+    def _scores(self, targets: Tensor, windows: np.ndarray) -> Batch:
+        """The columns of the references, combined."""
+        shape = (len(self.references), len(windows), self.corpus.seq_len)
+        logprobs = np.empty(shape, np.float32)
+        for store, out in zip(self.references, logprobs, strict=True):
+            self._gather(store, "logprobs", windows, out)
+            self._check_scores(store, "log-prob", out, ~(out <= 0), targets, windows)
+        one = logprobs[0] if self.combine is None else combine(logprobs, self.combine)
+        scores = {"reference_logprob": torch.from_numpy(one)}
+        if self.has_entropy:
+            entropy = self._gather(self.references[0], "entropy", windows, np.empty_like(one))
+            bad = ~(entropy >= 0)
+            self._check_scores(self.references[0], "entropy", entropy, bad, targets, windows)
+            scores["reference_entropy"] = torch.from_numpy(entropy)
+        return scores
+
+    @property
+    def has_entropy(self) -> bool:
+        """Of one reference; several have no entropy in common."""
+        return len(self.references) == 1 and "entropy" in self.references[0].shards[0].sha256
+
+    def sources(self, windows: np.ndarray) -> np.ndarray:  # (B,) -> (B, T) int64
+        """Which source of the corpus every target comes from: an index into its `sources`."""
+        length = self.corpus.seq_len
+        found = np.empty((len(windows), length), np.int64)
+        shards = np.searchsorted(self.first_window, windows, side="right") - 1
+        for row, (window, shard) in enumerate(zip(windows, shards, strict=True)):
+            documents = self._document_rows(int(shard))
+            begin = (window - self.first_window[shard]) * length
+            targets = np.arange(begin + 1, begin + length + 1)
+            at = np.searchsorted(documents[:, 0], targets, side="right") - 1
+            found[row] = documents[at, 1]
+        return found
 
     def _document_rows(self, shard: int) -> np.ndarray:  # (documents of the shard, 4)
         """Mapped once: with packing=documents every window of every batch asks for it."""
-        if ("documents", shard) not in self._views:
-            self._views["documents", shard] = self.corpus.column("documents", shard)
-        return self._views["documents", shard]
+        key = (self.corpus.folder, "documents", shard)
+        if key not in self._views:
+            self._views[key] = self.corpus.column("documents", shard)
+        return self._views[key]
 
     def document(self, window: int) -> tuple[int, int, int, int]:
         """(start, source, record, first token) of the document that a window begins in."""
@@ -126,18 +182,25 @@ class Windows:
             first[row, starts[low:high] - begin] = True
         return first
 
-    def _check_scores(self, scores: np.ndarray, targets: Tensor, windows: np.ndarray) -> None:
-        """A live target without a score, or with a positive log-prob, is a broken reference."""
-        assert self.references is not None
-        bad = ~(scores <= 0)  # NaN compares false
+    def _check_scores(
+        self,
+        store: References,
+        name: str,
+        scores: np.ndarray,  # (B, T)
+        bad: np.ndarray,  # (B, T); NaN compares false, so that it is bad
+        targets: Tensor,
+        windows: np.ndarray,
+    ) -> None:
+        """A live target without a score, or with one of the wrong sign, is a broken reference."""
         if not bad.any():
             return
         bad &= targets.numpy() != IGNORE_INDEX
         if bad.any():
             row, column = np.argwhere(bad)[0]
+            sign = "<=" if name == "log-prob" else ">="
             raise UserError(
-                f"{self.references.folder}: target {column} of window {windows[row]} has log-prob "
-                f"{scores[row, column]}, a finite number <= 0 is needed"
+                f"{store.folder}: target {column} of window {windows[row]} has {name} "
+                f"{scores[row, column]}, a finite number {sign} 0 is needed"
             )
 
 
@@ -200,12 +263,8 @@ class Steps(Dataset):
         mine = windows.reshape(shape)[:, self.rank]  # (A, B)
         batch = self.windows.batch(mine.reshape(-1))
         batch["epoch"] = torch.from_numpy(epochs.reshape(shape)[:, self.rank].reshape(-1))
-        valid = (batch["targets"] != IGNORE_INDEX).sum(1).view(-1, self.micro_batch_size)
         parts = {key: value.split(self.micro_batch_size) for key, value in batch.items()}
-        return [
-            {key: value[index] for key, value in parts.items()} | {"step_valid": valid}
-            for index in range(len(mine))
-        ]
+        return [{key: value[index] for key, value in parts.items()} for index in range(len(mine))]
 
 
 class MicroBatches:
@@ -230,9 +289,28 @@ class MicroBatches:
             yield from step
 
 
+def open_references(
+    folders: str | Sequence[str] | None, combine: str | None, check: str
+) -> list[References]:
+    named = [folders] if isinstance(folders, str) else list(folders or [])
+    if combine is None and len(named) > 1:
+        raise UserError(
+            f"data.references names {len(named)} folders: data.combine must be one of {COMBINE}"
+        )
+    if combine is not None and (len(named) < 2 or combine not in COMBINE):
+        raise UserError(
+            f"data.combine is {combine!r} for {len(named)} reference(s); it is one of {COMBINE} "
+            "for two or more in data.references, else null"
+        )
+    return [References.open(folder, check) for folder in named]
+
+
 class TokenData(LightningDataModule):
     """Training windows (`corpus`, `references`) and named held-out sets.
 
+    references:        none, a folder, or a list of folders
+    combine:           what becomes of several references: mean, min or max of their losses, or
+                       mixture (the mean of their probabilities)
     batch_size:        windows of one optimizer step, over all ranks
     micro_batch_size:  windows of one forward on one rank
     heldout:           name -> corpus folder, evaluated during training
@@ -243,7 +321,8 @@ class TokenData(LightningDataModule):
     def __init__(
         self,
         corpus: str,
-        references: str | None,
+        references: str | Sequence[str] | None,
+        combine: str | None,
         heldout: Mapping[str, str] | None,
         heldout_windows: int,
         batch_size: int,
@@ -254,8 +333,8 @@ class TokenData(LightningDataModule):
     ):
         super().__init__()
         self.corpus = Corpus.open(corpus, check)
-        self.references = None if references is None else References.open(references, check)
-        self.windows = Windows(self.corpus, self.references)
+        self.references = open_references(references, combine, check)
+        self.windows = Windows(self.corpus, self.references, combine)
         named = {} if heldout is None else heldout
         if not isinstance(named, Mapping):
             raise UserError(f"data.heldout is {heldout!r}, it must be {{name: folder, ...}}")

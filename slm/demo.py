@@ -273,27 +273,24 @@ def page(out: Path, config: Any) -> None:
 
 
 def marked_windows(lm: Any, corpus: Any, references: Any, rule: Any, texts: Path) -> list[Any]:
-    import torch
-
     from slm.data import Windows, spread
     from slm.plots import MarkedWindow, token_pieces
     from slm.tokenizer import load_tokenizer
 
-    windows = Windows(corpus, references)
+    windows = Windows(corpus, [references])
     numbers = spread(len(windows), 32)
     batch = windows.batch(numbers)
-    with torch.no_grad():
-        criterion = rule.criterion(batch)
-        output = lm(batch, criterion.reference_loss, select_ratio=criterion.select_ratio)
+    token_loss = lm(batch).loss
+    selected = rule.choose(batch, token_loss, tokens_seen=0).selected
     names = [json.loads(line)["name"] for line in texts.read_text().splitlines()]
     decode: Any = load_tokenizer(corpus.tokenizer_folder).decode
     return [
         MarkedWindow(
             names[windows.document(number)[2]],
             token_pieces(batch["targets"][row].tolist(), decode),
-            output.selected[row].numpy(),
-            output.token_loss[row].numpy(),
-            criterion.reference_loss[row].numpy(),
+            selected[row].numpy(),
+            token_loss[row].numpy(),
+            -batch["reference_logprob"][row].numpy(),
         )
         for row, number in enumerate(numbers)
     ]

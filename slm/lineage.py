@@ -20,7 +20,7 @@ import torch
 
 from slm import __version__
 from slm.data import TokenData
-from slm.shards import Json
+from slm.shards import Json, References
 
 PACKAGES = ("torch", "triton", "lightning", "transformers", "tokenizers", "datasets", "numpy")
 
@@ -37,8 +37,6 @@ def lineage(
     device: torch.device,
 ) -> Json:
     """What went into a model, as plain JSON without paths of this machine."""
-    references = datamodule.references
-    scored_by = None if references is None else references.manifest["model_sha256"]
     is_folder = init_from is not None and Path(init_from).exists()
     return {
         "init_from": short_name(str(init_from)) if is_folder else init_from,
@@ -46,8 +44,7 @@ def lineage(
         "init_from_sha256": init_from_sha256,
         "corpus": short_name(datamodule.corpus.folder),
         "corpus_fingerprint": datamodule.corpus.fingerprint,
-        "references_fingerprint": None if references is None else references.fingerprint,
-        "reference_model_sha256": scored_by,
+        "references": [reference_record(store) for store in datamodule.references],
         "selection": dict(selection),
         "seed": seed,
         "tokens_seen": tokens_seen,
@@ -58,6 +55,10 @@ def lineage(
         "platform": platform.platform(),
         "device": device_name(device),
     }
+
+
+def reference_record(store: References) -> Json:
+    return {"fingerprint": store.fingerprint, "model_sha256": store.manifest["model_sha256"]}
 
 
 def short_name(folder: str | Path) -> str:
@@ -129,6 +130,10 @@ corpus and the base model; none is stated here.
 """
 
 
+def named_references(lineage: Json) -> list[str]:
+    return [str(record["model_sha256"]) for record in lineage["references"]]
+
+
 def model_card(lineage: Json, results: Mapping[str, float]) -> str:
     """A Hugging Face model card; `results`: heldout/<set>/<measure> -> value, may be empty."""
     selection = lineage["selection"]
@@ -140,7 +145,7 @@ def model_card(lineage: Json, results: Mapping[str, float]) -> str:
         "selection rule": f"{rule}, select_ratio (k) = {ratio}",
         "tokens seen": f"{lineage['tokens_seen']:,}",
         "tokens selected": f"{lineage['tokens_selected']:,} ({share:.1%})",
-        "reference model": lineage["reference_model_sha256"] or "none",
+        "reference model": ", ".join(named_references(lineage)) or "none",
         "seed": lineage["seed"],
         "device": lineage["device"],
     }

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +35,10 @@ from slm.errors import UserError
 from slm.shards import hash_file, hash_json, sync_folder
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
 from slm_kernels import (
-    SelectiveCrossEntropy,
     TokenCrossEntropy,
-    selective_cross_entropy,
+    WeightedCrossEntropy,
     token_cross_entropy,
+    weighted_cross_entropy,
 )
 
 # How model families name the two things that change logits after the head.
@@ -245,23 +245,24 @@ class SelectiveLM(nn.Module):
     def forward(
         self,
         batch: Batch,
-        reference_loss: Tensor | None = None,  # (B, T), NaN: no candidate
+        token_weight: Tensor | Callable[[Tensor], Tensor] | None = None,  # (B, T)
         *,
-        select_ratio: float = 1.0,
-        scope: str = "batch",
-        denominator: Tensor | float | None = None,
-    ) -> SelectiveCrossEntropy | TokenCrossEntropy:
-        """The selective loss with `reference_loss`; without it the loss per token, no gradient."""
+        denominator: float | None = None,
+        max_rows: int | None = None,
+        want_entropy: bool = False,
+    ) -> WeightedCrossEntropy | TokenCrossEntropy:
+        """The weighted loss with `token_weight`; without it the loss per token, no gradient."""
         hidden, head = self.hidden(batch), self.head_arguments()
-        if reference_loss is None:
-            return token_cross_entropy(hidden, targets=batch["targets"], **head)
-        return selective_cross_entropy(
+        if token_weight is None:
+            return token_cross_entropy(
+                hidden, targets=batch["targets"], want_entropy=want_entropy, **head
+            )
+        return weighted_cross_entropy(
             hidden,
             targets=batch["targets"],
-            reference_loss=reference_loss,
-            select_ratio=select_ratio,
-            scope=scope,
+            token_weight=token_weight,
             denominator=denominator,
+            max_rows=max_rows,
             logits_cache_bytes=self.logits_cache_bytes,
             **head,
         )

@@ -1,8 +1,9 @@
-"""The Lightning module: choose candidates, compute the selective loss, keep the step's sums.
+"""The Lightning module: choose tokens, compute the weighted loss, keep the step's sums.
 
 It trains the reference model and the CLM control (selection=all) as well as the target model. One
-optimizer step is `accumulate_grad_batches` micro-batches on each rank; its loss is the sum over all
-selected tokens divided once by their number, which is known before the first micro-batch.
+optimizer step is `accumulate_grad_batches` micro-batches on each rank. Each leaves the gradient of
+its summed loss; before the update the whole gradient is divided once, by what the rule divides by
+(the number of selected or of valid tokens) over all micro-batches and ranks.
 """
 
 import math
@@ -11,38 +12,59 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import NonFiniteError, UserError
 from slm.model import SelectiveLM
-from slm.selection import Selection, num_selected
+from slm.selection import All, Choice, Selection
 
 SUMS: tuple[str, ...] = (
+    "loss_weighted",  # nats, token_weight * token_loss
     "loss_selected",  # nats, over selected tokens
     "loss_valid",  # nats, over every target
     "num_selected",
+    "num_trained",  # with a weight, selected or not
     "num_valid",
     "reference_loss",  # nats, over tokens with a reference score
     "reference_loss_selected",
     "num_scored",
+    "num_below_reference",  # excess_loss < 0
 )
+
+
+class TokenRecord(NamedTuple):
+    """What one micro-batch on this rank did, token by token."""
+
+    window: Tensor  # (B,)
+    valid: Tensor  # (B, T)
+    selected: Tensor  # (B, T)
+    token_loss: Tensor  # (B, T) nats
+    reference_loss: Tensor | None  # (B, T) nats
 
 
 class StepResult(NamedTuple):
     """Sums over one optimizer step, all ranks, and what the update looked like."""
 
     sums: dict[str, float]
-    threshold: float | None  # lowest selected excess of this rank's last micro-batch, nats; with
+    divided_by: float  # the loss's denominator
+    threshold: float | None  # lowest selected score of this rank's last micro-batch; with
     #                          scope=sequence the mean over its windows; None: no rule for it
     grad_norm: float
+    tokens: list[TokenRecord]  # of this rank
 
 
 class SelectiveModule(LightningModule):
-    """`lm` trained on the tokens that `selection` chooses."""
+    """`lm` trained on the tokens that `selection` chooses.
+
+    tokens_per_step:   training tokens of one optimizer step, over all ranks
+    selection_start:   tokens seen before `selection` takes over; until then every token is trained
+    online_reference:  a frozen model that scores every batch as it comes
+    """
 
     def __init__(
         self,
@@ -51,6 +73,9 @@ class SelectiveModule(LightningModule):
         optimizer: Callable[[SelectiveLM], Optimizer],
         schedule: Callable[[Optimizer, int], LRScheduler],
         gradient_clip: float | None,
+        tokens_per_step: int,
+        selection_start: int = 0,
+        online_reference: SelectiveLM | None = None,
     ):
         super().__init__()
         if gradient_clip is not None and not gradient_clip > 0:
@@ -60,57 +85,79 @@ class SelectiveModule(LightningModule):
         self.lm, self.selection = lm, selection
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.gradient_clip = gradient_clip
-        # Over the whole run and all ranks; kept on the device, since reading it would wait for it.
-        self.tokens_selected = torch.zeros((), dtype=torch.float64)
+        self.tokens_per_step, self.selection_start = tokens_per_step, selection_start
+        # In a tuple: a submodule would be wrapped, sharded and saved with what is trained.
+        self._online = () if online_reference is None else (online_reference,)
+        self.tokens_selected = self.tokens_trained = 0  # over the whole run and all ranks
         self.grad_norm = 0.0
         self.heldout_losses: dict[str, float] = {}  # of the step that just ended, if evaluated
-        self._windows: list[Tensor] = []
+
+    @property
+    def tokens_seen(self) -> int:
+        """When the step began: a function of the step alone, so a resumed run agrees."""
+        return self.trainer.global_step * self.tokens_per_step
+
+    def rule(self) -> Selection:
+        """The one in force at this step."""
+        return self.selection if self.tokens_seen >= self.selection_start else All()
+
+    def on_fit_start(self) -> None:
+        for reference in self._online:
+            reference.to(self.device).eval().requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._begin_step(batch)
-        criterion = self.selection.criterion(batch)
+            self._begin_step()
+        batch = self.scored(batch)
+        rule, choices = self.rule(), []
+
+        def choose(token_loss: Tensor | None) -> Tensor:
+            choices.append(rule.choose(batch, token_loss, self.tokens_seen))
+            return choices[-1].token_weight
+
+        on_cpu = self.device.type == "cpu"  # where counting rows is free
+        self._provisional = float(batch["targets"].numel())
         output = self.lm(
             batch,
-            criterion.reference_loss,
-            select_ratio=criterion.select_ratio,
-            scope=self.selection.scope,
-            denominator=self._denominator,
+            choose if rule.needs_token_loss else choose(None),
+            denominator=self._provisional,
+            max_rows=None if on_cpu else rule.max_rows(batch, self.tokens_seen),
         )
-        self._add(batch, output)
-        # A rule that keeps all of its candidates has no threshold among them.
-        self._thresholds = output.threshold if criterion.select_ratio < 1 else None
-        # Lightning divides by the number of micro-batches; the denominator already covers them.
+        self._add(batch, output, choices[-1])
+        # Lightning divides by the number of micro-batches; the denominator is the whole step's.
         return output.loss * self.trainer.accumulate_grad_batches
 
-    def _begin_step(self, batch: Batch) -> None:
-        """Count, over ranks and micro-batches, the tokens that will be selected."""
-        count = num_selected(self.selection, batch["step_valid"]).double()
-        self._step_selected = self._sum_over_ranks(count)
-        # Data-parallel wrappers average gradients, so each rank divides by total / world size.
-        self._denominator = self._step_selected.clamp(min=1) / self.trainer.world_size
+    def scored(self, batch: Batch) -> Batch:
+        """With the scores of the online reference, where there is one.
+
+        It runs under the trainer's precision, as the model that is trained does.
+        """
+        for reference in self._online:
+            scores = reference(batch, want_entropy="reference_entropy" in self.selection.needs)
+            dead = batch["targets"] == IGNORE_INDEX
+            batch = batch | {"reference_logprob": (-scores.loss).masked_fill(dead, torch.nan)}
+            if scores.entropy is not None:
+                batch["reference_entropy"] = scores.entropy.masked_fill(dead, torch.nan)
+        return batch
+
+    def _begin_step(self) -> None:
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
-        self._windows = []
+        self._records: list[TokenRecord] = []
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """In place."""
         return torch.as_tensor(self.trainer.strategy.reduce(values, reduce_op="sum"))
 
     @torch.no_grad()
-    def _add(self, batch: Batch, output: Any) -> None:
-        valid, selected = batch["targets"] != IGNORE_INDEX, output.selected
-        terms = [
-            *(masked_sum(output.token_loss, mask) for mask in (selected, valid)),
-            *(mask.sum().double() for mask in (selected, valid)),
-        ]
-        if "reference_logprob" in batch:
-            reference = -batch["reference_logprob"]
-            terms += [masked_sum(reference, mask) for mask in (valid, selected)]
-            terms += [valid.sum().double()]
-        else:
-            terms += [terms[0].new_zeros(())] * 3
-        self._sums += torch.stack(terms)
-        self._windows.append(batch["window"])
+    def _add(self, batch: Batch, output: Any, choice: Choice) -> None:
+        valid = batch["targets"] != IGNORE_INDEX
+        reference = -batch["reference_logprob"] if "reference_logprob" in batch else None
+        record = TokenRecord(
+            batch["window"], valid, choice.selected, output.token_loss.detach(), reference
+        )
+        self._sums += step_sums(record, output.token_weight)
+        self._records.append(record)
+        self._threshold = choice.threshold
 
     def configure_gradient_clipping(
         self,
@@ -118,7 +165,7 @@ class SelectiveModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, and stop before the optimizer step where a loss or the gradient is not finite.
+        """Divide by the denominator, clip; stop before the update where something is not finite.
 
         All ranks see the same numbers, so all of them stop. The one device synchronisation.
         """
@@ -127,23 +174,36 @@ class SelectiveModule(LightningModule):
                 f"trainer.gradient_clip_val is {gradient_clip_val}, optimizer.gradient_clip is "
                 f"{self.gradient_clip}: leave the former null"
             )
-        norm = clip(self.lm, self.gradient_clip)
-        self._totals = self._sum_over_ranks(self._sums)
-        # Every target's loss, not only the selected ones': a broken model is not passed over.
-        loss, self.grad_norm = torch.stack([self._totals[1], norm.double()]).tolist()
+        gradients = [p.grad for p in self.lm.parameters() if p.grad is not None]
+        norm, totals = norm_of(gradients), self._sum_over_ranks(self._sums)
+        *values, norm_value = torch.cat([totals, norm.double()[None]]).tolist()
+        self._totals = dict(zip(SUMS, values, strict=True))
+        self._divided_by = max(1.0, self._totals[f"num_{self.rule().divides_by}"])
+        # Data-parallel wrappers average over the ranks what is to be summed.
+        scale = self._provisional * self.trainer.world_size / self._divided_by
+        self.grad_norm = norm_value * scale
+        self._check_finite()
+        limit = math.inf if self.gradient_clip is None else self.gradient_clip
+        factor = scale * min(1.0, limit / (self.grad_norm + 1e-6))
+        torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as torch's clipping
+        self.tokens_selected += round(self._totals["num_selected"])
+        self.tokens_trained += round(self._totals["num_trained"])
+
+    def _check_finite(self) -> None:
+        """Every target's loss, not only the selected ones': a broken model is not passed over."""
+        loss = self._totals["loss_valid"]
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-            windows = torch.cat(self._windows).tolist()
+            windows = torch.cat([record.window for record in self._records]).tolist()
             raise NonFiniteError(
                 f"step {self.trainer.global_step}: loss sum {loss}, gradient norm "
                 f"{self.grad_norm}; stopped before the update (windows of this rank: {windows}); "
                 "the checkpoints hold the state before it"
             )
-        self.tokens_selected = self.tokens_selected.to(self.device) + self._step_selected
 
     def step_result(self) -> StepResult:
         """Of the step that just ended. One device synchronisation, no communication."""
-        sums = dict(zip(SUMS, self._totals.tolist(), strict=True))
-        return StepResult(sums, mean_threshold(self._thresholds), self.grad_norm)
+        threshold = mean_threshold(self._threshold)
+        return StepResult(self._totals, self._divided_by, threshold, self.grad_norm, self._records)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.lm)
@@ -155,18 +215,33 @@ class SelectiveModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["tokens_selected"] = self.tokens_selected.cpu()
-        checkpoint["heldout_losses"] = self.heldout_losses
+        for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
+            checkpoint[name] = getattr(self, name)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_selected = checkpoint["tokens_selected"]
-        self.heldout_losses = checkpoint["heldout_losses"]
+        for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
+            setattr(self, name, checkpoint[name])
 
 
-def clip(module: nn.Module, limit: float | None) -> Tensor:  # ()
-    """Scale all gradients so that their norm is at most `limit`; returns the norm before."""
-    limit = float("inf") if limit is None else limit
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+def step_sums(record: TokenRecord, token_weight: Tensor) -> Tensor:  # (len(SUMS),) float64
+    """No synchronisation, which indexing with a mask would be."""
+    valid, selected, loss = record.valid, record.selected, record.token_loss
+    terms = [
+        masked_sum(token_weight * loss, valid),
+        *(masked_sum(loss, mask) for mask in (selected, valid)),
+        *(mask.sum().double() for mask in (selected, token_weight != 0, valid)),
+    ]
+    if record.reference_loss is None:
+        terms += [terms[0].new_zeros(())] * 4
+    else:
+        reference = record.reference_loss
+        terms += [masked_sum(reference, mask) for mask in (valid, selected)]
+        terms += [valid.sum().double(), (valid & (loss < reference)).sum().double()]
+    return torch.stack(terms)
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:  # ()
+    norm = get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # DTensor: sharded by FSDP
 
 
@@ -175,9 +250,9 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:  # (B, T), (B, T) -> () 
     return values.detach().double().masked_fill(~mask, 0.0).sum()
 
 
-def mean_threshold(thresholds: Tensor | None) -> float | None:  # (), or (B,) with scope=sequence
+def mean_threshold(threshold: Tensor | None) -> float | None:  # (), or (B,) with scope=sequence
     """Mean over the windows where something was selected; infinite in the others."""
-    if thresholds is None:
+    if threshold is None:
         return None
-    finite = thresholds[thresholds.isfinite()]
+    finite = threshold[threshold.isfinite()]
     return finite.mean().item() if len(finite) else None

@@ -27,6 +27,7 @@ from rich.progress import Progress as RichProgress
 from torch import nn
 from transformers import PreTrainedModel
 
+from slm.bookkeeping import source_metrics, token_metrics
 from slm.checkpoint import step_ended
 from slm.cli import duration
 from slm.errors import UserError
@@ -254,7 +255,7 @@ def datamodule_of(trainer: Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit()
 
 
-def loss_metrics(result: "StepResult", needs_references: bool) -> dict[str, float]:
+def loss_metrics(result: "StepResult") -> dict[str, float]:
     """Means over one optimizer step, nats; what has no tokens to be a mean of is left out."""
     sums, metrics = result.sums, {}
     valid, selected, scored = sums["num_valid"], sums["num_selected"], sums["num_scored"]
@@ -263,8 +264,9 @@ def loss_metrics(result: "StepResult", needs_references: bool) -> dict[str, floa
         if count > 0:
             metrics[name] = total / count
 
-    mean("train/loss", sums["loss_selected"], selected)
+    mean("train/loss", sums["loss_weighted"], result.divided_by)
     mean("train/loss_all", sums["loss_valid"], valid)
+    mean("train/loss_selected", sums["loss_selected"], selected)
     mean("train/loss_unselected", sums["loss_valid"] - sums["loss_selected"], valid - selected)
     mean("slm/kept_frac", selected, valid)
     if scored > 0:
@@ -274,9 +276,10 @@ def loss_metrics(result: "StepResult", needs_references: bool) -> dict[str, floa
         mean("slm/excess_mean", sums["loss_valid"] - reference, scored)
         excess_selected = sums["loss_selected"] - reference_selected
         mean("slm/excess_mean_selected", excess_selected, selected)
-    if needs_references and result.threshold is not None:  # others have none on the excess
+        mean("slm/below_reference_frac", sums["num_below_reference"], scored)
+    if result.threshold is not None:
         metrics["slm/threshold"] = result.threshold
-    return metrics | {"train/grad_norm": result.grad_norm}
+    return metrics | {"slm/num_selected": selected, "train/grad_norm": result.grad_norm}
 
 
 class Metrics(Callback):
@@ -292,19 +295,24 @@ class Metrics(Callback):
                 f"callbacks.metrics.every_steps is {every_steps}, it must be at least 1"
             )
         self.every_steps = every_steps
+        self.train_seconds = 0.0  # over the whole run, evaluations and checkpoints included
         self.recent_s: deque[float] = deque(maxlen=max(every_steps, 9))
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # Before the strategy shards the parameters.
-        seq_len, ratio = datamodule_of(trainer).corpus.seq_len, pl_module.selection.select_ratio
-        self.flops_per_token = flops_per_token(pl_module.lm.model, seq_len, ratio)
+        seq_len, model = datamodule_of(trainer).corpus.seq_len, pl_module.lm.model
+        self.flops_unselected = flops_per_token(model, seq_len, 0.0)
+        self.flops_selected = flops_per_token(model, seq_len, 1.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.peak = peak_flops(pl_module.device, str(trainer.precision))
         for logger in trainer.loggers:
             if isinstance(logger, RewindableLogger) and trainer.global_step > 0:
                 logger.truncate_after(trainer.global_step)
-            facts = {"flops_per_token": self.flops_per_token} | self.peak._asdict()
+            facts = {
+                "flops_per_token_selected": self.flops_selected,
+                "flops_per_token_unselected": self.flops_unselected,
+            } | self.peak._asdict()
             logger.log_hyperparams({"mfu": facts})
         self.ended_s = time.perf_counter()
 
@@ -318,18 +326,34 @@ class Metrics(Callback):
             return
         now_s = time.perf_counter()
         self.recent_s.append(now_s - self.ended_s)
+        self.train_seconds += now_s - self.ended_s
         self.ended_s = now_s
         step = trainer.global_step
         if step % self.every_steps == 0 or step == trainer.max_steps:
-            # Every rank: the sums are reduced over all of them.
-            losses = loss_metrics(pl_module.step_result(), pl_module.selection.needs_references)
-            losses |= {"train/lr": self.lr, "data/tokens_selected": int(pl_module.tokens_selected)}
+            result = pl_module.step_result()
+            metrics = loss_metrics(result) | token_metrics(result.tokens)
+            metrics |= source_metrics(result.tokens, datamodule_of(trainer).windows)
+            metrics |= {"train/lr": self.lr, "data/tokens_selected": pl_module.tokens_selected}
             # The median: an evaluation or a checkpoint in between is no slow step.
             step_s = statistics.median(self.recent_s)
-            send(trainer, losses | self._speed(trainer, pl_module.device, step_s))
+            trained = result.sums["num_trained"] / datamodule_of(trainer).tokens_per_step
+            send(trainer, metrics | self._speed(trainer, pl_module.device, step_s, trained))
 
-    def _speed(self, trainer: Trainer, device: torch.device, step_s: float) -> dict[str, float]:
-        """Of the whole job, but memory: of this rank."""
+    def flops(self, tokens_seen: float, tokens_trained: float) -> float:
+        """Of a training of so many tokens, of which some had a weight."""
+        rest = tokens_seen - tokens_trained
+        return tokens_trained * self.flops_selected + rest * self.flops_unselected
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train_seconds": self.train_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train_seconds = state_dict["train_seconds"]
+
+    def _speed(
+        self, trainer: Trainer, device: torch.device, step_s: float, trained: float
+    ) -> dict[str, float]:
+        """Of the whole job, but memory: of this rank. trained: share of tokens with a weight."""
         tokens_per_s = datamodule_of(trainer).tokens_per_step / step_s
         speed = {
             "perf/step_s": step_s,
@@ -338,5 +362,5 @@ class Metrics(Callback):
         }
         if self.peak.flops_per_s is not None:
             available = self.peak.flops_per_s * trainer.world_size
-            speed["perf/mfu"] = tokens_per_s * self.flops_per_token / available
+            speed["perf/mfu"] = self.flops(tokens_per_s, tokens_per_s * trained) / available
         return speed

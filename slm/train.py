@@ -40,6 +40,8 @@ from slm.lineage import lineage, model_card
 from slm.model import SelectiveLM, check_model, model_sha256, save_model
 from slm.module import SelectiveModule
 from slm.progress import progress_bar
+from slm.score import load_reference
+from slm.selection import Selection
 from slm.shards import References, claim, read_json, write_json
 from slm.tokenizer import load_tokenizer
 from slm.tracking import WandbLog
@@ -71,7 +73,10 @@ def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
         "seed": plain["seed"],
         "max_tokens": plain["max_tokens"],
         "corpus": data.corpus.fingerprint,
-        "references": None if data.references is None else data.references.fingerprint,
+        "references": [store.fingerprint for store in data.references],
+        "data.combine": plain["data"]["combine"],
+        "online_reference": online_identity(config),
+        "selection_start": plain["selection_start"],
         "init_from": loaded,
         "data.batch_size": plain["data"]["batch_size"],
         "data.micro_batch_size": plain["data"]["micro_batch_size"],
@@ -87,6 +92,10 @@ def flat(prefix: str, tree: Any) -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for key, value in tree.items() for k, v in flat(f"{prefix}.{key}", value).items()}
+
+
+def online_identity(config: DictConfig) -> str | None:
+    return None if config.online_reference is None else init_identity(config.online_reference)
 
 
 def init_identity(init_from: str) -> str:
@@ -123,12 +132,8 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
     return newest_checkpoint(folder / "checkpoints", log.warning)
 
 
-def check_config(config: DictConfig, data: TokenData, needs_references: bool) -> None:
-    if needs_references and data.references is None:
-        raise UserError(
-            f"selection {config.selection._target_} needs data.references (a folder made by "
-            "`slm score`), found null"
-        )
+def check_config(config: DictConfig, data: TokenData, selection: Selection) -> None:
+    check_references(config, data, selection.needs)
     if config.trainer.precision not in DTYPES:
         raise UserError(
             f"trainer.precision is {config.trainer.precision!r}, it must be one of {tuple(DTYPES)}"
@@ -138,12 +143,36 @@ def check_config(config: DictConfig, data: TokenData, needs_references: bool) ->
             f"max_tokens ({config.max_tokens}) is less than one optimizer step "
             f"({data.tokens_per_step} tokens)"
         )
-    if data.references is not None:
-        warn_of_other_precision(data.references, config.trainer.precision)
+    start = config.selection_start
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise UserError(f"selection_start is {start!r}, it must be a number of tokens, 0 or more")
+    for store in data.references:
+        warn_of_other_precision(store, config.trainer.precision)
     best_of = config.callbacks.checkpoints.best_of
     if best_of is not None and best_of not in data.heldout:
         raise UserError(
             f"callbacks.checkpoints.best_of is {best_of!r}, data.heldout has {sorted(data.heldout)}"
+        )
+
+
+def check_references(config: DictConfig, data: TokenData, needs: tuple[str, ...]) -> None:
+    """Missing scores never fall back to plain cross-entropy."""
+    rule, online = config.selection._target_, config.online_reference
+    if online is not None and data.references:
+        raise UserError(
+            f"online_reference is {online} and data.references {data.references[0].folder}: "
+            "a batch has one score a token, give one of them"
+        )
+    if needs and not data.references and online is None:
+        raise UserError(
+            f"selection {rule} needs data.references (a folder made by `slm score`) or "
+            "online_reference (a model folder), found null"
+        )
+    if "reference_entropy" in needs and online is None and not data.windows.has_entropy:
+        raise UserError(
+            f"selection {rule} needs one reference with entropies, found "
+            f"{', '.join(str(store.folder) for store in data.references)} (make it with "
+            "`slm score entropy=true`)"
         )
 
 
@@ -180,15 +209,19 @@ def build_module(
     config: DictConfig, data: TokenData, tokenizer: PreTrainedTokenizerFast
 ) -> SelectiveModule:
     lm: SelectiveLM = build(config.model, tokenizer=tokenizer, vocab_size=data.corpus.vocab_size)
-    selection = build(config.selection)
-    check_config(config, data, selection.needs_references)
+    selection: Selection = build(config.selection)
+    check_config(config, data, selection)
     check_model(lm, data.windows.batch(np.arange(min(2, len(data.windows)))))
+    online = config.online_reference
     return SelectiveModule(
         lm,
         selection,
         build(config.optimizer.adamw),
         build(config.optimizer.schedule),
         config.optimizer.gradient_clip,
+        data.tokens_per_step,
+        config.selection_start,
+        None if online is None else load_reference(online, data.corpus, "cpu", "float32"),
     )
 
 
@@ -208,7 +241,7 @@ def export(
         init_from=config.model.init_from,
         init_from_sha256=identity["init_from"],
         tokens_seen=trainer.global_step * data.tokens_per_step,
-        tokens_selected=round(module.tokens_selected.item()),
+        tokens_selected=module.tokens_selected,
         device=module.device,
     )
     results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}
@@ -275,7 +308,7 @@ def log_inputs(trainer: Trainer, config: DictConfig, data: TokenData) -> None:
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
         if isinstance(logger, WandbLog):
-            for store in filter(None, (data.corpus, data.references)):
+            for store in (data.corpus, *data.references):
                 name = f"{store.KIND}-{store.fingerprint[:12]}"
                 manifest = store.folder / "manifest.json"
                 logger.log_folder(manifest, name=name, kind=store.KIND, is_input=True)

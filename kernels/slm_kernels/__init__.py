@@ -1,7 +1,7 @@
 """Selective language modeling (Rho-1, arXiv 2404.07965) as a loss: needs torch and nothing else."""
 
 from slm_kernels.contracts import TokenCrossEntropy
-from slm_kernels.selection import select_count, select_top_k
+from slm_kernels.selection import max_selected, select_count, select_top_k
 from slm_kernels.selective_cross_entropy import (
     SelectiveCrossEntropy,
     WeightedCrossEntropy,
@@ -15,6 +15,7 @@ __all__ = [
     "SelectiveCrossEntropy",
     "TokenCrossEntropy",
     "WeightedCrossEntropy",
+    "max_selected",
     "select_count",
     "select_top_k",
     "selective_cross_entropy",

@@ -4,6 +4,7 @@ Scores become integers in the same order, so ties, -0.0 and NaN have one answer 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,23 @@ def select_count(
 def count_of(num_candidates: int, select_ratio: float) -> int:
     """`select_count` of a number that is known."""
     return min(max(math.floor(num_candidates * select_ratio + 0.5), 1), num_candidates)
+
+
+def max_selected(
+    shape: Sequence[int],  # (..., T)
+    select_ratio: float,
+    scope: str,
+) -> int | None:
+    """Most tokens that `select_top_k` can select of a call of this shape, without asking the device.
+
+    None for "global": one rank may hold all that is selected.
+    """
+    if scope == "global":
+        return None
+    size = math.prod(shape)
+    if scope == "batch":
+        return count_of(size, select_ratio)
+    return size // max(1, shape[-1]) * count_of(shape[-1], select_ratio)
 
 
 def select_top_k(

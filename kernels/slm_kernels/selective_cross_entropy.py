@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from slm_kernels import checks, from_logits, ops, reference
 from slm_kernels.contracts import Head, TokenCrossEntropy, TokenStats, compute_dtype
 from slm_kernels.implementation import pick_implementation
-from slm_kernels.selection import check_scope, check_select_ratio, count_of, select_top_k
+from slm_kernels.selection import check_scope, check_select_ratio, max_selected, select_top_k
 from slm_kernels.sharded import gathered
 
 
@@ -304,15 +304,9 @@ def _capacity(
     select_ratio: float,
     scope: str,
 ) -> int | None:
-    """How many tokens can be selected at most, where the device need not be asked.
-
-    On a CPU asking costs nothing, and in a group one rank may hold all that is selected.
-    """
-    if targets.device.type == "cpu" or scope == "global":
-        return None
-    if scope == "batch":
-        return count_of(targets.numel(), select_ratio)
-    return targets.shape[:-1].numel() * count_of(targets.shape[-1], select_ratio)
+    """On a CPU asking how many there are costs nothing."""
+    cpu = targets.device.type == "cpu"
+    return None if cpu else max_selected(targets.shape, select_ratio, scope)
 
 
 def _check_selection(
