@@ -136,13 +136,12 @@ def named_references(lineage: Json) -> list[str]:
 
 def model_card(lineage: Json, results: Mapping[str, float]) -> str:
     """A Hugging Face model card; `results`: heldout/<set>/<measure> -> value, may be empty."""
-    selection = lineage["selection"]
-    rule = selection["_target_"].rsplit(".", 1)[-1]
-    ratio = selection["select_ratio"] if "select_ratio" in selection else 1.0
+    rule = dict(lineage["selection"])
+    name = rule.pop("_target_").rsplit(".", 1)[-1]
     share = lineage["tokens_selected"] / max(1, lineage["tokens_seen"])
     facts = {
         "base model": lineage["init_from"] or "none (new weights)",
-        "selection rule": f"{rule}, select_ratio (k) = {ratio}",
+        "selection rule": ", ".join([name, *(f"{key} = {rule[key]}" for key in rule)]),
         "tokens seen": f"{lineage['tokens_seen']:,}",
         "tokens selected": f"{lineage['tokens_selected']:,} ({share:.1%})",
         "reference model": ", ".join(named_references(lineage)) or "none",

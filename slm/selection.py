@@ -64,13 +64,20 @@ class Selection:
         """Most tokens of this batch that can get a weight; None: ask the device."""
         return batch["targets"].numel()
 
+    def candidates(self, batch: Batch) -> Tensor:  # (B, T) bool
+        """Targets that have every score that the rule needs; the data path refuses others."""
+        found = batch["targets"] != IGNORE_INDEX
+        for column in self.needs:
+            found = found & ~batch[column].isnan()
+        return found
+
 
 @dataclass(frozen=True)
 class All(Selection):
     """Every token: causal language modeling (Rho-1, Eq 2); it trains the reference too."""
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
-        valid = batch["targets"] != IGNORE_INDEX
+        valid = self.candidates(batch)
         return Choice(valid, valid, None)
 
 
@@ -100,7 +107,7 @@ class Ranked(Selection):
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         score = self.score(batch, token_loss)
-        selected = top_k(score, live(batch), self.schedule.at(tokens_seen), self.scope)
+        selected = top_k(score, self.candidates(batch), self.schedule.at(tokens_seen), self.scope)
         return Choice(selected, selected, lowest(score, selected, self.scope))
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
@@ -174,7 +181,7 @@ class Middle(Ranked):
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         losses, ratio = given(token_loss), self.schedule.at(tokens_seen)
-        without_top = top_k(-losses, live(batch), (1 + ratio) / 2, self.scope)
+        without_top = top_k(-losses, self.candidates(batch), (1 + ratio) / 2, self.scope)
         selected = top_k(losses, without_top, 2 * ratio / (1 + ratio), self.scope)
         return Choice(selected, selected, lowest(losses, selected, self.scope))
 
@@ -207,8 +214,10 @@ class Intersection(Selection):
 
     def both(self, batch: Batch, tokens_seen: int) -> tuple[Tensor, Tensor]:
         loss_ratio, entropy_ratio = (schedule.at(tokens_seen) for schedule in self.schedules)
-        by_loss = top_k(batch["reference_logprob"], live(batch), loss_ratio, self.scope)
-        by_entropy = top_k(-batch["reference_entropy"], live(batch), entropy_ratio, self.scope)
+        by_loss = top_k(batch["reference_logprob"], self.candidates(batch), loss_ratio, self.scope)
+        by_entropy = top_k(
+            -batch["reference_entropy"], self.candidates(batch), entropy_ratio, self.scope
+        )
         return by_loss, by_entropy
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
@@ -247,7 +256,7 @@ class Soft(Selection):
         raise NotImplementedError
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
-        valid = live(batch)
+        valid = self.candidates(batch)
         scaled = (excess_loss(batch, token_loss) / self.temperature).masked_fill(~valid, 0.0)
         token_weight = self.weight(scaled, valid).masked_fill(~valid, 0.0)
         return Choice(token_weight, token_weight > 0, None)
@@ -316,7 +325,7 @@ class Mixture(Excess):
         choice = super().choose(batch, token_loss, tokens_seen)
         everywhere = self.clm_weight * self.schedule.at(tokens_seen)
         weight = everywhere + (1 - self.clm_weight) * choice.selected.float()
-        return choice._replace(token_weight=weight.masked_fill(~live(batch), 0.0))
+        return choice._replace(token_weight=weight.masked_fill(~self.candidates(batch), 0.0))
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
         return batch["targets"].numel()
@@ -338,10 +347,6 @@ def check_positive(name: str, value: Any) -> None:
 def check_cap(cap: Any) -> None:
     if cap is not None:
         check_positive("cap", cap)
-
-
-def live(batch: Batch) -> Tensor:  # (B, T) bool
-    return batch["targets"] != IGNORE_INDEX
 
 
 def given(token_loss: Tensor | None) -> Tensor:

@@ -1,10 +1,23 @@
 """Windows, alignment with the reference scores, order, resume."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from slm.data import IGNORE_INDEX, MicroBatches, Order, Steps, TokenData, Windows, positions, spread
+from slm.data import (
+    COMBINE,
+    IGNORE_INDEX,
+    MicroBatches,
+    Order,
+    Steps,
+    TokenData,
+    Windows,
+    combine,
+    positions,
+    spread,
+)
 from slm.errors import UserError
 
 
@@ -34,7 +47,7 @@ def test_a_score_belongs_to_the_target_it_stands_beside(tmp_path, make_corpus, m
     corpus = make_corpus(tmp_path / "c", shards, 4)
     scores = [np.r_[np.nan, -shards[0][1:]], np.r_[np.nan, -shards[1][1:]]]
     references = make_references(tmp_path / "r", corpus, scores)
-    batch = Windows(corpus, references).batch(np.array([4, 0, 3, 1]))
+    batch = Windows(corpus, [references]).batch(np.array([4, 0, 3, 1]))
     assert torch.equal(-batch["reference_logprob"], batch["targets"].float())
 
 
@@ -47,7 +60,7 @@ def test_missing_or_positive_score_under_a_live_target_is_refused(
         scores[6] = value
         references = make_references(tmp_path / f"r{value}", corpus, [scores])
         with pytest.raises(UserError, match="target 1 of window 1 has log-prob"):
-            Windows(corpus, references).batch(np.array([0, 1]))
+            Windows(corpus, [references]).batch(np.array([0, 1]))
 
 
 def test_references_of_another_corpus_are_refused(tmp_path, make_corpus, make_references):
@@ -56,9 +69,9 @@ def test_references_of_another_corpus_are_refused(tmp_path, make_corpus, make_re
     wider = make_corpus(tmp_path / "wider", [np.arange(13)], 6)
     references = make_references(tmp_path / "r", one, [np.r_[np.nan, -np.ones(12)]])
     with pytest.raises(UserError, match=f"{one.fingerprint}.*{other.fingerprint}"):
-        Windows(other, references)
+        Windows(other, [references])
     with pytest.raises(UserError, match="seq_len is 4 in the reference, 6 in the corpus"):
-        Windows(wider, references)
+        Windows(wider, [references])
 
 
 def test_token_id_beyond_the_vocabulary_is_refused(tmp_path, make_corpus):
@@ -120,15 +133,6 @@ def test_one_step_reads_the_same_windows_however_it_is_split(text_corpus, world_
     assert [w for key in sorted(found) for w in found[key]] == expected
 
 
-def test_step_valid_counts_the_whole_step(tmp_path, make_corpus):
-    corpus = make_corpus(tmp_path / "c", [np.arange(13)], 4, "documents", [[0, 3, 8]])
-    windows = Windows(corpus)
-    batches = Steps(windows, Order(3, 0), 4, 2)[0]
-    rows = [(b["targets"] != IGNORE_INDEX).sum(1) for b in batches]  # type: ignore[union-attr]
-    for batch in batches:  # type: ignore[union-attr]
-        assert torch.equal(batch["step_valid"], torch.stack(rows))  # type: ignore[index]
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_stream_started_later_goes_on_where_it_would_have_been(text_corpus, num_workers):
     windows = Windows(text_corpus)
@@ -152,7 +156,7 @@ def test_an_error_in_a_worker_arrives_as_one_sentence(tmp_path, make_corpus):
 
 
 def test_batch_size_must_be_a_multiple(text_corpus):
-    data = TokenData(str(text_corpus.folder), None, {}, 1, 6, 4, 0, "size", 0)
+    data = TokenData(str(text_corpus.folder), None, None, {}, 1, 6, 4, 0, "size", 0)
     with pytest.raises(UserError, match=r"data.batch_size \(6\).*\(4 \* 1\)"):
         data.accumulate(1)
 
@@ -161,3 +165,72 @@ def test_spread_is_even_and_stays_inside():
     assert spread(10, 4).tolist() == [0, 2, 5, 7]
     assert spread(3, 8).tolist() == [0, 1, 2]
     assert spread(3, None).tolist() == [0, 1, 2]
+
+
+# ---- several references, entropies, sources -------------------------------------------------
+
+
+def test_several_references_become_one(tmp_path, make_corpus, make_references):
+    corpus = make_corpus(tmp_path / "c", [np.arange(9)], 4)
+    stored = [np.r_[np.nan, -np.arange(1.0, 9)], np.r_[np.nan, -np.full(8, 4.5)]]
+    references = [make_references(tmp_path / f"r{i}", corpus, [s]) for i, s in enumerate(stored)]
+    losses = [[1.0, 2, 3, 4], [4.5] * 4]
+    pairs = list(zip(*losses, strict=True))
+    expected = {
+        "mean": [-(a + b) / 2 for a, b in pairs],
+        "min": [-min(a, b) for a, b in pairs],
+        "max": [-max(a, b) for a, b in pairs],
+        "mixture": [math.log((math.exp(-a) + math.exp(-b)) / 2) for a, b in pairs],
+    }
+    assert set(expected) == set(COMBINE)
+    for how, values in expected.items():
+        batch = Windows(corpus, references, how).batch(np.array([0]))
+        assert batch["reference_logprob"][0].tolist() == pytest.approx(values, rel=1e-6)
+
+
+def test_a_mixture_of_hopeless_references_is_finite():
+    assert combine(np.array([[-2000.0], [-1000.0]]), "mixture") == pytest.approx(
+        -1000 - math.log(2)
+    )
+
+
+def test_every_one_of_several_references_is_checked(tmp_path, make_corpus, make_references):
+    corpus = make_corpus(tmp_path / "c", [np.arange(9)], 4)
+    good, bad = np.r_[np.nan, -np.ones(8)], np.r_[np.nan, -np.ones(7), np.nan]
+    references = [
+        make_references(tmp_path / f"r{i}", corpus, [s]) for i, s in enumerate((good, bad))
+    ]
+    with pytest.raises(UserError, match="r1: target 3 of window 1 has log-prob nan"):
+        Windows(corpus, references, "mean").batch(np.array([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("count", "how", "message"),
+    [
+        (2, None, "data.references names 2 folders: data.combine must be one of"),
+        (1, "mean", r"data.combine is 'mean' for 1 reference\(s\)"),
+        (0, "mean", r"data.combine is 'mean' for 0 reference\(s\)"),
+        (2, "median", "data.combine is 'median' for 2"),
+    ],
+)
+def test_combine_is_for_several(tmp_path, text_corpus, make_references, count, how, message):
+    scores = [np.r_[np.nan, -np.ones(shard.num_tokens - 1)] for shard in text_corpus.shards]
+    folders = [
+        str(make_references(tmp_path / f"r{i}", text_corpus, scores).folder) for i in range(count)
+    ]
+    with pytest.raises(UserError, match=message):
+        TokenData(str(text_corpus.folder), folders, how, None, 1, 4, 4, 0, "size", 0)
+
+
+def test_sources_are_those_of_the_targets(tmp_path, make_corpus):
+    corpus = make_corpus(
+        tmp_path / "c", [np.arange(13), np.arange(9)], 4, starts=[[0, 3, 9], [0, 4]]
+    )
+    for index, sources in enumerate(([5, 6, 7], [8, 9])):
+        path = corpus.folder / f"documents-{index:05d}.npy"
+        rows = np.load(path)
+        rows[:, 1] = sources
+        np.save(path, rows)
+    found = Windows(corpus).sources(np.array([4, 0, 2, 1]))
+    # Window 4 is the second of shard 1: targets 5 to 8. Window 0: targets 1 to 4 of shard 0.
+    assert found.tolist() == [[9] * 4, [5, 5, 6, 6], [7, 7, 7, 7], [6, 6, 6, 6]]

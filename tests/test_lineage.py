@@ -11,7 +11,7 @@ from slm.lineage import lineage, model_card
 def fake_datamodule() -> Any:
     corpus = SimpleNamespace(folder=Path("/somewhere/else/math"), fingerprint="c" * 64)
     references = SimpleNamespace(fingerprint="f" * 64, manifest={"model_sha256": "e" * 64})
-    return SimpleNamespace(corpus=corpus, references=references)
+    return SimpleNamespace(corpus=corpus, references=[references])
 
 
 def test_lineage_and_card(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     )
     assert json.loads(json.dumps(record)) == record
     assert str(tmp_path) not in json.dumps(record) and "/somewhere" not in json.dumps(record)
-    assert record["reference_model_sha256"] == "e" * 64
+    assert record["references"] == [{"fingerprint": "f" * 64, "model_sha256": "e" * 64}]
     assert record["init_from"] == f"{tmp_path.name}/base"
     assert record["packages"]["torch"] == torch.__version__
     card = model_card(record, {"heldout/math/loss": 2.34567, "heldout/math/bits_per_byte": 0.9})
@@ -43,7 +43,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     ]
     for text in (
         f"| base model | {tmp_path.name}/base |",
-        "| selection rule | Excess, select_ratio (k) = 0.6 |",
+        "| selection rule | Excess, select_ratio = 0.6, scope = batch |",
         "| tokens seen | 2,000,000 |",
         "| tokens selected | 1,200,000 (60.0%) |",
         "| heldout/math/loss | 2.3457 |",
@@ -55,7 +55,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
 
 def test_card_of_a_hub_model_and_of_new_weights() -> None:
     shared: dict[str, Any] = {
-        "datamodule": SimpleNamespace(corpus=fake_datamodule().corpus, references=None),
+        "datamodule": SimpleNamespace(corpus=fake_datamodule().corpus, references=[]),
         "selection": {"_target_": "slm.selection.All"},
         "seed": 0,
         "init_from_sha256": None,
@@ -67,4 +67,4 @@ def test_card_of_a_hub_model_and_of_new_weights() -> None:
     assert 'base_model: "org/name"' in card and "None were measured." in card
     card = model_card(lineage(init_from=None, **shared), {})
     assert "base_model" not in card and "| base model | none (new weights) |" in card
-    assert "select_ratio (k) = 1.0" in card and "| reference model | none |" in card
+    assert "| selection rule | All |" in card and "| reference model | none |" in card

@@ -32,8 +32,9 @@ from slm.model import (
     new_model,
     save_model,
 )
-from slm.module import clip
+from slm.module import norm_of
 from slm.tokenizer import train_tokenizer
+from slm_kernels import select_top_k
 
 VOCAB, LENGTH = 61, 12
 SIZES = {
@@ -127,8 +128,13 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def no_reference(batch: Batch) -> Tensor:
-    return torch.zeros(batch["targets"].shape)
+def everything(batch: Batch) -> Tensor:  # (B, T)
+    return batch["targets"] != IGNORE_INDEX
+
+
+def top_excess(batch: Batch, reference: Any, ratio: float, scope: str = "batch") -> Any:
+    """The mask of the paper's rule, made of the token losses."""
+    return lambda loss: select_top_k(loss - reference, everything(batch), ratio, scope=scope)
 
 
 # ---- the loss -------------------------------------------------------------------------------
@@ -141,7 +147,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(name):
     torch.testing.assert_close(lm(batch).loss, expected.detach(), rtol=1e-5, atol=1e-5)
     (expected.sum() / (batch["targets"] != IGNORE_INDEX).sum()).backward()
     own = gradients(lm)
-    output = lm(batch, no_reference(batch))
+    output = lm(batch, everything(batch))
     torch.testing.assert_close(output.token_loss, expected.detach(), rtol=1e-5, atol=1e-5)
     output.loss.backward()
     ours = gradients(lm)
@@ -158,7 +164,7 @@ def test_loss_over_all_tokens_is_the_one_that_transformers_trains_on():
     own.backward()
     expected = gradients(lm)
     batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-    loss = lm(batch, no_reference(batch)).loss
+    loss = lm(batch, everything(batch)).loss
     loss.backward()
     torch.testing.assert_close(loss, own)
     for key, gradient in gradients(lm).items():
@@ -169,25 +175,26 @@ def test_selection_scores_every_target_and_trains_on_the_selected_alone():
     lm, batch = make_lm("llama"), make_batch()
     losses = own_losses(lm.model, batch)
     reference = 4 * torch.rand(batch["targets"].shape)
-    output = lm(batch, reference, select_ratio=0.4, scope="sequence", denominator=7.0)
+    output = lm(batch, top_excess(batch, reference, 0.4, "sequence"), denominator=7.0)
     torch.testing.assert_close(output.token_loss, losses.detach(), rtol=1e-5, atol=1e-5)
-    assert output.selected.sum(1).tolist() == [5, 4]  # of 12 and 11
+    chosen = output.token_weight != 0
+    assert chosen.sum(1).tolist() == [5, 4]  # of 12 and 11
     for row, excess in enumerate((losses - reference).detach()):
         live = batch["targets"][row] != IGNORE_INDEX
-        kept, left = excess[output.selected[row]], excess[live & ~output.selected[row]]
+        kept, left = excess[chosen[row]], excess[live & ~chosen[row]]
         assert kept.min() > left.max()
     output.loss.backward()
     ours = gradients(lm)
-    (losses[output.selected].sum() / 7.0).backward()
+    (losses[chosen].sum() / 7.0).backward()
     for key, gradient in gradients(lm).items():
         torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_unselected_tokens_stay_in_the_context():
     lm, batch = make_lm("llama"), make_batch()
-    reference = torch.full(batch["targets"].shape, torch.nan)
-    reference[:, -1] = 0.0  # only the last target of each window is trained on
-    output = lm(batch, reference)
+    last = torch.zeros_like(everything(batch))
+    last[:, -1] = True  # only the last target of each window is trained on
+    output = lm(batch, last)
     torch.testing.assert_close(output.token_loss, lm(batch).loss)
     output.loss.backward()
     embedding: Any = lm.model.get_input_embeddings()
@@ -204,7 +211,7 @@ def test_autocast_selects_by_float32_scores_of_its_own_operands():
     lm, batch = make_lm("llama"), make_batch()
     reference = torch.full(batch["targets"].shape, 4.0)
     with torch.autocast("cpu", torch.bfloat16):
-        output = lm(batch, reference, select_ratio=0.5)
+        output = lm(batch, top_excess(batch, reference, 0.5))
         hidden = lm.hidden(batch)
     weight = lm.head_arguments()["weight"]
     logits = hidden.bfloat16().float() @ weight.bfloat16().float().T
@@ -422,7 +429,7 @@ def test_activation_checkpointing_computes_twice_and_gets_the_same(saved, build)
         calls = []
         attention: Any = lm.get_submodule("model.model.layers.0.self_attn")
         attention.register_forward_hook(lambda *_, calls=calls: calls.append(0))
-        loss = lm(batch, no_reference(batch)).loss
+        loss = lm(batch, everything(batch)).loss
         loss.backward()
         results.append((loss.detach(), gradients(lm)))
         assert len(calls) == 1 + checkpointing
@@ -438,7 +445,7 @@ def test_compiled_backbone_gets_the_same(build, documents):
     results = []
     for compiled in (False, True):
         lm, batch = build(compile=compiled), make_batch(documents=documents)
-        output = lm(batch, no_reference(batch), select_ratio=0.5)
+        output = lm(batch, top_excess(batch, 0.0, 0.5))
         output.loss.backward()
         results.append((lm.state_dict().keys(), output.token_loss, gradients(lm)))
     assert results[0][0] == results[1][0]
@@ -523,7 +530,7 @@ def sharded_gradients(folder: str, rank: str, layers_too: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
     whole = make_batch()
     plain = make_lm("llama tied")
-    plain(whole, 4 + no_reference(whole), select_ratio=0.5, scope="sequence").loss.backward()
+    plain(whole, top_excess(whole, 4.0, 0.5, "sequence")).loss.backward()
     expected = gradients(plain)
     lm = make_lm("llama tied")
     mesh = init_device_mesh("cpu", (2,))
@@ -534,10 +541,9 @@ def sharded_gradients(folder: str, rank: str, layers_too: str) -> None:
     fully_shard(lm, mesh=mesh)
     mine = {key: value[int(rank) : int(rank) + 1] for key, value in whole.items()}
     total = 6 + 6  # round(0.5 * 12) and round(0.5 * 11); the gradients are averaged over 2 ranks
-    reference = 4 + no_reference(mine)
-    lm(mine, reference, select_ratio=0.5, scope="sequence", denominator=total / 2).loss.backward()
+    lm(mine, top_excess(mine, 4.0, 0.5, "sequence"), denominator=total / 2).loss.backward()
     norm = torch.nn.utils.get_total_norm(expected.values())
-    torch.testing.assert_close(clip(lm, None), norm)
+    torch.testing.assert_close(norm_of([p.grad for p in lm.parameters()]), norm)
     for name, parameter in lm.named_parameters():
         assert isinstance(parameter.grad, DTensor), name
         torch.testing.assert_close(
@@ -549,14 +555,13 @@ def sharded_gradients(folder: str, rank: str, layers_too: str) -> None:
 
 def test_logits_cache_changes_gradients_by_its_rounding_alone():
     batch = make_batch()
-    reference = 4 + no_reference(batch)
     results = []
     for size in (0, 2**20):
         lm = make_lm("llama")
         lm.logits_cache_bytes = size
-        out = lm(batch, reference, select_ratio=0.5)
+        out = lm(batch, top_excess(batch, 4.0, 0.5))
         out.loss.backward()
-        results.append((out.selected, {n: p.grad for n, p in lm.named_parameters()}))
+        results.append((out.token_weight, {n: p.grad for n, p in lm.named_parameters()}))
     (selected, plain), (again, cached) = results
     assert torch.equal(selected, again)
     assert any(not torch.equal(plain[name], cached[name]) for name in plain)

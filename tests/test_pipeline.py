@@ -61,7 +61,7 @@ def check_scores(folder: Path) -> None:
     """Stored log-probs equal log_softmax of the reference model's own logits."""
     corpus, references = Corpus.open(folder / "raw/train"), References.open(folder / "refs")
     model = AutoModelForCausalLM.from_pretrained(folder / "reference" / "model")
-    batch = Windows(corpus, references).batch(np.array([0, len(Windows(corpus)) - 1]))
+    batch = Windows(corpus, [references]).batch(np.array([0, len(Windows(corpus)) - 1]))
     with torch.no_grad():
         logits = model(batch["input_ids"]).logits.double()
     expected = F.log_softmax(logits, -1).gather(-1, batch["targets"][..., None])[..., 0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slm import progress
+from slm.module import TokenRecord
 from slm.progress import (
     Metrics,
     Progress,
@@ -41,41 +43,61 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 class Result(NamedTuple):
     sums: dict[str, float]
-    threshold: float
+    divided_by: float
+    threshold: float | None
     grad_norm: float
+    tokens: list[TokenRecord]
 
 
 SUMS = {
+    "loss_weighted": 36.0,
     "loss_selected": 30.0,
     "loss_valid": 40.0,
     "num_selected": 10.0,
+    "num_trained": 12.0,
     "num_valid": 20.0,
     "reference_loss": 25.0,
     "reference_loss_selected": 12.0,
     "num_scored": 20.0,
+    "num_below_reference": 5.0,
 }
 
 
+# Of two tokens the first was selected.
+RECORD = TokenRecord(
+    torch.zeros(1, dtype=torch.int64),
+    torch.tensor([[True, True]]),
+    torch.tensor([[True, False]]),
+    torch.tensor([[2.0, 1.0]]),
+    torch.tensor([[0.5, 1.5]]),
+)
+
+
 def test_loss_metrics_by_hand() -> None:
-    metrics = loss_metrics(cast(Any, Result(SUMS, 0.5, 3.0)), needs_references=True)
+    metrics = loss_metrics(cast(Any, Result(SUMS, 12.0, 0.5, 3.0, [])))
     assert metrics == {
         "train/loss": 3.0,
         "train/loss_all": 2.0,
+        "train/loss_selected": 3.0,
         "train/loss_unselected": 1.0,
         "slm/kept_frac": 0.5,
         "slm/reference_loss": 1.25,
         "slm/reference_loss_selected": 1.2,
         "slm/excess_mean": 0.75,
         "slm/excess_mean_selected": 1.8,
+        "slm/below_reference_frac": 0.25,
         "slm/threshold": 0.5,
+        "slm/num_selected": 10.0,
         "train/grad_norm": 3.0,
     }
     everything = {"loss_selected": 40.0, "num_selected": 20.0, "num_scored": 0.0}
-    metrics = loss_metrics(cast(Any, Result(SUMS | everything, 0.5, 3.0)), needs_references=False)
+    metrics = loss_metrics(cast(Any, Result(SUMS | everything, 18.0, None, 3.0, [])))
     assert metrics == {
         "train/loss": 2.0,
         "train/loss_all": 2.0,
+        "train/loss_selected": 2.0,
         "slm/kept_frac": 1.0,
+        "slm/num_selected": 20.0,
         "train/grad_norm": 3.0,
     }
 
@@ -97,7 +119,8 @@ def small_llama(tie_word_embeddings: bool = False) -> PreTrainedModel:
 
 class FakeData(LightningDataModule):
     tokens_per_step = BATCH * SEQ_LEN
-    corpus = SimpleNamespace(seq_len=SEQ_LEN)
+    corpus = SimpleNamespace(seq_len=SEQ_LEN, manifest={"sources": ["one"]})
+    windows = SimpleNamespace(corpus=corpus, sources=lambda windows: np.zeros((1, 2), np.int64))
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(cast(Any, [torch.zeros(1)] * 1000), batch_size=1)
@@ -110,18 +133,17 @@ class FakeModule(LightningModule):
         super().__init__()
         self.lm, self.weight = nn.Module(), nn.Parameter(torch.zeros(()))
         self.lm.model = model
-        self.selection = SimpleNamespace(select_ratio=0.5, needs_references=True)
-        self.tokens_selected = torch.zeros((), dtype=torch.float64)
+        self.tokens_selected = 0
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.weight * 0.0
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.tokens_selected += 16 / self.trainer.accumulate_grad_batches
+        self.tokens_selected += 16 // self.trainer.accumulate_grad_batches
 
     def step_result(self) -> Result:
         step = self.trainer.global_step
-        return Result(SUMS | {"loss_valid": 20.0 * step}, 0.5, 3.0)
+        return Result(SUMS | {"loss_valid": 20.0 * step}, 12.0, 0.5, 3.0, [RECORD])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD([self.weight], lr=1.0)

@@ -1,6 +1,10 @@
-"""The selection rules against brute force; the control's budget, its independence and its hash."""
+"""The selection rules: polarity by hand, ranks by brute force, weights by their formula.
+
+And the random control's budget, its independence of the split, and its hash.
+"""
 
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -8,8 +12,25 @@ import torch
 
 from slm.data import IGNORE_INDEX, Batch, Order, Steps, Windows
 from slm.errors import UserError
-from slm.selection import SCOPES, All, Excess, Random, Selection, hashed_scores, mix, num_selected
-from slm_kernels import select_top_k
+from slm.selection import (
+    SCOPES,
+    All,
+    Excess,
+    Intersection,
+    Loss,
+    Middle,
+    Mixture,
+    Random,
+    ReferenceEntropy,
+    ReferenceLoss,
+    Relu,
+    Selection,
+    Sigmoid,
+    Softmax,
+    Union,
+    hashed_scores,
+    mix,
+)
 
 MASK64 = 2**64 - 1
 
@@ -30,11 +51,8 @@ def make_batch(num_rows: int, length: int, seed: int, ignored: float = 0.0) -> B
 
 
 def select(rule: Selection, batch: Batch, token_loss: torch.Tensor) -> torch.Tensor:
-    """What the selective loss does with the rule's answer."""
-    criterion = rule.criterion(batch)
-    candidates = (batch["targets"] != IGNORE_INDEX) & ~criterion.reference_loss.isnan()
-    excess = token_loss - criterion.reference_loss
-    return select_top_k(excess, candidates, criterion.select_ratio, scope=rule.scope)
+    losses = token_loss if rule.needs_token_loss else None
+    return rule.choose(batch, losses, tokens_seen=0).selected
 
 
 def count(ratio: float, num_candidates: int) -> int:
@@ -44,7 +62,8 @@ def count(ratio: float, num_candidates: int) -> int:
 def brute_force(scores: torch.Tensor, live: torch.Tensor, ratio: float, scope: str) -> list[list]:
     """[row, column] of the highest scores, ties to the first; Python's sort, nothing else."""
     places = [[r, c] for r in range(len(scores)) for c in range(scores.shape[1]) if live[r, c]]
-    groups = [places] if scope == "batch" else [[p for p in places if p[0] == r] for r in range(64)]
+    rows = [[p for p in places if p[0] == r] for r in range(64)]
+    groups = rows if scope == "sequence" else [places]  # one process: its batch is global
     chosen = []
     for group in groups:
         ranked = sorted(group, key=lambda place: -scores[place[0], place[1]].item())
@@ -98,21 +117,193 @@ def test_excess_of_a_model_that_is_its_own_reference_selects_k_and_not_all():
 def test_a_token_without_a_score_is_no_candidate_and_never_plain_cross_entropy():
     batch = make_batch(2, 6, seed=4)
     batch["reference_logprob"][0, 2] = torch.nan
-    criterion = Excess(1.0).criterion(batch)
-    assert criterion.reference_loss.isnan().nonzero().tolist() == [[0, 2]]
     token_loss = torch.ones(2, 6)
     token_loss[0, 2] = 1e6
-    assert not select(Excess(1.0), batch, token_loss)[0, 2]
+    for rule in (Excess(1.0), ReferenceLoss(1.0), Mixture(1.0), Sigmoid(1.0), Softmax(1.0)):
+        choice = rule.choose(batch, token_loss, 0)
+        assert not choice.selected[0, 2] and choice.token_weight[0, 2] == 0
+        assert choice.token_weight.isfinite().all()
 
 
-def test_excess_without_references_in_the_batch_fails():
+@pytest.mark.parametrize(
+    "rule",
+    [Excess(0.5), ReferenceLoss(0.5), ReferenceEntropy(0.5), Intersection(0.5, 0.5), Sigmoid(1.0)],
+)
+def test_a_rule_without_its_scores_in_the_batch_fails(rule):
     batch = make_batch(2, 6, seed=5)
     del batch["reference_logprob"]
-    with pytest.raises(KeyError, match="reference_logprob"):
-        Excess(0.5).criterion(batch)
-    assert Excess(0.5).needs_references
-    assert not All().needs_references
-    assert not Random(0.5, seed=0).needs_references
+    with pytest.raises(KeyError, match="reference_"):
+        rule.choose(batch, torch.ones(2, 6), 0)
+    assert rule.needs
+    assert not any(other.needs for other in (All(), Random(0.5, seed=0), Loss(0.5), Middle(0.5)))
+
+
+# One window of six tokens; the last is no target. Every rule keeps something else.
+#   token_loss          5.0  4.0  3.0  1.0  2.0   -
+#   reference_loss      5.0  1.0  0.5  2.0  1.5   -
+#   excess              0.0  3.0  2.5 -1.0  0.5   -
+#   entropy             0.1  3.0  2.0  0.2  1.0   -
+LOSSES = torch.tensor([[5.0, 4.0, 3.0, 1.0, 2.0, 9.0]])
+POLARITY = [
+    (All(), "111110"),
+    (Excess(0.4), "011000"),  # high excess
+    (Loss(0.4), "110000"),  # high loss
+    (ReferenceLoss(0.4), "011000"),  # LOW reference loss: 0.5 and 1.0
+    (ReferenceLoss(0.6), "011010"),
+    (ReferenceEntropy(0.4), "100100"),  # LOW entropy: 0.1 and 0.2
+    (Intersection(0.6, 0.6), "000010"),  # {1, 2, 4} and {0, 3, 4}
+    (Union(0.4, 0.4), "111100"),  # {1, 2} or {0, 3}
+    (Middle(0.6), "011010"),  # without 5.0 and 1.0
+    (Relu(1.0), "011010"),  # above the reference
+    (Sigmoid(1.0), "111110"),
+    (Softmax(1.0), "111110"),
+    (Mixture(0.4), "011000"),
+]
+
+
+def six_tokens() -> Batch:
+    nan = torch.nan
+    return {
+        "targets": torch.tensor([[1, 1, 1, 1, 1, IGNORE_INDEX]]),
+        "reference_logprob": -torch.tensor([[5.0, 1.0, 0.5, 2.0, 1.5, nan]]),
+        "reference_entropy": torch.tensor([[0.1, 3.0, 2.0, 0.2, 1.0, nan]]),
+        "window": torch.zeros(1, dtype=torch.int64),
+        "epoch": torch.zeros(1, dtype=torch.int64),
+    }
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(("rule", "kept"), POLARITY)
+def test_polarity(rule, kept, scope):
+    if "scope" in {field.name for field in fields(rule)}:
+        rule = replace(rule, scope=scope)
+    choice = rule.choose(six_tokens(), LOSSES, 0)
+    assert "".join(str(int(x)) for x in choice.selected[0]) == kept
+    assert choice.token_weight[0, 5] == 0
+
+
+def test_thresholds_are_the_lowest_selected_score():
+    def threshold(rule: Selection) -> float:
+        found = rule.choose(six_tokens(), LOSSES, 0).threshold
+        assert found is not None
+        return found.item()
+
+    assert threshold(Excess(0.4)) == 2.5
+    assert threshold(Loss(0.4)) == 4.0
+    assert threshold(ReferenceLoss(0.6)) == -1.5
+    assert threshold(ReferenceEntropy(0.4)) == pytest.approx(-0.2)
+    assert threshold(Middle(0.6)) == 2.0
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+EXCESS = [0.0, 3.0, 2.5, -1.0, 0.5]
+
+
+def weights(rule: Selection) -> list[float]:
+    token_weight = rule.choose(six_tokens(), LOSSES, 0).token_weight
+    assert token_weight.dtype == torch.float32 and not token_weight.requires_grad
+    return token_weight[0].tolist()
+
+
+def test_soft_weights_are_their_formula():
+    sigmoid = [1 / (1 + math.exp(-x / 0.5)) for x in EXCESS]
+    assert weights(Sigmoid(0.5)) == pytest.approx([*sigmoid, 0])
+    assert weights(Relu(2.0)) == pytest.approx([0, 1.5, 1.25, 0, 0.25, 0])
+    assert weights(Relu(2.0, cap=1.3)) == pytest.approx([0, 1.3, 1.25, 0, 0.25, 0])
+    exps = [math.exp(x / 2.0) for x in EXCESS]
+    softmax = [5 * x / sum(exps) for x in exps]
+    assert weights(Softmax(2.0)) == pytest.approx([*softmax, 0])
+    assert sum(weights(Softmax(0.1))) == pytest.approx(5)
+    assert weights(Softmax(2.0, cap=1.0)) == pytest.approx([*(min(x, 1.0) for x in softmax), 0])
+
+
+def test_mixture_is_both_losses_in_one():
+    # K = 2 of N = 5: 0.25 * mean of all + 0.75 * mean of the selected, times K.
+    by_hand = [0.25 * 2 / 5 + 0.75 * (i in (1, 2)) for i in range(5)]
+    assert weights(Mixture(0.4, clm_weight=0.25)) == pytest.approx([*by_hand, 0])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_softmax_sums_to_the_number_of_targets_of_its_scope(scope):
+    batch = make_batch(4, 11, seed=2, ignored=0.25)
+    batch["targets"][3] = IGNORE_INDEX
+    token_loss = 300 * torch.rand(4, 11)
+    rule = Softmax(0.7, scope=scope)
+    token_weight = rule.choose(batch, token_loss, 0).token_weight
+    valid = batch["targets"] != IGNORE_INDEX
+    axis = (1,) if scope == "sequence" else (0, 1)
+    torch.testing.assert_close(token_weight.sum(axis), valid.sum(axis).float())
+    assert (token_weight[~valid] == 0).all()
+
+
+def test_soft_weights_carry_no_gradient_and_are_finite_for_any_excess():
+    batch = make_batch(1, 4, seed=0)
+    batch["reference_logprob"] = torch.tensor([[-1e4, -0.0, -1.0, -3.0]])
+    token_loss = torch.tensor([[0.0, 1e4, 1.0, 2.0]])
+    for rule in (Sigmoid(0.01), Softmax(0.01), Relu(0.01, cap=5.0)):
+        assert rule.choose(batch, token_loss, 0).token_weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sigmoid(0), "selection.temperature is 0, it must be a number above 0"),
+        (lambda: Softmax(1.0, cap=-1), "selection.cap is -1, it must be a number above 0"),
+        (lambda: Relu(math.nan), "selection.temperature is nan"),
+        (lambda: Mixture(0.5, clm_weight=1), r"selection.clm_weight is 1, it must be in \(0, 1\)"),
+        (lambda: Intersection(0.5, 2), r"selection.entropy_ratio is 2, it must be in \(0, 1\]"),
+        (lambda: Union(0, 0.5), r"selection.loss_ratio is 0, it must be in \(0, 1\]"),
+        (lambda: Softmax(1.0, scope="row"), "selection.scope is 'row'"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+# ---- schedules and rows ---------------------------------------------------------------------
+
+
+def test_the_ratio_follows_its_schedule():
+    points = {"shape": "linear", "points": [[100, 1.0], [300, 0.5]]}
+    batch, token_loss = make_batch(4, 25, seed=1), torch.rand(4, 25)
+    for rule in (Excess(points), Random(points, seed=0), Loss(points), Mixture(points)):
+        kept = [int(rule.choose(batch, token_loss, seen).selected.sum()) for seen in (0, 200, 400)]
+        assert kept == [100, 75, 50]
+    kept = [int(Middle(points).choose(batch, token_loss, seen).selected.sum()) for seen in (0, 400)]
+    assert kept == [100, 50]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 0.5, 0.77, 1.0])
+def test_no_rule_gives_more_weights_than_it_announces(ratio, scope):
+    batch = make_batch(5, 13, seed=3, ignored=0.3)
+    batch["reference_entropy"] = torch.rand(5, 13)
+    token_loss = torch.rand(5, 13)
+    rules = [
+        *(kind(ratio, scope) for kind in (Excess, Loss, ReferenceLoss, ReferenceEntropy, Middle)),
+        Random(ratio, scope, seed=0),
+        Mixture(ratio, scope),
+        Intersection(ratio, 0.5, scope),
+        Union(ratio, 0.5, scope),
+        All(),
+        Softmax(1.0, scope=scope),
+    ]
+    for rule in rules:
+        rows = int((rule.choose(batch, token_loss, 0).token_weight != 0).sum())
+        limit = rule.max_rows(batch, 0)
+        assert rows <= (65 if limit is None else limit)
+
+
+def test_middle_keeps_the_middle_whatever_ties():
+    batch = make_batch(1, 10, seed=0)
+    token_loss = torch.tensor([[0.0, 9, 1, 8, 2, 7, 3, 6, 4, 5]])
+    assert sorted(token_loss[select(Middle(0.4), batch, token_loss)].tolist()) == [3, 4, 5, 6]
+    for ratio in (0.1, 0.25, 0.5, 0.6, 0.9):
+        kept = int(select(Middle(ratio), batch, torch.ones(1, 10)).sum())
+        assert abs(kept - 10 * ratio) <= 1
+    assert select(Middle(1.0), batch, token_loss).all()
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.0001, 60, math.nan])
@@ -124,31 +315,24 @@ def test_ratio_outside_0_1_is_refused(ratio):
 
 def test_unknown_scope_is_refused():
     for make in (lambda: Excess(0.5, "row"), lambda: Random(0.5, seed=0, scope="row")):
-        with pytest.raises(UserError, match=r"scope is 'row', .*\('batch', 'sequence'\)"):
+        with pytest.raises(UserError, match=r"scope is 'row', .*\('sequence', 'batch', 'global'\)"):
             make()
 
 
-# ---- the budget is known beforehand ---------------------------------------------------------
+# ---- the budget -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("ratio", [0.01, 0.25, 0.5, 0.6, 0.999, 1.0])
-def test_excess_and_random_select_the_number_that_was_announced(ratio, scope):
-    batches = [make_batch(3, 13, seed, ignored=0.4) for seed in range(5)]
-    batches[1]["targets"][0] = IGNORE_INDEX  # a window without a target
-    batches[1]["reference_logprob"][0] = torch.nan
-    valid = torch.stack([(batch["targets"] != IGNORE_INDEX).sum(1) for batch in batches])
-    announced = num_selected(Excess(ratio, scope), valid)
-    assert announced == num_selected(Random(ratio, 0, scope), valid)
-    by_hand = valid.flatten() if scope == "sequence" else valid.sum(1)
-    assert announced == sum(count(ratio, int(number)) for number in by_hand)
-    for rule in (Excess(ratio, scope), Random(ratio, 0, scope)):
-        found = sum(int(select(rule, batch, torch.rand(3, 13)).sum()) for batch in batches)
-        assert found == announced
-
-
-def test_all_announces_every_target():
-    assert num_selected(All(), torch.tensor([[3, 4], [0, 5]])) == 12
+def test_excess_and_random_select_the_same_number(ratio, scope):
+    batch = make_batch(3, 13, seed=1, ignored=0.4)
+    batch["targets"][0] = IGNORE_INDEX  # a window without a target
+    batch["reference_logprob"][0] = torch.nan
+    per_row = (batch["targets"] != IGNORE_INDEX).sum(1)
+    groups = per_row if scope == "sequence" else per_row.sum()[None]
+    expected = sum(count(ratio, int(number)) for number in groups)
+    for rule in (Excess(ratio, scope), Random(ratio, scope, seed=0)):
+        assert int(select(rule, batch, torch.rand(3, 13)).sum()) == expected
 
 
 # ---- the random control ---------------------------------------------------------------------
@@ -231,12 +415,3 @@ def test_random_has_no_favourite_positions():
     counts = chosen.sum(0).double()
     chi_square = ((counts - 500) ** 2 / (500 * 0.75)).sum().item() * (length - 1) / length
     assert chi_square < 70  # 31 degrees of freedom; above with probability 1e-4
-
-
-def test_random_is_float32_whatever_the_default():
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        criterion = Random(0.5, seed=0).criterion(make_batch(2, 5, seed=0))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert criterion.reference_loss.dtype == torch.float32

@@ -39,7 +39,7 @@ def max_selected(
     select_ratio: float,
     scope: str,
 ) -> int | None:
-    """Most tokens that `select_top_k` can select of a call of this shape, without asking the device.
+    """Most tokens that `select_top_k` can select in a call of this shape; the device is not asked.
 
     None for "global": one rank may hold all that is selected.
     """
