@@ -34,6 +34,8 @@ def lineage(
     init_from_sha256: str | None,
     tokens_seen: int,
     tokens_selected: int,
+    train_seconds: float | None,
+    train_flops: float | None,
     device: torch.device,
 ) -> Json:
     """What went into a model, as plain JSON without paths of this machine."""
@@ -49,6 +51,8 @@ def lineage(
         "seed": seed,
         "tokens_seen": tokens_seen,
         "tokens_selected": tokens_selected,
+        "train_seconds": train_seconds,
+        "train_flops": train_flops,
         "git": git_commit(),
         "packages": {"slm": __version__} | installed(PACKAGES),
         "python": platform.python_version(),

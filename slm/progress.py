@@ -282,6 +282,13 @@ def loss_metrics(result: "StepResult") -> dict[str, float]:
     return metrics | {"slm/num_selected": selected, "train/grad_norm": result.grad_norm}
 
 
+def ranked_together(scope: str, trainer: Trainer) -> dict[str, Any]:
+    """How many windows a ranking is made among: masks of other splits differ but for one."""
+    micro = datamodule_of(trainer).micro_batch_size
+    windows = {"sequence": 1, "batch": micro, "global": micro * trainer.world_size}
+    return {"scope": scope, "windows": windows[scope]}
+
+
 class Metrics(Callback):
     """Logs every `every_steps`-th optimizer step and the last; the first of the callbacks.
 
@@ -313,7 +320,8 @@ class Metrics(Callback):
                 "flops_per_token_selected": self.flops_selected,
                 "flops_per_token_unselected": self.flops_unselected,
             } | self.peak._asdict()
-            logger.log_hyperparams({"mfu": facts})
+            ranking = ranked_together(pl_module.selection.scope, trainer)
+            logger.log_hyperparams({"mfu": facts, "ranking": ranking})
         self.ended_s = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:

@@ -37,9 +37,9 @@ from slm.cli import command
 from slm.data import TokenData
 from slm.errors import UserError
 from slm.lineage import lineage, model_card
-from slm.model import SelectiveLM, check_model, model_sha256, save_model
+from slm.model import SelectiveLM, check_model, check_model_folder, model_sha256, save_model
 from slm.module import SelectiveModule
-from slm.progress import progress_bar
+from slm.progress import Metrics, progress_bar
 from slm.score import load_reference
 from slm.selection import Selection
 from slm.shards import References, claim, read_json, write_json
@@ -212,7 +212,6 @@ def build_module(
     selection: Selection = build(config.selection)
     check_config(config, data, selection)
     check_model(lm, data.windows.batch(np.arange(min(2, len(data.windows)))))
-    online = config.online_reference
     return SelectiveModule(
         lm,
         selection,
@@ -221,8 +220,15 @@ def build_module(
         config.optimizer.gradient_clip,
         data.tokens_per_step,
         config.selection_start,
-        None if online is None else load_reference(online, data.corpus, "cpu", "float32"),
+        load_online(config.online_reference, data),
     )
+
+
+def load_online(folder: str | None, data: TokenData) -> SelectiveLM | None:
+    if folder is None:
+        return None
+    check_model_folder("online_reference", folder)
+    return load_reference(folder, data.corpus, "cpu", "float32")
 
 
 def export(
@@ -242,6 +248,7 @@ def export(
         init_from_sha256=identity["init_from"],
         tokens_seen=trainer.global_step * data.tokens_per_step,
         tokens_selected=module.tokens_selected,
+        **training_cost(module),
         device=module.device,
     )
     results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}
@@ -252,6 +259,15 @@ def export(
         if isinstance(logger, WandbLog):
             written = folder / "model" / "slm.json"
             logger.log_folder(written, name=f"model-{folder.name}", kind="model", is_input=False)
+
+
+def training_cost(module: SelectiveModule) -> dict[str, float | None]:
+    """Absent where nobody measured it."""
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Metrics):
+            flops = callback.flops(module.tokens_seen, module.tokens_trained)
+            return {"train_seconds": callback.train_seconds, "train_flops": flops}
+    return {"train_seconds": None, "train_flops": None}
 
 
 def train(config: DictConfig) -> Path:

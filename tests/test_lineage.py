@@ -25,6 +25,8 @@ def test_lineage_and_card(tmp_path: Path) -> None:
         init_from_sha256="a" * 64,
         tokens_seen=2_000_000,
         tokens_selected=1_200_000,
+        train_seconds=12.5,
+        train_flops=3e15,
         device=torch.device("cpu"),
     )
     assert json.loads(json.dumps(record)) == record
@@ -61,6 +63,8 @@ def test_card_of_a_hub_model_and_of_new_weights() -> None:
         "init_from_sha256": None,
         "tokens_seen": 10,
         "tokens_selected": 10,
+        "train_seconds": None,
+        "train_flops": None,
         "device": torch.device("cpu"),
     }
     card = model_card(lineage(init_from="org/name", **shared), {})

@@ -119,6 +119,7 @@ def small_llama(tie_word_embeddings: bool = False) -> PreTrainedModel:
 
 class FakeData(LightningDataModule):
     tokens_per_step = BATCH * SEQ_LEN
+    micro_batch_size = BATCH
     corpus = SimpleNamespace(seq_len=SEQ_LEN, manifest={"sources": ["one"]})
     windows = SimpleNamespace(corpus=corpus, sources=lambda windows: np.zeros((1, 2), np.int64))
 
@@ -133,6 +134,7 @@ class FakeModule(LightningModule):
         super().__init__()
         self.lm, self.weight = nn.Module(), nn.Parameter(torch.zeros(()))
         self.lm.model = model
+        self.selection = SimpleNamespace(scope="batch")
         self.tokens_selected = 0
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

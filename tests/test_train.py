@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slm import train as train_module
 from slm.cli import conf_folder
 from slm.errors import NonFiniteError, UserError
+from slm.score import score
 from slm.train import train
 
 TINY = [
@@ -150,7 +151,10 @@ def test_the_order_of_the_run_is_not_disturbed_by_heldout_evaluation(
         tmp_path / "rarely", text_corpus.folder, "callbacks.heldout.every_tokens=1_000_000"
     )
     train(config)
-    assert rows(whole / "train.csv") == rows(tmp_path / "rarely" / "train.csv")
+    probe = "slm/mask_jaccard"  # is measured as often as the held-out loss
+    one, other = (rows(folder / "train.csv") for folder in (whole, tmp_path / "rarely"))
+    assert any(row.pop(probe) for row in one) and len(one) == len(other) == 12
+    assert one == [{k: v for k, v in row.items() if k != probe} for row in other]
 
 
 def test_finished_folder_loads_in_transformers_and_runs_once(whole, tmp_path, text_corpus):
@@ -196,10 +200,71 @@ def test_all_excess_and_random_see_the_same_order(
     assert orders[0] == orders[1] == orders[2]
 
 
+def references_of(corpus: Any, make_references: Any, folder: Path, seed: int) -> Path:
+    generator = np.random.default_rng(seed)
+    scores = [-5 * generator.random(shard.num_tokens) for shard in corpus.shards]
+    return make_references(folder, corpus, scores).folder
+
+
+@pytest.mark.parametrize("cut", [2, 5, 8])  # on all tokens, between the points, after the last
+def test_resumed_schedule_goes_on_exactly(tmp_path, text_corpus, make_references, monkeypatch, cut):
+    folders = [references_of(text_corpus, make_references, tmp_path / f"r{i}", i) for i in (1, 2)]
+    words = [
+        "selection=mixture",
+        "selection.select_ratio={shape: cosine, points: [[384, 1.0], [1024, 0.3]]}",
+        "selection_start=384",
+        f"data.references=['{folders[0]}', '{folders[1]}']",
+        "data.combine=mixture",
+    ]
+    crash_at(monkeypatch, None)
+    train(compose_train(tmp_path / "whole", text_corpus.folder, *words))
+    config = compose_train(tmp_path / "cut", text_corpus.folder, *words)
+    crash_at(monkeypatch, cut)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(tmp_path / "whole", tmp_path / "cut")
+    kept = [float(row["slm/kept_frac"]) for row in rows(tmp_path / "cut" / "train.csv")]
+    assert kept[:3] == [1.0] * 3 and kept[3] == 1.0  # step 4 begins at the first point
+    assert kept == sorted(kept, reverse=True)
+    assert kept[8:] == pytest.approx([0.3] * 4, abs=0.01)
+
+
+def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, monkeypatch):
+    crash_at(monkeypatch, None)
+    corpus = text_corpus.folder
+    reference = train(compose_train(tmp_path / "ref", corpus, "selection=all", "seed=3"))
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        words = (f"corpus='{corpus}'", f"reference_model='{reference}'", f"out='{tmp_path}/s'")
+        score(compose("score", overrides=list(words)))
+    rule = ("selection=excess", "callbacks.mask_overlap.num_windows=5")
+    train(compose_train(tmp_path / "store", corpus, *rule, f"data.references='{tmp_path}/s'"))
+    online = f"online_reference='{reference}'"
+    train(compose_train(tmp_path / "online", corpus, *rule, online))
+    stored, live = (rows(tmp_path / name / "train.csv") for name in ("store", "online"))
+    for one, other in zip(stored, live, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert float(other[key] or 0) == pytest.approx(float(one[key] or 0), rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["selection=excess"], "needs data.references .* found null"),
+        (["selection=reference_entropy"], "needs data.references .* found null"),
+        (["selection_start=-1"], "selection_start is -1, it must be a number of tokens, 0 or more"),
+        (["data.combine=mean"], "data.combine is 'mean' for 0 reference"),
+        (
+            ["selection=excess", "online_reference=/nowhere"],
+            "online_reference /nowhere is no model folder",
+        ),
+        (
+            ["selection.select_ratio={shape: linear, points: [[0, 1.0], [9, 0]]}"],
+            r"select_ratio.points\[1\] is 0, it must be in \(0, 1\]",
+        ),
+        (["callbacks.mask_overlap.num_windows=0"], "mask_overlap.num_windows is 0"),
         (["selection.select_ratio=0"], r"select_ratio is 0.*\(0, 1\]"),
         (["selection.select_ratio=1.2"], r"select_ratio is 1.2.*\(0, 1\]"),
         (["selection.select_ratio=sixty"], "select_ratio is sixty, it must be in"),
@@ -226,6 +291,17 @@ def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, 
     with pytest.raises(UserError, match=message):
         train(compose_train(tmp_path / "run", text_corpus.folder, *overrides))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_scores_of_two_kinds_are_not_mixed_up(tmp_path, text_corpus, make_references):
+    folder = references_of(text_corpus, make_references, tmp_path / "r", 0)
+    words = [f"data.references='{folder}'", "online_reference=model"]
+    with pytest.raises(UserError, match=f"online_reference is model and data.references {folder}"):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    words = [f"data.references='{folder}'", "selection=intersection"]
+    message = f"Intersection needs one reference with entropies, found {folder}.*entropy=true"
+    with pytest.raises(UserError, match=message):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *words))
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, text_corpus):

@@ -148,6 +148,7 @@ def weighted_cross_entropy(
     )
     token_loss = done.stats.loss.view(targets.shape)
     if known is None:
+        assert not isinstance(token_weight, Tensor), "a tensor is not callable"
         with torch.no_grad():
             made = token_weight(token_loss)
         known = _row_weight(made, targets, valid, max_rows, compute_dtype(hidden))
