@@ -60,7 +60,7 @@ class Windows:
             if column == "tokens":
                 rows = sliding_window_view(self.corpus.column(column, shard), length + 1)
             else:  # entry i is about the token at i, so a window's targets start at index 1
-                store = self.corpus if column == "bytes" else self.references
+                store = self.corpus if column in ("bytes", "masks") else self.references
                 assert store is not None, f"{column} asked for without references"
                 rows = sliding_window_view(store.column(column, shard)[1:], length)
             self._views[column, shard] = rows[::length]
@@ -88,6 +88,9 @@ class Windows:
             first = self._document_starts(windows)
             batch["targets"] = ids[:, 1:].masked_fill(torch.from_numpy(first[:, 1:]), IGNORE_INDEX)
             batch["position_ids"] = torch.from_numpy(positions(first[:, :-1]))
+        if self.corpus.has_masks:
+            live = self._gather("masks", windows, np.empty((size, length), bool))
+            batch["targets"] = batch["targets"].masked_fill(torch.from_numpy(~live), IGNORE_INDEX)
         if self.references is not None:
             scores = self._gather("logprobs", windows, np.empty((size, length), np.float32))
             self._check_scores(scores, batch["targets"], windows)
