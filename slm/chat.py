@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from slm.errors import UserError
 from slm.parts import Part
 from slm.records import BadRecord, Message
+from slm.tokenizer import first_line
 
 if TYPE_CHECKING:
     import jinja2
@@ -171,8 +172,6 @@ class ChatFormat:
         return message._replace(content=content)
 
     def render(self, messages: list[Message], generate: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self.compiled.render(
                 messages=[message._asdict() for message in messages],
@@ -181,8 +180,9 @@ class ChatFormat:
                 documents=None,
                 **self.variables,
             )
-        except TemplateError as error:
-            raise BadRecord(f"is refused by the chat template: {error.message}") from None
+        # A template is a program of somebody else's: any of Python's errors may come out of it.
+        except Exception as error:
+            raise BadRecord(f"is refused by the chat template: {first_line(error)}") from None
 
     def head(self, messages: list[Message], generate: bool) -> str:
         """What the template makes of the first messages; nothing where it refuses them alone."""
@@ -209,11 +209,12 @@ class ChatFormat:
     def turn_start(self, text: str, end: int, marked: list[Message], i: int) -> int:
         """Where the generation prompt ends; the content's first character where none is there."""
         head = self.head(marked[:i], True) if marked[i].role == "assistant" else ""
-        content = marked[i].content.partition(END)[0].lstrip()
         if head and text.startswith(head) and len(head) <= end:
             return len(head)
-        if text[:end].endswith(content):
-            return end - len(content)
+        content = marked[i].content.partition(END)[0]
+        for shown in (content, content.lstrip()):
+            if text[:end].endswith(shown):
+                return end - len(shown)
         raise BadRecord(
             f"has message {i + 1} in other words after the chat template; mark what is a target "
             "with {% generation %} in a template of your own (tokenizer.chat_template)"

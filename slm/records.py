@@ -253,8 +253,11 @@ def fill(record: Any, source: Source, chat: ChatFormat | None) -> tuple[str, tup
     """The text and the parts of a record."""
     if source.messages_field is not None:
         messages = read_messages(record, source.messages_field, source.roles)
-        parts = () if chat is None else chat.parts(messages, source.roles)
-        return "\n".join(message.content for message in messages), parts
+        text = "\n".join(message.content for message in messages)
+        try:
+            return text, () if chat is None else chat.parts(messages, source.roles)
+        except BadRecord as bad:
+            raise BadRecord(bad.reason, source.messages) from None
     text = source.template.render(record)
     if source.prompt_template is None:
         return text, ()

@@ -294,6 +294,7 @@ class Encoder:
         sizes[starts[prefixed]] -= 1
         right = (excess == 0) | prefixed
         right &= self.state.table_is_exact
+        right |= lengths == 1  # EOS alone: a special token's part has no text
         limit = np.iinfo(self.state.bytes_dtype).max
         for i in np.flatnonzero(~right):
             if i not in faults:
