@@ -8,7 +8,8 @@ their ids; one that is spelled in a content stays text. Targets are the messages
 - or what the template marks with {% generation %}, where it does and only `assistant` is asked for.
 
 EOS ends the document, as everywhere; one that the template sets there is that EOS, not a second.
-jinja2 is imported on first use: only chats need it. A chat of m messages is rendered m + 1 times.
+jinja2 is imported on first use: only chats need it. A chat is rendered once, and up to each of its
+targets once more.
 """
 
 from __future__ import annotations
@@ -75,9 +76,18 @@ def find_template(tokenizer: PreTrainedTokenizerFast | None, file: str | None) -
         template, origin = DEFAULT_TEMPLATE, "slm's own"
         log.info("the tokenizer has no chat template: <|role|>, content, EOS after the assistant's")
     else:
-        template, origin = tokenizer.get_chat_template(), "that of the tokenizer"
+        template, origin = own_template(tokenizer), "that of the tokenizer"
     check_template(template, origin)
     return template
+
+
+def own_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none of them is the default
+        raise UserError(
+            f"the tokenizer's chat template: {first_line(error)}; set tokenizer.chat_template"
+        ) from None
 
 
 def read_template(file: Path) -> str:

@@ -3,7 +3,7 @@
 A batch is a dict of tensors (B windows, T = seq_len positions):
 
     input_ids          (B, T) int64
-    targets            (B, T) int64    the next tokens, already shifted; -100 is no target
+    targets            (B, T) int64    the next tokens, already shifted; -100: no target, a prompt
     reference_logprob  (B, T) float32  log-prob of each target under the reference (with references)
     position_ids       (B, T) int64    restarting at each document (only with packing=documents)
     window, epoch      (B,)   int64    which window, in which pass over the corpus

@@ -147,7 +147,7 @@ def parse_source(entry: Any, key: str) -> Source:
         stem = Path(stem).stem
     given["name"] = given["name"] or (entry["path"] if kind == "hub" else stem)
     if "roles" in entry:
-        given["roles"] = tuple(entry["roles"])
+        given["roles"] = tuple(dict.fromkeys(entry["roles"]))
     source = Source(**given | {"format": kind, "files": tuple(map(str, files))})
     if kind != "text" and source.document != "file":
         raise UserError(f"{key}.document is for text files, {source.path} is {kind}")
@@ -193,7 +193,7 @@ def check_messages(entry: dict[str, Any], key: str) -> None:
     if any(isinstance(step, Join) for step in parse_field(entry["messages"]).steps):
         raise UserError(f"{key}.messages is {entry['messages']!r}, it must name a list: a.b or a")
     if "roles" in entry:
-        for role in entry["roles"] or [None]:
+        for role in entry["roles"] or [[]]:  # none is as wrong as an unknown one
             check_choice(f"{key}.roles", role, ROLES)
 
 

@@ -189,6 +189,10 @@ def test_which_template_is_taken(make, tokenizer, tmp_path, caplog):
     assert find_template(make(CHATML), str(file)) == "{{ messages }}"
     assert find_template(make(CHATML), None) == CHATML
     assert find_template(None, None) == find_template(tokenizer, None) == DEFAULT_TEMPLATE
+    several = make(CHATML)
+    several.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(UserError, match="multiple chat templates.*; set tokenizer.chat_template"):
+        find_template(several, None)
     file.write_text("\n{% for m in %}")
     with pytest.raises(UserError, match=r"chat template, .*own.jinja, line 2: "):
         find_template(None, str(file))

@@ -342,7 +342,7 @@ def test_a_tokenizer_without_a_template_gets_one(run, tmp_path, asked, caplog):
     assert tokenizer.chat_template == DEFAULT_TEMPLATE
     corpus = Corpus.open(tmp_path / "out" / "train")
     chat = "<|system|>\n\n<|user|>\nHi\n<|assistant|>\na\n{}\n<|user|>\nb?\n<|assistant|>\nc{}"
-    assert tokenizer.decode(stream(corpus)).endswith(chat.format(EOS, EOS))
+    assert str(tokenizer.decode(stream(corpus))).endswith(chat.format(EOS, EOS))
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     folder = str(tmp_path / "out" / "train" / "tokenizer")
     own = {"path": folder, "chat_template": str(tmp_path / "own.jinja")}

@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -127,7 +128,10 @@ def test_tables_of_prompts_and_chats(tmp_path):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = {"q": ["one", "two"], "a": ["1", "2"], "other": [0, 0], "chats": [{"m": chat}] * 2}
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    settings = ({"prompt": "{q} ", "text": "{a}"}, {"messages": "chats.m"})
+    settings: tuple[dict[str, Any], ...] = (
+        {"prompt": "{q} ", "text": "{a}"},
+        {"messages": "chats.m"},
+    )
     read = [texts(tmp_path / "a.parquet", **given) for given in settings]
     assert read == [[(0, "one 1"), (1, "two 2")], [(0, "q\na"), (1, "q\na")]]
     columns = []
@@ -188,7 +192,7 @@ def test_hub_names_stream_through_datasets(monkeypatch):
             {"path": "a.jsonl", "messages": "m", "roles": "user"},
             "roles must be a list, found 'user'",
         ),
-        ({"path": "a.jsonl", "messages": "m", "roles": []}, "roles is None, expected one of"),
+        ({"path": "a.jsonl", "messages": "m", "roles": []}, r"roles is \[\], expected one of"),
         (
             {"path": "a.jsonl", "messages": "m", "roles": ["asistant"]},
             "roles is 'asistant', expected one of system, developer, user, assistant, tool",
