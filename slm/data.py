@@ -3,7 +3,7 @@
 A batch is a dict of tensors (B windows, T = seq_len positions):
 
     input_ids          (B, T) int64
-    targets            (B, T) int64    the next tokens, already shifted; -100 is no target
+    targets            (B, T) int64    the next tokens, already shifted; -100: no target, a prompt
     reference_logprob  (B, T) float32  log-prob of each target under the reference (with references)
     reference_entropy  (B, T) float32  entropy of its prediction, nats (where it was stored)
     position_ids       (B, T) int64    restarting at each document (only with packing=documents)
@@ -109,6 +109,9 @@ class Windows:
             first = self._document_starts(windows)
             batch["targets"] = ids[:, 1:].masked_fill(torch.from_numpy(first[:, 1:]), IGNORE_INDEX)
             batch["position_ids"] = torch.from_numpy(positions(first[:, :-1]))
+        if self.corpus.has_masks:
+            live = self._gather(self.corpus, "masks", windows, np.empty((size, length), bool))
+            batch["targets"] = batch["targets"].masked_fill(torch.from_numpy(~live), IGNORE_INDEX)
         if self.references:
             batch |= self._scores(batch["targets"], windows)
         batch["window"] = torch.from_numpy(windows)

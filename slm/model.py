@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from slm.data import Batch
+from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
 from slm.shards import hash_file, hash_json, sync_folder
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
@@ -277,6 +277,9 @@ def check_model(lm: SelectiveLM, batch: Batch) -> None:
     check_length(lm.model.config, batch["input_ids"].shape[1])
     names = batch.keys() & {"input_ids", "targets", "position_ids"}
     few = {name: batch[name][:2, :CHECK_TOKENS] for name in names}
+    # Any token does as a target here, and windows that begin with a prompt may have none there.
+    no_target = few["targets"] == IGNORE_INDEX
+    few["targets"] = torch.where(no_target, few["input_ids"], few["targets"])
     training = lm.training
     lm.eval()
     check_head(lm, few)

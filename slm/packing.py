@@ -26,12 +26,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slm.chat import ChatFormat
 from slm.errors import UserError
 from slm.overlap import Excluded, Overlap
+from slm.parts import encode_documents
 from slm.records import Text, read_texts
 from slm.shards import ArrayWriter, Json, Shard, atomic_file, shard_path, write_sidecar
 from slm.sources import BLOCK_BYTES, Block, Source
-from slm.tokenizer import Encoded, Encoder, EncoderState
+from slm.tokenizer import Encoder, EncoderState
 
 BATCHES_PER_WORKER = 3  # in flight
 MAX_FAULTS_SHOWN = 10
@@ -50,23 +52,27 @@ class Job:
     heldout_ratio: float
     stop_on_bad: bool
     max_bytes: int
+    chat: ChatFormat | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        return any(source.has_masks for source in self.sources)
 
 
 class Result(NamedTuple):
     """One batch of blocks, encoded."""
 
-    tokens: np.ndarray  # (n,)
-    sizes: np.ndarray  # (n,): bytes of each token
-    documents: np.ndarray  # (d, 5) int64: number of tokens, source, record, side, bytes
+    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes and, where there are some, masks
+    documents: np.ndarray  # (d, 6) int64: number of tokens, source, record, side, bytes, targets
     excluded: list[Excluded]
     faults: list[tuple[int, str]]  # source, sentence
     num_input_bytes: int
 
-    def of_side(self, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def of_side(self, side: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """What `ShardWriter.add` takes."""
         mine = self.documents[:, 3] == side
         tokens = np.repeat(mine, self.documents[:, 0])
-        return self.tokens[tokens], self.sizes[tokens], self.documents[mine, :3]
+        return {name: c[tokens] for name, c in self.columns.items()}, self.documents[mine, :3]
 
 
 @dataclass
@@ -74,22 +80,25 @@ class Tally:
     """What the report says, summed over the results."""
 
     sources: list[Source]
-    counts: np.ndarray  # (side, source, 3): documents, tokens, bytes
+    counts: np.ndarray  # (side, source, 4): documents, tokens, bytes, targets
     num_faults: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
-        length, source, _, side, size = result.documents.T
-        np.add.at(self.counts, (side, source), np.column_stack([np.ones_like(size), length, size]))
+        length, source, _, side, size, targets = result.documents.T
+        counts = np.column_stack([np.ones_like(size), length, size, targets])
+        np.add.at(self.counts, (side, source), counts)
         self.num_faults.update(source for source, _ in result.faults)
         room = MAX_FAULTS_SHOWN - len(self.faults)
         self.faults.extend(sentence for _, sentence in islice(result.faults, room))
 
     def of_side(self, side: int) -> Json:
-        names = ("documents", "tokens", "bytes")
-        total = dict(zip(names, self.counts[side].sum(axis=0).tolist(), strict=True))
+        """Targets only where some tokens are none."""
+        names = ("documents", "tokens", "bytes", "targets")
+        names = names if any(source.has_masks for source in self.sources) else names[:3]
+        total = dict(zip(names, self.counts[side].sum(axis=0).tolist(), strict=False))
         rows = zip(self.sources, self.counts[side].tolist(), strict=True)
-        return total | {"sources": {s.name: dict(zip(names, row, strict=True)) for s, row in rows}}
+        return total | {"sources": {s.name: dict(zip(names, row, strict=False)) for s, row in rows}}
 
     def of_faults(self) -> Json:
         return {
@@ -125,7 +134,8 @@ class Worker:
         """Every kept document of the blocks, in order; raises UserError at the first bad record."""
         texts, rows, excluded, faults = [], [], [], []
         for block in blocks:
-            for text in read_texts(block, self.job.sources[block.source], self.job.max_bytes):
+            source = self.job.sources[block.source]
+            for text in read_texts(block, source, self.job.max_bytes, self.job.chat):
                 if text.fault is not None:
                     self.complain(block, text.fault, faults)
                     continue
@@ -157,34 +167,34 @@ class Worker:
 
     def encode(
         self, texts: list[Text], rows: list[tuple[Block, int]], faults: list[tuple[int, str]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # the first three fields of Result
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:  # the first two fields of Result
         if not texts:
-            return np.empty(0, np.uint16), np.empty(0, np.uint8), np.empty((0, 5), np.int64)
-        num_bytes = np.array([len(text.data) for text in texts], dtype=np.int64)
-        encoded = self.encoder.encode([text.text for text in texts], num_bytes)
-        documents = np.array(
-            [
-                (length, block.source, text.record, side, size)
-                for length, size, text, (block, side) in zip(
-                    encoded.lengths, num_bytes, texts, rows, strict=True
-                )
-            ],
-            dtype=np.int64,
+            return {}, np.empty((0, 6), np.int64)
+        encoded = encode_documents(self.encoder, texts)
+        given = [
+            (block.source, text.record, side)
+            for text, (block, side) in zip(texts, rows, strict=True)
+        ]
+        documents = np.column_stack(
+            [encoded.lengths, given, encoded.num_bytes, encoded.num_targets]
         )
-        for i, fault in encoded.faults.items():
+        for i, fault in sorted(encoded.faults.items()):
             self.complain(rows[i][0], f"{texts[i].where}: {fault}", faults)
-        return drop_faulty(encoded, documents)
+        columns = {"tokens": encoded.tokens, "bytes": encoded.sizes}
+        if self.job.has_masks:
+            columns["masks"] = encoded.masks
+        return drop_faulty(columns, documents, encoded.faults)
 
 
 def drop_faulty(
-    encoded: Encoded, documents: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if not encoded.faults:
-        return encoded.tokens, encoded.sizes, documents
+    columns: dict[str, np.ndarray], documents: np.ndarray, faults: dict[int, str]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    if not faults:
+        return columns, documents
     good = np.ones(len(documents), dtype=bool)
-    good[list(encoded.faults)] = False
-    tokens = np.repeat(good, encoded.lengths)
-    return encoded.tokens[tokens], encoded.sizes[tokens], documents[good]
+    good[list(faults)] = False
+    tokens = np.repeat(good, documents[:, 0])
+    return {name: column[tokens] for name, column in columns.items()}, documents[good]
 
 
 # ---- the pool -----------------------------------------------------------------------------------
@@ -253,17 +263,18 @@ class ShardWriter:
     What fills no window yet stays in memory; at the end it is the tail that is dropped.
     """
 
-    COLUMNS: tuple[str, ...] = ("tokens", "bytes", "documents")
-
-    def __init__(self, folder: Path, seq_len: int, shard_tokens: int, state: EncoderState):
+    def __init__(
+        self, folder: Path, seq_len: int, shard_tokens: int, state: EncoderState, has_masks: bool
+    ):
         self.folder, self.seq_len = folder, seq_len
         self.capacity = max(1, (shard_tokens - 1) // seq_len) * seq_len + 1
-        self.dtypes: dict[str, str] = dict(
-            zip(self.COLUMNS, (state.token_dtype, state.bytes_dtype, "int64"), strict=True)
-        )
-        self.tokens = np.empty(0, state.token_dtype)  # not written yet
-        self.sizes = np.empty(0, state.bytes_dtype)
-        self.rows = np.empty((0, 3), np.int64)  # start in the side, source, record; not written yet
+        self.dtypes = {"tokens": state.token_dtype, "bytes": state.bytes_dtype}
+        if has_masks:
+            self.dtypes["masks"] = "bool"
+        # Not written yet, as `rows` are not: start in the side, source, record.
+        self.columns = {name: np.empty(0, dtype) for name, dtype in self.dtypes.items()}
+        self.dtypes["documents"] = "int64"
+        self.rows = np.empty((0, 3), np.int64)
         self.last_row = self.rows  # the last one written
         self.position = 0  # of the first token that is not written, in the side
         self.shard_start, self.num_shards = 0, 0
@@ -275,12 +286,19 @@ class ShardWriter:
     def __exit__(self, *error: Any) -> None:
         self.stack.__exit__(*error)
 
-    def add(self, tokens: np.ndarray, sizes: np.ndarray, documents: np.ndarray) -> None:
-        """documents (d, 3): number of tokens, source, record."""
-        ends = self.position + len(self.tokens) + np.cumsum(documents[:, 0])
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are not written yet."""
+        return len(self.columns["tokens"])
+
+    def add(self, columns: dict[str, np.ndarray], documents: np.ndarray) -> None:
+        """documents (d, 3): number of tokens, source, record; no columns where d is 0."""
+        if len(documents) == 0:
+            return
+        ends = self.position + self.num_pending + np.cumsum(documents[:, 0])
         rows = np.column_stack([ends - documents[:, 0], documents[:, 1:]])
-        self.tokens = np.concatenate([self.tokens, tokens])
-        self.sizes = np.concatenate([self.sizes, sizes])
+        for name, pending in self.columns.items():
+            self.columns[name] = np.concatenate([pending, columns[name]])
         self.rows = np.concatenate([self.rows, rows])
         while self.write_windows():
             pass
@@ -288,16 +306,16 @@ class ShardWriter:
     def write_windows(self) -> bool:
         """Write as many whole windows as there are into the present shard; False if none."""
         written = self.position - self.shard_start
-        available = min(self.capacity, written + len(self.tokens))
+        available = min(self.capacity, written + self.num_pending)
         target = (available - 1) // self.seq_len * self.seq_len + 1
         count = target - written
         if target <= 1 or count <= 0:
             return False
         if not self.writers:
             self.open_shard()
-        self.writers["tokens"].append(self.tokens[:count])
-        self.writers["bytes"].append(self.sizes[:count])
-        self.tokens, self.sizes = self.tokens[count:], self.sizes[count:]
+        for name, pending in self.columns.items():
+            self.writers[name].append(pending[:count])
+            self.columns[name] = pending[count:]
         self.position += count
         self.write_rows(int(np.searchsorted(self.rows[:, 0], self.position)))
         if target == self.capacity:
@@ -314,11 +332,11 @@ class ShardWriter:
         )
 
     def open_shard(self) -> None:
-        for column in self.COLUMNS:
+        for column, dtype in self.dtypes.items():
             path = shard_path(self.folder, column, self.num_shards)
             file = self.stack.enter_context(atomic_file(path))
             columns = 4 if column == "documents" else None
-            self.writers[column] = ArrayWriter(file, self.dtypes[column], columns)
+            self.writers[column] = ArrayWriter(file, dtype, columns)
         begins = len(self.rows) > 0 and self.rows[0, 0] == self.shard_start
         if not begins:
             self.rows = np.concatenate([self.last_row, self.rows])
@@ -337,4 +355,4 @@ class ShardWriter:
         """Close the last shard; returns the number of tokens that filled no window."""
         if self.writers:
             self.close_shard()
-        return len(self.tokens)
+        return self.num_pending

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from slm.chat import chat_format, find_template
 from slm.cli import command
 from slm.errors import UserError
 from slm.overlap import Exclusion, Overlap, read_exclusion
@@ -45,6 +46,7 @@ from slm.shards import (
     adopt_plan,
     atomic_file,
     claim,
+    hash_json,
     read_json,
     read_sidecars,
     write_json,
@@ -80,7 +82,7 @@ class Speed:
     def add(self, result: Result) -> None:
         self.read_bytes += result.num_input_bytes
         self.text_bytes += int(result.documents[:, 4].sum())
-        self.tokens += len(result.tokens)
+        self.tokens += int(result.documents[:, 0].sum())
 
 
 @contextmanager
@@ -178,6 +180,16 @@ def own_folder(out: Path) -> Iterator[None]:
             out.rmdir()  # only succeeds if nothing was written
 
 
+def chat_template(config: Any, sources: list[Source], tokenizer: Any) -> str | None:
+    """What chats are rendered with; None where there are none."""
+    file = config.tokenizer.chat_template
+    if any(source.messages is not None for source in sources):
+        return find_template(tokenizer, file)
+    if file is not None:
+        raise UserError(f"tokenizer.chat_template is {file}, and no source has messages")
+    return None
+
+
 def run_plan(config: Any, sources: list[Source], exclude: list[Source], tokenizer: Json) -> Json:
     """What a second run is compared with, one flat field a setting; no path of a file is in it."""
     keys = ("seq_len", "packing", "heldout_ratio", "on_bad_record")
@@ -245,7 +257,12 @@ def count_workers(sources: list[Source]) -> int:
 
 
 def write_corpus(
-    config: Any, out: Path, sources: list[Source], exclude: list[Source], tokenizer: Any
+    config: Any,
+    out: Path,
+    sources: list[Source],
+    exclude: list[Source],
+    tokenizer: Any,
+    template: str | None,
 ) -> Json:
     """The run itself, into an empty folder; returns the report."""
     max_bytes = int(config.max_document_mb * 2**20)
@@ -256,13 +273,18 @@ def write_corpus(
         texts = sample_texts(sources, config, overlap, max_bytes)
         tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
     state, ratio = encoder_state(tokenizer), float(config.heldout_ratio)
-    job = Job(sources, state, overlap, ratio, config.on_bad_record == "stop", max_bytes)
+    stop = config.on_bad_record == "stop"
+    chat = None
+    if template is not None:
+        tokenizer.chat_template = template  # saved beside the corpus and, with it, the model
+        chat = chat_format(tokenizer)
+    job = Job(sources, state, overlap, ratio, stop, max_bytes, chat)
     sides = [side for side, share in enumerate((1 - ratio, ratio)) if share > 0]
     for side in sides:
         folder = out / SIDES[side]
         adopt_plan(folder, corpus_plan(config, job, SIDES[side], tokenizer_sha256(tokenizer)))
         tokenizer.save_pretrained(folder / "tokenizer")
-    tally = Tally(sources, np.zeros((2, len(sources), 3), dtype=np.int64))
+    tally = Tally(sources, np.zeros((2, len(sources), 4), dtype=np.int64))
     written = encode_corpus(config, out, job, sides, exclusion, tally)
     excluded = {} if exclusion is None else exclusion.report()
     report: Json = {"bad_records": tally.of_faults(), "excluded": excluded}
@@ -294,11 +316,9 @@ def encode_corpus(
     batches = group_blocks(read_blocks(job.sources, job.max_bytes))
     with ExitStack() as stack:
         update = stack.enter_context(show_progress(input_bytes(job.sources)))
+        shape = (config.seq_len, config.shard_tokens, job.encoder, job.has_masks)
         writers = {
-            side: stack.enter_context(
-                ShardWriter(out / SIDES[side], config.seq_len, config.shard_tokens, job.encoder)
-            )
-            for side in sides
+            side: stack.enter_context(ShardWriter(out / SIDES[side], *shape)) for side in sides
         }
         file = stack.enter_context(atomic_file(out / "excluded.jsonl")) if exclusion else None
         for result in run_batches(job, batches, num_proc):
@@ -337,6 +357,7 @@ def say_report(out: Path, report: Json) -> None:
                     folder=out / side, **report[side]
                 )
             )
+            say_targets(out / side, report[side])
     for name, counts in report["excluded"].items():
         log.info(
             "exclude %s: %d of its %d records share a 13-gram with the text, %d documents dropped",
@@ -349,6 +370,13 @@ def say_report(out: Path, report: Json) -> None:
         log.info("bad records skipped: %d, the first ones:", report["bad_records"]["skipped"])
         for sentence in report["bad_records"]["first"]:
             log.info("  %s", sentence)
+
+
+def say_targets(folder: Path, counts: Json) -> None:
+    """Where prompts are masked: how much is left to learn from."""
+    if "targets" in counts:
+        share = counts["targets"] / counts["tokens"]
+        log.info(f"{folder}: {counts['targets']:,} of the tokens are targets ({share:.1%})")
 
 
 def damage(out: Path) -> str | None:
@@ -380,6 +408,9 @@ def prepare(config: Any) -> Json:
     else:
         tokenizer = load_tokenizer(config.tokenizer.path)
         identity = {"sha256": tokenizer_sha256(tokenizer)}
+    template = chat_template(config, sources, tokenizer)
+    if template is not None:
+        identity["chat_template_sha256"] = hash_json(template)
     out = Path(str(config.out)).expanduser()
     with own_folder(out):
         adopt_plan(out, run_plan(config, sources, exclude, identity))
@@ -392,7 +423,7 @@ def prepare(config: Any) -> Json:
             (out / "report.json").unlink()
         try:
             clear(out)
-            report = write_corpus(config, out, sources, exclude, tokenizer)
+            report = write_corpus(config, out, sources, exclude, tokenizer, template)
             write_json(out / "report.json", report)
         except (UserError, OSError) as error:
             clear(out)

@@ -3,7 +3,8 @@
 `read_texts(block, source, max_bytes)` yields one `Text` for each record of a block: the template
 filled in, or the sentence that names file, line and field of a bad record. It runs in the workers
 of `slm prepare` and imports nothing heavy. JSON is parsed here, one record at a time, so a broken
-one has a line number. Memory is one block and one record of it.
+one has a line number. Memory is one block and one record of it. A record with a prompt or with
+messages becomes `parts` as well: what of it is a target.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm.errors import UserError
+from slm.parts import Part
 
-if TYPE_CHECKING:  # sources.py needs `Template`
+if TYPE_CHECKING:  # sources.py needs `Template`, chat.py `BadRecord`
+    from slm.chat import ChatFormat
     from slm.sources import Block, Source
 
 LINE_END = re.compile(rb"\n")
@@ -31,6 +34,9 @@ JSON_TYPES = {
     float: "a number",
     type(None): "null",
 }
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# What a message may hold beside its content and what must not be lost without a word.
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 class BadRecord(Exception):
@@ -106,16 +112,12 @@ class Template:
             raise BadRecord("is empty", self.fields[0].name)
         return "".join(values)
 
-    def blame(self, record: Any, is_bad: Callable[[str], bool]) -> str | None:
-        """The first field whose text `is_bad`."""
-        return next((f.name for f in self.fields if is_bad(look_up(record, f))), None)
-
 
 def look_up(record: Any, field: Field) -> str:
     return descend(record, field.steps, field)
 
 
-def descend(value: Any, steps: tuple[str | int | Join, ...], field: Field) -> str:
+def descend(value: Any, steps: tuple[str | int | Join, ...], field: Field, kind: type = str) -> Any:
     for i, step in enumerate(steps):
         expect(value, dict if isinstance(step, str) else list, field)
         if isinstance(step, Join):
@@ -127,7 +129,7 @@ def descend(value: Any, steps: tuple[str | int | Join, ...], field: Field) -> st
         value = value[step]
     if field.as_text and type(value) in (int, float):
         return str(value)
-    return expect(value, str, field)
+    return expect(value, kind, field)
 
 
 def expect(value: Any, kind: type, field: Field) -> Any:
@@ -135,6 +137,37 @@ def expect(value: Any, kind: type, field: Field) -> Any:
         found = JSON_TYPES[type(value)] if type(value) in JSON_TYPES else type(value).__name__
         raise BadRecord(f"is {found}, expected {JSON_TYPES[kind]}", field.name)
     return value
+
+
+# ---- chats --------------------------------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    role: str
+    content: str
+
+
+def read_messages(record: Any, field: Field, roles: tuple[str, ...]) -> list[Message]:
+    """The chat in `field`; messages of `roles` are targets, one at least."""
+    found = descend(record, field.steps, field, list)
+    messages = [read_message(value, f"{field.name}[{i}]", roles) for i, value in enumerate(found)]
+    if not any(message.role in roles for message in messages):
+        raise BadRecord(f"has no message of {' or '.join(roles)}", field.name)
+    return messages
+
+
+def read_message(value: Any, name: str, roles: tuple[str, ...]) -> Message:
+    role, content = (
+        descend(value, (key,), Field(f"{name}.{key}", (key,), False)) for key in ("role", "content")
+    )
+    if role not in ROLES:
+        raise BadRecord(f"is {role!r}, expected one of {', '.join(ROLES)}", f"{name}.role")
+    if not content.strip() and role in ("user", *roles):
+        raise BadRecord("is empty", f"{name}.content")
+    for key in UNREAD:
+        if key in value and value[key]:
+            raise BadRecord(f"has {key}, and only role and content are read", name)
+    return Message(role, content)
 
 
 # ---- block -> texts -----------------------------------------------------------------------------
@@ -145,17 +178,21 @@ class Text(NamedTuple):
 
     where: str  # file and line, for messages
     record: int
-    text: str
+    text: str  # prompt and answer; the contents of a chat, whatever the template
     data: bytes  # the text in UTF-8
     fault: str | None  # a sentence with the place
+    parts: tuple[Part, ...] = ()  # none: one text, all of it targets
 
 
-def read_texts(block: Block, source: Source, max_bytes: int) -> Iterator[Text]:
+def read_texts(
+    block: Block, source: Source, max_bytes: int, chat: ChatFormat | None = None
+) -> Iterator[Text]:
+    """A chat has parts where there is a `chat` to make them, and its text everywhere."""
     for line, record, raw in split_block(block, source):
         where = place(block.file, line, source)
         try:
-            text, data = to_text(raw, source, max_bytes)
-            yield Text(where, record, text, data, None)
+            text, data, parts = to_text(raw, source, max_bytes, chat)
+            yield Text(where, record, text, data, None, parts)
         except BadRecord as bad:
             named = "" if bad.field is None else f": field {bad.field!r}"
             yield Text(where, record, "", b"", f"{where}{named} {bad.reason}")
@@ -192,22 +229,49 @@ def split_block(block: Block, source: Source) -> Iterator[tuple[int, int, Any]]:
         line, record, at = line + num_lines, record + num_lines, match.end()
 
 
-def to_text(raw: Any, source: Source, max_bytes: int) -> tuple[str, bytes]:
-    """A record's text and its UTF-8; raises BadRecord."""
+def to_text(
+    raw: Any, source: Source, max_bytes: int, chat: ChatFormat | None
+) -> tuple[str, bytes, tuple[Part, ...]]:
+    """A record's text, its UTF-8 and its parts; raises BadRecord."""
     if raw is None or (isinstance(raw, bytes) and len(raw) > max_bytes):
         raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
     record = raw if isinstance(raw, dict) else parse(raw, source)
-    text = source.template.render(record)
+    text, parts = fill(record, source, chat)
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        name = source.template.blame(record, has_surrogate)
+        name = blame(record, source, has_surrogate)
         raise BadRecord("has a lone surrogate, which is not valid Unicode", name) from None
     if "\0" in text:
-        raise BadRecord("contains NUL", source.template.blame(record, lambda value: "\0" in value))
+        raise BadRecord("contains NUL", blame(record, source, lambda value: "\0" in value))
     if len(data) > max_bytes:
         raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
-    return text, data
+    return text, data, parts
+
+
+def fill(record: Any, source: Source, chat: ChatFormat | None) -> tuple[str, tuple[Part, ...]]:
+    """The text and the parts of a record."""
+    if source.messages_field is not None:
+        messages = read_messages(record, source.messages_field, source.roles)
+        text = "\n".join(message.content for message in messages)
+        try:
+            return text, () if chat is None else chat.parts(messages, source.roles)
+        except BadRecord as bad:
+            raise BadRecord(bad.reason, source.messages) from None
+    text = source.template.render(record)
+    if source.prompt_template is None:
+        return text, ()
+    prompt = source.prompt_template.render(record)
+    return prompt + text, (Part(prompt, False), Part(text, True))
+
+
+def blame(record: Any, source: Source, is_bad: Callable[[str], bool]) -> str | None:
+    """The first field whose text `is_bad`."""
+    if source.messages_field is not None:
+        messages = read_messages(record, source.messages_field, source.roles)
+        bad = (i for i, message in enumerate(messages) if is_bad(message.content))
+        return next((f"{source.messages}[{i}].content" for i in bad), None)
+    return next((f.name for f in source.fields if is_bad(look_up(record, f))), None)
 
 
 def has_surrogate(text: str) -> bool:
@@ -244,6 +308,6 @@ def blame_bytes(raw: bytes, source: Source) -> str | None:
     text = raw.decode(errors="surrogateescape")
     try:
         record = {"text": text} if source.format == "text" else parse_json(text)
-        return source.template.blame(record, has_surrogate)
+        return blame(record, source, has_surrogate)
     except BadRecord:
         return None

@@ -115,18 +115,23 @@ def load_reference(folder: str, corpus: Corpus, device: str, dtype: str) -> Sele
 
 def make_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> dict[str, Any]:
     """What the scores depend on."""
-    return {
-        "format": FORMAT,
-        "kind": "reference",
-        "corpus_fingerprint": corpus.fingerprint,
-        "model_sha256": model_sha256(config.reference_model),
-        "scoring": {
-            "dtype": config.dtype,
-            "store_dtype": config.store_dtype,
-            "attn_implementation": lm.model.config._attn_implementation,
-            "device": lm.model.device.type,
-        },
-    } | {field: corpus.manifest[field] for field in IDENTITY}
+    masks = {"masks": True} if corpus.has_masks else {}  # so `slm verify` knows why some are NaN
+    return (
+        masks
+        | {
+            "format": FORMAT,
+            "kind": "reference",
+            "corpus_fingerprint": corpus.fingerprint,
+            "model_sha256": model_sha256(config.reference_model),
+            "scoring": {
+                "dtype": config.dtype,
+                "store_dtype": config.store_dtype,
+                "attn_implementation": lm.model.config._attn_implementation,
+                "device": lm.model.device.type,
+            },
+        }
+        | {field: corpus.manifest[field] for field in IDENTITY}
+    )
 
 
 # ---- scoring ------------------------------------------------------------------------------------

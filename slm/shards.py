@@ -6,6 +6,7 @@ A folder holds NumPy ``.npy`` files beside JSON, nothing else::
                      tokens-00000.npy         uint16 or uint32, m * seq_len + 1 tokens
                      documents-00000.npy      int64 (n, 4): start, source, record, first token
                      bytes-00000.npy          UTF-8 bytes of each token
+                     masks-00000.npy          bool, only where some tokens are no targets: which are
                      tokens-00000.json        the shard's sidecar: sizes and hashes, written last
                      manifest.json            plan + sidecars + fingerprint; there: whole
     references/x/    logprobs-00000.npy       log p(token i | those before it in its window)
@@ -351,7 +352,7 @@ class Store:
 
 
 class Corpus(Store):
-    """Token shards: ``tokens``, ``documents`` and ``bytes`` columns."""
+    """Token shards: ``tokens``, ``documents``, ``bytes`` and, by need, ``masks`` columns."""
 
     KIND = "corpus"
 
@@ -366,6 +367,11 @@ class Corpus(Store):
     @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
+
+    @property
+    def has_masks(self) -> bool:
+        """Some tokens (prompts) are no targets."""
+        return any("masks" in shard.sha256 for shard in self.shards)
 
     @cached_property
     def windows_per_shard(self) -> list[int]:

@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from slm.errors import UserError
-from slm.records import BLANK_LINE, JSON_TYPES, LINE_END, Template, unescape
+from slm.records import (
+    BLANK_LINE,
+    JSON_TYPES,
+    LINE_END,
+    ROLES,
+    Field,
+    Join,
+    Template,
+    parse_field,
+    unescape,
+)
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -37,6 +47,7 @@ SUFFIXES = {
 FORMATS = ("jsonl", "text", "parquet", "arrow", "hub")
 COMPRESSED = (".gz", ".zst")
 DOCUMENTS = ("file", "paragraph", "line")
+SETTING_TYPES: dict[str, type] = {"weight": float, "roles": list}  # the others are text
 BLOCK_BYTES = 2**19
 ROWS_AT_ONCE = 256  # what a table reader holds in memory
 
@@ -53,6 +64,9 @@ class Source:
     format: str  # one of FORMATS: by suffix
     files: tuple[str, ...]
     text: str = "{text}"  # the template; a line or a file of text is the field `text`
+    prompt: str | None = None  # a template too: what stands before the text and is no target
+    messages: str | None = None  # instead of both: the field with a list of {role, content}
+    roles: tuple[str, ...] = ("assistant",)  # whose messages are targets
     document: str = "file"  # what one document of a text file is: one of DOCUMENTS
     weight: float = 1.0  # how often each document appears
     subset: str | None = None  # of a data set on the hub
@@ -62,6 +76,26 @@ class Source:
     @cached_property
     def template(self) -> Template:
         return Template(self.text)
+
+    @cached_property
+    def prompt_template(self) -> Template | None:
+        return None if self.prompt is None else Template(self.prompt)
+
+    @cached_property
+    def messages_field(self) -> Field | None:
+        return None if self.messages is None else parse_field(self.messages)
+
+    @property
+    def has_masks(self) -> bool:
+        return self.prompt is not None or self.messages is not None
+
+    @property
+    def fields(self) -> list[Field]:
+        """What is read of a record."""
+        if self.messages_field is not None:
+            return [self.messages_field]
+        prompt = [] if self.prompt_template is None else self.prompt_template.fields
+        return prompt + self.template.fields
 
     @property
     def num_copies(self) -> int:
@@ -78,6 +112,14 @@ class Source:
         """What must be the same for a second run to be the same run."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("path", "files")}
         settings["text"] = unescape(self.text)
+        for name in ("prompt", "messages"):
+            if settings[name] is None:
+                del settings[name]
+            else:
+                settings[name] = unescape(settings[name])
+        settings["roles"] = list(self.roles)
+        if self.messages is None:
+            del settings["roles"]
         return settings | ({"path": self.path} if self.format == "hub" else identify(self.files))
 
 
@@ -104,9 +146,13 @@ def parse_source(entry: Any, key: str) -> Source:
     while Path(stem).suffix in (*SUFFIXES, *COMPRESSED):
         stem = Path(stem).stem
     given["name"] = given["name"] or (entry["path"] if kind == "hub" else stem)
+    if "roles" in entry:
+        given["roles"] = tuple(dict.fromkeys(entry["roles"]))
     source = Source(**given | {"format": kind, "files": tuple(map(str, files))})
     if kind != "text" and source.document != "file":
         raise UserError(f"{key}.document is for text files, {source.path} is {kind}")
+    if source.messages is not None and kind == "text":
+        raise UserError(f"{key}.messages is for records, {source.path} is {kind}")
     if kind != "hub" and not {"subset", "split", "revision"}.isdisjoint(entry):
         raise UserError(
             f"{key}: subset, split and revision are for the hub, {source.path} is {kind}"
@@ -122,15 +168,33 @@ def check_settings(entry: dict[str, Any], key: str) -> None:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise UserError(f"{key} has an unknown setting {name!r}{hint} ({', '.join(known)})")
-        kind = float if name == "weight" else str
-        if type(value) not in ((int, float) if kind is float else (str,)):
+        kind = SETTING_TYPES[name] if name in SETTING_TYPES else str
+        if type(value) not in ((int, float) if kind is float else (kind,)):
             raise UserError(f"{key}.{name} must be {JSON_TYPES[kind]}, found {value!r}")
         if name == "weight" and not 0 < value < math.inf:
             raise UserError(f"{key}.weight is {value}, it must be positive")
-        if name == "text":
+        if name in ("text", "prompt"):
             Template(value)
         if name in ("format", "document"):
             check_choice(f"{key}.{name}", value, FORMATS if name == "format" else DOCUMENTS)
+    check_messages(entry, key)
+
+
+def check_messages(entry: dict[str, Any], key: str) -> None:
+    if "messages" not in entry:
+        if "roles" in entry:
+            raise UserError(f"{key}.roles is {entry['roles']!r}, and {key}.messages is not set")
+        return
+    for name in ("text", "prompt"):
+        if name in entry:
+            raise UserError(
+                f"{key} has both messages and {name}: a chat has no template of its own"
+            )
+    if any(isinstance(step, Join) for step in parse_field(entry["messages"]).steps):
+        raise UserError(f"{key}.messages is {entry['messages']!r}, it must name a list: a.b or a")
+    if "roles" in entry:
+        for role in entry["roles"] or [[]]:  # none is as wrong as an unknown one
+            check_choice(f"{key}.roles", role, ROLES)
 
 
 def check_choice(key: str, found: Any, allowed: tuple[str, ...]) -> None:
@@ -313,7 +377,7 @@ def open_table(source: Source, file: str) -> Any:
         table = datasets.load_dataset(
             source.format, data_files=glob.escape(file), split="train", streaming=True, **settings
         )
-    needed = [str(f.steps[0]) for f in source.template.fields]
+    needed = [str(field.steps[0]) for field in source.fields]
     if table.column_names is not None and set(needed) <= set(table.column_names):
         table = table.select_columns(sorted(set(needed)))
     return table

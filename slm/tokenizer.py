@@ -12,22 +12,25 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from slm.errors import UserError
-from slm.shards import hash_json
+from slm.shards import Json, hash_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 BATCH_SETTINGS = ("padding", "truncation")
 # A longer token is a ruler of dashes or spaces: useless, and it would not fit the uint8 column.
 MAX_TOKEN_LENGTH = 128
+# What stands before a text in its document: nothing, a special token, other text.
+AT_START, AFTER_SPECIAL, AFTER_TEXT = 0, 1, 2
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
@@ -178,35 +181,79 @@ class Encoded(NamedTuple):
     faults: dict[int, str]  # text -> why its tokens must not be used
 
 
+def make_backend(state: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    backend: Tokenizer = Tokenizer.from_str(state)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def continue_at(place: int, step: Json | None) -> Json | None:
+    """A normalizer or pre-tokenizer that puts no space where the whole document has none."""
+    if step is None:
+        return None
+    for name in ("normalizers", "pretokenizers"):
+        if step["type"] == "Sequence" and name in step:
+            inner = [continue_at(place, one) for one in step[name]]
+            return step | {name: [one for one in inner if one is not None]}
+    anywhere = place == AFTER_TEXT
+    if step["type"] == "Metaspace" and (anywhere or step["prepend_scheme"] == "first"):
+        return step | {"prepend_scheme": "never"}
+    if step["type"] == "Prepend" and anywhere:
+        return None
+    if "add_prefix_space" in step and anywhere:
+        return step | {"add_prefix_space": False}
+    return step
+
+
 class Encoder:
     """Encodes texts without special tokens; special-token strings in a text are ordinary text."""
 
     def __init__(self, state: EncoderState):
-        from tokenizers import Tokenizer
-
         self.state = state
-        self.backend: Tokenizer = Tokenizer.from_str(state.backend)
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True
+        self.backend = make_backend(state.backend)
+
+    @cached_property
+    def backends(self) -> list[Tokenizer]:
+        """One for each place of a text; the same one where the tokenizer puts no space in front."""
+        state, made = json.loads(self.state.backend), [self.backend]
+        for place in (AFTER_SPECIAL, AFTER_TEXT):
+            steps = {key: continue_at(place, state[key]) for key in ("normalizer", "pre_tokenizer")}
+            same = steps.items() <= state.items()
+            made.append(self.backend if same else make_backend(json.dumps(state | steps)))
+        return made
+
+    def encode_each(self, texts: list[str], places: list[int] | None) -> list[Encoding]:
+        """Encodings of the texts in their order; every one AT_START without `places`."""
+        if places is None:
+            return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        found: dict[int, Encoding] = {}
+        for place in set(places):
+            mine = [i for i, here in enumerate(places) if here == place]
+            batch = [texts[i] for i in mine]
+            encodings = self.backends[place].encode_batch_fast(batch, add_special_tokens=False)
+            found |= zip(mine, encodings, strict=True)
+        return [found[i] for i in range(len(texts))]
 
     def encode(
         self,
         texts: list[str],
         num_bytes: np.ndarray,  # (d,): UTF-8 bytes of each text
+        places: list[int] | None = None,  # of each text: AT_START, AFTER_SPECIAL, AFTER_TEXT
     ) -> Encoded:
         """Tokens of all texts in one array, EOS after each, and the bytes that each stands for."""
         ids, lengths = array("I"), np.empty(len(texts), dtype=np.int64)
-        for i, encoding in enumerate(
-            self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        ):
+        for i, encoding in enumerate(self.encode_each(texts, places)):
             before = len(ids)
             ids.extend(encoding.ids)
             ids.append(self.state.eos_id)
             lengths[i] = len(ids) - before
         tokens = np.array(ids, dtype=np.uint32)
         faults = self.find_faults(tokens, lengths, num_bytes)
-        sizes = self.count_bytes(texts, num_bytes, tokens, lengths, faults)
+        sizes = self.count_bytes(texts, num_bytes, tokens, lengths, faults, places)
         return Encoded(
             tokens.astype(self.state.token_dtype),
             sizes.astype(self.state.bytes_dtype),
@@ -235,6 +282,7 @@ class Encoder:
         tokens: np.ndarray,
         lengths: np.ndarray,
         faults: dict[int, str],
+        places: list[int] | None,
     ) -> np.ndarray:  # (n,)
         """Bytes of each token, by table; by offsets for texts where the table's sum is wrong."""
         ends = np.cumsum(lengths)
@@ -246,23 +294,26 @@ class Encoder:
         sizes[starts[prefixed]] -= 1
         right = (excess == 0) | prefixed
         right &= self.state.table_is_exact
+        right |= lengths == 1  # EOS alone: a special token's part has no text
         limit = np.iinfo(self.state.bytes_dtype).max
         for i in np.flatnonzero(~right):
             if i not in faults:
                 span = slice(starts[i], ends[i] - 1)
-                sizes[span] = fit(self.bytes_by_offsets(texts[i], tokens[span]), limit)
+                backend = self.backend if places is None else self.backends[places[i]]
+                sizes[span] = fit(bytes_by_offsets(backend, texts[i], tokens[span]), limit)
         return sizes
 
-    def bytes_by_offsets(self, text: str, tokens: np.ndarray) -> np.ndarray:
-        """The bytes up to a token's end that no earlier token has; the last takes what remains."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        assert encoding.ids == tokens.tolist(), "encode and encode_batch_fast disagree"
-        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        width = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-        reached = np.concatenate([[0], np.cumsum(width)])
-        ends = np.maximum.accumulate(np.array(encoding.offsets, dtype=np.int64)[:, 1])
-        ends[-1] = len(points)
-        return np.diff(reached[ends], prepend=0)
+
+def bytes_by_offsets(backend: Tokenizer, text: str, tokens: np.ndarray) -> np.ndarray:
+    """The bytes up to a token's end that no earlier token has; the last takes what remains."""
+    encoding = backend.encode(text, add_special_tokens=False)
+    assert encoding.ids == tokens.tolist(), "encode and encode_batch_fast disagree"
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    width = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    reached = np.concatenate([[0], np.cumsum(width)])
+    ends = np.maximum.accumulate(np.array(encoding.offsets, dtype=np.int64)[:, 1])
+    ends[-1] = len(points)
+    return np.diff(reached[ends], prepend=0)
 
 
 def fit(sizes: np.ndarray, limit: int) -> np.ndarray:

@@ -144,11 +144,12 @@ def check_records(store: Store, column: str) -> None:
 
 
 def check_scores(store: References, shard: Shard) -> None:
-    """Every score is finite and <= 0; NaN where there is none, which packing=concat has one of."""
+    """Every score is finite and <= 0; NaN where there is none: with packing=concat and without
+    masks, a shard's first."""
     path, scores = shard.path(store.folder, "logprobs"), store.column("logprobs", shard.index)
     if len(scores) and not np.isnan(scores[0]):
         raise UserError(f"{path}: entry 0 is {scores[0]}, a shard's first token has no score: NaN")
-    may_be_nan = store.manifest["packing"] == "documents"
+    may_be_nan = store.manifest["packing"] == "documents" or "masks" in store.manifest
     for start in range(1, len(scores), BLOCK):
         block = scores[start : start + BLOCK]
         good = (block <= 0) & ~np.isneginf(block) | (np.isnan(block) & may_be_nan)

@@ -65,6 +65,7 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
         packing: str = "concat",
         starts: list[list[int]] | None = None,
         vocab_size: int | None = None,
+        masks: list[list[bool]] | None = None,
     ) -> Corpus:
         folder.mkdir(parents=True)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -89,6 +90,8 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
                 "documents": np.array([[s, 0, i, 0] for i, s in enumerate(first)], np.int64),
                 "bytes": sizes[np.minimum(tokens, len(sizes) - 1)].astype(np.uint8),
             }
+            if masks is not None:
+                columns["masks"] = np.array(masks[index])
             hashes = {c: write_array(shard_path(folder, c, index), a) for c, a in columns.items()}
             dtypes = {c: str(a.dtype) for c, a in columns.items()}
             rows = {c: len(a) for c, a in columns.items()}

@@ -91,6 +91,28 @@ def test_documents_packing_masks_first_tokens_and_restarts_positions(tmp_path, m
     assert torch.equal(batch["input_ids"], torch.arange(12).view(3, 4))
 
 
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_prompts_are_no_targets(tmp_path, make_corpus, make_references, packing):
+    """Entry i of the mask is about the token at i; two shards, and a window of prompts alone."""
+    shards = [np.arange(0, 13), np.arange(13, 22)]
+    asked = {1, 3, 4, 5, 6, 7, 8, 11, 16, 21}
+    masks = [[int(token) not in asked for token in tokens] for tokens in shards]
+    starts = [[0, 3, 9], [0, 4]]  # the first tokens of documents: 0, 3, 9, 13, 17
+    corpus = make_corpus(tmp_path / "c", shards, 4, packing, starts, masks=masks)
+    silent = asked | ({3, 9, 17} if packing == "documents" else set())
+    batch = Windows(corpus).batch(np.array([3, 1, 0, 2, 4]))
+    expected = [[14, 15, 16, 17], [5, 6, 7, 8], [1, 2, 3, 4], [9, 10, 11, 12], [18, 19, 20, 21]]
+    expected = [[IGNORE_INDEX if t in silent else t for t in row] for row in expected]
+    assert batch["targets"].tolist() == expected
+    assert batch["input_ids"][1].tolist() == [4, 5, 6, 7]  # a prompt is read all the same
+    # A score is needed under live targets alone.
+    scores = [np.array([np.nan if t in silent | {0, 13} else -t for t in s]) for s in shards]
+    references = make_references(tmp_path / "r", corpus, scores)
+    batch = Windows(corpus, references).batch(np.arange(5))
+    live = batch["targets"] != IGNORE_INDEX
+    assert torch.equal(-batch["reference_logprob"][live], batch["targets"][live].float())
+
+
 def test_positions_of_hand_made_starts():
     first = np.array([[0, 0, 1, 0, 1, 1, 0]], bool)
     assert positions(first).tolist() == [[0, 1, 0, 1, 0, 0, 1]]

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm import evaluate as evaluation
+from slm.data import Windows
 from slm.errors import UserError
 from slm.evaluate import HeldoutLoss, corpus_loss, evaluate, mean_loss, write_csv
 from slm.model import SelectiveLM, save_model
@@ -92,6 +93,22 @@ def test_documents_packing_leaves_out_masked_targets_and_their_bytes(lm, tmp_pat
     assert found.num_targets == len(live) == 10
     assert found.num_bytes == int(corpus.column("bytes", 0)[live].sum())
     assert found.loss == pytest.approx(nats / 10, abs=1e-5)
+
+
+def test_prompts_count_neither_nats_nor_bytes(lm, tmp_path, make_corpus):
+    ids = np.random.default_rng(1).integers(0, V, 13)
+    live = [False] * 9 + [True, False, True, True]  # the first window of six has no target
+    corpus = make_corpus(tmp_path / "c", [ids], 6, masks=[live])
+    whole = make_corpus(tmp_path / "whole", [ids], 6)
+    batch = Windows(whole).batch(np.array([1]))
+    with torch.no_grad():
+        nats = lm(batch).loss[0].double()
+    places = [2, 4, 5]  # tokens 9, 11 and 12 are targets 2, 4 and 5 of the second window
+    sizes = np.asarray(whole.column("bytes", 0), np.int64)[[9, 11, 12]]
+    found = corpus_loss(lm, corpus, batch_size=1)
+    assert (found.num_targets, found.num_bytes) == (3, sizes.sum())
+    assert found.loss == pytest.approx(nats[places].mean().item(), rel=1e-5)
+    assert math.isnan(corpus_loss(lm, corpus, 1, max_windows=1).loss)
 
 
 def test_a_subset_takes_evenly_spread_windows(lm, text_corpus):

@@ -291,6 +291,14 @@ def test_altered_logits_are_refused_even_where_they_are_small(alter, monkeypatch
         check_head(lm, make_batch())
 
 
+def test_windows_of_prompts_alone_do_not_hide_other_logits():
+    batch = make_batch()
+    batch["targets"] = torch.full_like(batch["targets"], IGNORE_INDEX)
+    check_model(make_lm("llama"), batch)
+    with pytest.raises(UserError, match="its logits are not its head"):
+        check_model(make_lm(REFUSED[0]), batch)
+
+
 @pytest.mark.parametrize(
     ("name", "known", "fields"),
     [

@@ -31,19 +31,22 @@ def make_job(state: EncoderState, path: Path, *lines: str, **settings) -> Job:
     return Job(parse_sources([entry], "sources"), state, None, 0.0, False, 2**20)
 
 
+@pytest.mark.parametrize("has_masks", [False, True])
 @pytest.mark.parametrize("step", [1, 2, 5])
 @pytest.mark.parametrize("shard_tokens", [5, 9, 13, 1000])
-def test_rows_and_bytes_of_long_and_short_documents(tmp_path, state, shard_tokens, step):
+def test_rows_and_bytes_of_long_and_short_documents(tmp_path, state, shard_tokens, step, has_masks):
     lengths = np.array([38, 2, 5, 16, 13])  # EOS included
     starts = np.cumsum([0, *lengths])
     tokens = np.arange(starts[-1], dtype=np.uint16)
-    sizes = (tokens % 3).astype(np.uint8)
+    stream = {"tokens": tokens, "bytes": (tokens % 3).astype(np.uint8)}
+    if has_masks:
+        stream["masks"] = tokens % 5 > 1
     rows = np.column_stack([lengths, np.zeros(5, int), np.arange(5)])
-    with ShardWriter(tmp_path, 4, shard_tokens, state) as writer:
+    with ShardWriter(tmp_path, 4, shard_tokens, state, has_masks) as writer:
         for first in range(0, 5, step):
             last = min(5, first + step)
             span = slice(starts[first], starts[last])
-            writer.add(tokens[span], sizes[span], rows[first:last])
+            writer.add({name: c[span] for name, c in stream.items()}, rows[first:last])
         dropped = writer.finish()
     done = 0
     shards = read_sidecars(tmp_path, "tokens")
@@ -56,17 +59,20 @@ def test_rows_and_bytes_of_long_and_short_documents(tmp_path, state, shard_token
             for record, start in enumerate(starts[:-1])
             if start < end and starts[record + 1] > done
         ]
-        columns = {c: np.load(shard.path(tmp_path, c)) for c in ShardWriter.COLUMNS}
-        assert columns["documents"].tolist() == expected
-        assert columns["tokens"].tolist() == tokens[done:end].tolist()
-        assert columns["bytes"].tolist() == sizes[done:end].tolist()
+        assert set(shard.sha256) == {*stream, "documents"}
+        columns = {c: np.load(shard.path(tmp_path, c)) for c in shard.sha256}
+        assert columns.pop("documents").tolist() == expected
+        for name, column in columns.items():
+            assert column.dtype == stream[name].dtype
+            assert column.tolist() == stream[name][done:end].tolist()
         done = end
     assert len(tokens) - done == dropped < 4 + 1
 
 
 def test_a_side_shorter_than_a_window_has_no_shard(tmp_path, state):
-    with ShardWriter(tmp_path, 4, 9, state) as writer:
-        writer.add(np.zeros(4, np.uint16), np.zeros(4, np.uint8), np.array([[4, 0, 0]]))
+    with ShardWriter(tmp_path, 4, 9, state, False) as writer:
+        columns = {"tokens": np.zeros(4, np.uint16), "bytes": np.zeros(4, np.uint8)}
+        writer.add(columns, np.array([[4, 0, 0]]))
         assert (writer.finish(), writer.num_shards) == (4, 0)
     assert list(tmp_path.iterdir()) == []
 
@@ -95,13 +101,15 @@ def test_results_come_in_order_and_are_counted(tmp_path, state, num_proc):
     job = make_job(state, tmp_path / "a.txt", "ab", "c\0d", "efg", weight=2)
     batches = ([block] for block in read_blocks(job.sources, job.max_bytes))
     results = list(run_batches(job, batches, num_proc))
-    tally = Tally(job.sources, np.zeros((2, 1, 3), dtype=np.int64))
+    tally = Tally(job.sources, np.zeros((2, 1, 4), dtype=np.int64))
     for result in results:
         tally.add(result)
-        tokens, sizes, rows = result.of_side(0)
+        columns, rows = result.of_side(0)
         assert rows.tolist() == [[3, 0, 0], [4, 0, 2]]
-        assert (len(tokens), sizes.tolist()) == (7, [1, 1, 0, 1, 1, 1, 0])
-        assert [len(part) for part in result.of_side(1)] == [0, 0, 0]
+        assert len(columns["tokens"]) == 7
+        assert columns["bytes"].tolist() == [1, 1, 0, 1, 1, 1, 0]
+        columns, rows = result.of_side(1)
+        assert [len(part) for part in (*columns.values(), rows)] == [0, 0, 0]
     assert len(results) == 2
     counts = {"documents": 4, "tokens": 14, "bytes": 10}
     assert tally.of_side(0) == counts | {"sources": {"a": counts}}

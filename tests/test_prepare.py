@@ -1,5 +1,6 @@
 """Corpora by hand, the same bytes whatever the processes and crashes, exclusion, refusals."""
 
+import copy
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from slm.packing import side_of
 from slm.prepare import prepare
 from slm.shards import ArrayWriter, Corpus, claim
 from slm.tokenizer import EOS, train_tokenizer
-from text_helpers import DATA
+from text_helpers import DATA, write_records
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,192 @@ def test_trained_tokenizer_sees_the_train_side_only(run, tmp_path):
     train, heldout = (Corpus.open(tmp_path / "out" / side) for side in ("train", "heldout"))
     assert train.manifest["tokenizer_sha256"] == heldout.manifest["tokenizer_sha256"]
     assert train.vocab_size == 290
+
+
+# ---- prompts and chats --------------------------------------------------------------------------
+
+IM = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QA = [("The excess lo", "ss of the model"), ("e", "\u0301 \U0001f600"), ("Once", " more")]
+SAID = [("system", ""), ("user", "Hi"), ("assistant", "a\n"), ("user", "b?"), ("assistant", "c")]
+
+
+@pytest.fixture
+def chat_folder(tmp_path, tokenizer) -> str:
+    """A tokenizer with merges, a chat template and its special tokens."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    changed.chat_template = IM
+    changed.save_pretrained(tmp_path / "chat_tokenizer")
+    return str(tmp_path / "chat_tokenizer")
+
+
+@pytest.fixture
+def asked(tmp_path) -> list[dict[str, Any]]:
+    """One source of each kind."""
+    chat = [{"role": role, "content": content} for role, content in SAID]
+    qa = [{"q": question, "a": answer} for question, answer in QA]
+    return [
+        {"path": str(write_records(tmp_path / "qa.jsonl", *qa)), "prompt": "{q}", "text": "{a}"},
+        {"path": write(tmp_path / "plain.jsonl", "plain text")},
+        {"path": str(write_records(tmp_path / "chat.jsonl", {"m": chat})), "messages": "m"},
+    ]
+
+
+def expected_stream(tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Ids and masks by `encode` of the parts, which a chat has between its special tokens."""
+    eos = tokenizer.eos_token_id
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    runs: list[tuple[list[int], bool]] = []
+    for question, answer in QA:
+        runs += [(tokenizer.encode(question), False), ([*tokenizer.encode(answer), eos], True)]
+    runs.append(([*tokenizer.encode("plain text"), eos], True))
+    for role, content in SAID:
+        live = role == "assistant"
+        head, body = (role + "\n", content) if live else (f"{role}\n{content}", "")
+        runs += [([start, *tokenizer.encode(head)], False)]
+        runs += [([*tokenizer.encode(body), end], live), (tokenizer.encode("\n"), False)]
+    runs.append(([eos], True))
+    return [i for ids, _ in runs for i in ids], [live for ids, live in runs for _ in ids]
+
+
+def test_prompts_and_chats_by_hand(run, tmp_path, tokenizer, chat_folder, asked):
+    from slm.tokenizer import load_tokenizer
+
+    ids, masks = expected_stream(load_tokenizer(chat_folder))
+    settings = {"tokenizer": {"path": chat_folder}, "sources": asked, "shard_tokens": 21}
+    report = run(seq_len=1, **settings)["train"]
+    corpus = Corpus.open(tmp_path / "out" / "train", check="full")
+    assert (len(corpus.shards) > 3, report["dropped_tail_tokens"]) == (True, 0)
+    columns = [corpus.column("masks", i) for i in range(len(corpus.shards))]
+    assert stream(corpus) == ids
+    assert np.concatenate(columns).tolist() == masks
+    assert columns[0].dtype == bool
+    assert (report["tokens"], report["targets"]) == (len(ids), sum(masks))
+    plain = len(tokenizer.encode("plain text")) + 1
+    assert report["sources"]["plain"] == {
+        "documents": 1,
+        "tokens": plain,
+        "bytes": 10,
+        "targets": plain,
+    }
+    assert sum(row["targets"] for row in report["sources"].values()) == sum(masks)
+
+
+def test_prompts_and_chats_have_the_same_bytes_whatever_num_proc(
+    run, tmp_path, chat_folder, asked, monkeypatch
+):
+    monkeypatch.setattr("slm.packing.BLOCK_BYTES", 1)  # every block is a batch of its own
+    settings = {"tokenizer": {"path": chat_folder}, "sources": asked}
+    reports = [run(out=str(n), num_proc=n, **settings) for n in (1, 2)]
+    assert reports[0] == reports[1]
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_a_training_step_counts_the_answers_and_eos_alone(run, tmp_path, chat_folder, asked):
+    from slm.data import Order, Steps, Windows
+    from slm.tokenizer import load_tokenizer
+
+    ids, masks = expected_stream(load_tokenizer(chat_folder))
+    seq_len = (len(ids) - 1) // 3
+    run(tokenizer={"path": chat_folder}, sources=asked, seq_len=seq_len)
+    windows = Windows(Corpus.open(tmp_path / "out" / "train"))
+    (batch,) = Steps(windows, Order(3, 0), 3, 3)._read(0)
+    used = slice(1, 3 * seq_len + 1)  # a shard's first token is no target, nor is the tail
+    assert batch["step_valid"].sum().item() == sum(masks[used])
+    rows = batch["targets"][batch["window"].argsort()].flatten().tolist()
+    assert rows == [i if live else -100 for i, live in zip(ids[used], masks[used], strict=True)]
+
+
+def test_without_prompts_there_is_no_mask(run, tmp_path):
+    report = run(sources=[write(tmp_path / "a.jsonl", "abcdefgh")])
+    assert not list((tmp_path / "out").rglob("masks-*"))
+    assert "targets" not in report["train"]
+
+
+def test_both_sides_have_masks_and_the_split_is_that_of_the_text(run, tmp_path, chat_folder):
+    """A prompt and its answer as one text, or masked, or by another template: the same side."""
+    pairs = [{"q": f"question {i}\n", "a": f"answer {i}"} for i in range(60)]
+    chats = [
+        {"m": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(60)
+    ]
+    path = str(write_records(tmp_path / "qa.jsonl", *pairs))
+    other = str(write_records(tmp_path / "chat.jsonl", *chats))
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
+    own = {"path": chat_folder, "chat_template": str(tmp_path / "own.jinja")}
+    cases = {
+        "text": ({"path": path, "text": "{q}{a}"}, {"path": chat_folder}),
+        "asked": ({"path": path, "prompt": "{q}", "text": "{a}"}, {"path": chat_folder}),
+        "chat": ({"path": other, "messages": "m"}, {"path": chat_folder}),
+        "own": ({"path": other, "messages": "m"}, own),
+    }
+    sides = {}
+    for name, (source, tokenizer) in cases.items():
+        run(out=name, sources=[source], tokenizer=tokenizer, heldout_ratio=0.5, seq_len=1)
+        corpus = Corpus.open(tmp_path / name / "heldout")
+        assert corpus.has_masks == (name != "text")
+        sides[name] = corpus.column("documents", 0)[:, 2].tolist()
+    assert 15 < len(sides["text"]) < 45
+    assert sides["text"] == sides["asked"]
+    assert sides["chat"] == sides["own"]
+
+
+def test_evaluation_text_is_found_across_prompt_and_answer(run, tmp_path):
+    words = [f"w{i}" for i in range(13)]
+    evaluation = write(tmp_path / "e.jsonl", " ".join(words))
+    record = {"q": " ".join(words[:6]), "a": " ".join(words[6:])}
+    chat = {
+        "m": [{"role": r, "content": record[k]} for r, k in (("user", "q"), ("assistant", "a"))]
+    }
+    qa = str(write_records(tmp_path / "qa.jsonl", record, {"q": "other", "a": "text"}))
+    chats = str(write_records(tmp_path / "chats.jsonl", chat))
+    sources = [{"path": qa, "prompt": "{q} ", "text": "{a}"}, {"path": chats, "messages": "m"}]
+    report = run(sources=sources, exclude=[evaluation])
+    assert report["train"]["documents"] == 1
+    assert report["excluded"]["e"]["documents_dropped"] == 2
+    report = run(out="other", sources=[evaluation, qa_text(qa)], exclude=[sources[1]])
+    assert report["excluded"]["chats"]["documents_dropped"] == 2
+
+
+def qa_text(path: str) -> dict[str, str]:
+    return {"path": path, "text": "{q} {a}"}
+
+
+def test_a_tokenizer_without_a_template_gets_one(run, tmp_path, asked, caplog):
+    from slm.chat import DEFAULT_TEMPLATE
+    from slm.tokenizer import load_tokenizer
+
+    with caplog.at_level("INFO"):
+        report = run(sources=asked, seq_len=1)
+    assert "the tokenizer has no chat template" in caplog.text
+    assert f"{report['train']['targets']} of the tokens are targets" in caplog.text
+    tokenizer = load_tokenizer(tmp_path / "out" / "train" / "tokenizer")
+    assert tokenizer.chat_template == DEFAULT_TEMPLATE
+    corpus = Corpus.open(tmp_path / "out" / "train")
+    chat = "<|system|>\n\n<|user|>\nHi\n<|assistant|>\na\n{}\n<|user|>\nb?\n<|assistant|>\nc{}"
+    assert str(tokenizer.decode(stream(corpus))).endswith(chat.format(EOS, EOS))
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    folder = str(tmp_path / "out" / "train" / "tokenizer")
+    own = {"path": folder, "chat_template": str(tmp_path / "own.jinja")}
+    with pytest.raises(UserError, match="holds another run: tokenizer.chat_template_sha256 is"):
+        run(sources=asked, seq_len=1, tokenizer=own)
+    with pytest.raises(
+        UserError, match=r"chat_template is .*own\.jinja, and no source has messages"
+    ):
+        run(out="no", sources=asked[:2], tokenizer=own)
+
+
+def test_bad_chats_are_counted(run, tmp_path, chat_folder):
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
+    path = str(write_records(tmp_path / "a.jsonl", {"m": good}, {"m": good[:1]}, {"m": good}))
+    settings = {"sources": [{"path": path, "messages": "m"}], "tokenizer": {"path": chat_folder}}
+    with pytest.raises(UserError, match="line 2: field 'm' has no message of assistant"):
+        run(**settings)
+    report = run(**settings, on_bad_record="skip")
+    assert (report["train"]["documents"], report["bad_records"]["skipped"]) == (2, 1)
 
 
 # ---- the same bytes -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from slm.errors import UserError
 from slm.records import BadRecord, Template
-from text_helpers import DATA, LIMIT, needs_data, texts
+from text_helpers import DATA, LIMIT, needs_data, texts, write_records
 
 # ---- templates ----------------------------------------------------------------------------------
 
@@ -93,6 +93,62 @@ def test_bad_json_records_name_the_place(tmp_path, line, expected):
     separator = "" if expected.startswith(":") else " "
     assert found[1][1].startswith("a.jsonl, line 3" + separator + expected.lstrip(" "))
     assert (found[0][1], found[2][1]) == ("fine", "good")
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({"q": "why", "a": "so"}, None),
+        ({"q": " ", "a": "so"}, ": field 'q' is empty"),
+        ({"q": "why", "a": ""}, ": field 'a' is empty"),
+        ({"q": "why"}, ": field 'a' is missing (there are: q)"),
+        ({"q": "w\0y", "a": "so"}, ": field 'q' contains NUL"),
+        (
+            {"q": "why", "a": "\ud800"},
+            ": field 'a' has a lone surrogate, which is not valid Unicode",
+        ),
+    ],
+)
+def test_prompts_and_their_faults(tmp_path, record, fault):
+    path = write_records(tmp_path / "a.jsonl", record)
+    (found,) = texts(path, prompt="Q: {q}\\nA:", text=" {a}")
+    assert found == (0, "Q: why\nA: so" if fault is None else f"a.jsonl, line 1{fault}")
+
+
+USER, ASSISTANT = ({"role": role, "content": "c"} for role in ("user", "assistant"))
+
+
+@pytest.mark.parametrize(
+    ("chat", "fault"),
+    [
+        ([{"role": "system", "content": ""}, USER, ASSISTANT | {"tool_calls": None}], None),
+        ("c", " is text, expected a list"),
+        ([], " has no message of assistant"),
+        ([USER], " has no message of assistant"),
+        (["c"], "[0].role' is text, expected an object"),
+        ([{"from": "gpt", "value": "c"}], "[0].role' is missing (there are: from, value)"),
+        (
+            [USER, ASSISTANT | {"role": "gpt"}],
+            "[1].role' is 'gpt', expected one of system, developer, user, assistant, tool",
+        ),
+        ([USER, ASSISTANT | {"content": None}], "[1].content' is null, expected text"),
+        ([USER, ASSISTANT | {"content": " "}], "[1].content' is empty"),
+        ([USER | {"content": ""}, ASSISTANT], "[0].content' is empty"),
+        ([USER, ASSISTANT | {"content": "\0"}], "[1].content' contains NUL"),
+        (
+            [USER, ASSISTANT | {"tool_calls": [{"name": "f"}]}],
+            "[1]' has tool_calls, and only role and content are read",
+        ),
+    ],
+)
+def test_chats_and_their_faults(tmp_path, chat, fault):
+    path = write_records(tmp_path / "a.jsonl", {"meta": {"chat": chat}})
+    (found,) = texts(path, messages="meta.chat")
+    if fault is None:
+        assert found == (0, "\nc\nc")
+    else:
+        quoted = fault if "'" in fault.partition(" ")[0] else f"'{fault}"
+        assert found == (0, f"a.jsonl, line 1: field 'meta.chat{quoted}")
 
 
 def test_crlf_byte_order_mark_and_blank_lines(tmp_path):

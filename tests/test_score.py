@@ -26,6 +26,7 @@ from slm.errors import UserError
 from slm.model import SelectiveLM, load_model, save_model
 from slm.score import Scorer, stored
 from slm.shards import Corpus, References
+from slm.verify import verify
 
 V = 300
 
@@ -130,6 +131,23 @@ def test_documents_packing_scores_each_document_alone(tmp_path, config, make_cor
                 logprob = model(tokens[None]).logits[0].log_softmax(-1)
             expected = logprob[:-1].gather(1, tokens[1:, None])[:, 0]
             np.testing.assert_allclose(found[start + 1 : stop], expected, rtol=0, atol=2e-5)
+
+
+def test_prompts_get_no_score_and_change_none(tmp_path, config, make_corpus):
+    ids = np.random.default_rng(1).integers(0, V, 25)
+    live = np.ones(25, bool)
+    live[[*range(1, 12), 20]] = False  # a whole window of 8, half of one, a token
+    masks = [live.tolist()]
+    for name, given in (("asked", masks), ("plain", None)):
+        corpus = make_corpus(tmp_path / name, [ids], 8, masks=given)
+        config.corpus, config.out = str(corpus.folder), str(tmp_path / f"{name}_scores")
+        score.score(config)
+    asked, plain = (References.open(tmp_path / f"{name}_scores") for name in ("asked", "plain"))
+    found, expected = asked.column("logprobs", 0), plain.column("logprobs", 0)
+    live[0] = False
+    assert np.isnan(found).tolist() == (~live).tolist()
+    np.testing.assert_array_equal(found[live], expected[live])
+    assert [whole for _, whole, _ in verify(asked.folder)] == [True]
 
 
 def test_bfloat16_and_float16_stores_stay_near(config, tmp_path):

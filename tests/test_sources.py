@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -123,6 +124,33 @@ def test_tables(tmp_path, suffix):
         texts(path)
 
 
+def test_tables_of_prompts_and_chats(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = {"q": ["one", "two"], "a": ["1", "2"], "other": [0, 0], "chats": [{"m": chat}] * 2}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    settings: tuple[dict[str, Any], ...] = (
+        {"prompt": "{q} ", "text": "{a}"},
+        {"messages": "chats.m"},
+    )
+    read = [texts(tmp_path / "a.parquet", **given) for given in settings]
+    assert read == [[(0, "one 1"), (1, "two 2")], [(0, "q\na"), (1, "q\na")]]
+    columns = []
+    for given in settings:
+        first = next(read_blocks([source(tmp_path / "a.parquet", **given)], LIMIT))
+        assert isinstance(first.data, dict)
+        columns.append(sorted(first.data))
+    assert columns == [["a", "q"], ["chats"]]  # others are not read
+
+
+def test_a_plan_says_what_is_masked(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", {"q": "1"})
+    plans = [source(path, **given).plan() for given in ({}, {"prompt": "{q}\\n"})]
+    assert {"prompt", "messages", "roles"}.isdisjoint(plans[0])  # as in plans of before there were
+    assert plans[1] == plans[0] | {"prompt": "{q}\n"}
+    plan = source(path, messages="m").plan()
+    assert plan == plans[0] | {"messages": "m", "roles": ["assistant"]}
+
+
 def test_hub_names_stream_through_datasets(monkeypatch):
     asked = []
 
@@ -154,6 +182,22 @@ def test_hub_names_stream_through_datasets(monkeypatch):
         ({"path": "a.txt", "format": "xml"}, "format is 'xml', expected one of jsonl"),
         ({"path": "a.jsonl", "document": "line"}, "document is for text files"),
         ({"path": "a.jsonl", "split": "test"}, "split and revision are for the hub"),
+        ({"path": "a.jsonl", "prompt": "Q:"}, "template 'Q:' has no field"),
+        ({"path": "a.jsonl", "prompt": ["{q}"]}, r"prompt must be text, found \['{q}'\]"),
+        ({"path": "a.jsonl", "roles": ["user"]}, r"roles is \['user'\], and .*messages is not set"),
+        ({"path": "a.jsonl", "messages": "m", "text": "{a}"}, "has both messages and text"),
+        ({"path": "a.jsonl", "messages": "m", "prompt": "{a}"}, "has both messages and prompt"),
+        ({"path": "a.jsonl", "messages": "m[]"}, r"messages is 'm\[\]', it must name a list"),
+        (
+            {"path": "a.jsonl", "messages": "m", "roles": "user"},
+            "roles must be a list, found 'user'",
+        ),
+        ({"path": "a.jsonl", "messages": "m", "roles": []}, r"roles is \[\], expected one of"),
+        (
+            {"path": "a.jsonl", "messages": "m", "roles": ["asistant"]},
+            "roles is 'asistant', expected one of system, developer, user, assistant, tool",
+        ),
+        ({"path": "a.txt", "messages": "m"}, "messages is for records, a.txt is text"),
         ({"path": "a.tex"}, "its suffix tells no format"),
         ({"path": "."}, r"several formats \(jsonl, text\)"),
         ({"path": ".", "format": "parquet"}, "no such file.* of format parquet"),

@@ -97,6 +97,18 @@ def test_a_damaged_file_of_a_corpus_is_named(text_corpus, column, damage):
     assert not good and str(path) in text
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_mask_is_named(tmp_path, make_corpus, damage):
+    masks = [[False, True, True] * 11]
+    corpus = make_corpus(tmp_path / "c", [np.arange(33)], 16, masks=masks)
+    assert only(corpus.folder)[0]
+    other = make_corpus(tmp_path / "d", [np.arange(33)], 16, masks=[[True] * 33])
+    assert corpus.fingerprint != other.fingerprint
+    damage(corpus.folder / "masks-00000.npy")
+    good, text = only(corpus.folder)
+    assert not good and "masks-00000.npy" in text
+
+
 @pytest.mark.parametrize("name", ["plan.json", "tokens-00001.json", "manifest.json"])
 def test_every_flipped_byte_of_the_records_is_found(text_corpus, name):
     path = text_corpus.folder / name
