@@ -405,6 +405,53 @@ def bare_step_s(lm: Any, adamw: Any, corpus: Any, steps: int) -> float:
     return statistics.median(seconds[steps // 5 :])
 
 
+def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
+    """Choosing among 16,384 tokens and keeping its books, against a step of the demo's model."""
+    from slm import selection
+    from slm.bookkeeping import source_metrics, token_metrics
+    from slm.data import Windows
+    from slm.module import TokenRecord, step_sums
+    from slm.shards import Corpus
+
+    windows = Windows(Corpus.open(make_corpus(folder, 0.5 if small else 3)))
+    size = 16 if small else 128
+    batch = windows.batch(np.arange(size)) | {"epoch": torch.zeros(size, dtype=torch.int64)}
+    valid = batch["targets"] != selection.IGNORE_INDEX
+    losses, reference = (5 * torch.rand(valid.shape) for _ in range(2))
+    batch |= {"reference_logprob": -reference, "reference_entropy": reference}
+    rules = {
+        "excess, batch": selection.Excess(0.6),
+        "excess, sequence": selection.Excess(0.6, "sequence"),
+        "random, batch": selection.Random(0.6, seed=0),
+        "intersection": selection.Intersection(0.7, 0.7),
+        "middle": selection.Middle(0.6),
+        "softmax": selection.Softmax(1.0),
+    }
+    mask = rules["excess, batch"].choose(batch, losses, 0).selected
+    record = TokenRecord(batch["window"], valid, mask, losses, reference)
+    lm = small_lm(windows.corpus.vocab_size)
+
+    def books() -> None:
+        step_sums(record, mask)
+        token_metrics([record])
+        source_metrics([record], windows)
+
+    def step() -> None:
+        lm(batch, mask).loss.backward()
+        lm.zero_grad()
+
+    timed_rules = {
+        name: lambda rule=rule: rule.choose(batch, losses, 0) for name, rule in rules.items()
+    }
+    seconds = in_turn(2 if small else 15, step=step, books=books, **timed_rules)
+    for name in rules:
+        rows.add("selection", f"{name}, {valid.numel():,} tokens", "s", seconds[name], "<= 0.005")
+    share = ratios(seconds["excess, batch"], seconds["step"])
+    rows.add("selection", "excess, batch / forward and backward", "1", share, "< 0.02")
+    share = ratios(seconds["books"], seconds["step"])
+    rows.add("selection", "books of a logged step / the same", "1", share, "< 0.03")
+
+
 def bench_help(rows: Rows, folder: Path, small: bool) -> None:
     """Time until a person has read access to help."""
     program = str(Path(sys.executable).parent / "slm")
@@ -422,6 +469,7 @@ BENCHMARKS = {
     "prepare": bench_prepare,
     "score": bench_score,
     "train": bench_train,
+    "selection": bench_selection,
 }
 
 
