@@ -39,6 +39,7 @@ def lineage(
     """What went into a model, as plain JSON without paths of this machine."""
     references = datamodule.references
     scored_by = None if references is None else references.manifest["model_sha256"]
+    served = None if references is None else served_model(references.manifest)
     is_folder = init_from is not None and Path(init_from).exists()
     return {
         "init_from": short_name(str(init_from)) if is_folder else init_from,
@@ -48,6 +49,7 @@ def lineage(
         "corpus_fingerprint": datamodule.corpus.fingerprint,
         "references_fingerprint": None if references is None else references.fingerprint,
         "reference_model_sha256": scored_by,
+        "reference_served_model": served,
         "selection": dict(selection),
         "seed": seed,
         "tokens_seen": tokens_seen,
@@ -58,6 +60,12 @@ def lineage(
         "platform": platform.platform(),
         "device": device_name(device),
     }
+
+
+def served_model(manifest: Json) -> str | None:
+    """The name of the reference model on the server that scored; None where it was scored here."""
+    scoring = manifest["scoring"]
+    return scoring["served_model"] if "served_model" in scoring else None
 
 
 def short_name(folder: str | Path) -> str:
@@ -140,7 +148,9 @@ def model_card(lineage: Json, results: Mapping[str, float]) -> str:
         "selection rule": f"{rule}, select_ratio (k) = {ratio}",
         "tokens seen": f"{lineage['tokens_seen']:,}",
         "tokens selected": f"{lineage['tokens_selected']:,} ({share:.1%})",
-        "reference model": lineage["reference_model_sha256"] or "none",
+        "reference model": lineage["reference_model_sha256"]
+        or lineage["reference_served_model"]
+        or "none",
         "seed": lineage["seed"],
         "device": lineage["device"],
     }

@@ -250,11 +250,13 @@ class SelectiveLM(nn.Module):
         select_ratio: float = 1.0,
         scope: str = "batch",
         denominator: Tensor | float | None = None,
+        want_entropy: bool = False,
     ) -> SelectiveCrossEntropy | TokenCrossEntropy:
         """The selective loss with `reference_loss`; without it the loss per token, no gradient."""
         hidden, head = self.hidden(batch), self.head_arguments()
         if reference_loss is None:
-            return token_cross_entropy(hidden, targets=batch["targets"], **head)
+            targets = batch["targets"]
+            return token_cross_entropy(hidden, targets=targets, want_entropy=want_entropy, **head)
         return selective_cross_entropy(
             hidden,
             targets=batch["targets"],

@@ -1,27 +1,35 @@
 """A reference model over a corpus -> log-prob shards: `slm score` (see `slm score --help`).
 
 Every target of every window gets log p(token | the tokens before it in its window), from float32
-accumulators; no logits are kept. A shard is the unit of work: any number of processes may run the
-same command on one folder, each takes shards that nobody has claimed, and one that was killed is
-replaced by running the command again. Costs one forward pass over the corpus, 4 bytes a token.
+accumulators; no logits are kept. `entropy=true` stores beside it the entropy of the distribution
+that predicts the token (Rho-1, equation 8). A shard is the unit of work: any number of processes
+may run the same command on one folder, each takes shards that nobody has claimed, and one that was
+killed is replaced by running the command again. Costs one forward pass over the corpus and 4 bytes
+a token and column; cost.py tells what it did cost.
+
+A model that only a server has is asked through files: see imported.py.
 """
 
 import logging
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slm.cli import command, duration, progress
+from slm.cost import copy_lineage, write_cost
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
+from slm.imported import Columns, Responses, check_packing, response_files, write_requests
+from slm.lineage import device_name
 from slm.model import (
     SelectiveLM,
     check_length,
@@ -30,16 +38,19 @@ from slm.model import (
     load_model,
     model_sha256,
 )
+from slm.progress import forward_flops_per_token
 from slm.shards import (
     FORMAT,
     IDENTITY,
     Corpus,
+    Json,
     References,
     Shard,
     adopt_plan,
     claim,
     claim_is_stale,
     is_alive,
+    naming,
     shard_path,
     write_array,
     write_manifest,
@@ -51,6 +62,11 @@ log = logging.getLogger("slm.score")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STORE_DTYPES = ("float32", "float16")
 POLL_S = 1.0
+WAYS = {  # what says where the scores come from: what it needs beside the corpus
+    "reference_model": ("out",),
+    "requests": ("served_model",),
+    "responses": ("out", "served_model"),
+}
 
 
 # ---- what is asked for --------------------------------------------------------------------------
@@ -61,6 +77,28 @@ def check_settings(config: Any) -> None:
         if config[key] not in known:
             raise UserError(f"{key} is {config[key]!r}, it must be one of {known}")
     check_count("batch_size", config.batch_size)
+    check_way(config)
+
+
+def check_way(config: Any) -> None:
+    """One of WAYS, with what it needs, and nothing that it would not read."""
+    way = way_of(config)
+    for key in ("out", "served_model"):
+        needed = key in WAYS[way]
+        if needed and config[key] is None:
+            raise UserError(f"{key} must be given with {way}: {key}=...")
+        if not needed and config[key] is not None:
+            raise UserError(f"{key} is {config[key]!r}, but {way} does not use it")
+    if config.entropy and way != "reference_model":
+        raise UserError(f"entropy is true, but servers return none: {way} cannot have it")
+
+
+def way_of(config: Any) -> str:
+    given = [key for key in WAYS if config[key] is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise UserError(f"one of {', '.join(WAYS)} must be given, found {found}")
+    return given[0]
 
 
 def check_count(key: str, value: Any) -> None:
@@ -113,74 +151,152 @@ def load_reference(folder: str, corpus: Corpus, device: str, dtype: str) -> Sele
     return lm.to(where, DTYPES[dtype])
 
 
-def make_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> dict[str, Any]:
+def make_plan(corpus: Corpus, model: str | None, scoring: Json) -> Json:
     """What the scores depend on."""
     return {
         "format": FORMAT,
         "kind": "reference",
         "corpus_fingerprint": corpus.fingerprint,
-        "model_sha256": model_sha256(config.reference_model),
-        "scoring": {
-            "dtype": config.dtype,
-            "store_dtype": config.store_dtype,
-            "attn_implementation": lm.model.config._attn_implementation,
-            "device": lm.model.device.type,
-        },
+        "model_sha256": model,
+        "scoring": scoring,
     } | {field: corpus.manifest[field] for field in IDENTITY}
+
+
+def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
+    scoring = {
+        "dtype": config.dtype,
+        "store_dtype": config.store_dtype,
+        "attn_implementation": lm.model.config._attn_implementation,
+        "device": lm.model.device.type,
+    }
+    # Named only where there is one: the plans of stores without it stay what they were.
+    entropy = {"entropy": True} if config.entropy else {}
+    return make_plan(corpus, model_sha256(config.reference_model), scoring | entropy)
+
+
+def responses_plan(corpus: Corpus, config: Any) -> Json:
+    """A server tells neither its weights nor how it computed."""
+    scoring = {
+        "dtype": None,
+        "store_dtype": config.store_dtype,
+        "attn_implementation": None,
+        "device": None,
+        "served_model": config.served_model,
+    }
+    return make_plan(corpus, None, scoring)
 
 
 # ---- scoring ------------------------------------------------------------------------------------
 
 
-def window_logprobs(lm: SelectiveLM, windows: Windows, numbers: np.ndarray) -> np.ndarray:
-    """log p of every target of these windows, (B, T) float32; NaN where there is no target."""
+def window_scores(
+    lm: SelectiveLM, windows: Windows, numbers: np.ndarray, entropy: bool
+) -> Columns:  # (B, T) float32 each
+    """log p of every target of these windows and, wanted, the entropy; NaN where is no target."""
     batch = windows.batch(numbers)
     with torch.no_grad():
-        logprob = -lm(to_device(batch, lm.model.device)).loss.float().cpu()
-    check_finite(logprob, batch["targets"], numbers)
-    return logprob.masked_fill(batch["targets"] == IGNORE_INDEX, torch.nan).numpy()
+        output = lm(to_device(batch, lm.model.device), want_entropy=entropy)
+    columns = {"logprobs": -output.loss}
+    if entropy:
+        columns["entropy"] = output.entropy
+    found = {}
+    for name, values in columns.items():
+        values = values.float().cpu()
+        check_finite(values, batch["targets"], numbers)
+        found[name] = values.masked_fill(batch["targets"] == IGNORE_INDEX, torch.nan).numpy()
+    return found
+
+
+class Source(Protocol):
+    """Where the columns of windows come from: a model here, or a server's responses."""
+
+    columns: tuple[str, ...]  # the first is the one that a shard's sidecar is named after
+
+    def scores(self, numbers: np.ndarray) -> Columns: ...
+    def cost(self, seconds: float, tokens: int) -> Json | None: ...
+
+
+@dataclass
+class ModelScores:
+    """The reference model, on this machine."""
+
+    lm: SelectiveLM
+    windows: Windows
+    entropy: bool = False
+
+    def __post_init__(self) -> None:
+        self.lm.eval()
+        second = ("entropy",) if self.entropy else ()
+        self.columns: tuple[str, ...] = ("logprobs", *second)
+        self.flops = forward_flops_per_token(self.lm.model, self.windows.corpus.seq_len)
+
+    def scores(self, numbers: np.ndarray) -> Columns:
+        return window_scores(self.lm, self.windows, numbers, self.entropy)
+
+    def cost(self, seconds: float, tokens: int) -> Json:
+        device = device_name(self.lm.model.device)
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "flops": tokens * self.flops,
+            "device": device,
+        }
 
 
 class Scorer:
     """Scores shards of one corpus into one folder."""
 
-    def __init__(self, lm: SelectiveLM, corpus: Corpus, out: Path, batch_size: int, dtype: str):
-        self.lm, self.corpus, self.out = lm.eval(), corpus, out
+    def __init__(self, source: Source, corpus: Corpus, out: Path, batch_size: int, dtype: str):
+        self.source, self.corpus, self.out = source, corpus, out
         self.batch_size, self.dtype = batch_size, dtype
-        self.windows = Windows(corpus)
+        self.first_window = Windows(corpus).first_window
 
-    def path(self, shard: Shard, suffix: str) -> Path:
-        return shard_path(self.out, "logprobs", shard.index, suffix)
+    def path(self, shard: Shard, suffix: str, column: str = "logprobs") -> Path:
+        return shard_path(self.out, column, shard.index, suffix)
 
     def is_done(self, shard: Shard) -> bool:
-        return self.path(shard, ".json").exists() and self.path(shard, ".npy").exists()
+        files = [self.path(shard, ".npy", column) for column in self.source.columns]
+        return all(path.exists() for path in [self.path(shard, ".json"), *files])
 
     def missing(self) -> list[Shard]:
         return [shard for shard in self.corpus.shards if not self.is_done(shard)]
 
     def batches(self, shard: Shard) -> Iterator[np.ndarray]:
         """The numbers of the shard's windows, batch by batch."""
-        first = int(self.windows.first_window[shard.index])
-        last = int(self.windows.first_window[shard.index + 1])
+        first = int(self.first_window[shard.index])
+        last = int(self.first_window[shard.index + 1])
         for start in range(first, last, self.batch_size):
             yield np.arange(start, min(start + self.batch_size, last))
 
     def score_shard(self, shard: Shard, advance: Callable[[int], None]) -> None:
-        scores = np.full(shard.num_tokens, np.nan, np.float32)
-        offset = 1  # the shard's first token has no score
+        start, offset = time.perf_counter(), 1  # the shard's first token has no score
+        shape = (len(self.source.columns), shard.num_tokens)
+        scores = np.full(shape, np.nan, np.float32)
         for numbers in self.batches(shard):
-            logprob = window_logprobs(self.lm, self.windows, numbers).reshape(-1)
-            scores[offset : offset + logprob.size] = logprob
-            offset += logprob.size
-            advance(logprob.size)
-        self.write(shard, stored(scores, self.dtype))
+            found = self.source.scores(numbers)
+            size = numbers.size * self.corpus.seq_len
+            for row, column in enumerate(self.source.columns):
+                scores[row, offset : offset + size] = found[column].reshape(-1)
+            offset += size
+            advance(size)
+        cost = self.source.cost(time.perf_counter() - start, num_targets([shard]))
+        self.write(shard, dict(zip(self.source.columns, scores, strict=True)), cost)
 
-    def write(self, shard: Shard, scores: np.ndarray) -> None:
-        path = self.path(shard, ".npy")
-        with naming(path):
-            digest = write_array(path, scores)
-            column = {"logprobs": self.dtype}, {"logprobs": len(scores)}
-            done = Shard(shard.index, len(scores), {"logprobs": digest}, *column)
+    def write(self, shard: Shard, scores: Columns, cost: Json | None) -> None:
+        arrays = {column: stored(values, self.dtype) for column, values in scores.items()}
+        hashes = {}
+        for column, array in arrays.items():
+            path = self.path(shard, ".npy", column)
+            with naming(path):
+                hashes[column] = write_array(path, array)
+        with naming(self.path(shard, ".json")):
+            if cost is not None:
+                write_cost(self.out, shard.index, cost)
+            kinds = (
+                {column: self.dtype for column in arrays},
+                {c: len(a) for c, a in arrays.items()},
+            )
+            done = Shard(shard.index, shard.num_tokens, hashes, *kinds)
             write_sidecar(self.out, "logprobs", done)
 
     def take(self, shard: Shard, advance: Callable[[int], None]) -> bool:
@@ -225,28 +341,30 @@ def stored(scores: np.ndarray, dtype: str) -> np.ndarray:
     return cast
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A full disk does not say for which file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
 # ---- the command --------------------------------------------------------------------------------
+
+
+def check_space(folder: Path, needed: int) -> int:
+    """The bytes that are free where `needed` of them will be written."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: {needed:,} bytes are needed, the disk has {free:,} free")
+    return free
+
+
+def store_bytes(scorer: Scorer, count: int) -> int:
+    return count * np.dtype(scorer.dtype).itemsize * len(scorer.source.columns)
 
 
 def announce(scorer: Scorer, todo: list[Shard]) -> None:
     """Store size, free disk and a first estimate of the time, before the work starts."""
     count = num_targets(todo)
-    needed, free = count * np.dtype(scorer.dtype).itemsize, shutil.disk_usage(scorer.out).free
-    if needed > free:
-        raise UserError(f"{scorer.out}: {needed:,} bytes are needed, the disk has {free:,} free")
+    needed = store_bytes(scorer, count)
+    free = check_space(scorer.out, needed)
     numbers = next(scorer.batches(todo[0]))
-    window_logprobs(scorer.lm, scorer.windows, numbers[:1])  # the first forward is slow
+    scorer.source.scores(numbers[:1])  # the first forward is slow
     start = time.perf_counter()
-    size = window_logprobs(scorer.lm, scorer.windows, numbers).size
+    size = scorer.source.scores(numbers)["logprobs"].size
     seconds = count / size * (time.perf_counter() - start)
     log.info(
         f"{count:,} tokens to score: {needed / 1e6:,.1f} MB on disk ({free / 1e6:,.0f} MB free), "
@@ -275,27 +393,74 @@ def remove_leftovers(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def score(config: Any) -> Path:
-    check_settings(config)
-    out, corpus = Path(config.out), Corpus.open(config.corpus, config.check)
+def is_finished(scorer: Scorer) -> bool:
+    if scorer.missing() or not (scorer.out / "manifest.json").exists():
+        return False
+    log.info(f"{scorer.out} is finished already, nothing to do")
+    return True
+
+
+def finish(scorer: Scorer) -> None:
+    with naming(scorer.out / "manifest.json"):
+        write_manifest(scorer.out, "logprobs", len(scorer.corpus.shards))
+    References.open(scorer.out)
+    remove_leftovers(scorer.out)
+
+
+def score_with_model(config: Any, corpus: Corpus) -> Path:
+    out = Path(config.out)
     lm = load_reference(config.reference_model, corpus, config.device, config.dtype)
-    adopt_plan(out, make_plan(corpus, config, lm))
-    scorer = Scorer(lm, corpus, out, config.batch_size, config.store_dtype)
+    adopt_plan(out, model_plan(corpus, config, lm))
+    source = ModelScores(lm, Windows(corpus), config.entropy)
+    scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
+    if is_finished(scorer):
+        return out
     if todo := scorer.missing():
         score_missing(scorer, todo)
-    elif (out / "manifest.json").exists():
-        log.info(f"{out} is finished already, nothing to do")
-        return out
-    with naming(out / "manifest.json"):
-        write_manifest(out, "logprobs", len(corpus.shards))
-    References.open(out)
-    remove_leftovers(out)
+    with naming(out / "lineage.json"):
+        copy_lineage(config.reference_model, out)
+    finish(scorer)
     return out
+
+
+def score_from_responses(config: Any, corpus: Corpus) -> Path:
+    """Every response is read and checked before the folder is made."""
+    out, plan = Path(config.out), responses_plan(corpus, config)
+    paths = response_files(config.responses)
+    if (out / "plan.json").exists():
+        adopt_plan(out, plan)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Without a name, so that nothing is left of it if this process is killed.
+    with tempfile.TemporaryFile(dir=out.parent) as file:
+        source = Responses(corpus, config.served_model, file)
+        scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
+        if is_finished(scorer):
+            return out
+        check_space(out.parent, store_bytes(scorer, corpus.num_targets) + source.num_bytes)
+        source.read(paths)
+        adopt_plan(out, plan)
+        todo = scorer.missing()
+        with progress("writing", num_targets(todo), "tokens") as advance:
+            scorer.run(advance)
+    finish(scorer)
+    return out
+
+
+def score(config: Any) -> Path:
+    check_settings(config)
+    corpus = Corpus.open(config.corpus, config.check)
+    if config.reference_model is not None:
+        return score_with_model(config, corpus)
+    check_packing(corpus)
+    if config.requests is not None:
+        return write_requests(corpus, Path(config.requests), config.served_model)
+    return score_from_responses(config, corpus)
 
 
 @command("score")
 def main(config: Any) -> None:
-    log.info(f"references: {score(config)}")
+    made = score(config)
+    log.info(f"{'references' if config.requests is None else 'requests'}: {made}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from slm.lineage import lineage, model_card
 
 def fake_datamodule() -> Any:
     corpus = SimpleNamespace(folder=Path("/somewhere/else/math"), fingerprint="c" * 64)
-    references = SimpleNamespace(fingerprint="f" * 64, manifest={"model_sha256": "e" * 64})
+    manifest = {"model_sha256": "e" * 64, "scoring": {"dtype": "float32"}}
+    references = SimpleNamespace(fingerprint="f" * 64, manifest=manifest)
     return SimpleNamespace(corpus=corpus, references=references)
 
 
