@@ -1,4 +1,4 @@
-r"""Log-probs of a model that only a server has: what to ask it, and what to make of its answers.
+"""Log-probs of a model that only a server has: what to ask it, and what to make of its answers.
 
     slm score corpus=corpus/train served_model=NAME requests=requests.jsonl
     (send the `body` of every line to /v1/completions, or the file to a batch API)
@@ -21,34 +21,30 @@ its fields. Of a body is read (vLLM fills in all of it, LLM.generate's outputs h
 
 and every token of it is compared with the corpus: by its id where there is one, and then exactly.
 Several alternatives in one entry of prompt_logprobs do not say which of them was read, so they need
-prompt_token_ids, or the tokens of an echo. Those are compared as text, which servers write in
-different ways: as the decoded token, as the vocabulary's entry, as `token_id:7`, as
-`bytes:\xe2\x80`, or, parts of a character, as U+FFFD, or as nothing until the character is whole.
-Text cannot tell apart two tokens that a server writes alike: parts of characters as U+FFFD or as
-nothing (their number is reported), and with some tokenizers a word with and without its space.
+prompt_token_ids, or the tokens of an echo. Those are compared as text: token_texts.py says how, and
+what text cannot tell apart.
 
 Costs: one pass over the answers (JSON, about 1 us a token), 4 bytes a token of disk for the time.
 """
 
-import codecs
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from slm.cli import progress
 from slm.data import Windows
 from slm.errors import UserError
+from slm.scorer import Columns
 from slm.shards import Corpus, Json, atomic_file, naming
-from slm.tokenizer import byte_alphabet, load_tokenizer
+from slm.token_texts import TokenTexts
+from slm.tokenizer import load_tokenizer
 
 log = logging.getLogger("slm.score")
-Columns = dict[str, np.ndarray]
 # A float32 log-softmax of logits near 100 can end this far above 0, and that is stored as 0.
 ROUNDING = 1e-5
 STANDS_FOR_INFINITY = -9999.0  # JSON has no -Infinity; OpenAI and vLLM write this
@@ -104,80 +100,6 @@ def write_requests(corpus: Corpus, path: Path, served_model: str) -> Path:
             advance(1)
     log.info(f"{len(windows):,} requests of {corpus.seq_len + 1} tokens")
     return path
-
-
-# ---- what a token may be written as -------------------------------------------------------------
-
-
-def byte_characters() -> dict[str, int]:
-    """Character -> byte of byte-level vocabularies (GPT-2): printable ones stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
-
-
-def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
-    """The bytes that each token id stands for; of special tokens their text."""
-    (byte_level, _), characters = byte_alphabet(tokenizer), byte_characters()
-    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-    found = {index: text.encode() for index, text in added.items()}
-    for piece, index in tokenizer.get_vocab().items():
-        if index in added:
-            continue
-        if byte_level:
-            found[index] = bytes(characters[character] for character in piece)
-        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            found[index] = bytes.fromhex(piece[3:5])
-        else:
-            found[index] = piece.replace("\u2581", " ").encode()
-    return found
-
-
-def literal_bytes(text: str) -> bytes | None:
-    r"""`bytes:\xe2\x80` -> b"\xe2\x80"; None for what is no such literal."""
-    if not text.startswith("bytes:"):
-        return None
-    try:
-        return text.removeprefix("bytes:").encode().decode("unicode_escape").encode("latin-1")
-    except UnicodeError:
-        return None
-
-
-class TokenTexts:
-    """Compares the texts of tokens with token ids."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer, self.bytes = tokenizer, vocabulary_bytes(tokenizer)
-        self.spellings: dict[int, set[str]] = {}
-        self.num_partial = 0  # compared as parts of a character that the server does not show
-
-    def known(self, token: int) -> set[str]:
-        if token not in self.spellings:
-            piece, decoded = (
-                self.tokenizer.convert_ids_to_tokens(token),
-                self.tokenizer.decode([token]),
-            )
-            text = self.bytes[token].decode(errors="replace")
-            self.spellings[token] = {str(piece), str(decoded), text, f"token_id:{token}"}
-        return self.spellings[token]
-
-    def first_other(self, texts: Sequence[Any], ids: list[int]) -> int | None:
-        """Position of the first text that is not its token's."""
-        whole = codecs.getincrementaldecoder("utf-8")("replace")
-        for position, (text, token) in enumerate(zip(texts, ids, strict=True)):
-            completed = whole.decode(self.bytes[token])  # "" until a character is whole
-            if not isinstance(text, str):
-                return position
-            if text not in self.known(token) and text != completed:
-                if literal_bytes(text) != self.bytes[token]:
-                    return position
-            self.num_partial += text == "" or "\ufffd" in text
-        return None
-
-    def describe(self, token: int) -> str:
-        return f"{token} {self.bytes[token].decode(errors='backslashreplace')!r}"
 
 
 # ---- one line of the answers --------------------------------------------------------------------

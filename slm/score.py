@@ -11,24 +11,21 @@ A model that only a server has is asked through files: see imported.py.
 """
 
 import logging
-import shutil
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slm.cli import command, duration, progress
-from slm.cost import copy_lineage, write_cost
+from slm.cost import copy_lineage
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
-from slm.imported import Columns, Responses, check_packing, response_files, write_requests
+from slm.imported import Responses, check_packing, response_files, write_requests
 from slm.lineage import device_name
 from slm.model import (
     SelectiveLM,
@@ -39,29 +36,29 @@ from slm.model import (
     model_sha256,
 )
 from slm.progress import forward_flops_per_token
+from slm.scorer import (
+    Columns,
+    Scorer,
+    check_space,
+    finish,
+    is_finished,
+    num_targets,
+    store_bytes,
+)
 from slm.shards import (
     FORMAT,
     IDENTITY,
     Corpus,
     Json,
-    References,
     Shard,
     adopt_plan,
-    claim,
-    claim_is_stale,
-    is_alive,
     naming,
-    shard_path,
-    write_array,
-    write_manifest,
-    write_sidecar,
 )
 from slm.tokenizer import load_tokenizer, tokenizer_sha256
 
 log = logging.getLogger("slm.score")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STORE_DTYPES = ("float32", "float16")
-POLL_S = 1.0
 WAYS = {  # what says where the scores come from: what it needs beside the corpus
     "reference_model": ("out",),
     "requests": ("served_model",),
@@ -207,15 +204,6 @@ def window_scores(
     return found
 
 
-class Source(Protocol):
-    """Where the columns of windows come from: a model here, or a server's responses."""
-
-    columns: tuple[str, ...]  # the first is the one that a shard's sidecar is named after
-
-    def scores(self, numbers: np.ndarray) -> Columns: ...
-    def cost(self, seconds: float, tokens: int) -> Json | None: ...
-
-
 @dataclass
 class ModelScores:
     """The reference model, on this machine."""
@@ -243,117 +231,7 @@ class ModelScores:
         }
 
 
-class Scorer:
-    """Scores shards of one corpus into one folder."""
-
-    def __init__(self, source: Source, corpus: Corpus, out: Path, batch_size: int, dtype: str):
-        self.source, self.corpus, self.out = source, corpus, out
-        self.batch_size, self.dtype = batch_size, dtype
-        self.first_window = Windows(corpus).first_window
-
-    def path(self, shard: Shard, suffix: str, column: str = "logprobs") -> Path:
-        return shard_path(self.out, column, shard.index, suffix)
-
-    def is_done(self, shard: Shard) -> bool:
-        files = [self.path(shard, ".npy", column) for column in self.source.columns]
-        return all(path.exists() for path in [self.path(shard, ".json"), *files])
-
-    def missing(self) -> list[Shard]:
-        return [shard for shard in self.corpus.shards if not self.is_done(shard)]
-
-    def batches(self, shard: Shard) -> Iterator[np.ndarray]:
-        """The numbers of the shard's windows, batch by batch."""
-        first = int(self.first_window[shard.index])
-        last = int(self.first_window[shard.index + 1])
-        for start in range(first, last, self.batch_size):
-            yield np.arange(start, min(start + self.batch_size, last))
-
-    def score_shard(self, shard: Shard, advance: Callable[[int], None]) -> None:
-        start, offset = time.perf_counter(), 1  # the shard's first token has no score
-        shape = (len(self.source.columns), shard.num_tokens)
-        scores = np.full(shape, np.nan, np.float32)
-        for numbers in self.batches(shard):
-            found = self.source.scores(numbers)
-            size = numbers.size * self.corpus.seq_len
-            for row, column in enumerate(self.source.columns):
-                scores[row, offset : offset + size] = found[column].reshape(-1)
-            offset += size
-            advance(size)
-        cost = self.source.cost(time.perf_counter() - start, num_targets([shard]))
-        self.write(shard, dict(zip(self.source.columns, scores, strict=True)), cost)
-
-    def write(self, shard: Shard, scores: Columns, cost: Json | None) -> None:
-        arrays = {column: stored(values, self.dtype) for column, values in scores.items()}
-        hashes = {}
-        for column, array in arrays.items():
-            path = self.path(shard, ".npy", column)
-            with naming(path):
-                hashes[column] = write_array(path, array)
-        with naming(self.path(shard, ".json")):
-            if cost is not None:
-                write_cost(self.out, shard.index, cost)
-            kinds = (
-                {column: self.dtype for column in arrays},
-                {c: len(a) for c, a in arrays.items()},
-            )
-            done = Shard(shard.index, shard.num_tokens, hashes, *kinds)
-            write_sidecar(self.out, "logprobs", done)
-
-    def take(self, shard: Shard, advance: Callable[[int], None]) -> bool:
-        """Score a shard unless somebody else has done it or is at it."""
-        if self.is_done(shard):
-            return False
-        with claim(self.path(shard, ".claim")) as mine:
-            if not mine or self.is_done(shard):
-                return False
-            self.score_shard(shard, advance)
-        return True
-
-    def run(self, advance: Callable[[int], None]) -> int:
-        """Score until the whole store is there; returns the number of tokens scored here.
-
-        What others finish meanwhile counts as progress too. The claim of a dead one is taken over.
-        """
-        own, missing = 0, self.missing()
-        while missing:
-            mine = {shard.index for shard in missing if self.take(shard, advance)}
-            own += num_targets([shard for shard in missing if shard.index in mine])
-            before, missing = missing, self.missing()
-            left = mine | {shard.index for shard in missing}
-            if theirs := [shard for shard in before if shard.index not in left]:
-                advance(num_targets(theirs))
-            if missing and not mine:
-                time.sleep(POLL_S)
-        return own
-
-
-def num_targets(shards: list[Shard]) -> int:
-    return sum(shard.num_tokens - 1 for shard in shards)
-
-
-def stored(scores: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = scores.astype(dtype)
-    if np.isinf(cast).any():
-        raise UserError(
-            f"store_dtype {dtype} cannot hold log-prob {np.nanmin(scores)}; use store_dtype=float32"
-        )
-    return cast
-
-
 # ---- the command --------------------------------------------------------------------------------
-
-
-def check_space(folder: Path, needed: int) -> int:
-    """The bytes that are free where `needed` of them will be written."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(f"{folder}: {needed:,} bytes are needed, the disk has {free:,} free")
-    return free
-
-
-def store_bytes(scorer: Scorer, count: int) -> int:
-    return count * np.dtype(scorer.dtype).itemsize * len(scorer.source.columns)
 
 
 def announce(scorer: Scorer, todo: list[Shard]) -> None:
@@ -379,32 +257,6 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
         own = scorer.run(advance)
     seconds = time.perf_counter() - start
     log.info(f"scored {own:,} tokens in {seconds:.1f} s ({own / seconds:,.0f} tokens/s)")
-
-
-def remove_leftovers(out: Path) -> None:
-    """Claims and temporary files of processes on this host that were killed."""
-    for path in out.glob("logprobs-*.claim"):
-        if claim_is_stale(path):
-            path.unlink(missing_ok=True)
-    prefix = f"{socket.gethostname()}-"
-    for path in out.glob(".*.tmp"):
-        owner = path.name.removesuffix(".tmp").rpartition(prefix)[2]
-        if owner.isdecimal() and not is_alive(int(owner)):
-            path.unlink(missing_ok=True)
-
-
-def is_finished(scorer: Scorer) -> bool:
-    if scorer.missing() or not (scorer.out / "manifest.json").exists():
-        return False
-    log.info(f"{scorer.out} is finished already, nothing to do")
-    return True
-
-
-def finish(scorer: Scorer) -> None:
-    with naming(scorer.out / "manifest.json"):
-        write_manifest(scorer.out, "logprobs", len(scorer.corpus.shards))
-    References.open(scorer.out)
-    remove_leftovers(scorer.out)
 
 
 def score_with_model(config: Any, corpus: Corpus) -> Path:

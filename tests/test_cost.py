@@ -15,7 +15,8 @@ from slm.cost import copy_lineage, reference_lineage, references_cost, write_cos
 from slm.data import Windows
 from slm.lineage import device_name
 from slm.model import SelectiveLM, save_model
-from slm.score import ModelScores, Scorer
+from slm.score import ModelScores
+from slm.scorer import Scorer
 from slm.shards import References
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slm import score
 from slm.cost import references_cost
 from slm.errors import UserError
-from slm.imported import TokenTexts, is_logprob, literal_bytes, vocabulary_bytes
+from slm.imported import is_logprob
 from slm.model import load_model, save_model
 from slm.shards import References
 from slm.train import warn_of_other_precision
@@ -423,7 +423,7 @@ def test_documents_are_not_for_servers(tmp_path, config, make_corpus):
     assert not (tmp_path / "r").exists()
 
 
-# ---- numbers and texts --------------------------------------------------------------------------
+# ---- numbers --------------------------------------------------------------------------------
 
 
 def test_rounding_above_zero_is_zero(asked, answer, load):
@@ -431,36 +431,3 @@ def test_rounding_above_zero_is_zero(asked, answer, load):
     inside(lines[0])["logprobs"]["token_logprobs"][2] = 2e-7
     assert References.open(load(lines)).column("logprobs", 0)[2] == 0
     assert is_logprob(0) and is_logprob(-9998.9) and not is_logprob(1e-4) and not is_logprob(True)
-
-
-def test_bytes_of_the_vocabulary_are_those_of_the_text(tokenizer):
-    found = vocabulary_bytes(tokenizer)
-    text = "def f():\n\t\u00e4\u20ac\U0001f600 caf\u00e9"
-    assert b"".join(found[i] for i in tokenizer.encode(text)) == text.encode()
-    assert found[tokenizer.eos_token_id] == b"<|endoftext|>"
-
-
-def test_every_way_to_write_a_token(tokenizer):
-    ids = tokenizer.encode("a \u20ac")
-    whole, parts = ids[0], ids[-3:]
-    texts = TokenTexts(tokenizer)
-    assert [texts.bytes[i] for i in parts] == [b"\xe2", b"\x82", b"\xac"]
-    assert texts.first_other(["a", f"token_id:{whole}"], [whole, whole]) is None
-    names = tokenizer.convert_ids_to_tokens(parts)
-    literal = ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
-    completed = ["", "", "\u20ac"]
-    for written in (names, literal, ["\ufffd"] * 3, completed, [literal[0], "", "\u20ac"]):
-        assert texts.first_other(written, parts) is None, written
-    for wrong, position in [
-        (["", "\u20ac", ""], 1),
-        ([literal[0], literal[2], literal[1]], 1),
-        (["", "", "\u20ad"], 2),
-        (["", "", None], 2),
-        (["a", "", "\u20ac"], 0),
-    ]:
-        assert texts.first_other(wrong, parts) == position, wrong
-
-
-def test_literal_bytes():
-    assert literal_bytes("bytes: \\xf0\\x9f") == b" \xf0\x9f"
-    assert literal_bytes("bytes:\\x") is None and literal_bytes("\\xf0") is None

@@ -54,6 +54,24 @@ def test_lineage_and_card(tmp_path: Path) -> None:
         assert text in body
 
 
+def test_a_reference_that_a_server_scored_is_named_by_the_server() -> None:
+    datamodule = fake_datamodule()
+    datamodule.references.manifest = {"model_sha256": None, "scoring": {"served_model": "big"}}
+    record = lineage(
+        datamodule=datamodule,
+        selection={"_target_": "slm.selection.Excess", "select_ratio": 0.6},
+        seed=7,
+        init_from=None,
+        init_from_sha256=None,
+        tokens_seen=10,
+        tokens_selected=6,
+        device=torch.device("cpu"),
+    )
+    assert record["reference_model_sha256"] is None
+    assert record["reference_served_model"] == "big"
+    assert "| reference model | big |" in model_card(record, {})
+
+
 def test_card_of_a_hub_model_and_of_new_weights() -> None:
     shared: dict[str, Any] = {
         "datamodule": SimpleNamespace(corpus=fake_datamodule().corpus, references=None),

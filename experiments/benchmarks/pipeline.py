@@ -309,7 +309,8 @@ def small_lm(vocab_size: int) -> Any:
 def bench_score(rows: Rows, folder: Path, small: bool) -> None:
     """`slm score`'s inner loop against a bare forward pass that keeps no logits."""
     from slm.data import Windows
-    from slm.score import ModelScores, Scorer
+    from slm.score import ModelScores
+    from slm.scorer import Scorer
     from slm.shards import Corpus
 
     corpus = Corpus.open(make_corpus(folder, 0.5 if small else 3))
