@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from slm import __version__
+from slm.cost import reference_lineage, references_cost
 from slm.data import TokenData
 from slm.shards import Json, References
 
@@ -62,7 +63,20 @@ def lineage(
 
 
 def reference_record(store: References) -> Json:
-    return {"fingerprint": store.fingerprint, "model_sha256": store.manifest["model_sha256"]}
+    """Who scored the corpus, and what it cost: training that model, and the scoring itself."""
+    return {
+        "fingerprint": store.fingerprint,
+        "model_sha256": store.manifest["model_sha256"],
+        "served_model": served_model(store.manifest),
+        "scoring_cost": references_cost(store.folder),
+        "model_lineage": reference_lineage(store.folder),
+    }
+
+
+def served_model(manifest: Json) -> str | None:
+    """The name of the reference model on the server that scored; None where it was scored here."""
+    scoring = manifest["scoring"]
+    return scoring["served_model"] if "served_model" in scoring else None
 
 
 def short_name(folder: str | Path) -> str:
@@ -135,7 +149,7 @@ corpus and the base model; none is stated here.
 
 
 def named_references(lineage: Json) -> list[str]:
-    return [str(record["model_sha256"]) for record in lineage["references"]]
+    return [record["served_model"] or record["model_sha256"] for record in lineage["references"]]
 
 
 def model_card(lineage: Json, results: Mapping[str, float]) -> str:

@@ -174,13 +174,24 @@ def flops_per_token(model: PreTrainedModel, seq_len: int, select_ratio: float) -
     PaLM nothing computed twice is counted twice: that the loss recomputes the logits of selected
     tokens costs another 2 * select_ratio * V * D on the device. For dense models.
     """
+    body, head, attention = flops_parts(model, seq_len)
+    return 6 * body + (2 + 4 * select_ratio) * head + 12 * attention
+
+
+def forward_flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
+    """The forward's part of `flops_per_token`: what scoring a token needs."""
+    body, head, attention = flops_parts(model, seq_len)
+    return 2 * body + 2 * head + 4 * attention
+
+
+def flops_parts(model: PreTrainedModel, seq_len: int) -> tuple[int, int, int]:
+    """P, V * D and L * D * T of `flops_per_token`."""
     head: Any = model.get_output_embeddings().weight  # type: ignore[union-attr]
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     left_out = {id(parameter) for parameter in [head, *tables]}
     body = sum(p.numel() for p in model.parameters() if id(p) not in left_out)
     config = model.config.get_text_config()
-    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
-    return 6 * body + (2 + 4 * select_ratio) * head.numel() + attention
+    return body, head.numel(), config.num_hidden_layers * config.hidden_size * seq_len
 
 
 class Peak(NamedTuple):

@@ -1,17 +1,19 @@
 """A reference model over a corpus -> log-prob shards: `slm score` (see `slm score --help`).
 
 Every target of every window gets log p(token | the tokens before it in its window), from float32
-accumulators; no logits are kept. A shard is the unit of work: any number of processes may run the
-same command on one folder, each takes shards that nobody has claimed, and one that was killed is
-replaced by running the command again. Costs one forward pass over the corpus, 4 bytes a token.
+accumulators; no logits are kept. `entropy=true` stores beside it the entropy of the distribution
+that predicts the token (Rho-1, equation 8). A shard is the unit of work: any number of processes
+may run the same command on one folder, each takes shards that nobody has claimed, and one that was
+killed is replaced by running the command again. Costs one forward pass over the corpus and 4 bytes
+a token and column; cost.py tells what it did cost.
+
+A model that only a server has is asked through files: see imported.py.
 """
 
 import logging
-import shutil
-import socket
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ import torch
 from torch import Tensor
 
 from slm.cli import command, duration, progress
+from slm.cost import copy_lineage
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
+from slm.imported import Responses, check_packing, response_files, write_requests
+from slm.lineage import device_name
 from slm.model import (
     SelectiveLM,
     check_length,
@@ -30,27 +35,35 @@ from slm.model import (
     load_model,
     model_sha256,
 )
+from slm.progress import forward_flops_per_token
+from slm.scorer import (
+    Columns,
+    Scorer,
+    check_space,
+    finish,
+    is_finished,
+    num_targets,
+    store_bytes,
+)
 from slm.shards import (
     FORMAT,
     IDENTITY,
     Corpus,
-    References,
+    Json,
     Shard,
     adopt_plan,
-    claim,
-    claim_is_stale,
-    is_alive,
-    shard_path,
-    write_array,
-    write_manifest,
-    write_sidecar,
+    naming,
 )
 from slm.tokenizer import load_tokenizer, tokenizer_sha256
 
 log = logging.getLogger("slm.score")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STORE_DTYPES = ("float32", "float16")
-POLL_S = 1.0
+WAYS = {  # what says where the scores come from: what it needs beside the corpus
+    "reference_model": ("out",),
+    "requests": ("served_model",),
+    "responses": ("out", "served_model"),
+}
 
 
 # ---- what is asked for --------------------------------------------------------------------------
@@ -61,6 +74,28 @@ def check_settings(config: Any) -> None:
         if config[key] not in known:
             raise UserError(f"{key} is {config[key]!r}, it must be one of {known}")
     check_count("batch_size", config.batch_size)
+    check_way(config)
+
+
+def check_way(config: Any) -> None:
+    """One of WAYS, with what it needs, and nothing that it would not read."""
+    way = way_of(config)
+    for key in ("out", "served_model"):
+        needed = key in WAYS[way]
+        if needed and config[key] is None:
+            raise UserError(f"{key} must be given with {way}: {key}=...")
+        if not needed and config[key] is not None:
+            raise UserError(f"{key} is {config[key]!r}, but {way} does not use it")
+    if config.entropy and way != "reference_model":
+        raise UserError(f"entropy is true, but servers return none: {way} cannot have it")
+
+
+def way_of(config: Any) -> str:
+    given = [key for key in WAYS if config[key] is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise UserError(f"one of {', '.join(WAYS)} must be given, found {found}")
+    return given[0]
 
 
 def check_count(key: str, value: Any) -> None:
@@ -113,130 +148,89 @@ def load_reference(folder: str, corpus: Corpus, device: str, dtype: str) -> Sele
     return lm.to(where, DTYPES[dtype])
 
 
-def make_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> dict[str, Any]:
+def make_plan(corpus: Corpus, model: str | None, scoring: Json) -> Json:
     """What the scores depend on."""
     masks = {"masks": True} if corpus.has_masks else {}  # so `slm verify` knows why some are NaN
-    return (
-        masks
-        | {
-            "format": FORMAT,
-            "kind": "reference",
-            "corpus_fingerprint": corpus.fingerprint,
-            "model_sha256": model_sha256(config.reference_model),
-            "scoring": {
-                "dtype": config.dtype,
-                "store_dtype": config.store_dtype,
-                "attn_implementation": lm.model.config._attn_implementation,
-                "device": lm.model.device.type,
-            },
-        }
-        | {field: corpus.manifest[field] for field in IDENTITY}
-    )
+    body = {
+        "format": FORMAT,
+        "kind": "reference",
+        "corpus_fingerprint": corpus.fingerprint,
+        "model_sha256": model,
+        "scoring": scoring,
+    }
+    return body | masks | {field: corpus.manifest[field] for field in IDENTITY}
+
+
+def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
+    scoring = {
+        "dtype": config.dtype,
+        "store_dtype": config.store_dtype,
+        "attn_implementation": lm.model.config._attn_implementation,
+        "device": lm.model.device.type,
+    }
+    # Named only where there is one: the plans of stores without it stay what they were.
+    entropy = {"entropy": True} if config.entropy else {}
+    return make_plan(corpus, model_sha256(config.reference_model), scoring | entropy)
+
+
+def responses_plan(corpus: Corpus, config: Any) -> Json:
+    """A server tells neither its weights nor how it computed."""
+    scoring = {
+        "dtype": None,
+        "store_dtype": config.store_dtype,
+        "attn_implementation": None,
+        "device": None,
+        "served_model": config.served_model,
+    }
+    return make_plan(corpus, None, scoring)
 
 
 # ---- scoring ------------------------------------------------------------------------------------
 
 
-def window_logprobs(lm: SelectiveLM, windows: Windows, numbers: np.ndarray) -> np.ndarray:
-    """log p of every target of these windows, (B, T) float32; NaN where there is no target."""
+def window_scores(
+    lm: SelectiveLM, windows: Windows, numbers: np.ndarray, entropy: bool
+) -> Columns:  # (B, T) float32 each
+    """log p of every target of these windows and, wanted, the entropy; NaN where is no target."""
     batch = windows.batch(numbers)
     with torch.no_grad():
-        logprob = -lm(to_device(batch, lm.model.device)).loss.float().cpu()
-    check_finite(logprob, batch["targets"], numbers)
-    return logprob.masked_fill(batch["targets"] == IGNORE_INDEX, torch.nan).numpy()
+        output = lm(to_device(batch, lm.model.device), want_entropy=entropy)
+    columns = {"logprobs": -output.loss}
+    if entropy:
+        columns["entropy"] = output.entropy
+    found = {}
+    for name, values in columns.items():
+        values = values.float().cpu()
+        check_finite(values, batch["targets"], numbers)
+        found[name] = values.masked_fill(batch["targets"] == IGNORE_INDEX, torch.nan).numpy()
+    return found
 
 
-class Scorer:
-    """Scores shards of one corpus into one folder."""
+@dataclass
+class ModelScores:
+    """The reference model, on this machine."""
 
-    def __init__(self, lm: SelectiveLM, corpus: Corpus, out: Path, batch_size: int, dtype: str):
-        self.lm, self.corpus, self.out = lm.eval(), corpus, out
-        self.batch_size, self.dtype = batch_size, dtype
-        self.windows = Windows(corpus)
+    lm: SelectiveLM
+    windows: Windows
+    entropy: bool = False
 
-    def path(self, shard: Shard, suffix: str) -> Path:
-        return shard_path(self.out, "logprobs", shard.index, suffix)
+    def __post_init__(self) -> None:
+        self.lm.eval()
+        second = ("entropy",) if self.entropy else ()
+        self.columns: tuple[str, ...] = ("logprobs", *second)
+        self.flops = forward_flops_per_token(self.lm.model, self.windows.corpus.seq_len)
 
-    def is_done(self, shard: Shard) -> bool:
-        return self.path(shard, ".json").exists() and self.path(shard, ".npy").exists()
+    def scores(self, numbers: np.ndarray) -> Columns:
+        return window_scores(self.lm, self.windows, numbers, self.entropy)
 
-    def missing(self) -> list[Shard]:
-        return [shard for shard in self.corpus.shards if not self.is_done(shard)]
-
-    def batches(self, shard: Shard) -> Iterator[np.ndarray]:
-        """The numbers of the shard's windows, batch by batch."""
-        first = int(self.windows.first_window[shard.index])
-        last = int(self.windows.first_window[shard.index + 1])
-        for start in range(first, last, self.batch_size):
-            yield np.arange(start, min(start + self.batch_size, last))
-
-    def score_shard(self, shard: Shard, advance: Callable[[int], None]) -> None:
-        scores = np.full(shard.num_tokens, np.nan, np.float32)
-        offset = 1  # the shard's first token has no score
-        for numbers in self.batches(shard):
-            logprob = window_logprobs(self.lm, self.windows, numbers).reshape(-1)
-            scores[offset : offset + logprob.size] = logprob
-            offset += logprob.size
-            advance(logprob.size)
-        self.write(shard, stored(scores, self.dtype))
-
-    def write(self, shard: Shard, scores: np.ndarray) -> None:
-        path = self.path(shard, ".npy")
-        with naming(path):
-            digest = write_array(path, scores)
-            column = {"logprobs": self.dtype}, {"logprobs": len(scores)}
-            done = Shard(shard.index, len(scores), {"logprobs": digest}, *column)
-            write_sidecar(self.out, "logprobs", done)
-
-    def take(self, shard: Shard, advance: Callable[[int], None]) -> bool:
-        """Score a shard unless somebody else has done it or is at it."""
-        if self.is_done(shard):
-            return False
-        with claim(self.path(shard, ".claim")) as mine:
-            if not mine or self.is_done(shard):
-                return False
-            self.score_shard(shard, advance)
-        return True
-
-    def run(self, advance: Callable[[int], None]) -> int:
-        """Score until the whole store is there; returns the number of tokens scored here.
-
-        What others finish meanwhile counts as progress too. The claim of a dead one is taken over.
-        """
-        own, missing = 0, self.missing()
-        while missing:
-            mine = {shard.index for shard in missing if self.take(shard, advance)}
-            own += num_targets([shard for shard in missing if shard.index in mine])
-            before, missing = missing, self.missing()
-            left = mine | {shard.index for shard in missing}
-            if theirs := [shard for shard in before if shard.index not in left]:
-                advance(num_targets(theirs))
-            if missing and not mine:
-                time.sleep(POLL_S)
-        return own
-
-
-def num_targets(shards: list[Shard]) -> int:
-    return sum(shard.num_tokens - 1 for shard in shards)
-
-
-def stored(scores: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = scores.astype(dtype)
-    if np.isinf(cast).any():
-        raise UserError(
-            f"store_dtype {dtype} cannot hold log-prob {np.nanmin(scores)}; use store_dtype=float32"
-        )
-    return cast
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A full disk does not say for which file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    def cost(self, seconds: float, tokens: int) -> Json:
+        device = device_name(self.lm.model.device)
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "flops": tokens * self.flops,
+            "device": device,
+        }
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -245,13 +239,12 @@ def naming(path: Path) -> Iterator[None]:
 def announce(scorer: Scorer, todo: list[Shard]) -> None:
     """Store size, free disk and a first estimate of the time, before the work starts."""
     count = num_targets(todo)
-    needed, free = count * np.dtype(scorer.dtype).itemsize, shutil.disk_usage(scorer.out).free
-    if needed > free:
-        raise UserError(f"{scorer.out}: {needed:,} bytes are needed, the disk has {free:,} free")
+    needed = store_bytes(scorer, count)
+    free = check_space(scorer.out, needed)
     numbers = next(scorer.batches(todo[0]))
-    window_logprobs(scorer.lm, scorer.windows, numbers[:1])  # the first forward is slow
+    scorer.source.scores(numbers[:1])  # the first forward is slow
     start = time.perf_counter()
-    size = window_logprobs(scorer.lm, scorer.windows, numbers).size
+    size = scorer.source.scores(numbers)["logprobs"].size
     seconds = count / size * (time.perf_counter() - start)
     log.info(
         f"{count:,} tokens to score: {needed / 1e6:,.1f} MB on disk ({free / 1e6:,.0f} MB free), "
@@ -268,39 +261,60 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
     log.info(f"scored {own:,} tokens in {seconds:.1f} s ({own / seconds:,.0f} tokens/s)")
 
 
-def remove_leftovers(out: Path) -> None:
-    """Claims and temporary files of processes on this host that were killed."""
-    for path in out.glob("logprobs-*.claim"):
-        if claim_is_stale(path):
-            path.unlink(missing_ok=True)
-    prefix = f"{socket.gethostname()}-"
-    for path in out.glob(".*.tmp"):
-        owner = path.name.removesuffix(".tmp").rpartition(prefix)[2]
-        if owner.isdecimal() and not is_alive(int(owner)):
-            path.unlink(missing_ok=True)
+def score_with_model(config: Any, corpus: Corpus) -> Path:
+    out = Path(config.out)
+    lm = load_reference(config.reference_model, corpus, config.device, config.dtype)
+    adopt_plan(out, model_plan(corpus, config, lm))
+    source = ModelScores(lm, Windows(corpus), config.entropy)
+    scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
+    if is_finished(scorer):
+        return out
+    if todo := scorer.missing():
+        score_missing(scorer, todo)
+    with naming(out / "lineage.json"):
+        copy_lineage(config.reference_model, out)
+    finish(scorer)
+    return out
+
+
+def score_from_responses(config: Any, corpus: Corpus) -> Path:
+    """Every response is read and checked before the folder is made."""
+    out, plan = Path(config.out), responses_plan(corpus, config)
+    paths = response_files(config.responses)
+    if (out / "plan.json").exists():
+        adopt_plan(out, plan)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Without a name, so that nothing is left of it if this process is killed.
+    with tempfile.TemporaryFile(dir=out.parent) as file:
+        source = Responses(corpus, config.served_model, file)
+        scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
+        if is_finished(scorer):
+            return out
+        check_space(out.parent, store_bytes(scorer, corpus.num_targets) + source.num_bytes)
+        source.read(paths)
+        adopt_plan(out, plan)
+        todo = scorer.missing()
+        with progress("writing", num_targets(todo), "tokens") as advance:
+            scorer.run(advance)
+    finish(scorer)
+    return out
 
 
 def score(config: Any) -> Path:
     check_settings(config)
-    out, corpus = Path(config.out), Corpus.open(config.corpus, config.check)
-    lm = load_reference(config.reference_model, corpus, config.device, config.dtype)
-    adopt_plan(out, make_plan(corpus, config, lm))
-    scorer = Scorer(lm, corpus, out, config.batch_size, config.store_dtype)
-    if todo := scorer.missing():
-        score_missing(scorer, todo)
-    elif (out / "manifest.json").exists():
-        log.info(f"{out} is finished already, nothing to do")
-        return out
-    with naming(out / "manifest.json"):
-        write_manifest(out, "logprobs", len(corpus.shards))
-    References.open(out)
-    remove_leftovers(out)
-    return out
+    corpus = Corpus.open(config.corpus, config.check)
+    if config.reference_model is not None:
+        return score_with_model(config, corpus)
+    check_packing(corpus)
+    if config.requests is not None:
+        return write_requests(corpus, Path(config.requests), config.served_model)
+    return score_from_responses(config, corpus)
 
 
 @command("score")
 def main(config: Any) -> None:
-    log.info(f"references: {score(config)}")
+    made = score(config)
+    log.info(f"{'references' if config.requests is None else 'requests'}: {made}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ A folder holds NumPy ``.npy`` files beside JSON, nothing else::
                      tokens-00000.json        the shard's sidecar: sizes and hashes, written last
                      manifest.json            plan + sidecars + fingerprint; there: whole
     references/x/    logprobs-00000.npy       log p(token i | those before it in its window)
+                     entropy-00000.npy        by option: of the distribution that predicts token i
 
 Window w of a shard reads tokens [w * seq_len, (w + 1) * seq_len], so neighbouring windows share one
 token, windows never cross shards, and every token but a shard's first is a target exactly once.
@@ -62,6 +63,15 @@ def atomic_file(path: Path) -> Iterator[BufferedRandom]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk does not say for which file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def sync_folder(folder: Path) -> None:

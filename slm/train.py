@@ -179,6 +179,8 @@ def check_references(config: DictConfig, data: TokenData, needs: tuple[str, ...]
 def warn_of_other_precision(references: References, precision: str) -> None:
     """Scores of another precision shift every excess loss a little; the paper does not say."""
     scored, training = references.manifest["scoring"]["dtype"], DTYPES[precision]
+    if scored is None:  # by a server
+        scored = "a precision that nobody knows"
     if scored != training:
         log.warning(
             "%s was scored in %s, training computes in %s", references.folder, scored, training

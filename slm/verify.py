@@ -32,6 +32,7 @@ from slm.shards import (
 STORES: dict[str, type[Store]] = {"corpus": Corpus, "reference": References}
 FIRST_COLUMN = {"corpus": "tokens", "reference": "logprobs"}
 SHARD_PATTERNS = ("tokens-*.npy", "logprobs-*.npy")
+SIGNS = {"logprobs": ("a log-prob", -1), "entropy": ("an entropy", 1)}
 BLOCK = 1 << 22
 
 Advance = Callable[[int], None]
@@ -121,7 +122,8 @@ def verify_store(path: Path, advance: Advance) -> str:
         for column, expected in shard.sha256.items():
             check_hash(shard.path(path, column), expected, "manifest.json", advance)
         if isinstance(store, References):
-            check_scores(store, shard)
+            for column in shard.sha256:
+                check_scores(store, shard, column)
     if isinstance(store, Corpus):
         check_tokenizer(store)
     tokens = sum(shard.num_tokens for shard in store.shards)
@@ -143,20 +145,22 @@ def check_records(store: Store, column: str) -> None:
             )
 
 
-def check_scores(store: References, shard: Shard) -> None:
-    """Every score is finite and <= 0; NaN where there is none: with packing=concat and without
-    masks, a shard's first."""
-    path, scores = shard.path(store.folder, "logprobs"), store.column("logprobs", shard.index)
+def check_scores(store: References, shard: Shard, column: str) -> None:
+    """Every score is finite and of its sign; NaN where there is none: with packing=concat and
+    without masks, a shard's first."""
+    path, scores = shard.path(store.folder, column), store.column(column, shard.index)
+    (name, sign), side = SIGNS[column], {-1: "<=", 1: ">="}
     if len(scores) and not np.isnan(scores[0]):
         raise UserError(f"{path}: entry 0 is {scores[0]}, a shard's first token has no score: NaN")
     may_be_nan = store.manifest["packing"] == "documents" or "masks" in store.manifest
     for start in range(1, len(scores), BLOCK):
         block = scores[start : start + BLOCK]
-        good = (block <= 0) & ~np.isneginf(block) | (np.isnan(block) & may_be_nan)
+        good = (sign * block >= 0) & ~np.isinf(block) | (np.isnan(block) & may_be_nan)
         if not good.all():
             index = int(good.argmin())
             raise UserError(
-                f"{path}: entry {start + index} is {block[index]}, a log-prob is finite and <= 0"
+                f"{path}: entry {start + index} is {block[index]}, {name} is finite and "
+                f"{side[sign]} 0"
             )
 
 

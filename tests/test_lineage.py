@@ -8,9 +8,14 @@ import torch
 from slm.lineage import lineage, model_card
 
 
-def fake_datamodule() -> Any:
+def fake_datamodule(folder: Path) -> Any:
+    (folder / "references").mkdir()
+    (folder / "references" / "manifest.json").write_text('{"shards": [{"index": 0}]}')
     corpus = SimpleNamespace(folder=Path("/somewhere/else/math"), fingerprint="c" * 64)
-    references = SimpleNamespace(fingerprint="f" * 64, manifest={"model_sha256": "e" * 64})
+    manifest = {"model_sha256": "e" * 64, "scoring": {"dtype": "float32"}}
+    references = SimpleNamespace(
+        fingerprint="f" * 64, manifest=manifest, folder=folder / "references"
+    )
     return SimpleNamespace(corpus=corpus, references=[references])
 
 
@@ -18,7 +23,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     selection = {"_target_": "slm.selection.Excess", "select_ratio": 0.6, "scope": "batch"}
     (tmp_path / "base").mkdir()
     record = lineage(
-        datamodule=fake_datamodule(),
+        datamodule=fake_datamodule(tmp_path),
         selection=selection,
         seed=7,
         init_from=str(tmp_path / "base"),
@@ -31,7 +36,15 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     )
     assert json.loads(json.dumps(record)) == record
     assert str(tmp_path) not in json.dumps(record) and "/somewhere" not in json.dumps(record)
-    assert record["references"] == [{"fingerprint": "f" * 64, "model_sha256": "e" * 64}]
+    assert record["references"] == [
+        {
+            "fingerprint": "f" * 64,
+            "model_sha256": "e" * 64,
+            "served_model": None,
+            "scoring_cost": None,
+            "model_lineage": None,
+        }
+    ]
     assert record["init_from"] == f"{tmp_path.name}/base"
     assert record["packages"]["torch"] == torch.__version__
     card = model_card(record, {"heldout/math/loss": 2.34567, "heldout/math/bits_per_byte": 0.9})
@@ -55,9 +68,29 @@ def test_lineage_and_card(tmp_path: Path) -> None:
         assert text in body
 
 
-def test_card_of_a_hub_model_and_of_new_weights() -> None:
+def test_a_reference_that_a_server_scored_is_named_by_the_server(tmp_path: Path) -> None:
+    datamodule = fake_datamodule(tmp_path)
+    datamodule.references[0].manifest = {"model_sha256": None, "scoring": {"served_model": "big"}}
+    record = lineage(
+        datamodule=datamodule,
+        selection={"_target_": "slm.selection.Excess", "select_ratio": 0.6},
+        seed=7,
+        init_from=None,
+        init_from_sha256=None,
+        tokens_seen=10,
+        tokens_selected=6,
+        train_seconds=None,
+        train_flops=None,
+        device=torch.device("cpu"),
+    )
+    assert record["references"][0]["model_sha256"] is None
+    assert record["references"][0]["served_model"] == "big"
+    assert "| reference model | big |" in model_card(record, {})
+
+
+def test_card_of_a_hub_model_and_of_new_weights(tmp_path: Path) -> None:
     shared: dict[str, Any] = {
-        "datamodule": SimpleNamespace(corpus=fake_datamodule().corpus, references=[]),
+        "datamodule": SimpleNamespace(corpus=fake_datamodule(tmp_path).corpus, references=[]),
         "selection": {"_target_": "slm.selection.All"},
         "seed": 0,
         "init_from_sha256": None,

@@ -23,6 +23,7 @@ from slm.progress import (
     Progress,
     ProgressLines,
     flops_per_token,
+    forward_flops_per_token,
     loss_metrics,
     measured_peak,
     progress_bar,
@@ -268,6 +269,10 @@ def test_flops_of_a_small_llama_by_hand() -> None:
     expected = 6 * body + (2 + 4 * 0.25) * head + 12 * 2 * 8 * 16
     model = small_llama()
     assert flops_per_token(model, seq_len=16, select_ratio=0.25) == expected
+    # Scoring does the forward alone, which is a third of training on every token.
+    assert forward_flops_per_token(model, seq_len=16) == 2 * (body + head) + 4 * 2 * 8 * 16
+    whole = flops_per_token(model, seq_len=16, select_ratio=1.0)
+    assert forward_flops_per_token(model, seq_len=16) == whole / 3
     tied = small_llama(tie_word_embeddings=True)
     assert len(list(tied.parameters())) == len(list(model.parameters())) - 1
     assert flops_per_token(tied, seq_len=16, select_ratio=0.25) == expected

@@ -21,10 +21,12 @@ import torch
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from slm import cli, score
+from slm import cli, score, scorer
+from slm.data import Windows
 from slm.errors import UserError
 from slm.model import SelectiveLM, load_model, save_model
-from slm.score import Scorer, stored
+from slm.score import ModelScores
+from slm.scorer import Scorer
 from slm.shards import Corpus, References
 from slm.verify import verify
 
@@ -64,7 +66,11 @@ def config(tmp_path, text_corpus, model) -> Any:
         {
             "corpus": str(text_corpus.folder),
             "reference_model": str(model),
+            "requests": None,
+            "responses": None,
+            "served_model": None,
             "out": str(tmp_path / "references"),
+            "entropy": False,
             "batch_size": 3,
             "dtype": "float32",
             "store_dtype": "float32",
@@ -75,7 +81,11 @@ def config(tmp_path, text_corpus, model) -> Any:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Of what must not depend on the course; what scoring cost does, and comes with a shard."""
+    costs = {path.name for path in folder.glob("cost-*.json")}
+    done = {path.name.replace("logprobs", "cost") for path in folder.glob("logprobs-*.json")}
+    assert done <= costs
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in costs}
 
 
 def nobody(count: int) -> None: ...
@@ -162,10 +172,50 @@ def test_bfloat16_and_float16_stores_stay_near(config, tmp_path):
     assert not np.array_equal(coarse[1:], exact[1:])
 
 
-def test_a_score_that_float16_cannot_hold_is_refused():
-    assert stored(np.array([np.nan, -6e4], np.float32), "float16")[1] == np.float16(-6e4)
-    with pytest.raises(UserError, match="float16 cannot hold log-prob -70000.0"):
-        stored(np.array([np.nan, -7e4], np.float32), "float16")
+def entropies(config: Any, tokens: np.ndarray) -> np.ndarray:
+    """Of the model's own logits, in float64, at the index of the token that they predict."""
+    model = load_model(config.reference_model).double()
+    found = [np.array([np.nan])]
+    for start in range(0, len(tokens) - 1, 16):
+        window = torch.from_numpy(tokens[start : start + 16].astype(np.int64))
+        with torch.no_grad():
+            p = model(window[None]).logits[0].double().softmax(-1).numpy()
+        found.append(-(p * np.log(p)).sum(-1))
+    return np.concatenate(found)
+
+
+def test_entropy_is_a_second_column_and_changes_nothing_in_the_first(
+    config, text_corpus, tmp_path, tokenizer
+):
+    sharp = tiny_llama()
+    with torch.no_grad():
+        sharp.lm_head.weight *= 100  # a new model predicts log(V) everywhere
+    save_model(Path(config.reference_model), sharp, tokenizer, "card", {})
+    plain = References.open(score.score(config))
+    config.entropy, config.out = True, str(tmp_path / "both")
+    both = References.open(score.score(config), "full")
+    assert both.fingerprint != plain.fingerprint
+    for index in range(2):
+        found = both.column("entropy", index)
+        expected = entropies(config, text_corpus.column("tokens", index))
+        assert found.dtype == np.float32 and np.isnan(found[0]) and expected[1:].std() > 0.1
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+        assert np.abs(found[2:] - expected[1:-1]).max() > 0.1  # off by one is far away
+        first = both.column("logprobs", index)
+        np.testing.assert_array_equal(first, plain.column("logprobs", index))
+    assert both.manifest["scoring"]["entropy"] is True
+    config.store_dtype, config.out = "float16", str(tmp_path / "half")
+    half = References.open(score.score(config))
+    kept = both.column("entropy", 0).astype(np.float16)
+    np.testing.assert_array_equal(half.column("entropy", 0), kept)
+
+
+def test_entropy_has_no_value_where_there_is_no_target(tmp_path, config, make_corpus):
+    ids, starts = np.random.default_rng(1).integers(0, V, 25), [0, 3, 8, 12, 20]
+    config.corpus = str(make_corpus(tmp_path / "d", [ids], 8, "documents", [starts]).folder)
+    config.entropy = True
+    found = References.open(score.score(config)).column("entropy", 0)
+    assert np.flatnonzero(np.isnan(found)).tolist() == starts
 
 
 def test_what_the_manifest_says(config, text_corpus):
@@ -214,6 +264,7 @@ def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, 
         ({"reference_model": str(tmp_path / "wider")}, "model_sha256 is '.*', '.*' now"),
         ({"dtype": "bfloat16"}, "scoring is .*'dtype': 'float32'.*'dtype': 'bfloat16'.* now"),
         ({"store_dtype": "float16"}, "'store_dtype': 'float32'.*'store_dtype': 'float16'.* now"),
+        ({"entropy": True}, "'store_dtype': 'float32'} in plan.json, .*'entropy': True} now"),
     ]:
         with pytest.raises(UserError, match=message.replace("is '.*'", "is '.*' in plan.json")):
             score.score(OmegaConf.merge(config, change))
@@ -231,6 +282,22 @@ def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, 
         ({"reference_model": "no/such"}, "reference_model no/such is no model folder"),
         ({"corpus": "no/such"}, "no/such is not a finished corpus"),
         ({"check": "deep"}, "check must be one of"),
+        ({"reference_model": None}, "one of .* must be given, found none"),
+        ({"requests": "r"}, "must be given, found reference_model and requests"),
+        ({"reference_model": None, "responses": "r"}, "served_model must be given with responses"),
+        ({"served_model": "x"}, "served_model is 'x', but reference_model does not use it"),
+        (
+            {"reference_model": None, "requests": "r", "served_model": "x"},
+            "out is '.*', but requests does not use it",
+        ),
+        (
+            {"reference_model": None, "responses": ["r"], "served_model": "x", "entropy": True},
+            "entropy is true, but servers return none",
+        ),
+        (
+            {"reference_model": None, "responses": ["nowhere"], "served_model": "x"},
+            "responses: nowhere is no file",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(config, change, message):
@@ -257,9 +324,10 @@ def test_a_token_that_is_not_finite_is_refused_with_its_window(tmp_path, make_co
     with torch.no_grad():
         broken.model.embed_tokens.weight[9] = math.nan
     (tmp_path / "out").mkdir()
-    scorer = Scorer(SelectiveLM(broken), corpus, tmp_path / "out", 4, "float32")
+    source = ModelScores(SelectiveLM(broken), Windows(corpus))
+    writer = Scorer(source, corpus, tmp_path / "out", 4, "float32")
     with pytest.raises(UserError, match="non-finite log-prob in window 5"):
-        scorer.run(nobody)
+        writer.run(nobody)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -303,7 +371,7 @@ def test_a_full_disk_names_the_file_and_leaves_no_finished_shard(config, monkeyp
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"logprobs-00001.npy cannot be written: No space left"):
+    with pytest.raises(UserError, match=rf"{failing} cannot be written: No space left"):
         score.score(config)
     names = contents(Path(config.out)).keys() - {"logprobs-00001.npy"}
     assert names == {"plan.json", "logprobs-00000.npy", "logprobs-00000.json"}
@@ -335,16 +403,18 @@ def test_a_finished_folder_is_left_alone(config, caplog, monkeypatch):
     out = score.score(config)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     caplog.set_level(logging.INFO, "slm.score")
-    monkeypatch.setattr(score, "window_logprobs", None)
+    monkeypatch.setattr(score, "window_scores", None)
     assert score.score(config) == out
     assert caplog.messages == [f"{out} is finished already, nothing to do"]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
 
-def test_a_shard_without_its_file_is_scored_again(config):
+@pytest.mark.parametrize("column", ["logprobs", "entropy"])
+def test_a_shard_without_one_of_its_files_is_scored_again(config, column):
+    config.entropy = True
     out = score.score(config)
     before = contents(out)
-    (out / "logprobs-00001.npy").unlink()
+    (out / f"{column}-00001.npy").unlink()
     assert contents(score.score(config)) == before
 
 
@@ -369,12 +439,12 @@ def test_what_another_machine_finishes_is_waited_for_and_counted(config, monkeyp
         (out / name).unlink()
     claim = out / "logprobs-00000.claim"
     claim.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    monkeypatch.setattr(score, "POLL_S", 0.02)
+    monkeypatch.setattr(scorer, "POLL_S", 0.02)
     advanced: list[int] = []
     lm, corpus = SelectiveLM(load_model(config.reference_model)), Corpus.open(config.corpus)
-    scorer = Scorer(lm, corpus, out, 3, "float32")
+    writer = Scorer(ModelScores(lm, Windows(corpus)), corpus, out, 3, "float32")
     owns: list[int] = []
-    waiting = threading.Thread(target=lambda: owns.append(scorer.run(advanced.append)))
+    waiting = threading.Thread(target=lambda: owns.append(writer.run(advanced.append)))
     waiting.start()
     time.sleep(0.1)
     assert waiting.is_alive()
@@ -389,18 +459,18 @@ WORKERS = textwrap.dedent(
     """
     import os, random, resource, shutil, signal, sys, time
     from omegaconf import OmegaConf
-    from slm import score
+    from slm import score, scorer
     from slm.errors import UserError
 
     config, slow_s = OmegaConf.create(sys.argv[1]), float(sys.argv[2])
-    compute = score.window_logprobs
-    score.POLL_S = 0.02
+    compute = score.window_scores
+    scorer.POLL_S = 0.02
 
     def slowed(*arguments):
         time.sleep(slow_s)
         return compute(*arguments)
 
-    score.window_logprobs = slowed
+    score.window_scores = slowed
 
     def work(limit_bytes=None):
         pid = os.fork()
@@ -435,7 +505,7 @@ def many_shards(tmp_path, config, make_corpus) -> Any:
     """Twelve shards of six windows; the store of one undisturbed process beside the config."""
     generator = np.random.default_rng(2)
     shards = [generator.integers(0, V, 49) for _ in range(12)]
-    config.corpus = str(make_corpus(tmp_path / "many", shards, 8).folder)
+    config.corpus, config.entropy = str(make_corpus(tmp_path / "many", shards, 8).folder), True
     config.out = str(tmp_path / "whole")
     expected = contents(score.score(config))
     config.out = str(tmp_path / "shared")

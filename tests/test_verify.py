@@ -147,6 +147,42 @@ def test_a_score_that_is_no_log_prob_is_found(
     assert f"logprobs-00001.npy: entry {position} is {value}, a log-prob is finite and <= 0" in text
 
 
+@pytest.fixture
+def with_entropy(references) -> Path:
+    """The store with a second column."""
+    folder = references.folder
+    for shard in references.shards:
+        digest = write_array(shard.path(folder, "entropy"), np.r_[np.nan, np.ones(320)])
+        hashes, dtype = shard.sha256 | {"entropy": digest}, shard.dtype | {"entropy": "float64"}
+        rows = shard.rows | {"entropy": 321}
+        write_sidecar(folder, "logprobs", Shard(shard.index, 321, hashes, dtype, rows))
+    write_manifest(folder, "logprobs", 2)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("column", ["logprobs", "entropy"])
+def test_a_damaged_column_of_a_reference_is_named(with_entropy, column, damage):
+    assert only(with_entropy)[0]
+    path = with_entropy / f"{column}-00001.npy"
+    damage(path)
+    good, text = only(with_entropy)
+    assert not good and str(path) in text
+
+
+@pytest.mark.parametrize("value", [-0.5, math.inf, math.nan])
+def test_an_entropy_that_is_none_is_found(with_entropy, value):
+    path = with_entropy / "entropy-00001.npy"
+    digest = write_array(path, np.r_[np.nan, np.ones(319), value])
+    shard = References.open(with_entropy).shards[1]
+    hashes = shard.sha256 | {"entropy": digest}
+    write_sidecar(with_entropy, "logprobs", Shard(1, 321, hashes, shard.dtype, shard.rows))
+    write_manifest(with_entropy, "logprobs", 2)
+    good, text = only(with_entropy)
+    assert not good
+    assert f"{path}: entry 320 is {value}, an entropy is finite and >= 0" in text
+
+
 def test_a_first_token_with_a_score_is_found(tmp_path, text_corpus, make_references):
     scores = [np.r_[np.nan, -np.ones(320)], -np.ones(321)]
     good, text = only(make_references(tmp_path / "r", text_corpus, scores).folder)

@@ -308,7 +308,9 @@ def small_lm(vocab_size: int) -> Any:
 
 def bench_score(rows: Rows, folder: Path, small: bool) -> None:
     """`slm score`'s inner loop against a bare forward pass that keeps no logits."""
-    from slm.score import Scorer
+    from slm.data import Windows
+    from slm.score import ModelScores
+    from slm.scorer import Scorer
     from slm.shards import Corpus
 
     corpus = Corpus.open(make_corpus(folder, 0.5 if small else 3))
@@ -319,11 +321,10 @@ def bench_score(rows: Rows, folder: Path, small: bool) -> None:
     def score() -> None:
         out = folder / f"scores{next(counter)}"
         out.mkdir()
-        Scorer(lm, corpus, out, 32, "float32").run(lambda count: None)
+        source = ModelScores(lm, Windows(corpus))
+        Scorer(source, corpus, out, 32, "float32").run(lambda count: None)
 
     def bare() -> None:
-        from slm.data import Windows
-
         windows = Windows(corpus)
         weight = lm.model.get_output_embeddings().weight
         with torch.no_grad():
