@@ -104,9 +104,14 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
 
 @pytest.fixture
 def make_references() -> Callable[..., References]:
-    """make_references(folder, corpus, log-probs of each shard) -> References"""
+    """make_references(folder, corpus, log-probs of each shard, entropies) -> References"""
 
-    def make(folder: Path, corpus: Corpus, logprobs: list[np.ndarray]) -> References:
+    def make(
+        folder: Path,
+        corpus: Corpus,
+        logprobs: list[np.ndarray],
+        entropy: list[np.ndarray] | None = None,
+    ) -> References:
         folder.mkdir(parents=True)
         fields = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
         plan = {
@@ -118,12 +123,12 @@ def make_references() -> Callable[..., References]:
         } | {field: corpus.manifest[field] for field in fields}
         write_json(folder / "plan.json", plan)
         for index, scores in enumerate(logprobs):
-            array = np.asarray(scores, np.float32)
-            digest = write_array(shard_path(folder, "logprobs", index), array)
-            columns = {"logprobs": "float32"}, {"logprobs": len(array)}
-            write_sidecar(
-                folder, "logprobs", Shard(index, len(array), {"logprobs": digest}, *columns)
-            )
+            columns = {"logprobs": np.asarray(scores, np.float32)}
+            if entropy is not None:
+                columns["entropy"] = np.asarray(entropy[index], np.float32)
+            hashes = {c: write_array(shard_path(folder, c, index), a) for c, a in columns.items()}
+            dtypes, rows = dict.fromkeys(columns, "float32"), dict.fromkeys(columns, len(scores))
+            write_sidecar(folder, "logprobs", Shard(index, len(scores), hashes, dtypes, rows))
         write_manifest(folder, "logprobs", len(logprobs))
         return References.open(folder)
 

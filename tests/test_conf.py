@@ -56,7 +56,8 @@ def one_step(tmp_path: Path, corpus: Any, references: Any, *overrides: str) -> P
 @pytest.fixture
 def references(tmp_path, text_corpus, make_references) -> Any:
     scores = [np.full(shard.num_tokens, -2.0) for shard in text_corpus.shards]
-    return make_references(tmp_path / "references", text_corpus, scores)
+    entropies = [np.full(shard.num_tokens, 1.5) for shard in text_corpus.shards]
+    return make_references(tmp_path / "references", text_corpus, scores, entropies)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_prompts_are_no_targets(tmp_path, make_corpus, make_references, packing)
     # A score is needed under live targets alone.
     scores = [np.array([np.nan if t in silent | {0, 13} else -t for t in s]) for s in shards]
     references = make_references(tmp_path / "r", corpus, scores)
-    batch = Windows(corpus, references).batch(np.arange(5))
+    batch = Windows(corpus, [references]).batch(np.arange(5))
     live = batch["targets"] != IGNORE_INDEX
     assert torch.equal(-batch["reference_logprob"][live], batch["targets"][live].float())
 
@@ -208,6 +208,22 @@ def test_several_references_become_one(tmp_path, make_corpus, make_references):
     for how, values in expected.items():
         batch = Windows(corpus, references, how).batch(np.array([0]))
         assert batch["reference_logprob"][0].tolist() == pytest.approx(values, rel=1e-6)
+
+
+def test_entropies_stand_beside_their_targets(tmp_path, make_corpus, make_references):
+    corpus = make_corpus(tmp_path / "c", [np.arange(9)], 4)
+    scores, entropy = np.r_[np.nan, -np.ones(8)], np.r_[np.nan, 10 + np.arange(8)]
+    store = make_references(tmp_path / "r", corpus, [scores], [entropy])
+    windows = Windows(corpus, [store])
+    assert windows.has_entropy
+    batch = windows.batch(np.array([1, 0]))
+    assert batch["reference_entropy"].tolist() == [[14, 15, 16, 17], [10, 11, 12, 13]]
+    assert not Windows(corpus, [store, store], "mean").has_entropy
+    for value in (np.nan, -0.5):
+        entropy[3] = value
+        bad = make_references(tmp_path / f"r{value}", corpus, [scores], [entropy])
+        with pytest.raises(UserError, match=f"target 2 of window 0 has entropy {value}"):
+            Windows(corpus, [bad]).batch(np.array([0]))
 
 
 def test_a_mixture_of_hopeless_references_is_finite():
