@@ -92,18 +92,21 @@ class Windows:
             out[rows] = self._view(store, column, shard)[windows[rows] - self.first_window[shard]]
         return out
 
-    def batch(self, windows: np.ndarray) -> Batch:
-        """The windows with these global numbers, (B,) int64, as a batch of tensors."""
-        size, length = len(windows), self.corpus.seq_len
-        tokens = self._gather(
-            self.corpus, "tokens", windows, np.empty((size, length + 1), np.int64)
-        )
+    def tokens(self, windows: np.ndarray) -> np.ndarray:  # (B, T + 1) int64
+        """The inputs and, one further, the targets, prompts included."""
+        shape = (len(windows), self.corpus.seq_len + 1)
+        tokens = self._gather(self.corpus, "tokens", windows, np.empty(shape, np.int64))
         if tokens.max() >= self.corpus.vocab_size:
             raise UserError(
                 f"{self.corpus.folder}: window {windows[tokens.max(1).argmax()]} holds token id "
                 f"{tokens.max()}, the tokenizer has {self.corpus.vocab_size}"
             )
-        ids = torch.from_numpy(tokens)
+        return tokens
+
+    def batch(self, windows: np.ndarray) -> Batch:
+        """The windows with these global numbers, (B,) int64, as a batch of tensors."""
+        size, length = len(windows), self.corpus.seq_len
+        ids = torch.from_numpy(self.tokens(windows))
         batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
         if self.corpus.manifest["packing"] == "documents":
             first = self._document_starts(windows)

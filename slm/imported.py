@@ -37,7 +37,7 @@ from typing import IO, Any
 import numpy as np
 
 from slm.cli import progress
-from slm.data import Windows
+from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
 from slm.scorer import Columns
 from slm.shards import Corpus, Json, atomic_file, naming
@@ -61,11 +61,6 @@ def check_packing(corpus: Corpus) -> None:
             "as one text, and the documents before a token's own would count; prepare the corpus "
             "with packing=concat"
         )
-
-
-def window_tokens(windows: Windows, numbers: np.ndarray) -> np.ndarray:  # (B, T + 1)
-    batch = windows.batch(numbers)
-    return np.concatenate([batch["input_ids"][:, :1], batch["targets"]], 1)
 
 
 def custom_id(corpus: Corpus, window: int) -> str:
@@ -94,7 +89,7 @@ def write_requests(corpus: Corpus, path: Path, served_model: str) -> Path:
         progress("writing", len(windows), "requests") as advance,
     ):
         for window in range(len(windows)):
-            tokens = window_tokens(windows, np.array([window]))[0].tolist()
+            tokens = windows.tokens(np.array([window]))[0].tolist()
             line = json.dumps(request(corpus, window, tokens, served_model), separators=(",", ":"))
             file.write(line.encode() + b"\n")
             advance(1)
@@ -245,7 +240,7 @@ class Responses:
         model = lookup("model", body)
         if model not in (None, self.served_model):
             raise UserError(f"{where}: model is {model!r}, served_model is {self.served_model!r}")
-        tokens = window_tokens(self.windows, np.array([window]))[0].tolist()
+        tokens = self.windows.tokens(np.array([window]))[0].tolist()
         self.keep(window, check_logprobs(self.logprobs_of(body, tokens, where), where), where)
 
     def window_of(self, name: str, where: str) -> int:
@@ -344,7 +339,10 @@ class Responses:
         return np.frombuffer(found, np.float32)
 
     def scores(self, numbers: np.ndarray) -> Columns:  # (B, T)
-        return {"logprobs": np.stack([self.row(int(number)) for number in numbers])}
+        """NaN for prompts, as a model's own scores have it: they are no targets."""
+        dead = self.windows.batch(numbers)["targets"].numpy() == IGNORE_INDEX
+        rows = np.stack([self.row(int(number)) for number in numbers])
+        return {"logprobs": np.where(dead, np.float32(np.nan), rows)}
 
     def cost(self, seconds: float, tokens: int) -> None:
         """Nobody here knows what the server did."""

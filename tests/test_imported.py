@@ -431,3 +431,26 @@ def test_rounding_above_zero_is_zero(asked, answer, load):
     inside(lines[0])["logprobs"]["token_logprobs"][2] = 2e-7
     assert References.open(load(lines)).column("logprobs", 0)[2] == 0
     assert is_logprob(0) and is_logprob(-9998.9) and not is_logprob(1e-4) and not is_logprob(True)
+
+
+def test_prompts_are_asked_as_they_are_and_get_no_score(
+    tmp_path, config, answer, make_corpus, text_corpus
+):
+    tokens = [np.asarray(text_corpus.column("tokens", index)) for index in (0, 1)]
+    masks = [np.arange(len(shard)) % 5 > 1 for shard in tokens]
+    corpus = make_corpus(tmp_path / "sft", tokens, 16, masks=masks)
+    config = OmegaConf.merge(config, {"corpus": str(corpus.folder)})
+    requests = {"requests": str(tmp_path / "requests.jsonl"), "served_model": "big"}
+    lines = score.score(OmegaConf.merge(config, requests)).read_text().splitlines()
+    prompts = [json.loads(line)["body"]["prompt"] for line in lines]
+    assert prompts[1] == tokens[0][16:33].tolist()
+    answers = [json.dumps(answer(json.loads(line), "vllm")) for line in lines]
+    (tmp_path / "answers.jsonl").write_text("\n".join(answers))
+    change = {"responses": str(tmp_path / "answers.jsonl"), "served_model": "big"}
+    imported = score.score(OmegaConf.merge(config, change | {"out": str(tmp_path / "there")}))
+    change = {"reference_model": str(tmp_path / "model"), "out": str(tmp_path / "here")}
+    own = References.open(score.score(OmegaConf.merge(config, change)))
+    for index in (0, 1):
+        found = References.open(imported).column("logprobs", index)
+        np.testing.assert_allclose(found, own.column("logprobs", index), rtol=0, atol=2e-5)
+        assert np.isnan(found[1:]).tolist() == (~masks[index][1:]).tolist()
