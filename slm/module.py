@@ -87,7 +87,7 @@ class SelectiveModule(LightningModule):
         self.gradient_clip = gradient_clip
         self.tokens_per_step, self.selection_start = tokens_per_step, selection_start
         # In a tuple: a submodule would be wrapped, sharded and saved with what is trained.
-        self._online = () if online_reference is None else (online_reference,)
+        self.online = () if online_reference is None else (online_reference,)
         self.tokens_selected = self.tokens_trained = 0  # over the whole run and all ranks
         self.grad_norm = 0.0
         self.heldout_losses: dict[str, float] = {}  # of the step that just ended, if evaluated
@@ -102,7 +102,7 @@ class SelectiveModule(LightningModule):
         return self.selection if self.tokens_seen >= self.selection_start else All()
 
     def on_fit_start(self) -> None:
-        for reference in self._online:
+        for reference in self.online:
             reference.to(self.device).eval().requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -132,7 +132,7 @@ class SelectiveModule(LightningModule):
 
         It runs under the trainer's precision, as the model that is trained does.
         """
-        for reference in self._online:
+        for reference in self.online:
             scores = reference(batch, want_entropy="reference_entropy" in self.selection.needs)
             dead = batch["targets"] == IGNORE_INDEX
             batch = batch | {"reference_logprob": (-scores.loss).masked_fill(dead, torch.nan)}

@@ -321,6 +321,8 @@ class Metrics(Callback):
         seq_len, model = datamodule_of(trainer).corpus.seq_len, pl_module.lm.model
         self.flops_unselected = flops_per_token(model, seq_len, 0.0)
         self.flops_selected = flops_per_token(model, seq_len, 1.0)
+        scoring = [forward_flops_per_token(lm.model, seq_len) for lm in pl_module.online]
+        self.flops_online = sum(scoring)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.peak = peak_flops(pl_module.device, str(trainer.precision))
@@ -330,6 +332,7 @@ class Metrics(Callback):
             facts = {
                 "flops_per_token_selected": self.flops_selected,
                 "flops_per_token_unselected": self.flops_unselected,
+                "flops_per_token_online_reference": self.flops_online,
             } | self.peak._asdict()
             ranking = ranked_together(pl_module.selection.scope, trainer)
             logger.log_hyperparams({"mfu": facts, "ranking": ranking})
@@ -359,9 +362,9 @@ class Metrics(Callback):
             send(trainer, metrics | self._speed(trainer, pl_module.device, step_s, trained))
 
     def flops(self, tokens_seen: float, tokens_trained: float) -> float:
-        """Of a training of so many tokens, of which some had a weight."""
-        rest = tokens_seen - tokens_trained
-        return tokens_trained * self.flops_selected + rest * self.flops_unselected
+        """Of a training of so many tokens, of which some had a weight; of its online reference."""
+        seen = tokens_seen * (self.flops_unselected + self.flops_online)
+        return seen + tokens_trained * (self.flops_selected - self.flops_unselected)
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self.train_seconds}

@@ -135,7 +135,7 @@ class FakeModule(LightningModule):
         super().__init__()
         self.lm, self.weight = nn.Module(), nn.Parameter(torch.zeros(()))
         self.lm.model = model
-        self.selection = SimpleNamespace(scope="batch")
+        self.selection, self.online = SimpleNamespace(scope="batch"), ()
         self.tokens_selected = 0
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -276,6 +276,17 @@ def test_flops_of_a_small_llama_by_hand() -> None:
     tied = small_llama(tie_word_embeddings=True)
     assert len(list(tied.parameters())) == len(list(model.parameters())) - 1
     assert flops_per_token(tied, seq_len=16, select_ratio=0.25) == expected
+
+
+def test_flops_of_a_run_count_every_token_once_and_its_online_reference() -> None:
+    model, metrics = small_llama(), Metrics(every_steps=1)
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(corpus=SimpleNamespace(seq_len=16)))
+    unselected, selected = (flops_per_token(model, 16, share) for share in (0.0, 1.0))
+    for online in ((), (SimpleNamespace(model=model),)):
+        module: Any = SimpleNamespace(lm=SimpleNamespace(model=model), online=online)
+        metrics.setup(trainer, module, "fit")
+        scoring = 100 * forward_flops_per_token(model, 16) * len(online)
+        assert metrics.flops(100, 60) == 60 * selected + 40 * unselected + scoring
 
 
 def test_peak_is_quick_repeatable_and_draws_no_random_number() -> None:
