@@ -32,6 +32,17 @@ def read_curve(run: Path, label: str, name: str) -> Curve:
     return Curve(label, seen, np.array([float(row[f"heldout/{name}/loss"]) for row in rows]))
 
 
+def final_losses(run: Path) -> dict[str, float]:
+    """The last loss on every held-out set; nothing where the run wrote no heldout.csv."""
+    path = run / "heldout.csv"
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        columns = csv.DictReader(file).fieldnames or []
+    names = [column.split("/")[1] for column in columns if column.endswith("/loss")]
+    return {name: float(read_curve(run, "", name).loss[-1]) for name in names}
+
+
 def loss_figure(
     curves: Sequence[Curve], lines: dict[str, float], title: str, path: Path, start: float = 0.0
 ) -> None:
