@@ -1,0 +1,409 @@
+"""Finished runs -> tables and figures with the controls in them: `slm report` (see --help).
+
+    table.csv, table.md         every arm on every held-out set: mean, lowest and highest over seeds
+    loss_vs_k.png, .svg         final loss against select_ratio, a line a rule
+    loss_vs_tokens.png, .svg    loss during training, a panel a rule
+
+Runs that differ in nothing but their seed are an arm. What is read: model/slm.json, run.json and
+heldout.csv of each run. Runs that are not complete are named and left out.
+"""
+
+import json
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import DictConfig, ListConfig
+
+from slm.cli import command
+from slm.errors import UserError
+from slm.plots import (
+    Curve,
+    RatioPanel,
+    TokensPanel,
+    heldout_sets,
+    ratio_figure,
+    read_curve,
+    tokens_figure,
+)
+from slm.shards import Json, atomic_file, read_json, write_csv
+
+log = logging.getLogger("slm.report")
+SEEDS = {"seed", "selection.seed"}
+CONTROL = "all tokens"
+
+
+class Run(NamedTuple):
+    """What one finished run left."""
+
+    folder: Path
+    lineage: Json
+    identity: Json  # run.json: all that makes it this run
+    curves: dict[str, Curve]  # of each held-out set
+
+    @property
+    def select_ratio(self) -> float | None:
+        selection = self.lineage["selection"]
+        return float(selection["select_ratio"]) if "select_ratio" in selection else None
+
+    @property
+    def rule(self) -> str:
+        """The class in the words of the configuration: slm.selection.Excess -> excess"""
+        name = self.lineage["selection"]["_target_"].rsplit(".", 1)[-1]
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+    @property
+    def takes_all_tokens(self) -> bool:
+        """`all`, or a rule that has nothing to say beside its ratio of 1."""
+        fields = self.lineage["selection"].keys() - {"_target_", "scope", "seed"}
+        return self.rule == "all" or (fields == {"select_ratio"} and self.select_ratio == 1)
+
+
+class Arm(NamedTuple):
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    line: str  # the label without its ratio: arms of one line are joined in the figure
+    runs: list[Run]
+
+    @property
+    def select_ratio(self) -> float | None:
+        return self.runs[0].select_ratio
+
+    @property
+    def takes_all_tokens(self) -> bool:
+        return self.runs[0].takes_all_tokens
+
+    def losses(self, name: str) -> list[float]:
+        """Final loss of each seed."""
+        return [float(run.curves[name].loss[-1]) for run in self.runs]
+
+    def mean(self, value: Callable[[Run], float]) -> float:
+        return float(np.mean([value(run) for run in self.runs]))
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def read_runs(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
+    """The finished runs in or below the folders; the others with the reason."""
+    runs, left_out = [], {}
+    for folder in run_folders(folders):
+        reason = why_left_out(folder)
+        if reason is None:
+            runs.append(read_run(folder))
+        else:
+            left_out[folder] = reason
+    return runs, left_out
+
+
+def run_folders(folders: Sequence[str]) -> list[Path]:
+    found: dict[Path, None] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder")
+        marks = [path for name in ("run.json", "status.json") for path in folder.rglob(name)]
+        if not marks:
+            raise UserError(f"{folder} holds no run (no run.json in it or below it)")
+        found |= dict.fromkeys(sorted(path.parent.resolve() for path in marks))
+    here = Path.cwd()
+    return [path.relative_to(here) if path.is_relative_to(here) else path for path in found]
+
+
+def why_left_out(folder: Path) -> str | None:
+    if not (folder / "model" / "slm.json").exists():
+        path = folder / "status.json"
+        status = read_json(path) if path.exists() else {"status": "", "error": ""}
+        return f"failed: {status['error']}" if status["status"] == "failed" else "not complete"
+    if not (folder / "heldout.csv").exists():
+        return "has no heldout.csv (data.heldout or logger.csv was missing)"
+    seen = read_json(folder / "model" / "slm.json")["lineage"]["tokens_seen"]
+    for name in heldout_sets(folder):
+        last = read_curve(folder, "", name).tokens_seen[-1]
+        if last != seen:
+            return f"heldout.csv ends at {last:,.0f} tokens, the run at {seen:,}"
+    return None
+
+
+def read_run(folder: Path) -> Run:
+    record = read_json(folder / "model" / "slm.json")["lineage"]
+    curves = {name: read_curve(folder, "", name) for name in heldout_sets(folder)}
+    return Run(folder, record, read_json(folder / "run.json"), curves)
+
+
+def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:
+    """A difference between arms must come from the selection."""
+    first = runs[0]
+    for run in runs:
+        if value(run) != value(first):
+            raise UserError(
+                f"{what} of {first.folder} is {value(first)}, of {run.folder} {value(run)}: "
+                "runs of one report must agree in it, others can be `baselines`"
+            )
+
+
+def check_runs(runs: Sequence[Run]) -> None:
+    check_same(runs, "the corpus", lambda run: run.lineage["corpus_fingerprint"])
+    check_same(runs, "tokens_seen", lambda run: run.lineage["tokens_seen"])
+    check_same(runs, "the held-out sets", lambda run: sorted(run.curves))
+
+
+# ---- arms ---------------------------------------------------------------------------------------
+
+
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """In the order of their lines and ratios."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        fields = {key: value for key, value in run.identity.items() if key not in SEEDS}
+        groups[json.dumps(fields, sort_keys=True)].append(run)
+    for group in groups.values():
+        check_seeds(group)
+    firsts = [group[0] for group in groups.values()]
+    arms = []
+    for group in groups.values():
+        detail = details(group[0], [run for run in firsts if base(run) == base(group[0])])
+        arms.append(Arm(base(group[0]) + detail, group[0].rule + detail, group))
+    return sorted(arms, key=lambda arm: (arm.line, arm.select_ratio or 0, arm.label))
+
+
+def check_seeds(runs: Sequence[Run]) -> None:
+    seeds: dict[int, Path] = {}
+    for run in runs:
+        seed = run.lineage["seed"]
+        if seed in seeds:
+            raise UserError(f"{seeds[seed]} and {run.folder} are the same run with seed {seed}")
+        seeds[seed] = run.folder
+
+
+def base(run: Run) -> str:
+    """excess 0.6"""
+    return run.rule if run.select_ratio is None else f"{run.rule} {run.select_ratio:g}"
+
+
+def details(run: Run, others: Sequence[Run]) -> str:
+    """The fields in which arms of one name differ: `, scope=sequence`"""
+    keys = sorted({key for other in others for key in other.identity} - SEEDS)
+    texts = {key: {text_of(other, key) for other in others} for key in keys}
+    differing = [key for key in keys if len(texts[key]) > 1]
+    return "".join(f", {key.split('.')[-1]}={text_of(run, key)}" for key in differing)
+
+
+def text_of(run: Run, key: str) -> str:
+    """Hashes are cut: twelve characters tell them apart."""
+    return str(run.identity[key])[:12] if key in run.identity else "absent"
+
+
+def read_baselines(folders: dict[str, str], sets: Sequence[str]) -> list[Arm]:
+    """One arm each, under the name that it was given; corpus and budget may be others."""
+    arms = []
+    for label, folder in folders.items():
+        runs, left_out = read_runs([folder])
+        report_left_out(left_out)
+        found = arms_of(runs)
+        if len(found) != 1:
+            names = [arm.label for arm in found]
+            raise UserError(f"baseline {label!r} must be one finished arm, {folder} has {names}")
+        lacking = set(sets) - set(runs[0].curves)
+        if lacking:
+            raise UserError(
+                f"baseline {label!r} ({folder}) was not evaluated on {sorted(lacking)}, only on "
+                f"{sorted(runs[0].curves)}"
+            )
+        arms.append(Arm(label, label, runs))
+    return arms
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def control_losses(arms: Sequence[Arm], sets: Sequence[str]) -> dict[str, float]:
+    """Mean final loss of the runs on all tokens, for each set; empty where there are none."""
+    controls = [arm for arm in arms if arm.takes_all_tokens]
+    if not controls:
+        return {}
+    return {
+        name: float(np.mean([x for arm in controls for x in arm.losses(name)])) for name in sets
+    }
+
+
+def tokens_to_reach(curve: Curve, loss: float) -> float | None:
+    """Tokens until the curve first is at or below `loss`, linear between points; None: never."""
+    below = np.flatnonzero(curve.loss <= loss)
+    if len(below) == 0:
+        return None
+    index = int(below[0])
+    pair = slice(max(0, index - 1), index + 1)
+    return float(np.interp(-loss, -curve.loss[pair], curve.tokens_seen[pair]))
+
+
+def mean_tokens_to_reach(arm: Arm, name: str, loss: float) -> int | None:
+    """Mean over seeds; None where a seed never gets there."""
+    found = [tokens_to_reach(run.curves[name], loss) for run in arm.runs]
+    reached = [tokens for tokens in found if tokens is not None]
+    return round(float(np.mean(reached))) if len(reached) == len(found) else None
+
+
+def costs(run: Run) -> dict[str, float]:
+    """What the run says it cost; its reference's share too."""
+    record = run.lineage
+    found = {name: record[name] for name in ("train_seconds", "train_flops") if name in record}
+    reference = record["reference"] if "reference" in record else None
+    if isinstance(reference, dict):
+        numbers = {key: value for key, value in reference.items() if isinstance(value, int | float)}
+        found |= {f"reference_{key}": value for key, value in numbers.items()}
+    return found
+
+
+def table_rows(arms: Sequence[Arm], sets: Sequence[str], control: dict[str, float]) -> list[Json]:
+    rows = [table_row(arm, name, control) for arm in arms for name in sets]
+    columns = dict.fromkeys((key for row in rows for key in row), None)
+    return [columns | row for row in rows]
+
+
+def table_row(arm: Arm, name: str, control: dict[str, float]) -> Json:
+    losses = arm.losses(name)
+    reached = mean_tokens_to_reach(arm, name, control[name]) if control else None
+    shared = set.intersection(*(set(costs(run)) for run in arm.runs))
+    return {
+        "arm": arm.label,
+        "rule": arm.runs[0].rule,
+        "select_ratio": arm.select_ratio,
+        "set": name,
+        "mean": round(float(np.mean(losses)), 6),
+        "low": round(min(losses), 6),
+        "high": round(max(losses), 6),
+        "seeds": len(losses),
+        "tokens_seen": round(arm.mean(lambda run: run.lineage["tokens_seen"])),
+        "tokens_selected": round(arm.mean(lambda run: run.lineage["tokens_selected"])),
+        "tokens_to_all_tokens_loss": reached,
+    } | {key: arm.mean(lambda run, key=key: costs(run)[key]) for key in sorted(shared)}
+
+
+def markdown(rows: Sequence[Json], sets: Sequence[str], left_out: dict[Path, str]) -> str:
+    """One line an arm, a column a set: mean (lowest to highest)."""
+    by_arm: dict[str, dict[str, Json]] = defaultdict(dict)
+    for row in rows:
+        by_arm[row["arm"]][row["set"]] = row
+    reach = [f"tokens to all tokens' loss, {name}" for name in sets]
+    head = ["arm", *sets, "seeds", "tokens seen", "tokens selected", *reach]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for label, found in by_arm.items():
+        row = found[sets[0]]
+        counts = [f"{row[key]:,}" for key in ("seeds", "tokens_seen", "tokens_selected")]
+        ends = [found[name]["tokens_to_all_tokens_loss"] for name in sets]
+        cells = [label, *(spread_text(found[name]) for name in sets), *counts]
+        cells += ["" if end is None else f"{end:,}" for end in ends]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Final held-out loss in nats per token: mean over seeds (lowest to highest)."]
+    lines += [f"Left out: `{folder}`: {reason}" for folder, reason in left_out.items()]
+    return "\n".join(lines) + "\n"
+
+
+def spread_text(row: Json) -> str:
+    if row["seeds"] == 1:
+        return f"{row['mean']:.4f}"
+    return f"{row['mean']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
+
+
+# ---- the figures --------------------------------------------------------------------------------
+
+
+def ratio_panel(
+    name: str, arms: Sequence[Arm], control: dict[str, float], baselines: Sequence[Arm]
+) -> RatioPanel:
+    lines: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
+    flat = {CONTROL: control[name]} if control else {}
+    for arm in arms:
+        if arm.select_ratio is not None:
+            lines[arm.line].append((arm.select_ratio, arm.losses(name)))
+        elif not arm.takes_all_tokens:
+            flat[arm.label] = float(np.mean(arm.losses(name)))
+    flat |= {arm.label: float(np.mean(arm.losses(name))) for arm in baselines}
+    return RatioPanel(name, lines, flat)
+
+
+def tokens_panels(name: str, arms: Sequence[Arm]) -> list[TokensPanel]:
+    """One panel a line, the arms that train on all tokens in each of them."""
+    selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
+    controls = [arm for arm in arms if arm.takes_all_tokens]
+    panels = []
+    for line in dict.fromkeys(arm.line for arm in selecting):
+        mine = [arm for arm in selecting if arm.line == line]
+        curves = [
+            run.curves[name]._replace(label="k = 1" if ratio is None else f"k = {ratio:g}")
+            for arm in mine
+            for ratio in [arm.select_ratio]
+            for run in arm.runs
+        ]
+        black = [run.curves[name]._replace(label=CONTROL) for arm in controls for run in arm.runs]
+        panels.append(TokensPanel(f"{line}, {name}", curves, black))
+    return panels
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def folders_of(config: Any) -> list[str]:
+    value = config.runs
+    folders = list(value) if isinstance(value, ListConfig) else [value]
+    if not folders or not all(isinstance(folder, str) for folder in folders):
+        raise UserError(f"runs is {value}, it must be a folder or a list of folders")
+    if not isinstance(config.baselines, DictConfig | None):
+        raise UserError(f"baselines is {config.baselines}, it must be {{name: folder, ...}}")
+    return folders
+
+
+def chosen_sets(runs: Sequence[Run], wanted: Any) -> list[str]:
+    known = list(runs[0].curves)
+    if not known:
+        raise UserError(f"{runs[0].folder}/heldout.csv has no held-out loss")
+    if wanted is None:
+        return known
+    unknown = set(wanted) - set(known)
+    if unknown:
+        raise UserError(f"sets names {sorted(unknown)}, the runs were evaluated on {known}")
+    return list(wanted)
+
+
+def report_left_out(left_out: dict[Path, str]) -> None:
+    for folder, reason in left_out.items():
+        log.warning("left out: %s: %s", folder, reason)
+
+
+def report(config: Any) -> list[Json]:
+    """Write the tables and figures into config.out; returns the table's rows."""
+    runs, left_out = read_runs(folders_of(config))
+    report_left_out(left_out)
+    if not runs:
+        raise UserError(f"none of the {len(left_out)} runs in {config.runs} is complete")
+    check_runs(runs)
+    sets, arms = chosen_sets(runs, config.sets), arms_of(runs)
+    control = control_losses(arms, sets)
+    if not control:
+        log.warning("no run trains on all tokens (selection=all or select_ratio=1): no control")
+    baselines = read_baselines(dict(config.baselines or {}), sets)
+    rows = table_rows([*arms, *baselines], sets, control)
+    out = Path(config.out)
+    write_csv(out / "table.csv", rows)
+    with atomic_file(out / "table.md") as file:
+        file.write(markdown(rows, sets, left_out).encode())
+    panels = [ratio_panel(name, arms, control, baselines) for name in sets]
+    ratio_figure(panels, out / "loss_vs_k.png")
+    tokens_figure([tokens_panels(name, arms) for name in sets], out / "loss_vs_tokens.png")
+    return rows
+
+
+@command("report")
+def main(config: Any) -> None:
+    report(config)
+    print((Path(config.out) / "table.md").read_text(), end="")
+    log.info("report: %s", config.out)
+
+
+if __name__ == "__main__":
+    main()
