@@ -327,6 +327,10 @@ def ratio_panel(
     return RatioPanel(name, lines, flat)
 
 
+def short_label(run: Run) -> str:
+    return run.rule if run.select_ratio is None else f"k = {run.select_ratio:g}"
+
+
 def tokens_panels(name: str, arms: Sequence[Arm]) -> list[TokensPanel]:
     """One panel a line, the arms that train on all tokens in each of them."""
     selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
@@ -335,10 +339,7 @@ def tokens_panels(name: str, arms: Sequence[Arm]) -> list[TokensPanel]:
     for line in dict.fromkeys(arm.line for arm in selecting):
         mine = [arm for arm in selecting if arm.line == line]
         curves = [
-            run.curves[name]._replace(label="k = 1" if ratio is None else f"k = {ratio:g}")
-            for arm in mine
-            for ratio in [arm.select_ratio]
-            for run in arm.runs
+            run.curves[name]._replace(label=short_label(run)) for arm in mine for run in arm.runs
         ]
         black = [run.curves[name]._replace(label=CONTROL) for arm in controls for run in arm.runs]
         panels.append(TokensPanel(f"{line}, {name}", curves, black))

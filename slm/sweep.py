@@ -11,6 +11,7 @@ A job may run in a process that a launcher started. sys.argv is not the user's t
 what unpickling needs is imported: the callback, hence this module, which registers the resolvers.
 """
 
+import atexit
 import logging
 import sys
 import uuid
@@ -96,9 +97,7 @@ class Sweep(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
-            import_module(
-                "slm.train"
-            )  # what is pickled brings its log levels and filters not along
+            import_module("slm.train")  # for its log levels and filters, which are not pickled
             complete = (job_folder(config) / "model" / "slm.json").exists()
             self._write(config, "skipped" if complete else "running")
 
@@ -118,16 +117,17 @@ class Sweep(Callback):
         body = {"sweep": self.id, "number": number, "status": status, "error": error}
         write_json(job_folder(config) / STATUS, body)
 
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """The table is shown in any case: a killed job ends some launchers, Ctrl-C all of them."""
+        atexit.register(show, Path(config.hydra.sweep.dir).absolute(), self.id)
+
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        rows = sweep_rows(folder, self.id)
-        failed = sum(row["status"] == "failed" for row in rows)
-        try:
-            show(folder, rows)
-        finally:
-            if failed:
-                again = "the same command tries them again and skips what is finished"
-                fail(config.hydra.job.name, f"{failed} of {len(rows)} jobs failed; {again}")
+        atexit.unregister(show)
+        rows = show(Path(config.hydra.sweep.dir), self.id)
+        failed = sum(row["status"] not in COMPLETE for row in rows)
+        if failed:
+            again = "the same command tries them again and skips what is finished"
+            fail(config.hydra.job.name, f"{failed} of {len(rows)} jobs failed; {again}")
 
 
 def job_folder(config: DictConfig) -> Path:
@@ -149,13 +149,15 @@ def sweep_rows(folder: Path, sweep: str) -> list[dict[str, Any]]:
     rows = []
     for run, state in sorted(mine, key=lambda job: job[1]["number"]):
         losses = final_losses(run) if state["status"] in COMPLETE else {}
-        row = {"job": str(run.relative_to(folder)), "status": state["status"]}
+        status = "unfinished" if state["status"] == "running" else state["status"]
+        row = {"job": str(run.relative_to(folder)), "status": status}
         rows.append(row | losses | {"error": state["error"]})
     return rows
 
 
-def show(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Print the table, with the errors below it, and write it to sweep.csv."""
+def show(folder: Path, sweep: str) -> list[dict[str, Any]]:
+    """Print the table, with the errors below it, and write it to sweep.csv; returns its rows."""
+    rows = sweep_rows(folder, sweep)
     sets = list(dict.fromkeys(key for row in rows for key in row if key not in COLUMNS))
     table = Table("job", "status", *sets)
     for row in rows:
@@ -166,4 +168,8 @@ def show(folder: Path, rows: list[dict[str, Any]]) -> None:
         if row["error"]:
             print(f"{row['job']}: {row['error']}")
     blank = dict.fromkeys(["job", "status", *sets, "error"], "")
-    write_csv(folder / "sweep.csv", [blank | row for row in rows])
+    try:
+        write_csv(folder / "sweep.csv", [blank | row for row in rows])
+    except OSError as error:
+        log.warning("cannot write %s: %s", folder / "sweep.csv", error.strerror)
+    return rows

@@ -1,0 +1,302 @@
+"""Tables and arms from run folders made by hand, with numbers that are known."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from slm import report as report_module
+from slm.cli import conf_folder
+from slm.errors import UserError
+from slm.plots import Curve
+from slm.report import arms_of, read_runs, report, tokens_to_reach
+
+BUDGET = 400
+
+
+def make_run(
+    folder: Path,
+    selection: str = "Excess",
+    ratio: float | None = 0.5,
+    seed: int = 0,
+    final: float = 3.0,
+    identity: dict[str, Any] | None = None,
+    **record: Any,
+) -> Path:
+    """A finished run: loss on `a` falls from 9 through 5 to `final`, on `b` it is twice that."""
+    rule: dict[str, Any] = {"_target_": f"slm.selection.{selection}"}
+    if ratio is not None:
+        rule |= {"select_ratio": ratio, "scope": "batch"}
+    if selection == "Random":
+        rule["seed"] = seed
+    lineage = {
+        "selection": rule,
+        "seed": seed,
+        "corpus_fingerprint": "c0ffee",
+        "tokens_seen": BUDGET,
+        "tokens_selected": round(BUDGET * (ratio or 1)),
+    } | record
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "slm.json").write_text(json.dumps({"lineage": lineage}))
+    flat = {f"selection.{key}": value for key, value in rule.items()}
+    run = {"seed": seed, "corpus": lineage["corpus_fingerprint"], **flat} | (identity or {})
+    (folder / "run.json").write_text(json.dumps(run))
+    rows = [
+        f"{i},{seen},{loss},1,{2 * loss},1"
+        for i, (seen, loss) in enumerate([(0, 9.0), (200, 5.0), (BUDGET, final)])
+    ]
+    header = "step,tokens_seen,heldout/a/loss,heldout/a/bits_per_byte,heldout/b/loss,"
+    header += "heldout/b/bits_per_byte"
+    (folder / "heldout.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder
+
+
+def config(runs: Any, out: Path, **more: Any) -> Any:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        composed = compose("report", overrides=[f"out='{out}'"])
+    composed.runs = [str(run) for run in runs] if isinstance(runs, list) else str(runs)
+    for key, value in more.items():
+        composed[key] = value
+    return composed
+
+
+def labels(folder: Path) -> list[str]:
+    return [arm.label for arm in arms_of(read_runs([str(folder)])[0])]
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Path:
+    """Two rules at k = 0.5 and 1, two seeds; 1.0 is training on all tokens under either."""
+    folder = tmp_path / "sweep"
+    for rule, offset in (("Excess", 0.0), ("Random", 1.5)):
+        for seed in (0, 1):
+            make_run(folder / f"{rule}{seed}half", rule, 0.5, seed, 3.0 + offset + seed / 4)
+            make_run(folder / f"{rule}{seed}one", rule, 1.0, seed, 4.0 + seed / 2)
+    return folder
+
+
+def test_the_table_has_mean_and_spread_and_tokens_to_reach(tmp_path, sweep):
+    report(config(sweep, tmp_path / "out"))
+    with open(tmp_path / "out" / "table.csv", newline="") as file:
+        rows = {(row["arm"], row["set"]): row for row in csv.DictReader(file)}
+    assert [arm for arm, name in rows if name == "a"] == [
+        "excess 0.5", "excess 1", "random 0.5", "random 1",
+    ]  # fmt: skip
+    found = rows["excess 0.5", "b"]
+    assert (found["rule"], found["select_ratio"], found["seeds"]) == ("excess", "0.5", "2")
+    assert [float(found[key]) for key in ("mean", "low", "high")] == [6.25, 6.0, 6.5]
+    assert (found["tokens_seen"], found["tokens_selected"]) == ("400", "200")
+    # all tokens end at 4.25 on `a`: from 5 at 200 to 3 or 3.25 at 400
+    by_hand = (200 + 200 * 0.75 / 2 + 200 + 200 * 0.75 / 1.75) / 2
+    assert int(rows["excess 0.5", "a"]["tokens_to_all_tokens_loss"]) == round(by_hand)
+    assert rows["random 0.5", "a"]["tokens_to_all_tokens_loss"] == ""  # 4.5 and 4.75
+
+
+def test_the_markdown_table_has_a_line_an_arm(tmp_path, sweep):
+    report(config(sweep, tmp_path / "out"))
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
+    assert cells[0][:5] == ["arm", "a", "b", "seeds", "tokens seen"]
+    assert cells[2][:4] == [
+        "excess 0.5",
+        "3.1250 (3.0000 to 3.2500)",
+        "6.2500 (6.0000 to 6.5000)",
+        "2",
+    ]
+    assert len({len(row) for row in cells}) == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "tokens"), [(9.5, 0), (9.0, 0), (7.0, 100), (5.0, 200), (4.0, 300), (2.9, None)]
+)
+def test_tokens_to_reach_is_the_first_crossing_interpolated(loss, tokens):
+    seen, losses = np.array([0.0, 200, 400, 500]), np.array([9.0, 5.0, 3.0, 8.0])
+    assert tokens_to_reach(Curve("", seen, losses), loss) == tokens
+
+
+def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch):
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(report_module, "ratio_figure", lambda *a: drawn.update(ratio=a[0]))
+    monkeypatch.setattr(report_module, "tokens_figure", lambda *a: drawn.update(tokens=a[0]))
+    make_run(tmp_path / "ref", "All", None, final=2.0, corpus_fingerprint="0", tokens_seen=BUDGET)
+    make_run(tmp_path / "sweep" / "soft", "Sigmoid", None, final=3.5)
+    rows = report(
+        config(sweep, tmp_path / "out", baselines={"the reference": str(tmp_path / "ref")})
+    )
+    assert rows[-1]["arm"] == "the reference" and rows[-1]["mean"] == 4.0
+    assert rows[-1]["tokens_to_all_tokens_loss"] == 250  # 10 at 200, 4 at 400, 8.5 between
+    (panel, other), (first, *_) = drawn["ratio"], drawn["tokens"]
+    assert panel.rules == {
+        "excess": [(0.5, [3.0, 3.25]), (1.0, [4.0, 4.5])],
+        "random": [(0.5, [4.5, 4.75]), (1.0, [4.0, 4.5])],
+    }
+    assert panel.lines == {"all tokens": 4.25, "sigmoid": 3.5, "the reference": 2.0}
+    assert other.lines["all tokens"] == 8.5
+    assert [panel.title for panel in first] == ["excess, a", "random, a", "sigmoid, a"]
+    assert [curve.label for curve in first[0].curves] == ["k = 0.5"] * 2
+    assert [curve.label for curve in first[2].curves] == ["sigmoid"]
+    assert [curve.loss[-1] for curve in first[0].controls] == [4.0, 4.5, 4.0, 4.5]
+
+
+def test_sets_can_be_chosen(tmp_path, sweep):
+    rows = report(config(sweep, tmp_path / "out", sets=["b"]))
+    assert {row["set"] for row in rows} == {"b"}
+    with pytest.raises(UserError, match=r"sets names \['c'\], .* evaluated on \['a', 'b'\]"):
+        report(config(sweep, tmp_path / "out", sets=["c"]))
+
+
+# ---- arms ---------------------------------------------------------------------------------------
+
+
+def test_an_arm_is_what_differs_in_the_seed_alone(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / f"random{seed}", "Random", 0.5, seed)
+        make_run(tmp_path / f"all{seed}", "All", None, seed)
+        make_run(tmp_path / f"loss{seed}", "ReferenceLoss", 0.25, seed)
+    assert labels(tmp_path) == ["all", "random 0.5", "reference_loss 0.25"]
+    assert [len(arm.runs) for arm in arms_of(read_runs([str(tmp_path)])[0])] == [2, 2, 2]
+
+
+def test_arms_of_one_name_are_told_apart_by_what_differs(tmp_path):
+    make_run(tmp_path / "a", identity={"optimizer.adamw.lr": 0.1, "references": "f" * 64})
+    make_run(tmp_path / "b", identity={"optimizer.adamw.lr": 0.2, "references": "f" * 64})
+    make_run(tmp_path / "c", ratio=0.25, identity={"optimizer.adamw.lr": 0.2})
+    assert labels(tmp_path) == ["excess 0.25", "excess 0.5, lr=0.1", "excess 0.5, lr=0.2"]
+    make_run(tmp_path / "d", identity={"optimizer.adamw.lr": 0.2, "references": "e" * 64})
+    assert "excess 0.5, lr=0.2, references=eeeeeeeeeeee" in labels(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("selection", "ratio", "expected"),
+    [("All", None, True), ("Excess", 1.0, True), ("Excess", 0.9, False), ("Sigmoid", None, False)],
+)
+def test_which_arm_is_the_control(tmp_path, selection, ratio, expected):
+    make_run(tmp_path / "a", selection, ratio)
+    (run,), _ = read_runs([str(tmp_path)])
+    assert run.takes_all_tokens is expected
+
+
+def test_a_weighting_rule_at_ratio_1_is_no_control(tmp_path):
+    rule = {"_target_": "slm.selection.Soft", "select_ratio": 1.0, "temperature": 2.0}
+    make_run(tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "model" / "slm.json").read_text())
+    record["lineage"]["selection"] = rule
+    (tmp_path / "a" / "model" / "slm.json").write_text(json.dumps(record))
+    (run,), _ = read_runs([str(tmp_path)])
+    assert not run.takes_all_tokens
+
+
+def test_costs_are_shown_where_every_seed_has_them(tmp_path):
+    make_run(tmp_path / "a", seed=0, train_seconds=10.0, reference={"seconds": 4.0, "name": "x"})
+    make_run(tmp_path / "b", seed=1, train_seconds=20.0, reference={"seconds": 4.0, "name": "x"})
+    make_run(tmp_path / "c", "All", None, reference=None)
+    rows = {row["arm"]: row for row in report(config(tmp_path, tmp_path / "out"))}
+    assert rows["excess 0.5"]["train_seconds"] == 15.0
+    assert rows["excess 0.5"]["reference_seconds"] == 4.0
+    assert rows["all"]["train_seconds"] is None and "reference_name" not in rows["all"]
+
+
+# ---- what is refused, what is left out ----------------------------------------------------------
+
+
+def test_unfinished_runs_are_named_and_left_out(tmp_path, caplog):
+    make_run(tmp_path / "runs" / "fine")
+    (tmp_path / "runs" / "failed").mkdir()
+    state = {"status": "failed", "error": "k is 2"}
+    (tmp_path / "runs" / "failed" / "status.json").write_text(json.dumps(state))
+    (make_run(tmp_path / "runs" / "killed", seed=1) / "model" / "slm.json").unlink()
+    (make_run(tmp_path / "runs" / "silent", seed=2) / "heldout.csv").unlink()
+    make_run(tmp_path / "runs" / "torn", seed=3, tokens_seen=BUDGET + 100)
+    rows = report(config(tmp_path / "runs", tmp_path / "out"))
+    assert {row["seeds"] for row in rows} == {1}
+    said = (tmp_path / "out" / "table.md").read_text()
+    for name, reason in [
+        ("failed", "failed: k is 2"),
+        ("killed", "not complete"),
+        ("silent", "has no heldout.csv"),
+        ("torn", "heldout.csv ends at 400 tokens, the run at 500"),
+    ]:
+        assert f"{name}`: {reason}" in said
+        assert any(f"/{name}: {reason}" in message for message in caplog.messages)
+    assert any("no control" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"corpus_fingerprint": "tea"}, "the corpus of .*one is c0ffee, of .*two tea: runs of one"),
+        ({"tokens_seen": 800}, "tokens_seen of .*one is 400, of .*two 800: runs of one report"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, record, message):
+    make_run(tmp_path / "one")
+    two = make_run(tmp_path / "two", seed=1, **record)
+    path = two / "heldout.csv"
+    path.write_text(path.read_text().replace("400,", f"{record.get('tokens_seen', 400)},"))
+    with pytest.raises(UserError, match=message):
+        report(config(tmp_path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_heldout_sets_are_refused(tmp_path):
+    make_run(tmp_path / "one")
+    path = make_run(tmp_path / "two", seed=1) / "heldout.csv"
+    path.write_text(path.read_text().replace("heldout/b/", "heldout/c/"))
+    with pytest.raises(UserError, match=r"held-out sets of .* is \['a', 'b'\], .* \['a', 'c'\]"):
+        report(config(tmp_path, tmp_path / "out"))
+
+
+def test_the_same_run_twice_is_no_second_seed(tmp_path):
+    make_run(tmp_path / "one")
+    make_run(tmp_path / "two")
+    with pytest.raises(UserError, match="one and .*two are the same run with seed 0"):
+        report(config(tmp_path, tmp_path / "out"))
+
+
+def test_folders_without_runs_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no run"):
+        report(config(tmp_path / "empty", tmp_path / "out"))
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        report(config(tmp_path / "nowhere", tmp_path / "out"))
+    (make_run(tmp_path / "runs" / "a") / "model" / "slm.json").unlink()
+    with pytest.raises(UserError, match="none of the 1 runs in .* is complete"):
+        report(config(tmp_path / "runs", tmp_path / "out"))
+
+
+def test_a_baseline_is_one_arm_on_the_same_sets(tmp_path):
+    make_run(tmp_path / "runs" / "a")
+    make_run(tmp_path / "two" / "a", ratio=0.5)
+    make_run(tmp_path / "two" / "b", ratio=0.25)
+    with pytest.raises(UserError, match=r"'x' must be one finished arm, .* \['excess 0.25', 'ex"):
+        report(config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "two")}))
+    path = make_run(tmp_path / "other") / "heldout.csv"
+    path.write_text(path.read_text().replace("heldout/b/", "heldout/c/"))
+    with pytest.raises(UserError, match=r"'x' .* not evaluated on \['b'\], only on \['a', 'c'\]"):
+        report(
+            config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "other")})
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("runs", {"a": "b"}, "runs is "), ("baselines", "folder", "baselines is folder, it must be")],
+)
+def test_settings_of_the_wrong_shape_are_refused(tmp_path, key, value, message):
+    make_run(tmp_path / "a")
+    settings = config(tmp_path, tmp_path / "out")
+    settings[key] = value
+    with pytest.raises(UserError, match=message):
+        report(settings)
+
+
+def test_one_run_over_runs_below_it_is_read_once(tmp_path):
+    make_run(tmp_path / "a" / "b")
+    runs, _ = read_runs([str(tmp_path), str(tmp_path / "a" / "b")])
+    assert [run.folder.name for run in runs] == ["b"]
+    assert math.isclose(float(runs[0].curves["a"].loss[-1]), 3.0)
