@@ -198,7 +198,7 @@ def shared_legend(figure: Any, places: Iterable[Any], note: str) -> None:
     for axes in places:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    style: Any = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
+    style: Any = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 9}
     figure.legend(found.values(), found.keys(), title=note, title_fontsize=9, **style)
 
 

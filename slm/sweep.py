@@ -94,12 +94,13 @@ class Sweep(Callback):
     def __init__(self, given: Sequence[str]):
         self.id = uuid.uuid4().hex  # a folder may hold jobs of an earlier sweep
         self.given = given  # resolving it in the sweep's configuration is what caches it
+        self.skips = False  # this job was complete before
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             import_module("slm.train")  # for its log levels and filters, which are not pickled
-            complete = (job_folder(config) / "model" / "slm.json").exists()
-            self._write(config, "skipped" if complete else "running")
+            self.skips = (job_folder(config) / "model" / "slm.json").exists()
+            self._write(config, "running")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -109,8 +110,8 @@ class Sweep(Callback):
             log.error("failed: %s: %s", job_folder(config), error)
             self._write(config, "failed", error)
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
-        elif read_json(job_folder(config) / STATUS)["status"] == "running":
-            self._write(config, "finished")
+        else:
+            self._write(config, "skipped" if self.skips else "finished")
 
     def _write(self, config: DictConfig, status: str, error: str = "") -> None:
         number = config.hydra.job.num
@@ -158,6 +159,8 @@ def sweep_rows(folder: Path, sweep: str) -> list[dict[str, Any]]:
 def show(folder: Path, sweep: str) -> list[dict[str, Any]]:
     """Print the table, with the errors below it, and write it to sweep.csv; returns its rows."""
     rows = sweep_rows(folder, sweep)
+    if not rows:  # no job was started, so what is wrong has been said
+        return rows
     sets = list(dict.fromkeys(key for row in rows for key in row if key not in COLUMNS))
     table = Table("job", "status", *sets)
     for row in rows:

@@ -8,6 +8,7 @@ the target model (excess). The run's folder holds
     train.csv, heldout.csv, wandb/
     model/          the result as a Hugging Face folder, written when the run is complete
     lineage.json    what went in, what was counted
+    status.json     in a sweep: what became of the job
 """
 
 import logging

@@ -1,5 +1,6 @@
 """Names of jobs, what is written of each, the table; and whole sweeps under every launcher."""
 
+import atexit
 import csv
 import json
 import logging
@@ -164,6 +165,20 @@ def test_the_end_is_0_where_none_failed(tmp_path):
     assert [row["status"] for row in show(tmp_path, sweep.id)] == ["finished"]
 
 
+def test_a_sweep_that_is_broken_off_shows_its_table_all_the_same(tmp_path, monkeypatch, capsys):
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
+    monkeypatch.setattr(atexit, "unregister", lambda function: at_exit.clear())
+    sweep = Sweep([])
+    sweep.on_multirun_start(hydra_config(tmp_path / "a"))
+    run_job(sweep, hydra_config(tmp_path / "a"))
+    (function, *arguments) = at_exit[0]
+    function(*arguments)
+    assert "finished" in capsys.readouterr().out and (tmp_path / "sweep.csv").exists()
+    sweep.on_multirun_end(hydra_config(tmp_path / "a"))
+    assert at_exit == []
+
+
 # ---- whole sweeps -------------------------------------------------------------------------------
 
 
@@ -215,8 +230,23 @@ def test_a_failed_job_leaves_the_others_running_and_is_tried_again(
     again = table(out)
     assert [again[name]["status"] for name in names] == ["finished", *["skipped"] * 3]
     assert [again[name]["held"] for name in names[1:]] == [rows[name]["held"] for name in names[1:]]
+    command = [sys.executable, "-m", "slm.report", f"runs='{out}'", f"out='{tmp_path / 'report'}'"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    with open(tmp_path / "report" / "table.csv", newline="") as file:
+        means = {row["arm"]: row["mean"] for row in csv.DictReader(file)}
+    expected = dict(zip(["excess 0.5", "excess 1", "random 0.5", "random 1"], names, strict=True))
+    assert means == {arm: str(round(float(again[job]["held"]), 6)) for arm, job in expected.items()}
     found = {group_and_id(out / name) for name in names}
     assert len(found) == 4 and {group for group, _ in found} == {f"{tmp_path.name}-sweep"}
+
+
+@pytest.mark.slow
+def test_a_choice_that_no_group_has_is_one_sentence_before_any_job_starts(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    done = train(tmp_path / "sweep", tmp_path, "seed=0", "logger=csv,nope")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Could not find 'logger/nope'" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["multirun.yaml"]
 
 
 @pytest.mark.slow
