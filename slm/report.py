@@ -4,198 +4,36 @@
     loss_vs_k.png, .svg         final loss against select_ratio, a line a rule
     loss_vs_tokens.png, .svg    loss during training, a panel a rule
 
-Runs that differ in nothing but their seed are an arm. What is read: model/slm.json, run.json and
-heldout.csv of each run. Runs that are not complete are named and left out.
+Runs that differ in nothing but their seed are an arm, see arms.py. Runs that are not complete are
+named and left out.
 """
 
-import json
 import logging
-import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, ListConfig
 
+from slm.arms import Arm, Run, arms_of, base, check_runs, costs, read_runs
 from slm.cli import command
 from slm.errors import UserError
 from slm.plots import (
     Curve,
     RatioPanel,
     TokensPanel,
-    heldout_sets,
     ratio_figure,
-    read_curve,
     tokens_figure,
 )
-from slm.shards import Json, atomic_file, read_json, write_csv
+from slm.shards import Json, atomic_file, write_csv
 
 log = logging.getLogger("slm.report")
-SEEDS = {"seed", "selection.seed"}
 CONTROL = "all tokens"
 
 
-class Run(NamedTuple):
-    """What one finished run left."""
-
-    folder: Path
-    lineage: Json
-    identity: Json  # run.json: all that makes it this run
-    curves: dict[str, Curve]  # of each held-out set
-
-    @property
-    def select_ratio(self) -> float | None:
-        selection = self.lineage["selection"]
-        return float(selection["select_ratio"]) if "select_ratio" in selection else None
-
-    @property
-    def rule(self) -> str:
-        """The class in the words of the configuration: slm.selection.Excess -> excess"""
-        name = self.lineage["selection"]["_target_"].rsplit(".", 1)[-1]
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-    @property
-    def takes_all_tokens(self) -> bool:
-        """`all`, or a rule that has nothing to say beside its ratio of 1."""
-        fields = self.lineage["selection"].keys() - {"_target_", "scope", "seed"}
-        return self.rule == "all" or (fields == {"select_ratio"} and self.select_ratio == 1)
-
-
-class Arm(NamedTuple):
-    """Runs that differ in nothing but the seed."""
-
-    label: str
-    line: str  # the label without its ratio: arms of one line are joined in the figure
-    runs: list[Run]
-
-    @property
-    def select_ratio(self) -> float | None:
-        return self.runs[0].select_ratio
-
-    @property
-    def takes_all_tokens(self) -> bool:
-        return self.runs[0].takes_all_tokens
-
-    def losses(self, name: str) -> list[float]:
-        """Final loss of each seed."""
-        return [float(run.curves[name].loss[-1]) for run in self.runs]
-
-    def mean(self, value: Callable[[Run], float]) -> float:
-        return float(np.mean([value(run) for run in self.runs]))
-
-
 # ---- runs ---------------------------------------------------------------------------------------
-
-
-def read_runs(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
-    """The finished runs in or below the folders; the others with the reason."""
-    runs, left_out = [], {}
-    for folder in run_folders(folders):
-        reason = why_left_out(folder)
-        if reason is None:
-            runs.append(read_run(folder))
-        else:
-            left_out[folder] = reason
-    return runs, left_out
-
-
-def run_folders(folders: Sequence[str]) -> list[Path]:
-    found: dict[Path, None] = {}
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder")
-        marks = [path for name in ("run.json", "status.json") for path in folder.rglob(name)]
-        if not marks:
-            raise UserError(f"{folder} holds no run (no run.json in it or below it)")
-        found |= dict.fromkeys(sorted(path.parent.resolve() for path in marks))
-    here = Path.cwd()
-    return [path.relative_to(here) if path.is_relative_to(here) else path for path in found]
-
-
-def why_left_out(folder: Path) -> str | None:
-    if not (folder / "model" / "slm.json").exists():
-        path = folder / "status.json"
-        status = read_json(path) if path.exists() else {"status": "", "error": ""}
-        return f"failed: {status['error']}" if status["status"] == "failed" else "not complete"
-    if not (folder / "heldout.csv").exists():
-        return "has no heldout.csv (data.heldout or logger.csv was missing)"
-    seen = read_json(folder / "model" / "slm.json")["lineage"]["tokens_seen"]
-    for name in heldout_sets(folder):
-        last = read_curve(folder, "", name).tokens_seen[-1]
-        if last != seen:
-            return f"heldout.csv ends at {last:,.0f} tokens, the run at {seen:,}"
-    return None
-
-
-def read_run(folder: Path) -> Run:
-    record = read_json(folder / "model" / "slm.json")["lineage"]
-    curves = {name: read_curve(folder, "", name) for name in heldout_sets(folder)}
-    return Run(folder, record, read_json(folder / "run.json"), curves)
-
-
-def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:
-    """A difference between arms must come from the selection."""
-    first = runs[0]
-    for run in runs:
-        if value(run) != value(first):
-            raise UserError(
-                f"{what} of {first.folder} is {value(first)}, of {run.folder} {value(run)}: "
-                "runs of one report must agree in it, others can be `baselines`"
-            )
-
-
-def check_runs(runs: Sequence[Run]) -> None:
-    check_same(runs, "the corpus", lambda run: run.lineage["corpus_fingerprint"])
-    check_same(runs, "tokens_seen", lambda run: run.lineage["tokens_seen"])
-    check_same(runs, "the held-out sets", lambda run: sorted(run.curves))
-
-
-# ---- arms ---------------------------------------------------------------------------------------
-
-
-def arms_of(runs: Sequence[Run]) -> list[Arm]:
-    """In the order of their lines and ratios."""
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        fields = {key: value for key, value in run.identity.items() if key not in SEEDS}
-        groups[json.dumps(fields, sort_keys=True)].append(run)
-    for group in groups.values():
-        check_seeds(group)
-    firsts = [group[0] for group in groups.values()]
-    arms = []
-    for group in groups.values():
-        detail = details(group[0], [run for run in firsts if base(run) == base(group[0])])
-        arms.append(Arm(base(group[0]) + detail, group[0].rule + detail, group))
-    return sorted(arms, key=lambda arm: (arm.line, arm.select_ratio or 0, arm.label))
-
-
-def check_seeds(runs: Sequence[Run]) -> None:
-    seeds: dict[int, Path] = {}
-    for run in runs:
-        seed = run.lineage["seed"]
-        if seed in seeds:
-            raise UserError(f"{seeds[seed]} and {run.folder} are the same run with seed {seed}")
-        seeds[seed] = run.folder
-
-
-def base(run: Run) -> str:
-    """excess 0.6"""
-    return run.rule if run.select_ratio is None else f"{run.rule} {run.select_ratio:g}"
-
-
-def details(run: Run, others: Sequence[Run]) -> str:
-    """The fields in which arms of one name differ: `, scope=sequence`"""
-    keys = sorted({key for other in others for key in other.identity} - SEEDS)
-    texts = {key: {text_of(other, key) for other in others} for key in keys}
-    differing = [key for key in keys if len(texts[key]) > 1]
-    return "".join(f", {key.split('.')[-1]}={text_of(run, key)}" for key in differing)
-
-
-def text_of(run: Run, key: str) -> str:
-    """Hashes are cut: twelve characters tell them apart."""
-    return str(run.identity[key])[:12] if key in run.identity else "absent"
 
 
 def read_baselines(folders: dict[str, str], sets: Sequence[str]) -> list[Arm]:
@@ -246,17 +84,6 @@ def mean_tokens_to_reach(arm: Arm, name: str, loss: float) -> int | None:
     found = [tokens_to_reach(run.curves[name], loss) for run in arm.runs]
     reached = [tokens for tokens in found if tokens is not None]
     return round(float(np.mean(reached))) if len(reached) == len(found) else None
-
-
-def costs(run: Run) -> dict[str, float]:
-    """What the run says it cost; its reference's share too."""
-    record = run.lineage
-    found = {name: record[name] for name in ("train_seconds", "train_flops") if name in record}
-    reference = record["reference"] if "reference" in record else None
-    if isinstance(reference, dict):
-        numbers = {key: value for key, value in reference.items() if isinstance(value, int | float)}
-        found |= {f"reference_{key}": value for key, value in numbers.items()}
-    return found
 
 
 def table_rows(arms: Sequence[Arm], sets: Sequence[str], control: dict[str, float]) -> list[Json]:
@@ -328,7 +155,7 @@ def ratio_panel(
 
 
 def short_label(run: Run) -> str:
-    return run.rule if run.select_ratio is None else f"k = {run.select_ratio:g}"
+    return base(run) if run.select_ratio is None else f"k = {run.select_ratio:g}"
 
 
 def tokens_panels(name: str, arms: Sequence[Arm]) -> list[TokensPanel]:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +9,12 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from run_helpers import BUDGET, make_run
 from slm import report as report_module
 from slm.cli import conf_folder
 from slm.errors import UserError
 from slm.plots import Curve
-from slm.report import arms_of, read_runs, report, tokens_to_reach
-
-BUDGET = 400
-
-
-def make_run(
-    folder: Path,
-    selection: str = "Excess",
-    ratio: float | None = 0.5,
-    seed: int = 0,
-    final: float = 3.0,
-    identity: dict[str, Any] | None = None,
-    **record: Any,
-) -> Path:
-    """A finished run: loss on `a` falls from 9 through 5 to `final`, on `b` it is twice that."""
-    rule: dict[str, Any] = {"_target_": f"slm.selection.{selection}"}
-    if ratio is not None:
-        rule |= {"select_ratio": ratio, "scope": "batch"}
-    if selection == "Random":
-        rule["seed"] = seed
-    lineage = {
-        "selection": rule,
-        "seed": seed,
-        "corpus_fingerprint": "c0ffee",
-        "tokens_seen": BUDGET,
-        "tokens_selected": round(BUDGET * (ratio or 1)),
-    } | record
-    (folder / "model").mkdir(parents=True)
-    (folder / "model" / "slm.json").write_text(json.dumps({"lineage": lineage}))
-    flat = {f"selection.{key}": value for key, value in rule.items()}
-    run = {"seed": seed, "corpus": lineage["corpus_fingerprint"], **flat} | (identity or {})
-    (folder / "run.json").write_text(json.dumps(run))
-    rows = [
-        f"{i},{seen},{loss},1,{2 * loss},1"
-        for i, (seen, loss) in enumerate([(0, 9.0), (200, 5.0), (BUDGET, final)])
-    ]
-    header = "step,tokens_seen,heldout/a/loss,heldout/a/bits_per_byte,heldout/b/loss,"
-    header += "heldout/b/bits_per_byte"
-    (folder / "heldout.csv").write_text("\n".join([header, *rows]) + "\n")
-    return folder
+from slm.report import report, tokens_to_reach
 
 
 def config(runs: Any, out: Path, **more: Any) -> Any:
@@ -63,10 +24,6 @@ def config(runs: Any, out: Path, **more: Any) -> Any:
     for key, value in more.items():
         composed[key] = value
     return composed
-
-
-def labels(folder: Path) -> list[str]:
-    return [arm.label for arm in arms_of(read_runs([str(folder)])[0])]
 
 
 @pytest.fixture
@@ -150,55 +107,13 @@ def test_sets_can_be_chosen(tmp_path, sweep):
         report(config(sweep, tmp_path / "out", sets=["c"]))
 
 
-# ---- arms ---------------------------------------------------------------------------------------
-
-
-def test_an_arm_is_what_differs_in_the_seed_alone(tmp_path):
-    for seed in (0, 1):
-        make_run(tmp_path / f"random{seed}", "Random", 0.5, seed)
-        make_run(tmp_path / f"all{seed}", "All", None, seed)
-        make_run(tmp_path / f"loss{seed}", "ReferenceLoss", 0.25, seed)
-    assert labels(tmp_path) == ["all", "random 0.5", "reference_loss 0.25"]
-    assert [len(arm.runs) for arm in arms_of(read_runs([str(tmp_path)])[0])] == [2, 2, 2]
-
-
-def test_arms_of_one_name_are_told_apart_by_what_differs(tmp_path):
-    make_run(tmp_path / "a", identity={"optimizer.adamw.lr": 0.1, "references": "f" * 64})
-    make_run(tmp_path / "b", identity={"optimizer.adamw.lr": 0.2, "references": "f" * 64})
-    make_run(tmp_path / "c", ratio=0.25, identity={"optimizer.adamw.lr": 0.2})
-    assert labels(tmp_path) == ["excess 0.25", "excess 0.5, lr=0.1", "excess 0.5, lr=0.2"]
-    make_run(tmp_path / "d", identity={"optimizer.adamw.lr": 0.2, "references": "e" * 64})
-    assert "excess 0.5, lr=0.2, references=eeeeeeeeeeee" in labels(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("selection", "ratio", "expected"),
-    [("All", None, True), ("Excess", 1.0, True), ("Excess", 0.9, False), ("Sigmoid", None, False)],
-)
-def test_which_arm_is_the_control(tmp_path, selection, ratio, expected):
-    make_run(tmp_path / "a", selection, ratio)
-    (run,), _ = read_runs([str(tmp_path)])
-    assert run.takes_all_tokens is expected
-
-
-def test_a_weighting_rule_at_ratio_1_is_no_control(tmp_path):
-    rule = {"_target_": "slm.selection.Soft", "select_ratio": 1.0, "temperature": 2.0}
-    make_run(tmp_path / "a")
-    record = json.loads((tmp_path / "a" / "model" / "slm.json").read_text())
-    record["lineage"]["selection"] = rule
-    (tmp_path / "a" / "model" / "slm.json").write_text(json.dumps(record))
-    (run,), _ = read_runs([str(tmp_path)])
-    assert not run.takes_all_tokens
-
-
 def test_costs_are_shown_where_every_seed_has_them(tmp_path):
-    make_run(tmp_path / "a", seed=0, train_seconds=10.0, reference={"seconds": 4.0, "name": "x"})
-    make_run(tmp_path / "b", seed=1, train_seconds=20.0, reference={"seconds": 4.0, "name": "x"})
-    make_run(tmp_path / "c", "All", None, reference=None)
+    make_run(tmp_path / "a", seed=0, train_seconds=10.0, train_flops=1e9)
+    make_run(tmp_path / "b", seed=1, train_seconds=20.0, train_flops=None)
+    make_run(tmp_path / "c", "All", None)
     rows = {row["arm"]: row for row in report(config(tmp_path, tmp_path / "out"))}
     assert rows["excess 0.5"]["train_seconds"] == 15.0
-    assert rows["excess 0.5"]["reference_seconds"] == 4.0
-    assert rows["all"]["train_seconds"] is None and "reference_name" not in rows["all"]
+    assert rows["all"]["train_seconds"] is None and "train_flops" not in rows["excess 0.5"]
 
 
 # ---- what is refused, what is left out ----------------------------------------------------------
@@ -293,10 +208,3 @@ def test_settings_of_the_wrong_shape_are_refused(tmp_path, key, value, message):
     settings[key] = value
     with pytest.raises(UserError, match=message):
         report(settings)
-
-
-def test_one_run_over_runs_below_it_is_read_once(tmp_path):
-    make_run(tmp_path / "a" / "b")
-    runs, _ = read_runs([str(tmp_path), str(tmp_path / "a" / "b")])
-    assert [run.folder.name for run in runs] == ["b"]
-    assert math.isclose(float(runs[0].curves["a"].loss[-1]), 3.0)
