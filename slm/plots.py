@@ -5,6 +5,7 @@ Nothing here looks at a live run: the input is heldout.csv of each run, or array
 
 import csv
 import html
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
@@ -77,10 +78,15 @@ def draw_curves(axes: Any, runs: Sequence[Curve], start: float, **style: Any) ->
         axes.plot(curve.tokens_seen[keep] / 1e6, curve.loss[keep], **look)
 
 
-def draw_lines(axes: Any, lines: dict[str, float], labels: dict[str, str]) -> None:
-    """Horizontal lines in grey, told apart by their dashes."""
-    for (name, value), style in zip(lines.items(), cycle(DASHES)):  # noqa: B905  # cycle has no end
-        axes.axhline(value, color="#555555", linestyle=style, label=labels[name], linewidth=1.2)
+def draw_lines(
+    axes: Any,
+    lines: dict[str, float],
+    labels: dict[str, str],
+    colours: Sequence[str] = ("#555555",),
+) -> None:
+    """Horizontal lines, told apart by their dashes."""
+    for (name, value), style, colour in zip(lines.items(), cycle(DASHES), cycle(colours)):  # noqa: B905  # cycles have no end
+        axes.axhline(value, color=colour, linestyle=style, label=labels[name], linewidth=1.2)
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -116,7 +122,8 @@ class RatioPanel(NamedTuple):
 
     title: str
     rules: dict[str, list[tuple[float, list[float]]]]  # label: (select_ratio, loss of each seed)
-    lines: dict[str, float]  # the controls: what has no ratio
+    flat: dict[str, float]  # rules without a ratio: lines in colour
+    lines: dict[str, float]  # controls and baselines: lines in grey
 
 
 class TokensPanel(NamedTuple):
@@ -136,6 +143,7 @@ def ratio_figure(panels: Sequence[RatioPanel], path: Path) -> None:
     for axes, panel in zip(grid[0], panels, strict=True):
         for (label, points), look in zip(panel.rules.items(), cycle(LOOKS)):  # noqa: B905
             draw_ratios(axes, sorted(points), label, *look)
+        draw_lines(axes, panel.flat, {name: name for name in panel.flat}, COLOURS[::-1])
         draw_lines(axes, panel.lines, {name: name for name in panel.lines})
         ratios = {ratio for points in panel.rules.values() for ratio, _ in points}
         axes.set(xlabel="select_ratio (k): share of the tokens that is trained on")
@@ -160,26 +168,38 @@ def draw_ratios(
 
 
 def tokens_figure(grid: Sequence[Sequence[TokensPanel]], path: Path) -> None:
-    """A row a set, a panel a rule; the first measurement, before any training, is left out."""
+    """The panels of a set share their axis; at most four stand side by side.
+
+    The first measurement, before any training, is left out.
+    """
     plt = pyplot()
-    rows, columns = len(grid), len(grid[0])
-    size = (1.2 + 4.2 * columns, 1.0 + 3.4 * rows)
+    columns = min(4, len(grid[0]))
+    rows = math.ceil(len(grid[0]) / columns)
+    size = (1.2 + 4.0 * columns, 1.2 + 3.0 * rows * len(grid))
     figure, places = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey="row"
+        rows * len(grid), columns, figsize=size, layout="constrained", squeeze=False, sharex=True
     )
     labels = sorted({curve.label for row in grid for panel in row for curve in panel.curves})
     shades = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(labels)))
-    for axes, panel in zip(
-        places.flat, (panel for panels in grid for panel in panels), strict=True
-    ):
-        draw_tokens(axes, panel, dict(zip(labels, shades, strict=True)))
-    for axes in places[-1]:
-        axes.set_xlabel(TOKENS_AXIS)
-    for axes in places[:, 0]:
-        axes.set_ylabel(LOSS_AXIS)
+    for number, panels in enumerate(grid):
+        mine = places[number * rows : (number + 1) * rows].flat
+        draw_set(list(mine), panels, dict(zip(labels, shades, strict=True)))
+    figure.supylabel(LOSS_AXIS, fontsize=10)
     shared_legend(figure, places.flat, "thin lines: seeds, thick lines: their mean")
     save_figure(figure, path)
     plt.close(figure)
+
+
+def draw_set(places: list[Any], panels: Sequence[TokensPanel], shades: dict[str, Any]) -> None:
+    for axes in places[1:]:
+        axes.sharey(places[0])
+    for axes, panel in zip(places, panels, strict=False):
+        draw_tokens(axes, panel, shades)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    for axes in places[max(0, len(panels) - 4) : len(panels)]:  # the lowest of each column
+        axes.set_xlabel(TOKENS_AXIS)
+        axes.tick_params(labelbottom=True)
 
 
 def draw_tokens(axes: Any, panel: TokensPanel, shades: dict[str, Any]) -> None:

@@ -144,14 +144,15 @@ def ratio_panel(
     name: str, arms: Sequence[Arm], control: dict[str, float], baselines: Sequence[Arm]
 ) -> RatioPanel:
     lines: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
-    flat = {CONTROL: control[name]} if control else {}
+    flat: dict[str, float] = {}
+    controls = {CONTROL: control[name]} if control else {}
     for arm in arms:
         if arm.select_ratio is not None:
             lines[arm.line].append((arm.select_ratio, arm.losses(name)))
         elif not arm.takes_all_tokens:
             flat[arm.label] = float(np.mean(arm.losses(name)))
-    flat |= {arm.label: float(np.mean(arm.losses(name))) for arm in baselines}
-    return RatioPanel(name, lines, flat)
+    controls |= {arm.label: float(np.mean(arm.losses(name))) for arm in baselines}
+    return RatioPanel(name, lines, flat, controls)
 
 
 def short_label(run: Run) -> str:

@@ -79,7 +79,10 @@ def test_figure_draws_each_run_the_mean_and_the_lines(tmp_path, kept):
 
 def test_ratio_figure_draws_means_bands_and_controls(tmp_path, kept):
     rules = {"excess": [(0.6, [3.0, 5.0]), (0.2, [2.0, 3.0])], "random": [(0.6, [6.0])]}
-    panels = [RatioPanel("a", rules, {"all tokens": 4.5}), RatioPanel("b", rules, {"x": 1.0})]
+    panels = [
+        RatioPanel("a", rules, {"sigmoid": 2.5}, {"all tokens": 4.5}),
+        RatioPanel("b", rules, {}, {"x": 1.0}),
+    ]
     ratio_figure(panels, tmp_path / "f.png")
     left, right = kept[0].axes
     lines = {line.get_label(): line for line in left.lines}
@@ -87,12 +90,13 @@ def test_ratio_figure_draws_means_bands_and_controls(tmp_path, kept):
     assert list(lines["excess"].get_ydata()) == [2.5, 4.0]
     assert list(lines["random"].get_ydata()) == [6.0]
     assert set(lines["all tokens"].get_ydata()) == {4.5}
+    assert set(lines["sigmoid"].get_ydata()) == {2.5}
     corners = left.collections[0].get_paths()[0].vertices
     assert {tuple(corner) for corner in corners} >= {(0.2, 2.0), (0.2, 3.0), (0.6, 3.0), (0.6, 5.0)}
     assert lines["excess"].get_color() != lines["random"].get_color()
     assert right.get_title("left") == "b"
     shown = [text.get_text() for text in kept[0].legends[0].get_texts()]
-    assert shown == ["excess", "random", "all tokens", "x"]
+    assert shown == ["excess", "random", "sigmoid", "all tokens", "x"]
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "f.svg").read_text()
 
@@ -117,6 +121,17 @@ def test_tokens_figure_leaves_out_the_first_point_and_shows_the_controls(tmp_pat
     assert (lines["k = 0.4"].get_color() != lines["k = 0.2"].get_color()).any()
     shown = [text.get_text() for text in kept[0].legends[0].get_texts()]
     assert shown == ["k = 0.2", "k = 0.4", "all tokens"]
+
+
+def test_more_than_four_panels_of_a_set_are_wrapped(tmp_path, kept):
+    curve = Curve("k = 0.2", np.array([0, 1, 2]), np.array([9.0, 5.0, 4.0]))
+    other = curve._replace(loss=curve.loss + 90)
+    grid = [[TokensPanel(f"{i}", [which], []) for i in range(6)] for which in (curve, other)]
+    tokens_figure(grid, tmp_path / "f.png")
+    shown = [axes for axes in kept[0].axes if axes.get_visible()]
+    assert [axes.get_title("left") for axes in shown] == [f"{i}" for i in range(6)] * 2
+    assert len({axes.get_ylim() for axes in shown[:6]}) == 1
+    assert shown[0].get_ylim()[1] < 10 < 90 < shown[6].get_ylim()[0]
 
 
 @pytest.fixture

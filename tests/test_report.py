@@ -92,7 +92,8 @@ def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch
         "excess": [(0.5, [3.0, 3.25]), (1.0, [4.0, 4.5])],
         "random": [(0.5, [4.5, 4.75]), (1.0, [4.0, 4.5])],
     }
-    assert panel.lines == {"all tokens": 4.25, "sigmoid": 3.5, "the reference": 2.0}
+    assert panel.flat == {"sigmoid": 3.5}
+    assert panel.lines == {"all tokens": 4.25, "the reference": 2.0}
     assert other.lines["all tokens"] == 8.5
     assert [panel.title for panel in first] == ["excess, a", "random, a", "sigmoid, a"]
     assert [curve.label for curve in first[0].curves] == ["k = 0.5"] * 2
