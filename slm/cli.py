@@ -11,8 +11,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ COMMANDS = {  # name: (what it does, an example)
         "models -> loss and bits per byte on named sets",
         "'models={a: run/model}' 'sets={b: corpus/heldout}'",
     ),
+    "report": ("runs of a sweep -> tables and figures", "runs=runs/sweep out=report"),
     "verify": ("is a corpus, reference, run, checkpoint or model whole?", "FOLDER ..."),
     "demo": ("the whole pipeline on the installed Python standard library, in minutes", ""),
 }
@@ -110,9 +112,8 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     import hydra  # here, not above: `slm --help` does not need it
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
-    OmegaConf.register_new_resolver("slm.swept", swept, replace=True)
+    import_module("slm.sweep")  # its resolvers are in the configurations
 
     def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
         @wraps(function)
@@ -132,25 +133,6 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
         return wraps(function)(lambda: run(name, application))
 
     return decorate
-
-
-def swept(job_overrides: list[str], number: int) -> str:
-    """Folder name of a job of a sweep: the overrides that differ between jobs, `k=0.4,seed=1`.
-
-    Those are the ones that the command line does not fix. A sweep of one job has its number.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser, fixed = OverridesParser.create(), set()
-    for word in sys.argv[1:]:
-        with suppress(HydraException):  # options such as -m are no overrides
-            override = parser.parse_override(word)
-            if not override.is_sweep_override():
-                fixed.add(override.key_or_group)
-    jobs = parser.parse_overrides([word for word in job_overrides if not word.startswith("hydra.")])
-    words = [str(job.input_line) for job in jobs if job.key_or_group not in fixed]
-    return ",".join(words).replace("/", "_") or str(number)
 
 
 def checked(function: Callable[[Any], Any], config: Any) -> Any:

@@ -7,8 +7,6 @@ nats and no bytes. It is the measure that compares tokenizers and select ratios 
 forward pass; no logits are kept.
 """
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Callable
@@ -29,7 +27,7 @@ from slm.errors import UserError
 from slm.model import SelectiveLM, check_model_folder, load_model
 from slm.progress import send
 from slm.score import check_count, check_fits, check_tokenizer, pick_device
-from slm.shards import Corpus, atomic_file
+from slm.shards import Corpus, write_csv
 from slm.tokenizer import looks_like_hub_name
 
 log = logging.getLogger("slm.evaluate")
@@ -162,16 +160,6 @@ def evaluate(models: dict[str, str], sets: dict[str, str], settings: Any) -> lis
                 result = corpus_loss(lm, corpus, settings.batch_size, settings.max_windows, advance)
                 rows.append({"model": name, "set": set_name} | result._asdict())
     return rows
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

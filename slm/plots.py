@@ -5,15 +5,22 @@ Nothing here looks at a live run: the input is heldout.csv of each run, or array
 
 import csv
 import html
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # Okabe and Ito's palette: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+DASHES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+LOOKS = tuple(zip(COLOURS, "osD^vPX", strict=True))  # colours and markers of rules
+TOKENS_AXIS, LOSS_AXIS = "training tokens seen (millions)", "held-out loss (nats per token)"
 
 
 class Curve(NamedTuple):
@@ -32,6 +39,62 @@ def read_curve(run: Path, label: str, name: str) -> Curve:
     return Curve(label, seen, np.array([float(row[f"heldout/{name}/loss"]) for row in rows]))
 
 
+def heldout_sets(run: Path) -> list[str]:
+    """Names of the held-out sets in the run's heldout.csv."""
+    with open(run / "heldout.csv", newline="") as file:
+        columns = csv.DictReader(file).fieldnames or []
+    return [column.split("/")[1] for column in columns if column.endswith("/loss")]
+
+
+def final_losses(run: Path) -> dict[str, float]:
+    """The last loss on every held-out set; nothing where the run wrote no heldout.csv."""
+    names = heldout_sets(run) if (run / "heldout.csv").exists() else []
+    return {name: float(read_curve(run, "", name).loss[-1]) for name in names}
+
+
+def by_label(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
+    groups: dict[str, list[Curve]] = defaultdict(list)
+    for curve in curves:
+        groups[curve.label].append(curve)
+    return groups
+
+
+def mean_curve(runs: Sequence[Curve]) -> Curve:
+    """At the first one's points."""
+    seen = runs[0].tokens_seen
+    losses = [np.interp(seen, run.tokens_seen, run.loss) for run in runs]
+    return Curve(runs[0].label, seen, np.mean(losses, axis=0))
+
+
+def draw_curves(axes: Any, runs: Sequence[Curve], start: float, **style: Any) -> None:
+    """A thin line a run, a thick one for their mean, which has the label."""
+    thin = {key: value for key, value in style.items() if key != "label"}
+    mean = mean_curve(runs)
+    for curve, look in [
+        *((run, thin | {"linewidth": 0.7, "alpha": 0.45}) for run in runs),
+        (mean, {"linewidth": 2} | style),
+    ]:
+        keep = curve.tokens_seen >= start
+        axes.plot(curve.tokens_seen[keep] / 1e6, curve.loss[keep], **look)
+
+
+def draw_lines(
+    axes: Any,
+    lines: dict[str, float],
+    labels: dict[str, str],
+    colours: Sequence[str] = ("#555555",),
+) -> None:
+    """Horizontal lines, told apart by their dashes."""
+    for (name, value), style, colour in zip(lines.items(), cycle(DASHES), cycle(colours)):  # noqa: B905  # cycles have no end
+        axes.axhline(value, color=colour, linestyle=style, label=labels[name], linewidth=1.2)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """As path and, for print, as SVG beside it."""
+    figure.savefig(path, dpi=160)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
 def loss_figure(
     curves: Sequence[Curve], lines: dict[str, float], title: str, path: Path, start: float = 0.0
 ) -> None:
@@ -40,30 +103,133 @@ def loss_figure(
     lines:  horizontal lines, e.g. the reference model's own loss
     start:  leave out what lies before so many tokens (the first points dwarf the rest)
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed to write a file
-    import matplotlib.pyplot as plt
-
-    groups: dict[str, list[Curve]] = defaultdict(list)
-    for curve in curves:
-        groups[curve.label].append(curve)
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    for (label, runs), colour in zip(groups.items(), COLOURS, strict=False):
-        keep = runs[0].tokens_seen >= start
-        seen = runs[0].tokens_seen[keep] / 1e6
-        for run in runs:
-            axes.plot(seen, run.loss[keep], color=colour, linewidth=0.7, alpha=0.45)
-        mean = np.mean([run.loss for run in runs], axis=0)[keep]
-        axes.plot(seen, mean, color=colour, linewidth=2, label=f"{label} ({mean[-1]:.3f})")
-    for (label, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
-        axes.axhline(value, color="#555555", linestyle=style, label=f"{label} ({value:.3f})")
-    axes.set(xlabel="training tokens seen (millions)", ylabel="held-out loss (nats per token)")
+    for (label, runs), colour in zip(by_label(curves).items(), COLOURS, strict=False):
+        text = f"{label} ({mean_curve(runs).loss[-1]:.3f})"
+        draw_curves(axes, runs, start, color=colour, label=text)
+    draw_lines(axes, lines, {name: f"{name} ({value:.3f})" for name, value in lines.items()})
+    axes.set(xlabel=TOKENS_AXIS, ylabel=LOSS_AXIS)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=160)
     plt.close(figure)
+
+
+class RatioPanel(NamedTuple):
+    """Final loss on one held-out set against select_ratio."""
+
+    title: str
+    rules: dict[str, list[tuple[float, list[float]]]]  # label: (select_ratio, loss of each seed)
+    flat: dict[str, float]  # rules without a ratio: lines in colour
+    lines: dict[str, float]  # controls and baselines: lines in grey
+
+
+class TokensPanel(NamedTuple):
+    """Loss during training on one held-out set."""
+
+    title: str
+    curves: list[Curve]  # one colour a label, from the first (light) to the last (dark)
+    controls: list[Curve]  # black and dashed
+
+
+def ratio_figure(panels: Sequence[RatioPanel], path: Path) -> None:
+    """A panel a set: the mean over seeds with the range as a band, the controls as lines."""
+    plt = pyplot()
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(1.6 + 4.4 * len(panels), 4.6), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(grid[0], panels, strict=True):
+        for (label, points), look in zip(panel.rules.items(), cycle(LOOKS)):  # noqa: B905
+            draw_ratios(axes, sorted(points), label, *look)
+        draw_lines(axes, panel.flat, {name: name for name in panel.flat}, COLOURS[::-1])
+        draw_lines(axes, panel.lines, {name: name for name in panel.lines})
+        ratios = {ratio for points in panel.rules.values() for ratio, _ in points}
+        axes.set(xlabel="select_ratio (k): share of the tokens that is trained on")
+        axes.set_xticks(sorted(ratios))
+        axes.set_title(panel.title, loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_ylabel(f"final {LOSS_AXIS}")
+    shared_legend(figure, grid[0], "points: mean over seeds, bands: lowest to highest")
+    save_figure(figure, path)
+    plt.close(figure)
+
+
+def draw_ratios(
+    axes: Any, points: list[tuple[float, list[float]]], label: str, colour: str, marker: str
+) -> None:
+    ratios = [ratio for ratio, _ in points]
+    means = [float(np.mean(losses)) for _, losses in points]
+    axes.plot(ratios, means, color=colour, marker=marker, linewidth=2, label=label)
+    low, high = ([find(losses) for _, losses in points] for find in (min, max))
+    axes.fill_between(ratios, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.vlines(ratios, low, high, color=colour)  # a band of one point has no area
+
+
+def tokens_figure(grid: Sequence[Sequence[TokensPanel]], path: Path) -> None:
+    """The panels of a set share their axis; at most four stand side by side.
+
+    The first measurement, before any training, is left out.
+    """
+    plt = pyplot()
+    columns = min(4, len(grid[0]))
+    rows = math.ceil(len(grid[0]) / columns)
+    size = (1.2 + 4.0 * columns, 1.2 + 3.0 * rows * len(grid))
+    figure, places = plt.subplots(
+        rows * len(grid), columns, figsize=size, layout="constrained", squeeze=False, sharex=True
+    )
+    labels = sorted({curve.label for row in grid for panel in row for curve in panel.curves})
+    shades = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(labels)))
+    for number, panels in enumerate(grid):
+        mine = places[number * rows : (number + 1) * rows].flat
+        draw_set(list(mine), panels, dict(zip(labels, shades, strict=True)))
+    figure.supylabel(LOSS_AXIS, fontsize=10)
+    shared_legend(figure, places.flat, "thin lines: seeds, thick lines: their mean")
+    save_figure(figure, path)
+    plt.close(figure)
+
+
+def draw_set(places: list[Any], panels: Sequence[TokensPanel], shades: dict[str, Any]) -> None:
+    for axes in places[1:]:
+        axes.sharey(places[0])
+    for axes, panel in zip(places, panels, strict=False):
+        draw_tokens(axes, panel, shades)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    for axes in places[max(0, len(panels) - 4) : len(panels)]:  # the lowest of each column
+        axes.set_xlabel(TOKENS_AXIS)
+        axes.tick_params(labelbottom=True)
+
+
+def draw_tokens(axes: Any, panel: TokensPanel, shades: dict[str, Any]) -> None:
+    start = panel.curves[0].tokens_seen[:2].max()
+    for label, runs in by_label(panel.curves).items():
+        draw_curves(axes, runs, start, color=shades[label], label=label)
+    for label, runs in by_label(panel.controls).items():
+        draw_curves(axes, runs, start, color="#000000", linestyle="--", label=label)
+    axes.set_title(panel.title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def shared_legend(figure: Any, places: Iterable[Any], note: str) -> None:
+    """Every label once, below the panels."""
+    found = {}
+    for axes in places:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    style: Any = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 9}
+    figure.legend(found.values(), found.keys(), title=note, title_fontsize=9, **style)
+
+
+def pyplot() -> Any:
+    """matplotlib costs a second, and no display is needed to write a file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 PAGE = """<!doctype html>

@@ -18,7 +18,9 @@ No container notices a flipped byte by itself; the hashes here do (``check="full
 A crash leaves temporary files and files without a sidecar, never something that looks finished.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import socket
@@ -106,6 +108,17 @@ def read_json(path: Path) -> Json:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One line a row, all with the keys of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def write_array(path: Path, array: np.ndarray) -> str:

@@ -8,6 +8,7 @@ the target model (excess). The run's folder holds
     train.csv, heldout.csv, wandb/
     model/          the result as a Hugging Face folder, written when the run is complete
     lineage.json    what went in, what was counted
+    status.json     in a sweep: what became of the job
 """
 
 import logging
@@ -111,7 +112,7 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
     if resume not in ("auto", "never"):
         raise UserError(f"resume is {resume!r}, it must be auto or never")
     path = folder / "run.json"
-    others = {entry.name for entry in folder.iterdir()} - {"run.claim", ".hydra"}
+    others = {entry.name for entry in folder.iterdir()} - {"run.claim", ".hydra", "status.json"}
     if others and not path.exists():
         raise UserError(
             f"{folder} holds {sorted(others)[0]} and no run (run.json): choose another `out`"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from slm.cli import COMMANDS, conf_folder
@@ -80,3 +81,15 @@ def test_gpu_trainer_differs_from_default_in_three_values():
     assert isinstance(default, dict) and isinstance(gpu, dict)
     changed = {key: gpu[key] for key in gpu if gpu[key] != default[key]}
     assert changed == {"accelerator": "gpu", "devices": "auto", "precision": "bf16-mixed"}
+
+
+def test_sweep_k_has_both_rules_at_every_ratio_and_all_tokens():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("train", overrides=["experiment=sweep_k"], return_hydra_config=True)
+    assert config.hydra.mode == RunMode.MULTIRUN  # `-m` is not needed
+    lists = {key: value.split(",") for key, value in config.hydra.sweeper.params.items()}
+    assert lists == {
+        "selection": ["excess", "random"],
+        "selection.select_ratio": ["0.2", "0.4", "0.6", "0.8", "1.0"],
+        "seed": ["0", "1", "2"],
+    }

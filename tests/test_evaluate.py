@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slm import evaluate as evaluation
 from slm.data import Windows
 from slm.errors import UserError
-from slm.evaluate import HeldoutLoss, corpus_loss, evaluate, mean_loss, write_csv
+from slm.evaluate import HeldoutLoss, corpus_loss, evaluate, mean_loss
 from slm.model import SelectiveLM, save_model
-from slm.shards import Corpus
+from slm.shards import Corpus, write_csv
 from slm.tokenizer import token_bytes, train_tokenizer
 
 V = 300

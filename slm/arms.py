@@ -1,0 +1,211 @@
+"""Finished runs as the reports read them, and arms: the runs that differ in the seed alone.
+
+What is read: model/slm.json, run.json and heldout.csv of each run; status.json where a job failed.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slm.errors import UserError
+from slm.plots import Curve, heldout_sets, read_curve
+from slm.shards import Json, read_json
+
+SEEDS = {"seed", "selection.seed"}
+
+
+class Run(NamedTuple):
+    """What one finished run left."""
+
+    folder: Path
+    lineage: Json
+    identity: Json  # run.json: all that makes it this run
+    curves: dict[str, Curve]  # of each held-out set
+
+    @property
+    def select_ratio(self) -> float | None:
+        """None for a rule without one, and for a schedule."""
+        selection = self.lineage["selection"]
+        ratio = selection["select_ratio"] if "select_ratio" in selection else None
+        return float(ratio) if isinstance(ratio, int | float) else None
+
+    @property
+    def rule(self) -> str:
+        """The class in the words of the configuration: slm.selection.Excess -> excess"""
+        name = self.lineage["selection"]["_target_"].rsplit(".", 1)[-1]
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+    @property
+    def takes_all_tokens(self) -> bool:
+        """`all`, or a rule that has nothing to say beside its ratio of 1."""
+        fields = self.lineage["selection"].keys() - {"_target_", "scope", "seed"}
+        return self.rule == "all" or (fields == {"select_ratio"} and self.select_ratio == 1)
+
+
+class Arm(NamedTuple):
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    line: str  # the label without its ratio: arms of one line are joined in the figure
+    runs: list[Run]
+
+    @property
+    def select_ratio(self) -> float | None:
+        return self.runs[0].select_ratio
+
+    @property
+    def takes_all_tokens(self) -> bool:
+        return self.runs[0].takes_all_tokens
+
+    def losses(self, name: str) -> list[float]:
+        """Final loss of each seed."""
+        return [float(run.curves[name].loss[-1]) for run in self.runs]
+
+    def mean(self, value: Callable[[Run], float]) -> float:
+        return float(np.mean([value(run) for run in self.runs]))
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def read_runs(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
+    """The finished runs in or below the folders; the others with the reason."""
+    runs, left_out = [], {}
+    for folder in run_folders(folders):
+        reason = why_left_out(folder)
+        if reason is None:
+            runs.append(read_run(folder))
+        else:
+            left_out[folder] = reason
+    return runs, left_out
+
+
+def run_folders(folders: Sequence[str]) -> list[Path]:
+    found: dict[Path, None] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder")
+        marks = [path for name in ("run.json", "status.json") for path in folder.rglob(name)]
+        if not marks:
+            raise UserError(f"{folder} holds no run (no run.json in it or below it)")
+        found |= dict.fromkeys(sorted(path.parent.resolve() for path in marks))
+    here = Path.cwd()
+    return [path.relative_to(here) if path.is_relative_to(here) else path for path in found]
+
+
+def why_left_out(folder: Path) -> str | None:
+    if not (folder / "model" / "slm.json").exists():
+        path = folder / "status.json"
+        status = read_json(path) if path.exists() else {"status": "", "error": ""}
+        return f"failed: {status['error']}" if status["status"] == "failed" else "not complete"
+    if not (folder / "heldout.csv").exists():
+        return "has no heldout.csv (data.heldout or logger.csv was missing)"
+    seen = read_json(folder / "model" / "slm.json")["lineage"]["tokens_seen"]
+    for name in heldout_sets(folder):
+        last = read_curve(folder, "", name).tokens_seen[-1]
+        if last != seen:
+            return f"heldout.csv ends at {last:,.0f} tokens, the run at {seen:,}"
+    return None
+
+
+def read_run(folder: Path) -> Run:
+    record = read_json(folder / "model" / "slm.json")["lineage"]
+    curves = {name: read_curve(folder, "", name) for name in heldout_sets(folder)}
+    return Run(folder, record, read_json(folder / "run.json"), curves)
+
+
+def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:
+    """A difference between arms must come from the selection."""
+    first = runs[0]
+    for run in runs:
+        if value(run) != value(first):
+            raise UserError(
+                f"{what} of {first.folder} is {value(first)}, of {run.folder} {value(run)}: "
+                "runs of one report must agree in it, others can be `baselines`"
+            )
+
+
+def check_runs(runs: Sequence[Run]) -> None:
+    check_same(runs, "the corpus", lambda run: run.lineage["corpus_fingerprint"])
+    check_same(runs, "tokens_seen", lambda run: run.lineage["tokens_seen"])
+    check_same(runs, "the held-out sets", lambda run: sorted(run.curves))
+
+
+# ---- arms ---------------------------------------------------------------------------------------
+
+
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """In the order of their lines and ratios."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        fields = {key: value for key, value in run.identity.items() if key not in SEEDS}
+        groups[json.dumps(fields, sort_keys=True)].append(run)
+    for group in groups.values():
+        check_seeds(group)
+    firsts = [group[0] for group in groups.values()]
+    arms = []
+    for group in groups.values():
+        detail = details(group[0], [run for run in firsts if base(run) == base(group[0])])
+        arms.append(Arm(base(group[0]) + detail, group[0].rule + detail, group))
+    return sorted(arms, key=lambda arm: (arm.line, arm.select_ratio or 0, arm.label))
+
+
+def check_seeds(runs: Sequence[Run]) -> None:
+    seeds: dict[int, Path] = {}
+    for run in runs:
+        seed = run.lineage["seed"]
+        if seed in seeds:
+            raise UserError(f"{seeds[seed]} and {run.folder} are the same run with seed {seed}")
+        seeds[seed] = run.folder
+
+
+def base(run: Run) -> str:
+    """excess 0.6"""
+    if run.select_ratio is not None:
+        return f"{run.rule} {run.select_ratio:g}"
+    return f"{run.rule} scheduled" if "select_ratio" in run.lineage["selection"] else run.rule
+
+
+def details(run: Run, others: Sequence[Run]) -> str:
+    """The fields in which arms of one name differ: `, scope=sequence`"""
+    keys = sorted({key for other in others for key in other.identity} - SEEDS)
+    texts = {key: {text_of(other, key) for other in others} for key in keys}
+    differing = [key for key in keys if len(texts[key]) > 1]
+    return "".join(f", {key.split('.')[-1]}={text_of(run, key)}" for key in differing)
+
+
+def text_of(run: Run, key: str) -> str:
+    """Hashes are cut: twelve characters tell them apart."""
+    return str(run.identity[key])[:12] if key in run.identity else "absent"
+
+
+# ---- costs --------------------------------------------------------------------------------------
+
+
+def costs(run: Run) -> dict[str, float]:
+    """What the run says it cost, and what its references did; absent where one was not measured."""
+    record = run.lineage
+    stores = record["references"] if "references" in record else []
+    scoring = [store["scoring_cost"] for store in stores]
+    training = [store["model_lineage"] for store in stores]
+    found = {
+        "train_seconds": total([record], "train_seconds"),
+        "train_flops": total([record], "train_flops"),
+        "score_seconds": total(scoring, "seconds"),
+        "score_flops": total(scoring, "flops"),
+        "reference_train_seconds": total(training, "train_seconds"),
+        "reference_train_flops": total(training, "train_flops"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def total(records: Sequence[Json | None], field: str) -> float | None:
+    """None where there is nothing to sum, or one of them is unknown: the sum would be too small."""
+    known = [record[field] for record in records if record is not None and field in record]
+    complete = bool(records) and len(known) == len(records) and None not in known
+    return sum(known) if complete else None

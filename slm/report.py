@@ -1,0 +1,238 @@
+"""Finished runs -> tables and figures with the controls in them: `slm report` (see --help).
+
+    table.csv, table.md         every arm on every held-out set: mean, lowest and highest over seeds
+    loss_vs_k.png, .svg         final loss against select_ratio, a line a rule
+    loss_vs_tokens.png, .svg    loss during training, a panel a rule
+
+Runs that differ in nothing but their seed are an arm, see arms.py. Runs that are not complete are
+named and left out.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, ListConfig
+
+from slm.arms import Arm, Run, arms_of, base, check_runs, costs, read_runs
+from slm.cli import command
+from slm.errors import UserError
+from slm.plots import (
+    Curve,
+    RatioPanel,
+    TokensPanel,
+    ratio_figure,
+    tokens_figure,
+)
+from slm.shards import Json, atomic_file, write_csv
+
+log = logging.getLogger("slm.report")
+CONTROL = "all tokens"
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def read_baselines(folders: dict[str, str], sets: Sequence[str]) -> list[Arm]:
+    """One arm each, under the name that it was given; corpus and budget may be others."""
+    arms = []
+    for label, folder in folders.items():
+        runs, left_out = read_runs([folder])
+        report_left_out(left_out)
+        found = arms_of(runs)
+        if len(found) != 1:
+            names = [arm.label for arm in found]
+            raise UserError(f"baseline {label!r} must be one finished arm, {folder} has {names}")
+        lacking = set(sets) - set(runs[0].curves)
+        if lacking:
+            raise UserError(
+                f"baseline {label!r} ({folder}) was not evaluated on {sorted(lacking)}, only on "
+                f"{sorted(runs[0].curves)}"
+            )
+        arms.append(Arm(label, label, runs))
+    return arms
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def control_losses(arms: Sequence[Arm], sets: Sequence[str]) -> dict[str, float]:
+    """Mean final loss of the runs on all tokens, for each set; empty where there are none."""
+    controls = [arm for arm in arms if arm.takes_all_tokens]
+    if not controls:
+        return {}
+    return {
+        name: float(np.mean([x for arm in controls for x in arm.losses(name)])) for name in sets
+    }
+
+
+def tokens_to_reach(curve: Curve, loss: float) -> float | None:
+    """Tokens until the curve first is at or below `loss`, linear between points; None: never."""
+    below = np.flatnonzero(curve.loss <= loss)
+    if len(below) == 0:
+        return None
+    index = int(below[0])
+    pair = slice(max(0, index - 1), index + 1)
+    return float(np.interp(-loss, -curve.loss[pair], curve.tokens_seen[pair]))
+
+
+def mean_tokens_to_reach(arm: Arm, name: str, loss: float) -> int | None:
+    """Mean over seeds; None where a seed never gets there."""
+    found = [tokens_to_reach(run.curves[name], loss) for run in arm.runs]
+    reached = [tokens for tokens in found if tokens is not None]
+    return round(float(np.mean(reached))) if len(reached) == len(found) else None
+
+
+def table_rows(arms: Sequence[Arm], sets: Sequence[str], control: dict[str, float]) -> list[Json]:
+    rows = [table_row(arm, name, control) for arm in arms for name in sets]
+    columns = dict.fromkeys((key for row in rows for key in row), None)
+    return [columns | row for row in rows]
+
+
+def table_row(arm: Arm, name: str, control: dict[str, float]) -> Json:
+    losses = arm.losses(name)
+    reached = mean_tokens_to_reach(arm, name, control[name]) if control else None
+    shared = set.intersection(*(set(costs(run)) for run in arm.runs))
+    return {
+        "arm": arm.label,
+        "rule": arm.runs[0].rule,
+        "select_ratio": arm.select_ratio,
+        "set": name,
+        "mean": round(float(np.mean(losses)), 6),
+        "low": round(min(losses), 6),
+        "high": round(max(losses), 6),
+        "seeds": len(losses),
+        "tokens_seen": round(arm.mean(lambda run: run.lineage["tokens_seen"])),
+        "tokens_selected": round(arm.mean(lambda run: run.lineage["tokens_selected"])),
+        "tokens_to_all_tokens_loss": reached,
+    } | {key: arm.mean(lambda run, key=key: costs(run)[key]) for key in sorted(shared)}
+
+
+def markdown(rows: Sequence[Json], sets: Sequence[str], left_out: dict[Path, str]) -> str:
+    """One line an arm, a column a set: mean (lowest to highest)."""
+    by_arm: dict[str, dict[str, Json]] = defaultdict(dict)
+    for row in rows:
+        by_arm[row["arm"]][row["set"]] = row
+    reach = [f"tokens to all tokens' loss, {name}" for name in sets]
+    head = ["arm", *sets, "seeds", "tokens seen", "tokens selected", *reach]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for label, found in by_arm.items():
+        row = found[sets[0]]
+        counts = [f"{row[key]:,}" for key in ("seeds", "tokens_seen", "tokens_selected")]
+        ends = [found[name]["tokens_to_all_tokens_loss"] for name in sets]
+        cells = [label, *(spread_text(found[name]) for name in sets), *counts]
+        cells += ["" if end is None else f"{end:,}" for end in ends]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Final held-out loss in nats per token: mean over seeds (lowest to highest)."]
+    lines += [f"Left out: `{folder}`: {reason}" for folder, reason in left_out.items()]
+    return "\n".join(lines) + "\n"
+
+
+def spread_text(row: Json) -> str:
+    if row["seeds"] == 1:
+        return f"{row['mean']:.4f}"
+    return f"{row['mean']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
+
+
+# ---- the figures --------------------------------------------------------------------------------
+
+
+def ratio_panel(
+    name: str, arms: Sequence[Arm], control: dict[str, float], baselines: Sequence[Arm]
+) -> RatioPanel:
+    lines: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
+    flat: dict[str, float] = {}
+    controls = {CONTROL: control[name]} if control else {}
+    for arm in arms:
+        if arm.select_ratio is not None:
+            lines[arm.line].append((arm.select_ratio, arm.losses(name)))
+        elif not arm.takes_all_tokens:
+            flat[arm.label] = float(np.mean(arm.losses(name)))
+    controls |= {arm.label: float(np.mean(arm.losses(name))) for arm in baselines}
+    return RatioPanel(name, lines, flat, controls)
+
+
+def short_label(run: Run) -> str:
+    return base(run) if run.select_ratio is None else f"k = {run.select_ratio:g}"
+
+
+def tokens_panels(name: str, arms: Sequence[Arm]) -> list[TokensPanel]:
+    """One panel a line, the arms that train on all tokens in each of them."""
+    selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
+    controls = [arm for arm in arms if arm.takes_all_tokens]
+    panels = []
+    for line in dict.fromkeys(arm.line for arm in selecting):
+        mine = [arm for arm in selecting if arm.line == line]
+        curves = [
+            run.curves[name]._replace(label=short_label(run)) for arm in mine for run in arm.runs
+        ]
+        black = [run.curves[name]._replace(label=CONTROL) for arm in controls for run in arm.runs]
+        panels.append(TokensPanel(f"{line}, {name}", curves, black))
+    return panels
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def folders_of(config: Any) -> list[str]:
+    value = config.runs
+    folders = list(value) if isinstance(value, ListConfig) else [value]
+    if not folders or not all(isinstance(folder, str) for folder in folders):
+        raise UserError(f"runs is {value}, it must be a folder or a list of folders")
+    if not isinstance(config.baselines, DictConfig | None):
+        raise UserError(f"baselines is {config.baselines}, it must be {{name: folder, ...}}")
+    return folders
+
+
+def chosen_sets(runs: Sequence[Run], wanted: Any) -> list[str]:
+    known = list(runs[0].curves)
+    if not known:
+        raise UserError(f"{runs[0].folder}/heldout.csv has no held-out loss")
+    if wanted is None:
+        return known
+    unknown = set(wanted) - set(known)
+    if unknown:
+        raise UserError(f"sets names {sorted(unknown)}, the runs were evaluated on {known}")
+    return list(wanted)
+
+
+def report_left_out(left_out: dict[Path, str]) -> None:
+    for folder, reason in left_out.items():
+        log.warning("left out: %s: %s", folder, reason)
+
+
+def report(config: Any) -> list[Json]:
+    """Write the tables and figures into config.out; returns the table's rows."""
+    runs, left_out = read_runs(folders_of(config))
+    report_left_out(left_out)
+    if not runs:
+        raise UserError(f"none of the {len(left_out)} runs in {config.runs} is complete")
+    check_runs(runs)
+    sets, arms = chosen_sets(runs, config.sets), arms_of(runs)
+    control = control_losses(arms, sets)
+    if not control:
+        log.warning("no run trains on all tokens (selection=all or select_ratio=1): no control")
+    baselines = read_baselines(dict(config.baselines or {}), sets)
+    rows = table_rows([*arms, *baselines], sets, control)
+    out = Path(config.out)
+    write_csv(out / "table.csv", rows)
+    with atomic_file(out / "table.md") as file:
+        file.write(markdown(rows, sets, left_out).encode())
+    panels = [ratio_panel(name, arms, control, baselines) for name in sets]
+    ratio_figure(panels, out / "loss_vs_k.png")
+    tokens_figure([tokens_panels(name, arms) for name in sets], out / "loss_vs_tokens.png")
+    return rows
+
+
+@command("report")
+def main(config: Any) -> None:
+    report(config)
+    print((Path(config.out) / "table.md").read_text(), end="")
+    log.info("report: %s", config.out)
+
+
+if __name__ == "__main__":
+    main()

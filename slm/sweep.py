@@ -1,0 +1,178 @@
+"""What a sweep adds to its jobs: their folders' names, their states, one table at the end.
+
+    slm train -m experiment=sweep_k ...                                  one job after the other
+    slm train -m experiment=sweep_k hydra/launcher=joblib ...            several on this machine
+    slm train -m experiment=sweep_k hydra/launcher=submitit_slurm ...    jobs of a cluster
+
+    <out>/<job>/status.json   running, finished, skipped (was complete already) or failed, and why
+    <out>/sweep.csv           the table of the last sweep in this folder
+
+A job may run in a process that a launcher started. sys.argv is not the user's there, and only
+what unpickling needs is imported: the callback, hence this module, which registers the resolvers.
+"""
+
+import atexit
+import logging
+import sys
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from slm.cli import fail, reported
+from slm.plots import final_losses
+from slm.shards import read_json, write_csv, write_json
+
+log = logging.getLogger("slm.sweep")
+STATUS = "status.json"
+COMPLETE = ("finished", "skipped")
+COLUMNS = ("job", "status", "error")  # the others are held-out sets
+WIDTH = 160  # of a table that goes to a file
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+def command_line() -> list[str]:
+    """The words of the command; Hydra copies cached values from a sweep's config to its jobs'."""
+    return sys.argv[1:]
+
+
+def job_name(given: list[str], number: int, *, _root_: DictConfig) -> str:
+    """Folder name of a job: the overrides that differ between jobs, `k=0.4,seed=1`.
+
+    Those are the ones that neither the command line nor hydra.sweeper.params fixes. A sweep of one
+    job has its number.
+    """
+    params = OmegaConf.select(_root_, "hydra.sweeper.params") or {}
+    parser, last = OverridesParser.create(), {}
+    for text in [*(f"{key}={value}" for key, value in params.items()), *given]:
+        with suppress(HydraException):  # options such as -m are no overrides
+            word = parser.parse_override(text)
+            last[word.key_or_group] = word
+    fixed = {key for key, word in last.items() if not word.is_sweep_override()}
+    jobs = parser.parse_overrides(list(_root_.hydra.overrides.task))
+    differing = [str(word.input_line) for word in jobs if word.key_or_group not in fixed]
+    return ",".join(differing).replace("/", "_") or str(number)
+
+
+def sweep_group() -> str | None:
+    """Name for what belongs to one sweep, from its folder; None in a single run."""
+    config: Any = HydraConfig.instance().cfg
+    if config is None or config.hydra.mode != RunMode.MULTIRUN:
+        return None
+    return "-".join(Path(config.hydra.sweep.dir).resolve().parts[-2:]).strip("/-")
+
+
+OmegaConf.register_new_resolver("slm.command_line", command_line, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("slm.job_name", job_name, replace=True)
+OmegaConf.register_new_resolver("slm.sweep_group", sweep_group, replace=True)
+
+
+# ---- states -------------------------------------------------------------------------------------
+
+
+class Sweep(Callback):
+    """Hydra calls it around every job, in the job's process, and at the sweep's end.
+
+    A failed job is written down and then told to Hydra as completed: else the sweep would stop at
+    the first failure without its end, and a launcher would have to pickle any exception.
+    """
+
+    def __init__(self, given: Sequence[str]):
+        self.id = uuid.uuid4().hex  # a folder may hold jobs of an earlier sweep
+        self.given = given  # resolving it in the sweep's configuration is what caches it
+        self.skips = False  # this job was complete before
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            import_module("slm.train")  # for its log levels and filters, which are not pickled
+            self.skips = (job_folder(config) / "model" / "slm.json").exists()
+            self._write(config, "running")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        if job_return.status == JobStatus.FAILED:
+            error = sentence(job_return._return_value)
+            log.error("failed: %s: %s", job_folder(config), error)
+            self._write(config, "failed", error)
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        else:
+            self._write(config, "skipped" if self.skips else "finished")
+
+    def _write(self, config: DictConfig, status: str, error: str = "") -> None:
+        number = config.hydra.job.num
+        body = {"sweep": self.id, "number": number, "status": status, "error": error}
+        write_json(job_folder(config) / STATUS, body)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """The table is shown in any case: a killed job ends some launchers, Ctrl-C all of them."""
+        atexit.register(show, Path(config.hydra.sweep.dir).absolute(), self.id)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        atexit.unregister(show)
+        rows = show(Path(config.hydra.sweep.dir), self.id)
+        failed = sum(row["status"] not in COMPLETE for row in rows)
+        if failed:
+            again = "the same command tries them again and skips what is finished"
+            fail(config.hydra.job.name, f"{failed} of {len(rows)} jobs failed; {again}")
+
+
+def job_folder(config: DictConfig) -> Path:
+    return Path(config.hydra.runtime.output_dir)
+
+
+def sentence(error: Exception) -> str:
+    """What the table says of a failed job; a bug's traceback is logged here, where it happened."""
+    mine = reported(error)
+    if mine is None:
+        log.error("a job failed", exc_info=error)
+    return f"{type(error).__name__}: {error}" if mine is None else str(mine)
+
+
+def sweep_rows(folder: Path, sweep: str) -> list[dict[str, Any]]:
+    """One row a job of this sweep, in their order."""
+    found = [(path.parent, read_json(path)) for path in folder.rglob(STATUS)]
+    mine = [(run, state) for run, state in found if state["sweep"] == sweep]
+    rows = []
+    for run, state in sorted(mine, key=lambda job: job[1]["number"]):
+        losses = final_losses(run) if state["status"] in COMPLETE else {}
+        status = "unfinished" if state["status"] == "running" else state["status"]
+        row = {"job": str(run.relative_to(folder)), "status": status}
+        rows.append(row | losses | {"error": state["error"]})
+    return rows
+
+
+def show(folder: Path, sweep: str) -> list[dict[str, Any]]:
+    """Print the table, with the errors below it, and write it to sweep.csv; returns its rows."""
+    rows = sweep_rows(folder, sweep)
+    if not rows:  # no job was started, so what is wrong has been said
+        return rows
+    sets = list(dict.fromkeys(key for row in rows for key in row if key not in COLUMNS))
+    table = Table("job", "status", *sets)
+    for row in rows:
+        losses = [f"{row[name]:.4f}" if name in row else "" for name in sets]
+        table.add_row(row["job"], row["status"], *losses)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    for row in rows:
+        if row["error"]:
+            print(f"{row['job']}: {row['error']}")
+    blank = dict.fromkeys(["job", "status", *sets, "error"], "")
+    try:
+        write_csv(folder / "sweep.csv", [blank | row for row in rows])
+    except OSError as error:
+        log.warning("cannot write %s: %s", folder / "sweep.csv", error.strerror)
+    return rows

@@ -1,0 +1,44 @@
+"""Run folders made by hand, with losses that are known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+BUDGET = 400
+
+
+def make_run(
+    folder: Path,
+    selection: str = "Excess",
+    ratio: float | None = 0.5,
+    seed: int = 0,
+    final: float = 3.0,
+    identity: dict[str, Any] | None = None,
+    **record: Any,
+) -> Path:
+    """A finished run: loss on `a` falls from 9 through 5 to `final`, on `b` it is twice that."""
+    rule: dict[str, Any] = {"_target_": f"slm.selection.{selection}"}
+    if ratio is not None:
+        rule |= {"select_ratio": ratio, "scope": "batch"}
+    if selection == "Random":
+        rule["seed"] = seed
+    lineage = {
+        "selection": rule,
+        "seed": seed,
+        "corpus_fingerprint": "c0ffee",
+        "tokens_seen": BUDGET,
+        "tokens_selected": round(BUDGET * (ratio or 1)),
+    } | record
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "slm.json").write_text(json.dumps({"lineage": lineage}))
+    flat = {f"selection.{key}": value for key, value in rule.items()}
+    run = {"seed": seed, "corpus": lineage["corpus_fingerprint"], **flat} | (identity or {})
+    (folder / "run.json").write_text(json.dumps(run))
+    rows = [
+        f"{i},{seen},{loss},1,{2 * loss},1"
+        for i, (seen, loss) in enumerate([(0, 9.0), (200, 5.0), (BUDGET, final)])
+    ]
+    header = "step,tokens_seen,heldout/a/loss,heldout/a/bits_per_byte,heldout/b/loss,"
+    header += "heldout/b/bits_per_byte"
+    (folder / "heldout.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder

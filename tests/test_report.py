@@ -1,0 +1,211 @@
+"""Tables and arms from run folders made by hand, with numbers that are known."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from run_helpers import BUDGET, make_run
+from slm import report as report_module
+from slm.cli import conf_folder
+from slm.errors import UserError
+from slm.plots import Curve
+from slm.report import report, tokens_to_reach
+
+
+def config(runs: Any, out: Path, **more: Any) -> Any:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        composed = compose("report", overrides=[f"out='{out}'"])
+    composed.runs = [str(run) for run in runs] if isinstance(runs, list) else str(runs)
+    for key, value in more.items():
+        composed[key] = value
+    return composed
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Path:
+    """Two rules at k = 0.5 and 1, two seeds; 1.0 is training on all tokens under either."""
+    folder = tmp_path / "sweep"
+    for rule, offset in (("Excess", 0.0), ("Random", 1.5)):
+        for seed in (0, 1):
+            make_run(folder / f"{rule}{seed}half", rule, 0.5, seed, 3.0 + offset + seed / 4)
+            make_run(folder / f"{rule}{seed}one", rule, 1.0, seed, 4.0 + seed / 2)
+    return folder
+
+
+def test_the_table_has_mean_and_spread_and_tokens_to_reach(tmp_path, sweep):
+    report(config(sweep, tmp_path / "out"))
+    with open(tmp_path / "out" / "table.csv", newline="") as file:
+        rows = {(row["arm"], row["set"]): row for row in csv.DictReader(file)}
+    assert [arm for arm, name in rows if name == "a"] == [
+        "excess 0.5", "excess 1", "random 0.5", "random 1",
+    ]  # fmt: skip
+    found = rows["excess 0.5", "b"]
+    assert (found["rule"], found["select_ratio"], found["seeds"]) == ("excess", "0.5", "2")
+    assert [float(found[key]) for key in ("mean", "low", "high")] == [6.25, 6.0, 6.5]
+    assert (found["tokens_seen"], found["tokens_selected"]) == ("400", "200")
+    # all tokens end at 4.25 on `a`: from 5 at 200 to 3 or 3.25 at 400
+    by_hand = (200 + 200 * 0.75 / 2 + 200 + 200 * 0.75 / 1.75) / 2
+    assert int(rows["excess 0.5", "a"]["tokens_to_all_tokens_loss"]) == round(by_hand)
+    assert rows["random 0.5", "a"]["tokens_to_all_tokens_loss"] == ""  # 4.5 and 4.75
+
+
+def test_the_markdown_table_has_a_line_an_arm(tmp_path, sweep):
+    report(config(sweep, tmp_path / "out"))
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
+    assert cells[0][:5] == ["arm", "a", "b", "seeds", "tokens seen"]
+    assert cells[2][:4] == [
+        "excess 0.5",
+        "3.1250 (3.0000 to 3.2500)",
+        "6.2500 (6.0000 to 6.5000)",
+        "2",
+    ]
+    assert len({len(row) for row in cells}) == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "tokens"), [(9.5, 0), (9.0, 0), (7.0, 100), (5.0, 200), (4.0, 300), (2.9, None)]
+)
+def test_tokens_to_reach_is_the_first_crossing_interpolated(loss, tokens):
+    seen, losses = np.array([0.0, 200, 400, 500]), np.array([9.0, 5.0, 3.0, 8.0])
+    assert tokens_to_reach(Curve("", seen, losses), loss) == tokens
+
+
+def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch):
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(report_module, "ratio_figure", lambda *a: drawn.update(ratio=a[0]))
+    monkeypatch.setattr(report_module, "tokens_figure", lambda *a: drawn.update(tokens=a[0]))
+    make_run(tmp_path / "ref", "All", None, final=2.0, corpus_fingerprint="0", tokens_seen=BUDGET)
+    make_run(tmp_path / "sweep" / "soft", "Sigmoid", None, final=3.5)
+    rows = report(
+        config(sweep, tmp_path / "out", baselines={"the reference": str(tmp_path / "ref")})
+    )
+    assert rows[-1]["arm"] == "the reference" and rows[-1]["mean"] == 4.0
+    assert rows[-1]["tokens_to_all_tokens_loss"] == 250  # 10 at 200, 4 at 400, 8.5 between
+    (panel, other), (first, *_) = drawn["ratio"], drawn["tokens"]
+    assert panel.rules == {
+        "excess": [(0.5, [3.0, 3.25]), (1.0, [4.0, 4.5])],
+        "random": [(0.5, [4.5, 4.75]), (1.0, [4.0, 4.5])],
+    }
+    assert panel.flat == {"sigmoid": 3.5}
+    assert panel.lines == {"all tokens": 4.25, "the reference": 2.0}
+    assert other.lines["all tokens"] == 8.5
+    assert [panel.title for panel in first] == ["excess, a", "random, a", "sigmoid, a"]
+    assert [curve.label for curve in first[0].curves] == ["k = 0.5"] * 2
+    assert [curve.label for curve in first[2].curves] == ["sigmoid"]
+    assert [curve.loss[-1] for curve in first[0].controls] == [4.0, 4.5, 4.0, 4.5]
+
+
+def test_sets_can_be_chosen(tmp_path, sweep):
+    rows = report(config(sweep, tmp_path / "out", sets=["b"]))
+    assert {row["set"] for row in rows} == {"b"}
+    with pytest.raises(UserError, match=r"sets names \['c'\], .* evaluated on \['a', 'b'\]"):
+        report(config(sweep, tmp_path / "out", sets=["c"]))
+
+
+def test_costs_are_shown_where_every_seed_has_them(tmp_path):
+    make_run(tmp_path / "a", seed=0, train_seconds=10.0, train_flops=1e9)
+    make_run(tmp_path / "b", seed=1, train_seconds=20.0, train_flops=None)
+    make_run(tmp_path / "c", "All", None)
+    rows = {row["arm"]: row for row in report(config(tmp_path, tmp_path / "out"))}
+    assert rows["excess 0.5"]["train_seconds"] == 15.0
+    assert rows["all"]["train_seconds"] is None and "train_flops" not in rows["excess 0.5"]
+
+
+# ---- what is refused, what is left out ----------------------------------------------------------
+
+
+def test_unfinished_runs_are_named_and_left_out(tmp_path, caplog):
+    make_run(tmp_path / "runs" / "fine")
+    (tmp_path / "runs" / "failed").mkdir()
+    state = {"status": "failed", "error": "k is 2"}
+    (tmp_path / "runs" / "failed" / "status.json").write_text(json.dumps(state))
+    (make_run(tmp_path / "runs" / "killed", seed=1) / "model" / "slm.json").unlink()
+    (make_run(tmp_path / "runs" / "silent", seed=2) / "heldout.csv").unlink()
+    make_run(tmp_path / "runs" / "torn", seed=3, tokens_seen=BUDGET + 100)
+    rows = report(config(tmp_path / "runs", tmp_path / "out"))
+    assert {row["seeds"] for row in rows} == {1}
+    said = (tmp_path / "out" / "table.md").read_text()
+    for name, reason in [
+        ("failed", "failed: k is 2"),
+        ("killed", "not complete"),
+        ("silent", "has no heldout.csv"),
+        ("torn", "heldout.csv ends at 400 tokens, the run at 500"),
+    ]:
+        assert f"{name}`: {reason}" in said
+        assert any(f"/{name}: {reason}" in message for message in caplog.messages)
+    assert any("no control" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"corpus_fingerprint": "tea"}, "the corpus of .*one is c0ffee, of .*two tea: runs of one"),
+        ({"tokens_seen": 800}, "tokens_seen of .*one is 400, of .*two 800: runs of one report"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, record, message):
+    make_run(tmp_path / "one")
+    two = make_run(tmp_path / "two", seed=1, **record)
+    path = two / "heldout.csv"
+    path.write_text(path.read_text().replace("400,", f"{record.get('tokens_seen', 400)},"))
+    with pytest.raises(UserError, match=message):
+        report(config(tmp_path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_heldout_sets_are_refused(tmp_path):
+    make_run(tmp_path / "one")
+    path = make_run(tmp_path / "two", seed=1) / "heldout.csv"
+    path.write_text(path.read_text().replace("heldout/b/", "heldout/c/"))
+    with pytest.raises(UserError, match=r"held-out sets of .* is \['a', 'b'\], .* \['a', 'c'\]"):
+        report(config(tmp_path, tmp_path / "out"))
+
+
+def test_the_same_run_twice_is_no_second_seed(tmp_path):
+    make_run(tmp_path / "one")
+    make_run(tmp_path / "two")
+    with pytest.raises(UserError, match="one and .*two are the same run with seed 0"):
+        report(config(tmp_path, tmp_path / "out"))
+
+
+def test_folders_without_runs_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no run"):
+        report(config(tmp_path / "empty", tmp_path / "out"))
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        report(config(tmp_path / "nowhere", tmp_path / "out"))
+    (make_run(tmp_path / "runs" / "a") / "model" / "slm.json").unlink()
+    with pytest.raises(UserError, match="none of the 1 runs in .* is complete"):
+        report(config(tmp_path / "runs", tmp_path / "out"))
+
+
+def test_a_baseline_is_one_arm_on_the_same_sets(tmp_path):
+    make_run(tmp_path / "runs" / "a")
+    make_run(tmp_path / "two" / "a", ratio=0.5)
+    make_run(tmp_path / "two" / "b", ratio=0.25)
+    with pytest.raises(UserError, match=r"'x' must be one finished arm, .* \['excess 0.25', 'ex"):
+        report(config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "two")}))
+    path = make_run(tmp_path / "other") / "heldout.csv"
+    path.write_text(path.read_text().replace("heldout/b/", "heldout/c/"))
+    with pytest.raises(UserError, match=r"'x' .* not evaluated on \['b'\], only on \['a', 'c'\]"):
+        report(
+            config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "other")})
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("runs", {"a": "b"}, "runs is "), ("baselines", "folder", "baselines is folder, it must be")],
+)
+def test_settings_of_the_wrong_shape_are_refused(tmp_path, key, value, message):
+    make_run(tmp_path / "a")
+    settings = config(tmp_path, tmp_path / "out")
+    settings[key] = value
+    with pytest.raises(UserError, match=message):
+        report(settings)
