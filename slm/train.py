@@ -37,7 +37,7 @@ from slm.checkpoint import (
 from slm.cli import command
 from slm.data import TokenData
 from slm.errors import UserError
-from slm.lineage import lineage, model_card
+from slm.lineage import lineage, model_card, reference_record
 from slm.model import SelectiveLM, check_model, check_model_folder, model_sha256, save_model
 from slm.module import SelectiveModule
 from slm.progress import Metrics, progress_bar
@@ -322,8 +322,9 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def log_inputs(trainer: Trainer, config: DictConfig, data: TokenData) -> None:
-    """The configuration to every logger, the folders that are read to W&B's lineage."""
+    """The configuration and what the references cost to every logger; to W&B's lineage, folders."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain["reference_records"] = [reference_record(store) for store in data.references]
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
         if isinstance(logger, WandbLog):

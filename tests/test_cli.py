@@ -179,7 +179,7 @@ def test_a_wrong_command_line_is_one_sentence(call, application, words, message)
 def test_an_unknown_choice_of_a_group_lists_the_known(call):
     code, out, err = call(command("train")(refuse), "selection=foo", "out=x")
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "Could not find 'selection/foo'" in err and "all excess random" in err
+    assert "Could not find 'selection/foo'" in err and "all excess intersection loss" in err
 
 
 def test_the_required_key_that_hydra_itself_needs_is_named(call):

@@ -243,6 +243,12 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
     train(compose_train(tmp_path / "store", corpus, *rule, f"data.references='{tmp_path}/s'"))
     online = f"online_reference='{reference}'"
     train(compose_train(tmp_path / "online", corpus, *rule, online))
+    hparams = json.loads((tmp_path / "store" / "hparams.json").read_text())
+    record = hparams["reference_records"][0]
+    assert record["scoring_cost"]["tokens"] == text_corpus.num_targets
+    assert record["model_lineage"]["train_flops"] > 3 * record["scoring_cost"]["flops"]
+    assert record["model_lineage"]["train_seconds"] > 0
+    assert hparams["ranking"] == {"scope": "batch", "windows": 4}
     stored, live = (rows(tmp_path / name / "train.csv") for name in ("store", "online"))
     for one, other in zip(stored, live, strict=True):
         assert one.keys() == other.keys()
