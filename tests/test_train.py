@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slm import train as train_module
 from slm.cli import conf_folder
+from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
-from slm.score import score
+from slm.score import load_reference, score
+from slm.shards import References
 from slm.train import train
 
 TINY = [
@@ -243,6 +245,9 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
     train(compose_train(tmp_path / "store", corpus, *rule, f"data.references='{tmp_path}/s'"))
     online = f"online_reference='{reference}'"
     train(compose_train(tmp_path / "online", corpus, *rule, online))
+    batch = Windows(text_corpus, [References.open(tmp_path / "s")]).batch(np.arange(40))
+    loss = load_reference(str(reference), text_corpus, "cpu", "float32")(batch).loss
+    torch.testing.assert_close(-loss, batch["reference_logprob"], rtol=0, atol=1e-5)
     hparams = json.loads((tmp_path / "store" / "hparams.json").read_text())
     record = hparams["reference_records"][0]
     assert record["scoring_cost"]["tokens"] == text_corpus.num_targets
