@@ -316,7 +316,7 @@ def test_slm_from_an_installed_wheel(tmp_path):
     assert where.stdout.strip() == str(site / "slm" / "conf")
     for words, expected in [
         (["--help"], "usage: slm"),
-        (["train", "--help"], "selection: all, excess, random"),
+        (["train", "--help"], "selection: all, excess, intersection"),
         (["score", "--help"], "reference_model: null"),
         (["verify", "--help"], "usage: slm verify"),
     ]:
