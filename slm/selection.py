@@ -186,7 +186,8 @@ class Middle(Ranked):
         return Choice(selected, selected, lowest(losses, selected, self.scope))
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
-        return batch["targets"].numel()
+        limit = super().max_rows(batch, tokens_seen)
+        return None if limit is None else limit + len(batch["targets"])  # one more a ranking
 
 
 # ---- two rankings by the reference --------------------------------------------------------------
@@ -224,6 +225,10 @@ class Intersection(Selection):
         by_loss, by_entropy = self.both(batch, tokens_seen)
         return Choice(by_loss & by_entropy, by_loss & by_entropy, None)
 
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        ratio = min(schedule.at(tokens_seen) for schedule in self.schedules)
+        return max_selected(batch["targets"].shape, ratio, self.scope)
+
 
 @dataclass(frozen=True)
 class Union(Intersection):
@@ -232,6 +237,9 @@ class Union(Intersection):
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         by_loss, by_entropy = self.both(batch, tokens_seen)
         return Choice(by_loss | by_entropy, by_loss | by_entropy, None)
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        return batch["targets"].numel()
 
 
 # ---- weights ------------------------------------------------------------------------------------
