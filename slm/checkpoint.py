@@ -208,7 +208,17 @@ class StopOnSignal(Callback):
             log.warning("stopped at step %d, saved; the same command goes on", trainer.global_step)
             raise SystemExit(128 + (self.received or signal.SIGTERM))
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    # Before Lightning takes its own handlers back. In teardown, which comes later, they would be
+    # installed for good, and hold this run's trainer and model while a sweep goes on.
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}

@@ -12,6 +12,7 @@ what unpickling needs is imported: the callback, hence this module, which regist
 """
 
 import atexit
+import gc
 import logging
 import sys
 import uuid
@@ -112,6 +113,7 @@ class Sweep(Callback):
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         else:
             self._write(config, "skipped" if self.skips else "finished")
+        gc.collect()  # trainer and model refer to each other; the next job needs their memory
 
     def _write(self, config: DictConfig, status: str, error: str = "") -> None:
         number = config.hydra.job.num

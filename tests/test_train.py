@@ -1,6 +1,7 @@
 """A run that was stopped and continued equals one that was not, bit for bit; what is refused."""
 
 import csv
+import gc
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from slm import train as train_module
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
+from slm.module import SelectiveModule
 from slm.score import load_reference, score
 from slm.shards import References
 from slm.train import train
@@ -116,6 +118,23 @@ def test_resumed_run_equals_the_uninterrupted_one(
     crash_at(monkeypatch, None)
     train(config)
     same_results(whole, tmp_path / "cut")
+
+
+def test_a_run_leaves_neither_its_model_nor_its_signal_handlers(tmp_path, text_corpus, monkeypatch):
+    """The jobs of a sweep share a process: what stays behind is memory that the next one lacks."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    gc.collect()
+    others = {id(item) for item in gc.get_objects() if type(item) is SelectiveModule}
+    train(compose_train(tmp_path / "run", text_corpus.folder))
+    assert [signal.getsignal(number) for number in numbers] == before
+    gc.collect()
+    alive = {id(item) for item in gc.get_objects() if type(item) is SelectiveModule}
+    assert alive <= others
+    crash_at(monkeypatch, 5)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(compose_train(tmp_path / "crash", text_corpus.folder))
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_logs_have_every_step_once_and_the_last_checkpoints_are_kept(whole):
