@@ -57,8 +57,10 @@ train rules noisy selection=loss,middle,reference_loss,intersection,mixture,sigm
 # What a sceptic would do: train on the curated text as well.
 train mixed mixed selection=all seed="$seeds" "$base" max_tokens="$tokens" "${atonce[@]}" -m
 
-slm report 'runs=[runs/sweep, runs/rules]' out=report \
-    'baselines={reference model: runs/reference, curated text mixed in: runs/mixed}'
-cp report/table.csv "$here/results.csv"
-cp report/loss_vs_k.png "$here/figure.png"
-cp report/loss_vs_tokens.png "$here/loss_vs_tokens.png"
+lines='baselines={reference model: runs/reference, curated text mixed in: runs/mixed}'
+slm report runs=runs/sweep out=report_k "$lines"
+slm report 'runs=[runs/sweep, runs/rules]' out=report_rules "$lines"
+cp report_rules/table.csv "$here/results.csv"
+cp report_k/loss_vs_k.png "$here/figure.png"
+cp report_k/loss_vs_tokens.png "$here/loss_vs_tokens.png"
+cp report_rules/loss_vs_k.png "$here/rules.png"
