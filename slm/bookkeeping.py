@@ -55,7 +55,7 @@ def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
 
 
 def source_metrics(tokens: "Sequence[TokenRecord]", windows: Windows) -> dict[str, float]:
-    """slm/kept_frac/<source>: share of a source's targets that were selected."""
+    """slm/kept_frac/<source> and slm/weight_mean/<source>, over the targets of a source."""
     names = windows.corpus.manifest["sources"]
     numbers = torch.cat([part.window for part in tokens]).cpu().numpy()
     found = windows.sources(numbers)
@@ -63,8 +63,12 @@ def source_metrics(tokens: "Sequence[TokenRecord]", windows: Windows) -> dict[st
     selected = torch.cat([part.selected for part in tokens]).cpu().numpy()
     total = np.bincount(found[valid], minlength=len(names))
     kept = np.bincount(found[selected], minlength=len(names))
+    weights = torch.cat([part.token_weight for part in tokens]).double().cpu().numpy()
+    weight = np.bincount(found.ravel(), weights.ravel(), minlength=len(names))
+    columns = {"kept_frac": kept, "weight_mean": weight}
     return {
-        f"slm/kept_frac/{name}": float(kept[i] / total[i])
+        f"slm/{column}/{name}": float(sums[i] / total[i])
+        for column, sums in columns.items()
         for i, name in enumerate(names)
         if total[i]
     }

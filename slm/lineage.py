@@ -20,7 +20,7 @@ import torch
 
 from slm import __version__
 from slm.cost import reference_lineage, references_cost
-from slm.data import TokenData
+from slm.data import TokenData, spread
 from slm.shards import Json, References
 
 PACKAGES = ("torch", "triton", "lightning", "transformers", "tokenizers", "datasets", "numpy")
@@ -30,6 +30,7 @@ def lineage(
     *,
     datamodule: TokenData,
     selection: Mapping[str, Any],
+    needs_references: bool,
     seed: int,
     init_from: str | None,
     init_from_sha256: str | None,
@@ -48,7 +49,15 @@ def lineage(
         "corpus": short_name(datamodule.corpus.folder),
         "corpus_fingerprint": datamodule.corpus.fingerprint,
         "references": [reference_record(store) for store in datamodule.references],
+        "heldout": {
+            name: {
+                "fingerprint": held.fingerprint,
+                "windows": len(spread(held.num_windows, datamodule.heldout_windows)),
+            }
+            for name, held in datamodule.heldout.items()
+        },
         "selection": dict(selection),
+        "needs_references": needs_references,
         "seed": seed,
         "tokens_seen": tokens_seen,
         "tokens_selected": tokens_selected,
@@ -148,6 +157,12 @@ corpus and the base model; none is stated here.
 """
 
 
+def base_model(lineage: Json) -> str:
+    """A folder's short name must not look like a name on the hub."""
+    where = " (a local folder)" if lineage["init_from_is_folder"] else ""
+    return f"{lineage['init_from']}{where}" if lineage["init_from"] else "none (new weights)"
+
+
 def named_references(lineage: Json) -> list[str]:
     return [record["served_model"] or record["model_sha256"] for record in lineage["references"]]
 
@@ -158,7 +173,7 @@ def model_card(lineage: Json, results: Mapping[str, float]) -> str:
     name = rule.pop("_target_").rsplit(".", 1)[-1]
     share = lineage["tokens_selected"] / max(1, lineage["tokens_seen"])
     facts = {
-        "base model": lineage["init_from"] or "none (new weights)",
+        "base model": base_model(lineage),
         "selection rule": ", ".join([name, *(f"{key} = {rule[key]}" for key in rule)]),
         "tokens seen": f"{lineage['tokens_seen']:,}",
         "tokens selected": f"{lineage['tokens_selected']:,} ({share:.1%})",

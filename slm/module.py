@@ -34,6 +34,8 @@ SUMS: tuple[str, ...] = (
     "reference_loss_selected",
     "num_scored",
     "num_below_reference",  # excess_loss < 0
+    "weight",  # sum of the token weights
+    "weight_squared",
 )
 
 
@@ -45,6 +47,7 @@ class TokenRecord(NamedTuple):
     selected: Tensor  # (B, T)
     token_loss: Tensor  # (B, T) nats
     reference_loss: Tensor | None  # (B, T) nats
+    token_weight: Tensor  # (B, T)
 
 
 class StepResult(NamedTuple):
@@ -52,6 +55,7 @@ class StepResult(NamedTuple):
 
     sums: dict[str, float]
     divided_by: float  # the loss's denominator
+    select_ratio: float | None  # asked for at this step; None: the rule has none
     threshold: float | None  # lowest selected score of this rank's last micro-batch; with
     #                          scope=sequence the mean over its windows; None: no rule for it
     grad_norm: float
@@ -110,6 +114,7 @@ class SelectiveModule(LightningModule):
             self._begin_step()
         batch = self.scored(batch)
         rule, choices = self.rule(), []
+        self._select_ratio = rule.ratio(self.tokens_seen)
 
         def choose(token_loss: Tensor | None) -> Tensor:
             choices.append(rule.choose(batch, token_loss, self.tokens_seen))
@@ -154,9 +159,14 @@ class SelectiveModule(LightningModule):
         valid = batch["targets"] != IGNORE_INDEX
         reference = -batch["reference_logprob"] if "reference_logprob" in batch else None
         record = TokenRecord(
-            batch["window"], valid, choice.selected, output.token_loss.detach(), reference
+            batch["window"],
+            valid,
+            choice.selected,
+            output.token_loss.detach(),
+            reference,
+            output.token_weight,
         )
-        self._sums += step_sums(record, output.token_weight)
+        self._sums += step_sums(record)
         self._records.append(record)
         self._threshold = choice.threshold
 
@@ -204,7 +214,14 @@ class SelectiveModule(LightningModule):
     def step_result(self) -> StepResult:
         """Of the step that just ended. One device synchronisation, no communication."""
         threshold = mean_threshold(self._threshold)
-        return StepResult(self._totals, self._divided_by, threshold, self.grad_norm, self._records)
+        return StepResult(
+            self._totals,
+            self._divided_by,
+            self._select_ratio,
+            threshold,
+            self.grad_norm,
+            self._records,
+        )
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.lm)
@@ -224,9 +241,10 @@ class SelectiveModule(LightningModule):
             setattr(self, name, checkpoint[name])
 
 
-def step_sums(record: TokenRecord, token_weight: Tensor) -> Tensor:  # (len(SUMS),) float64
+def step_sums(record: TokenRecord) -> Tensor:  # (len(SUMS),) float64
     """No synchronisation, which indexing with a mask would be."""
     valid, selected, loss = record.valid, record.selected, record.token_loss
+    token_weight = record.token_weight.double()
     terms = [
         masked_sum(token_weight * loss, valid),
         *(masked_sum(loss, mask) for mask in (selected, valid)),
@@ -238,6 +256,7 @@ def step_sums(record: TokenRecord, token_weight: Tensor) -> Tensor:  # (len(SUMS
         reference = record.reference_loss
         terms += [masked_sum(reference, mask) for mask in (valid, selected)]
         terms += [valid.sum().double(), (valid & (loss < reference)).sum().double()]
+    terms += [token_weight.sum(), (token_weight**2).sum()]
     return torch.stack(terms)
 
 

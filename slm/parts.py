@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from slm.shards import Corpus, Json
 from slm.tokenizer import AFTER_SPECIAL, AFTER_TEXT, AT_START, Encoder
 
 if TYPE_CHECKING:  # records.py needs `Part`
     from slm.records import Text
+
+
+WINDOWS_AT_ONCE = 4096
 
 
 class Part(NamedTuple):
@@ -98,3 +102,36 @@ def faulty_documents(
         if lengths[part] > 0 or live[part]:
             found.setdefault(int(np.searchsorted(first, part, side="right")) - 1, fault)
     return found
+
+
+# ---- what the windows make of it ----------------------------------------------------------------
+
+
+def window_targets(corpus: Corpus) -> Json:
+    """Targets of all windows, and those whose document began before their window.
+
+    The latter are learned without their prompt, or without a part of it.
+    """
+    found = np.zeros(2, np.int64)
+    for index, count in enumerate(corpus.windows_per_shard):
+        masks, starts = corpus.column("masks", index), corpus.column("documents", index)[:, 0]
+        for first in range(0, count, WINDOWS_AT_ONCE):
+            begins = np.arange(first, min(first + WINDOWS_AT_ONCE, count)) * corpus.seq_len
+            found += count_targets(masks, starts, begins, corpus.seq_len)
+    return {"targets_in_windows": int(found[0]), "targets_without_prompt": int(found[1])}
+
+
+def count_targets(
+    masks: np.ndarray,  # (n,) bool
+    starts: np.ndarray,  # (d,) of the documents, ascending
+    begins: np.ndarray,  # (W,) of the windows, one after another
+    seq_len: int,
+) -> np.ndarray:  # (2,)
+    offset, ends = begins[0], begins + seq_len + 1
+    before = np.concatenate([[0], np.cumsum(masks[offset : ends[-1]], dtype=np.int64)])
+    document = np.searchsorted(starts, begins, side="right") - 1
+    following = np.append(starts, np.iinfo(np.int64).max)[document + 1]
+    open_ends = np.where(starts[document] < begins, np.minimum(following, ends), begins + 1)
+    targets = before[ends - offset] - before[begins + 1 - offset]
+    cut_off = before[open_ends - offset] - before[begins + 1 - offset]
+    return np.array([targets.sum(), cut_off.sum()])

@@ -38,6 +38,7 @@ from slm.packing import (
     run_batches,
     side_of,
 )
+from slm.parts import window_targets
 from slm.records import read_texts
 from slm.shards import (
     FORMAT,
@@ -345,6 +346,8 @@ def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Jso
     assert manifest is not None, "every sidecar was just written"
     in_windows = counts["tokens"] - counts["dropped_tail_tokens"] - num_shards
     counts |= {"windows": in_windows // config.seq_len, "shards": num_shards}
+    if "targets" in counts:
+        counts |= window_targets(Corpus.open(folder))
     return counts | {"fingerprint": manifest["fingerprint"]}
 
 
@@ -377,6 +380,12 @@ def say_targets(folder: Path, counts: Json) -> None:
     if "targets" in counts:
         share = counts["targets"] / counts["tokens"]
         log.info(f"{folder}: {counts['targets']:,} of the tokens are targets ({share:.1%})")
+        cut_off, whole = counts["targets_without_prompt"], counts["targets_in_windows"]
+        log.info(
+            f"{folder}: {cut_off:,} of the {whole:,} targets in windows "
+            f"({cut_off / max(1, whole):.0%}) stand in a window that begins inside their document, "
+            "after their prompt or a part of it (a larger seq_len makes them fewer)"
+        )
 
 
 def damage(out: Path) -> str | None:

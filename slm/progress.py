@@ -280,6 +280,9 @@ def loss_metrics(result: "StepResult") -> dict[str, float]:
     mean("train/loss_selected", sums["loss_selected"], selected)
     mean("train/loss_unselected", sums["loss_valid"] - sums["loss_selected"], valid - selected)
     mean("slm/kept_frac", selected, valid)
+    mean("slm/weight_mean", sums["weight"], valid)
+    # Kish's effective number: so many tokens of equal weight would vary as little.
+    mean("slm/effective_frac", sums["weight"] ** 2, sums["weight_squared"] * valid)
     if scored > 0:
         reference, reference_selected = sums["reference_loss"], sums["reference_loss_selected"]
         mean("slm/reference_loss", reference, scored)
@@ -288,6 +291,8 @@ def loss_metrics(result: "StepResult") -> dict[str, float]:
         excess_selected = sums["loss_selected"] - reference_selected
         mean("slm/excess_mean_selected", excess_selected, selected)
         mean("slm/below_reference_frac", sums["num_below_reference"], scored)
+    if result.select_ratio is not None:
+        metrics["slm/select_ratio"] = result.select_ratio
     if result.threshold is not None:
         metrics["slm/threshold"] = result.threshold
     return metrics | {"slm/num_selected": selected, "train/grad_norm": result.grad_norm}
@@ -303,8 +308,9 @@ def ranked_together(scope: str, trainer: Trainer) -> dict[str, Any]:
 class Metrics(Callback):
     """Logs every `every_steps`-th optimizer step and the last; the first of the callbacks.
 
-    perf/step_s is the wall time since the step before ended, so what callbacks do before this one
-    counts into it, and what they do after it counts into the next step's.
+    perf/step_s is the wall time of a step: reading, computing, updating. It begins where the
+    callbacks of the step before have ended (`StepClock`), so evaluations, probes and checkpoints do
+    not count, here and in train_seconds.
     """
 
     def __init__(self, every_steps: int):
@@ -313,7 +319,7 @@ class Metrics(Callback):
                 f"callbacks.metrics.every_steps is {every_steps}, it must be at least 1"
             )
         self.every_steps = every_steps
-        self.train_seconds = 0.0  # over the whole run, evaluations and checkpoints included
+        self.train_seconds = 0.0  # over the whole run
         self.recent_s: deque[float] = deque(maxlen=max(every_steps, 9))
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -356,7 +362,7 @@ class Metrics(Callback):
             metrics = loss_metrics(result) | token_metrics(result.tokens)
             metrics |= source_metrics(result.tokens, datamodule_of(trainer).windows)
             metrics |= {"train/lr": self.lr, "data/tokens_selected": pl_module.tokens_selected}
-            # The median: an evaluation or a checkpoint in between is no slow step.
+            # The median: the first steps of a run or of a process are slow.
             step_s = statistics.median(self.recent_s)
             trained = result.sums["num_trained"] / datamodule_of(trainer).tokens_per_step
             send(trainer, metrics | self._speed(trainer, pl_module.device, step_s, trained))
@@ -386,3 +392,19 @@ class Metrics(Callback):
             available = self.peak.flops_per_s * trainer.world_size
             speed["perf/mfu"] = self.flops(tokens_per_s, tokens_per_s * trained) / available
         return speed
+
+
+class StepClock(Callback):
+    """The last of the callbacks: from here on time counts to the next step."""
+
+    def __init__(self, metrics: Metrics):
+        self.metrics = metrics
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.metrics.ended_s = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if step_ended(trainer, batch_idx):
+            self.metrics.ended_s = time.perf_counter()

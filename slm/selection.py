@@ -64,6 +64,15 @@ class Selection:
         """Most tokens of this batch that can get a weight; None: ask the device."""
         return batch["targets"].numel()
 
+    @property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
+        """Of its ratios."""
+        return ()
+
+    def ratio(self, tokens_seen: int) -> float | None:
+        """The select_ratio that is asked for; None for rules without one."""
+        return None
+
     def candidates(self, batch: Batch) -> Tensor:  # (B, T) bool
         """Targets that have every score that the rule needs; the data path refuses others."""
         found = batch["targets"] != IGNORE_INDEX
@@ -101,6 +110,13 @@ class Ranked(Selection):
     @cached_property
     def schedule(self) -> RatioSchedule:
         return ratio_schedule(self.select_ratio)
+
+    @property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
+        return (self.schedule,)
+
+    def ratio(self, tokens_seen: int) -> float | None:
+        return self.schedule.at(tokens_seen)
 
     def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T), high: kept
         raise NotImplementedError
@@ -206,8 +222,8 @@ class Intersection(Selection):
         check_scope(self.scope)
         assert len(self.schedules) == 2  # raises where a ratio is no ratio
 
-    @cached_property
-    def schedules(self) -> tuple[RatioSchedule, RatioSchedule]:
+    @property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
         return (
             ratio_schedule(self.loss_ratio, "selection.loss_ratio"),
             ratio_schedule(self.entropy_ratio, "selection.entropy_ratio"),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
@@ -40,7 +41,7 @@ from slm.errors import UserError
 from slm.lineage import lineage, model_card, reference_record
 from slm.model import SelectiveLM, check_model, check_model_folder, model_sha256, save_model
 from slm.module import SelectiveModule
-from slm.progress import Metrics, progress_bar
+from slm.progress import Metrics, StepClock, progress_bar
 from slm.score import load_reference
 from slm.selection import Selection
 from slm.shards import References, claim, read_json, write_json
@@ -69,6 +70,8 @@ def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
     """What must not change when a run is continued; folders may move, so hashes stand for them."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
     init_from = plain["model"].pop("init_from")
+    if init_from is not None:
+        del plain["model"]["architecture"]  # the folder's own counts
     loaded = None if init_from is None else init_identity(init_from)
     return {
         "seed": plain["seed"],
@@ -147,6 +150,12 @@ def check_config(config: DictConfig, data: TokenData, selection: Selection) -> N
     start = config.selection_start
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise UserError(f"selection_start is {start!r}, it must be a number of tokens, 0 or more")
+    if start >= config.max_tokens:
+        raise UserError(
+            f"selection_start is {start}, max_tokens {config.max_tokens}: the rule would never "
+            "choose (selection=all trains on every token)"
+        )
+    warn_of_late_points(selection, config.max_tokens)
     for store in data.references:
         warn_of_other_precision(store, config.trainer.precision)
     best_of = config.callbacks.checkpoints.best_of
@@ -154,6 +163,17 @@ def check_config(config: DictConfig, data: TokenData, selection: Selection) -> N
         raise UserError(
             f"callbacks.checkpoints.best_of is {best_of!r}, data.heldout has {sorted(data.heldout)}"
         )
+
+
+def warn_of_late_points(selection: Selection, max_tokens: int) -> None:
+    for schedule in selection.schedules:
+        last = schedule.points[-1][0]
+        if last > max_tokens:
+            log.warning(
+                "the last point of a select_ratio schedule lies at %d tokens, the run ends at %d "
+                "with a ratio of %.4g",
+                *(last, max_tokens, schedule.at(max_tokens)),
+            )
 
 
 def check_references(config: DictConfig, data: TokenData, needs: tuple[str, ...]) -> None:
@@ -192,12 +212,13 @@ def build_trainer(config: DictConfig, data: TokenData) -> Trainer:
     loggers = [build(node) for node in config.logger.values()]
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
     checkpoints = next(item for item in callbacks if isinstance(item, Checkpoints))
+    clocks = [StepClock(item) for item in callbacks if isinstance(item, Metrics)]
     trainer: Trainer = build(
         config.trainer,
         max_steps=round(config.max_tokens / data.tokens_per_step),
         max_epochs=-1,
         logger=loggers,
-        callbacks=[RandomStates(), *callbacks, StopOnSignal(checkpoints), progress_bar()],
+        callbacks=[RandomStates(), *callbacks, StopOnSignal(checkpoints), progress_bar(), *clocks],
         plugins=[VerifiedCheckpointIO()],
         enable_checkpointing=False,  # Checkpoints saves, and it alone
         enable_model_summary=False,
@@ -246,6 +267,7 @@ def export(
     record = lineage(
         datamodule=data,
         selection=OmegaConf.to_container(config.selection, resolve=True),  # type: ignore[arg-type]
+        needs_references=bool(module.selection.needs),
         seed=config.seed,
         init_from=config.model.init_from,
         init_from_sha256=identity["init_from"],
@@ -264,6 +286,18 @@ def export(
             logger.log_folder(written, name=f"model-{folder.name}", kind="model", is_input=False)
 
 
+def check_overrides(config: DictConfig) -> None:
+    """Refuse what would be read and not used; only a command line tells it from a default."""
+    if config.model.init_from is None or not HydraConfig.initialized():
+        return
+    for word in HydraConfig.get().overrides.task:
+        if word.lstrip("+~").startswith("model.architecture"):
+            raise UserError(
+                f"{word} is given with model.init_from={config.model.init_from}, which has an "
+                "architecture of its own: leave one of them out"
+            )
+
+
 def training_cost(module: SelectiveModule) -> dict[str, float | None]:
     """Absent where nobody measured it."""
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
@@ -277,6 +311,7 @@ def train(config: DictConfig) -> Path:
     """Run or continue one training; returns the model folder."""
     folder = Path(config.run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
+    check_overrides(config)
     data: TokenData = build(config.data)
     identity = run_identity(config, data)
     with only_writer(folder):
@@ -289,7 +324,7 @@ def train(config: DictConfig) -> Path:
         trainer = build_trainer(config, data)
         log.info("new run in %s" if checkpoint is None else "continuing %s", checkpoint or folder)
         try:
-            log_inputs(trainer, config, data)
+            log_inputs(trainer, config, data, module.lm.model.config.to_diff_dict())
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if trainer.is_global_zero:
                 export(config, module, tokenizer, data, identity)
@@ -321,9 +356,13 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def log_inputs(trainer: Trainer, config: DictConfig, data: TokenData) -> None:
+def log_inputs(
+    trainer: Trainer, config: DictConfig, data: TokenData, model_config: dict[str, Any]
+) -> None:
     """The configuration and what the references cost to every logger; to W&B's lineage, folders."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
+    if config.model.init_from is not None:
+        plain["model"]["architecture"] = model_config
     plain["reference_records"] = [reference_record(store) for store in data.references]
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)

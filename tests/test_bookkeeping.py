@@ -23,7 +23,8 @@ def make_records(with_reference: bool = True) -> list[TokenRecord]:
         reference = (3 * torch.rand(shape, generator=generator)).masked_fill(~valid, torch.nan)
         windows = torch.arange(3) + 10 * part
         given = reference if with_reference else None
-        records.append(TokenRecord(windows, valid, chosen, token_loss, given))
+        weight = torch.rand(shape, generator=generator).masked_fill(~valid, 0.0)
+        records.append(TokenRecord(windows, valid, chosen, token_loss, given, weight))
     return records
 
 
@@ -75,13 +76,16 @@ def test_keep_rates_count_targets_of_each_source():
     windows: Any = SimpleNamespace(
         corpus=SimpleNamespace(manifest={"sources": names}), sources=look_up
     )
-    records, counts = make_records(), {name: [0, 0] for name in names}
+    records, counts = make_records(), {name: [0, 0.0, 0] for name in names}
     for part in records:
         for row, window in enumerate(part.window.tolist()):
             for column, letter in enumerate(sources[window]):
                 count = counts[names["abcde".index(letter)]]
                 count[0] += int(part.selected[row, column])
-                count[1] += int(part.valid[row, column])
-    expected = {f"slm/kept_frac/{name}": k / n for name, (k, n) in counts.items() if n}
+                count[1] += part.token_weight[row, column].item()
+                count[2] += int(part.valid[row, column])
+    known = {name: count for name, count in counts.items() if count[2]}
+    expected = {f"slm/kept_frac/{name}": k / n for name, (k, _, n) in known.items()}
+    expected |= {f"slm/weight_mean/{name}": w / n for name, (_, w, n) in known.items()}
     assert source_metrics(records, windows) == pytest.approx(expected)
-    assert len(expected) == 4
+    assert len(expected) == 8

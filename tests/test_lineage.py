@@ -16,7 +16,10 @@ def fake_datamodule(folder: Path) -> Any:
     references = SimpleNamespace(
         fingerprint="f" * 64, manifest=manifest, folder=folder / "references"
     )
-    return SimpleNamespace(corpus=corpus, references=[references])
+    held = SimpleNamespace(fingerprint="d" * 64, num_windows=40)
+    return SimpleNamespace(
+        corpus=corpus, references=[references], heldout={"math": held}, heldout_windows=16
+    )
 
 
 def test_lineage_and_card(tmp_path: Path) -> None:
@@ -25,6 +28,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     record = lineage(
         datamodule=fake_datamodule(tmp_path),
         selection=selection,
+        needs_references=True,
         seed=7,
         init_from=str(tmp_path / "base"),
         init_from_sha256="a" * 64,
@@ -47,6 +51,8 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     ]
     assert record["init_from"] == f"{tmp_path.name}/base"
     assert record["packages"]["torch"] == torch.__version__
+    assert record["heldout"] == {"math": {"fingerprint": "d" * 64, "windows": 16}}
+    assert record["needs_references"]
     card = model_card(record, {"heldout/math/loss": 2.34567, "heldout/math/bits_per_byte": 0.9})
     header, body = card.split("---\n")[1:3]
     assert header.splitlines() == [
@@ -57,7 +63,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
         "- rho-1",
     ]
     for text in (
-        f"| base model | {tmp_path.name}/base |",
+        f"| base model | {tmp_path.name}/base (a local folder) |",
         "| selection rule | Excess, select_ratio = 0.6, scope = batch |",
         "| tokens seen | 2,000,000 |",
         "| tokens selected | 1,200,000 (60.0%) |",
@@ -74,6 +80,7 @@ def test_a_reference_that_a_server_scored_is_named_by_the_server(tmp_path: Path)
     record = lineage(
         datamodule=datamodule,
         selection={"_target_": "slm.selection.Excess", "select_ratio": 0.6},
+        needs_references=True,
         seed=7,
         init_from=None,
         init_from_sha256=None,
@@ -90,8 +97,9 @@ def test_a_reference_that_a_server_scored_is_named_by_the_server(tmp_path: Path)
 
 def test_card_of_a_hub_model_and_of_new_weights(tmp_path: Path) -> None:
     shared: dict[str, Any] = {
-        "datamodule": SimpleNamespace(corpus=fake_datamodule(tmp_path).corpus, references=[]),
+        "datamodule": SimpleNamespace(**vars(fake_datamodule(tmp_path)) | {"references": []}),
         "selection": {"_target_": "slm.selection.All"},
+        "needs_references": False,
         "seed": 0,
         "init_from_sha256": None,
         "tokens_seen": 10,

@@ -190,7 +190,8 @@ def expected_step(
         sums["num_scored"] += live.sum().item()
     (sums["loss_selected"] / sums["num_selected"]).backward()
     sums["loss_weighted"] = sums["loss_selected"] = sums["loss_selected"].item()
-    sums["num_trained"] = sums["num_selected"]
+    for name in ("num_trained", "weight", "weight_squared"):
+        sums[name] = sums["num_selected"]
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sums
 
 

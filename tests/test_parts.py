@@ -5,15 +5,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from slm import parts
 from slm.parts import Part, encode_documents, encode_parts
 from slm.records import Text
 from slm.tokenizer import Encoder, encoder_state
 
 
-def text(parts: tuple[Part, ...]) -> Text:
-    whole = "".join(part.text for part in parts)
-    plain = len(parts) == 1 and parts[0].is_target
-    return Text("a, line 1", 0, whole, whole.encode(), None, () if plain else parts)
+def text(pieces: tuple[Part, ...]) -> Text:
+    whole = "".join(part.text for part in pieces)
+    plain = len(pieces) == 1 and pieces[0].is_target
+    return Text("a, line 1", 0, whole, whole.encode(), None, () if plain else pieces)
 
 
 @pytest.mark.parametrize("with_plain", [False, True])
@@ -90,3 +91,26 @@ def test_faults_belong_to_documents(tokenizer):
     }
     assert found.lengths[:2].tolist() == [3, 3]
     assert found.tokens[:6].tolist() == [2, 2, 1] * 2
+
+
+# ---- what the windows make of it ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 2, 4096])
+def test_targets_whose_prompt_is_cut_off_are_counted(tmp_path, make_corpus, monkeypatch, block):
+    monkeypatch.setattr(parts, "WINDOWS_AT_ONCE", block)
+    generator = np.random.default_rng(0)
+    shards = [np.arange(41), np.arange(21)]
+    starts = [[0, 3, 4, 16, 17, 30], [-3, 5, 20]]
+    masks = [(generator.random(len(shard)) < 0.6).tolist() for shard in shards]
+    corpus = make_corpus(tmp_path / "c", shards, 4, starts=starts, masks=masks)
+    targets = cut_off = 0
+    for index, shard in enumerate(shards):
+        for begin in range(0, len(shard) - 1, 4):
+            for place in range(begin + 1, begin + 5):
+                document = max(start for start in starts[index] if start <= place)
+                targets += masks[index][place]
+                cut_off += masks[index][place] and document < begin
+    found = parts.window_targets(corpus)
+    assert found == {"targets_in_windows": targets, "targets_without_prompt": cut_off}
+    assert 0 < cut_off < targets

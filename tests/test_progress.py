@@ -45,6 +45,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 class Result(NamedTuple):
     sums: dict[str, float]
     divided_by: float
+    select_ratio: float | None
     threshold: float | None
     grad_norm: float
     tokens: list[TokenRecord]
@@ -61,6 +62,8 @@ SUMS = {
     "reference_loss_selected": 12.0,
     "num_scored": 20.0,
     "num_below_reference": 5.0,
+    "weight": 8.0,
+    "weight_squared": 6.4,
 }
 
 
@@ -71,17 +74,21 @@ RECORD = TokenRecord(
     torch.tensor([[True, False]]),
     torch.tensor([[2.0, 1.0]]),
     torch.tensor([[0.5, 1.5]]),
+    torch.tensor([[1.0, 0.0]]),
 )
 
 
 def test_loss_metrics_by_hand() -> None:
-    metrics = loss_metrics(cast(Any, Result(SUMS, 12.0, 0.5, 3.0, [])))
+    metrics = loss_metrics(cast(Any, Result(SUMS, 12.0, 0.55, 0.5, 3.0, [])))
     assert metrics == {
         "train/loss": 3.0,
         "train/loss_all": 2.0,
         "train/loss_selected": 3.0,
         "train/loss_unselected": 1.0,
         "slm/kept_frac": 0.5,
+        "slm/weight_mean": 0.4,
+        "slm/effective_frac": 0.5,  # 8 * 8 / 6.4 = 10 of 20
+        "slm/select_ratio": 0.55,
         "slm/reference_loss": 1.25,
         "slm/reference_loss_selected": 1.2,
         "slm/excess_mean": 0.75,
@@ -92,12 +99,14 @@ def test_loss_metrics_by_hand() -> None:
         "train/grad_norm": 3.0,
     }
     everything = {"loss_selected": 40.0, "num_selected": 20.0, "num_scored": 0.0}
-    metrics = loss_metrics(cast(Any, Result(SUMS | everything, 18.0, None, 3.0, [])))
+    metrics = loss_metrics(cast(Any, Result(SUMS | everything, 18.0, None, None, 3.0, [])))
     assert metrics == {
         "train/loss": 2.0,
         "train/loss_all": 2.0,
         "train/loss_selected": 2.0,
         "slm/kept_frac": 1.0,
+        "slm/weight_mean": 0.4,
+        "slm/effective_frac": 0.5,
         "slm/num_selected": 20.0,
         "train/grad_norm": 3.0,
     }
@@ -146,7 +155,7 @@ class FakeModule(LightningModule):
 
     def step_result(self) -> Result:
         step = self.trainer.global_step
-        return Result(SUMS | {"loss_valid": 20.0 * step}, 12.0, 0.5, 3.0, [RECORD])
+        return Result(SUMS | {"loss_valid": 20.0 * step}, 12.0, 0.5, 0.5, 3.0, [RECORD])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD([self.weight], lr=1.0)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from lightning import Callback
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +25,7 @@ from slm import train as train_module
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
+from slm.evaluate import HeldoutLoss
 from slm.module import SelectiveModule
 from slm.score import load_reference, score
 from slm.shards import References
@@ -190,6 +193,48 @@ def test_finished_folder_loads_in_transformers_and_runs_once(whole, tmp_path, te
     assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_evaluations_do_not_count_into_a_step(tmp_path, text_corpus, monkeypatch):
+    """perf/step_s and train_seconds are of training; HeldoutLoss comes after Metrics."""
+    evaluate = HeldoutLoss._evaluate
+
+    def slow(self: HeldoutLoss, trainer: Any, pl_module: Any) -> None:
+        time.sleep(0.5)
+        evaluate(self, trainer, pl_module)
+
+    monkeypatch.setattr(HeldoutLoss, "_evaluate", slow)
+    words = ("callbacks.heldout.every_tokens=128", "max_tokens=512")
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    with open(tmp_path / "run" / "train.csv", newline="") as file:
+        steps = [float(row["perf/step_s"]) for row in csv.DictReader(file)]
+    assert len(steps) == 4 and max(steps) < 0.4
+    lineage = json.loads((tmp_path / "run" / "lineage.json").read_text())
+    assert 0 < lineage["train_seconds"] < 1.2
+
+
+def test_the_record_names_the_architecture_that_was_loaded(
+    tmp_path, text_corpus, whole, monkeypatch
+):
+    words = [f"model.init_from='{whole / 'model'}'", "model.architecture.hidden_size=32"]
+    config = compose_train(tmp_path / "run", text_corpus.folder, *words)
+    train(config)
+    hparams = json.loads((tmp_path / "run" / "hparams.json").read_text())
+    assert hparams["model"]["architecture"]["hidden_size"] == 16
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert not [field for field in identity if field.startswith("model.architecture")]
+    command_line = SimpleNamespace(overrides=SimpleNamespace(task=words))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: command_line)
+    with pytest.raises(UserError, match="model.architecture.hidden_size=32 is given with model.in"):
+        train(config)
+
+
+def test_a_schedule_that_the_run_does_not_reach_is_named(tmp_path, text_corpus, caplog):
+    points = "{shape: linear, points: [[0, 1.0], [3072, 0.5]]}"
+    words = [f"selection.select_ratio={points}"]
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    assert "schedule lies at 3072 tokens, the run ends at 1536 with a ratio of 0.75" in caplog.text
+
+
 def test_lineage_counts_seen_and_selected_tokens(whole):
     lineage = json.loads((whole / "lineage.json").read_text())
     assert lineage["tokens_seen"] == 12 * 8 * 16
@@ -286,6 +331,10 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
         (["selection=excess"], "needs data.references .* found null"),
         (["selection=reference_entropy"], "needs data.references .* found null"),
         (["selection_start=-1"], "selection_start is -1, it must be a number of tokens, 0 or more"),
+        (
+            ["selection_start=1536"],
+            "selection_start is 1536, max_tokens 1536: the rule would never",
+        ),
         (["data.combine=mean"], "data.combine is 'mean' for 0 reference"),
         (
             ["selection=excess", "online_reference=/nowhere"],

@@ -429,11 +429,11 @@ def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
         "softmax": selection.Softmax(1.0),
     }
     mask = rules["excess, batch"].choose(batch, losses, 0).selected
-    record = TokenRecord(batch["window"], valid, mask, losses, reference)
+    record = TokenRecord(batch["window"], valid, mask, losses, reference, mask.float())
     lm = small_lm(windows.corpus.vocab_size)
 
     def books() -> None:
-        step_sums(record, mask)
+        step_sums(record)
         token_metrics([record])
         source_metrics([record], windows)
 
