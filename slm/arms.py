@@ -17,6 +17,8 @@ from slm.plots import Curve, heldout_sets, read_curve
 from slm.shards import Json, read_json
 
 SEEDS = {"seed", "selection.seed"}
+WITHOUT_REFERENCES = {"all", "random", "loss", "middle"}  # rules that at most log the scores
+HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class Run(NamedTuple):
@@ -46,6 +48,13 @@ class Run(NamedTuple):
         fields = self.lineage["selection"].keys() - {"_target_", "scope", "seed"}
         return self.rule == "all" or (fields == {"select_ratio"} and self.select_ratio == 1)
 
+    @property
+    def needs_references(self) -> bool:
+        """False for rules that use no scores; older lineages do not say so, their rule does."""
+        if "needs_references" in self.lineage:
+            return self.lineage["needs_references"]
+        return self.rule not in WITHOUT_REFERENCES
+
 
 class Arm(NamedTuple):
     """Runs that differ in nothing but the seed."""
@@ -53,6 +62,7 @@ class Arm(NamedTuple):
     label: str
     line: str  # the label without its ratio: arms of one line are joined in the figure
     runs: list[Run]
+    is_baseline: bool = False
 
     @property
     def select_ratio(self) -> float | None:
@@ -61,6 +71,10 @@ class Arm(NamedTuple):
     @property
     def takes_all_tokens(self) -> bool:
         return self.runs[0].takes_all_tokens
+
+    @property
+    def is_control(self) -> bool:
+        return self.takes_all_tokens and not self.is_baseline
 
     def losses(self, name: str) -> list[float]:
         """Final loss of each seed."""
@@ -136,6 +150,28 @@ def check_runs(runs: Sequence[Run]) -> None:
     check_same(runs, "the held-out sets", lambda run: sorted(run.curves))
 
 
+def check_heldout(runs: Sequence[Run], sets: Sequence[str]) -> None:
+    """Losses on other windows cannot be compared; runs that do not record theirs pass."""
+    for name in sets:
+        known = [(run, text) for run in runs if (text := heldout_text(run, name)) is not None]
+        for run, text in known:
+            first, expected = known[0]
+            if text != expected:
+                raise UserError(
+                    f"held-out set {name!r} of {first.folder} is {expected}, of {run.folder} "
+                    f"{text}: runs and baselines of one report must be evaluated on the same "
+                    "windows, leave out the run or the set (sets=[...])"
+                )
+
+
+def heldout_text(run: Run, name: str) -> str | None:
+    """512 windows (fingerprint 1f0c...); None where the lineage does not say."""
+    if "heldout" not in run.lineage or name not in run.lineage["heldout"]:
+        return None
+    entry = run.lineage["heldout"][name]
+    return f"{entry['windows']} windows (fingerprint {entry['fingerprint']})"
+
+
 # ---- arms ---------------------------------------------------------------------------------------
 
 
@@ -165,32 +201,78 @@ def check_seeds(runs: Sequence[Run]) -> None:
 
 
 def base(run: Run) -> str:
-    """excess 0.6"""
+    """excess 0.6, or excess linear 1 to 0.6"""
     if run.select_ratio is not None:
         return f"{run.rule} {run.select_ratio:g}"
-    return f"{run.rule} scheduled" if "select_ratio" in run.lineage["selection"] else run.rule
+    selection = run.lineage["selection"]
+    if "select_ratio" not in selection:
+        return run.rule
+    schedule = selection["select_ratio"]
+    return f"{run.rule} {schedule['shape']} {ratios_text(schedule['points'])}"
+
+
+def ratios_text(points: Sequence[Sequence[float]]) -> str:
+    """1 to 0.6; the ones between are not named where there are many."""
+    ratios = [f"{ratio:g}" for _, ratio in points]
+    if len(ratios) <= 4:
+        return " to ".join(ratios)
+    return f"{ratios[0]} to {ratios[-1]} in {len(ratios)} points"
 
 
 def details(run: Run, others: Sequence[Run]) -> str:
-    """The fields in which arms of one name differ: `, scope=sequence`"""
+    """The fields in which arms of one name differ: `, scope=sequence`
+
+    What is empty (no references, no online reference) is named only where nothing else is.
+    """
+    keys = differing_keys(others)
+    names = short_names(keys)
+    empty = [key for key in keys if is_empty(run, key)]
+    stated = [key for key in keys if key not in empty]
+    if not stated:
+        return "".join(f", no {names[key]}" for key in empty)
+    return "".join(f", {names[key]}={text_of(run.identity[key], key)}" for key in stated)
+
+
+def differing_keys(others: Sequence[Run]) -> list[str]:
     keys = sorted({key for other in others for key in other.identity} - SEEDS)
-    texts = {key: {text_of(other, key) for other in others} for key in keys}
-    differing = [key for key in keys if len(texts[key]) > 1]
-    return "".join(f", {key.split('.')[-1]}={text_of(run, key)}" for key in differing)
+    texts = {key: {value_text(other, key) for other in others} for key in keys}
+    return [key for key in keys if len(texts[key]) > 1]
 
 
-def text_of(run: Run, key: str) -> str:
-    """Hashes are cut: twelve characters tell them apart."""
-    return str(run.identity[key])[:12] if key in run.identity else "absent"
+def value_text(run: Run, key: str) -> str:
+    return "" if is_empty(run, key) else text_of(run.identity[key], key)
+
+
+def is_empty(run: Run, key: str) -> bool:
+    return key not in run.identity or run.identity[key] in (None, [])
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """lr for optimizer.adamw.lr, unless two fields end in it."""
+    ends = [key.split(".")[-1] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+def text_of(value: Any, key: str) -> str:
+    """Hashes are cut: eight characters tell them apart."""
+    if key == "selection.select_ratio.points":
+        return " to ".join(f"{ratio:g} at {tokens}" for tokens, ratio in value)
+    if isinstance(value, list):
+        return "+".join(text_of(item, "") for item in value)
+    return value[:8] if isinstance(value, str) and HASH.fullmatch(value) else str(value)
 
 
 # ---- costs --------------------------------------------------------------------------------------
 
 
 def costs(run: Run) -> dict[str, float]:
-    """What the run says it cost, and what its references did; absent where one was not measured."""
+    """What the run says it cost, and what its references did; absent where one was not measured.
+
+    References that a rule only logs are none of its costs.
+    """
     record = run.lineage
-    stores = record["references"] if "references" in record else []
+    charged = run.needs_references and "references" in record
+    stores = record["references"] if charged else []
     scoring = [store["scoring_cost"] for store in stores]
     training = [store["model_lineage"] for store in stores]
     found = {

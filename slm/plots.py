@@ -6,6 +6,7 @@ Nothing here looks at a live run: the input is heldout.csv of each run, or array
 import csv
 import html
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
@@ -17,10 +18,10 @@ import numpy as np
 # Okabe and Ito's palette: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-
 DASHES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 LOOKS = tuple(zip(COLOURS, "osD^vPX", strict=True))  # colours and markers of rules
-TOKENS_AXIS, LOSS_AXIS = "training tokens seen (millions)", "held-out loss (nats per token)"
+TOKENS_AXIS, LOSS_AXIS = "training tokens seen", "held-out loss (nats per token)"
+LEGEND_SIZE, TITLE_SIZE = 9, 11  # points
 
 
 class Curve(NamedTuple):
@@ -75,7 +76,7 @@ def draw_curves(axes: Any, runs: Sequence[Curve], start: float, **style: Any) ->
         (mean, {"linewidth": 2} | style),
     ]:
         keep = curve.tokens_seen >= start
-        axes.plot(curve.tokens_seen[keep] / 1e6, curve.loss[keep], **look)
+        axes.plot(curve.tokens_seen[keep], curve.loss[keep], **look)
 
 
 def draw_lines(
@@ -110,9 +111,9 @@ def loss_figure(
         draw_curves(axes, runs, start, color=colour, label=text)
     draw_lines(axes, lines, {name: f"{name} ({value:.3f})" for name, value in lines.items()})
     axes.set(xlabel=TOKENS_AXIS, ylabel=LOSS_AXIS)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    token_ticks(axes)
+    dress(axes, title, width=6.4)
+    shared_legend(figure, [axes], None, most=3)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
@@ -146,10 +147,9 @@ def ratio_figure(panels: Sequence[RatioPanel], path: Path) -> None:
         draw_lines(axes, panel.flat, {name: name for name in panel.flat}, COLOURS[::-1])
         draw_lines(axes, panel.lines, {name: name for name in panel.lines})
         ratios = {ratio for points in panel.rules.values() for ratio, _ in points}
-        axes.set(xlabel="select_ratio (k): share of the tokens that is trained on")
+        axes.set(xlabel="select_ratio (k): share of tokens trained on")
         axes.set_xticks(sorted(ratios))
-        axes.set_title(panel.title, loc="left", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
+        dress(axes, panel.title, width=3.8)
     grid[0][0].set_ylabel(f"final {LOSS_AXIS}")
     shared_legend(figure, grid[0], "points: mean over seeds, bands: lowest to highest")
     save_figure(figure, path)
@@ -208,18 +208,51 @@ def draw_tokens(axes: Any, panel: TokensPanel, shades: dict[str, Any]) -> None:
         draw_curves(axes, runs, start, color=shades[label], label=label)
     for label, runs in by_label(panel.controls).items():
         draw_curves(axes, runs, start, color="#000000", linestyle="--", label=label)
-    axes.set_title(panel.title, loc="left", fontsize=11)
+    token_ticks(axes)
+    dress(axes, panel.title, width=3.3)
+
+
+def dress(axes: Any, title: str, width: float) -> None:
+    """The title at the left, wrapped to so many inches; no frame."""
+    text = textwrap.fill(title, characters(width, TITLE_SIZE))
+    axes.set_title(text, loc="left", fontsize=TITLE_SIZE)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def shared_legend(figure: Any, places: Iterable[Any], note: str) -> None:
-    """Every label once, below the panels."""
-    found = {}
+def token_ticks(axes: Any) -> None:
+    """At most five: 50k, 100k, 1.5M"""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def characters(width: float, size: float) -> int:
+    """How many of a font of `size` points fit into so many inches, on the safe side."""
+    return int(width * 72 / (0.62 * size))
+
+
+def shared_legend(figure: Any, places: Iterable[Any], note: str | None, most: int = 5) -> None:
+    """Every label once, below the panels; in as many columns as fit, and the figure grows by it."""
+    found: dict[str, Any] = {}
     for axes in places:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    style: Any = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 9}
-    figure.legend(found.values(), found.keys(), title=note, title_fontsize=9, **style)
+    width, height = figure.get_size_inches()
+    texts = [textwrap.fill(label, min(44, characters(width - 1, LEGEND_SIZE))) for label in found]
+    columns = legend_columns(texts, width, most)
+    lines = sum(text.count("\n") + 1 for text in texts) / columns
+    figure.set_size_inches(width, height + max(0.0, lines - 2) * 1.5 * LEGEND_SIZE / 72)
+    style: Any = {"loc": "outside lower center", "frameon": False, "fontsize": LEGEND_SIZE}
+    title = note and textwrap.fill(note, characters(width, LEGEND_SIZE))
+    handles = list(found.values())
+    figure.legend(handles, texts, title=title, title_fontsize=9, ncols=columns, **style)
+
+
+def legend_columns(texts: Sequence[str], width: float, most: int) -> int:
+    """A column is as wide as its longest line and its handle, which is some eight letters."""
+    longest = max((len(line) for text in texts for line in text.split("\n")), default=0)
+    return max(1, min(most, characters(width, LEGEND_SIZE) // (longest + 8)))
 
 
 def pyplot() -> Any:

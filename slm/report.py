@@ -2,7 +2,8 @@
 
     table.csv, table.md         every arm on every held-out set: mean, lowest and highest over seeds
     loss_vs_k.png, .svg         final loss against select_ratio, a line a rule
-    loss_vs_tokens.png, .svg    loss during training, a panel a rule
+    loss_vs_tokens.png, .svg    loss during training, a panel a rule; with more than 8 panels a
+                                picture a held-out set, loss_vs_tokens_<set>.png, .svg
 
 Runs that differ in nothing but their seed are an arm, see arms.py. Runs that are not complete are
 named and left out.
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, ListConfig
 
-from slm.arms import Arm, Run, arms_of, base, check_runs, costs, read_runs
+from slm.arms import Arm, Run, arms_of, base, check_heldout, check_runs, costs, read_runs
 from slm.cli import command
 from slm.errors import UserError
 from slm.plots import (
@@ -31,6 +32,12 @@ from slm.shards import Json, atomic_file, write_csv
 
 log = logging.getLogger("slm.report")
 CONTROL = "all tokens"
+MAX_PANELS = 8  # in one picture
+REACH_NOTE = (
+    "Tokens to all tokens' loss: where the held-out loss first is at or below the mean final loss "
+    "of all tokens, linear between points, mean over seeds; all tokens themselves: all they saw; "
+    "empty: a seed never gets there, or no run is on all tokens."
+)
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -46,14 +53,26 @@ def read_baselines(folders: dict[str, str], sets: Sequence[str]) -> list[Arm]:
         if len(found) != 1:
             names = [arm.label for arm in found]
             raise UserError(f"baseline {label!r} must be one finished arm, {folder} has {names}")
-        lacking = set(sets) - set(runs[0].curves)
+        arms.append(Arm(label, label, runs, is_baseline=True))
+    check_sets(arms, sets)
+    return arms
+
+
+def sets_of(arm: Arm) -> set[str]:
+    return set.intersection(*(set(run.curves) for run in arm.runs))
+
+
+def check_sets(baselines: Sequence[Arm], sets: Sequence[str]) -> None:
+    shared = [name for name in sets if all(name in sets_of(arm) for arm in baselines)]
+    advice = f"name the sets that all have, sets=[{', '.join(shared)}]"
+    for arm in baselines:
+        lacking = set(sets) - sets_of(arm)
         if lacking:
             raise UserError(
-                f"baseline {label!r} ({folder}) was not evaluated on {sorted(lacking)}, only on "
-                f"{sorted(runs[0].curves)}"
+                f"baseline {arm.label!r} ({arm.runs[0].folder}) was not evaluated on "
+                f"{sorted(lacking)}, only on {sorted(sets_of(arm))}: "
+                + (advice if shared else "no set is left that all have, leave the baseline out")
             )
-        arms.append(Arm(label, label, runs))
-    return arms
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -80,7 +99,9 @@ def tokens_to_reach(curve: Curve, loss: float) -> float | None:
 
 
 def mean_tokens_to_reach(arm: Arm, name: str, loss: float) -> int | None:
-    """Mean over seeds; None where a seed never gets there."""
+    """Mean over seeds; None where a seed never gets there. All tokens get there at their end."""
+    if arm.is_control:
+        return round(arm.mean(lambda run: run.lineage["tokens_seen"]))
     found = [tokens_to_reach(run.curves[name], loss) for run in arm.runs]
     reached = [tokens for tokens in found if tokens is not None]
     return round(float(np.mean(reached))) if len(reached) == len(found) else None
@@ -127,6 +148,7 @@ def markdown(rows: Sequence[Json], sets: Sequence[str], left_out: dict[Path, str
         cells += ["" if end is None else f"{end:,}" for end in ends]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Final held-out loss in nats per token: mean over seeds (lowest to highest)."]
+    lines += ["", REACH_NOTE, ""]
     lines += [f"Left out: `{folder}`: {reason}" for folder, reason in left_out.items()]
     return "\n".join(lines) + "\n"
 
@@ -174,6 +196,16 @@ def tokens_panels(name: str, arms: Sequence[Arm]) -> list[TokensPanel]:
     return panels
 
 
+def tokens_figures(sets: Sequence[str], arms: Sequence[Arm], out: Path) -> None:
+    """One picture, or one a set where it would have too many panels."""
+    grid = {name: tokens_panels(name, arms) for name in sets}
+    if sum(map(len, grid.values())) <= MAX_PANELS:
+        tokens_figure(list(grid.values()), out / "loss_vs_tokens.png")
+        return
+    for name, panels in grid.items():
+        tokens_figure([panels], out / f"loss_vs_tokens_{name}.png")
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -216,6 +248,7 @@ def report(config: Any) -> list[Json]:
     if not control:
         log.warning("no run trains on all tokens (selection=all or select_ratio=1): no control")
     baselines = read_baselines(dict(config.baselines or {}), sets)
+    check_heldout([run for arm in (*arms, *baselines) for run in arm.runs], sets)
     rows = table_rows([*arms, *baselines], sets, control)
     out = Path(config.out)
     write_csv(out / "table.csv", rows)
@@ -223,7 +256,7 @@ def report(config: Any) -> list[Json]:
         file.write(markdown(rows, sets, left_out).encode())
     panels = [ratio_panel(name, arms, control, baselines) for name in sets]
     ratio_figure(panels, out / "loss_vs_k.png")
-    tokens_figure([tokens_panels(name, arms) for name in sets], out / "loss_vs_tokens.png")
+    tokens_figures(sets, arms, out)
     return rows
 
 

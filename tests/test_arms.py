@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from run_helpers import make_run
-from slm.arms import arms_of, costs, read_runs
+from slm.arms import arms_of, costs, ratios_text, read_runs
 
 
 def labels(folder: Path) -> list[str]:
@@ -30,7 +30,7 @@ def test_arms_of_one_name_are_told_apart_by_what_differs(tmp_path):
     make_run(tmp_path / "c", ratio=0.25, identity={"optimizer.adamw.lr": 0.2})
     assert labels(tmp_path) == ["excess 0.25", "excess 0.5, lr=0.1", "excess 0.5, lr=0.2"]
     make_run(tmp_path / "d", identity={"optimizer.adamw.lr": 0.2, "references": "e" * 64})
-    assert "excess 0.5, lr=0.2, references=eeeeeeeeeeee" in labels(tmp_path)
+    assert "excess 0.5, lr=0.2, references=eeeeeeee" in labels(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,53 @@ def test_a_schedule_has_no_place_on_the_axis_of_ratios(tmp_path):
     record_ratio(tmp_path / "a", {"shape": "linear", "points": [[0, 1.0], [100, 0.6]]})
     (run,), _ = read_runs([str(tmp_path)])
     assert run.select_ratio is None and not run.takes_all_tokens
-    assert labels(tmp_path) == ["excess scheduled"]
+    assert labels(tmp_path) == ["excess linear 1 to 0.6"]
 
 
-def record_ratio(folder: Path, ratio: Any) -> None:
-    path = make_run(folder) / "model" / "slm.json"
+def test_schedules_of_one_course_are_told_apart_by_their_points(tmp_path):
+    for name, end in (("a", 100), ("b", 200)):
+        points = [[0, 1.0], [end, 0.6]]
+        flat = {"selection.select_ratio.points": points}
+        record_ratio(tmp_path / name, {"shape": "step", "points": points}, flat)
+    assert labels(tmp_path) == [
+        "excess step 1 to 0.6, points=1 at 0 to 0.6 at 100",
+        "excess step 1 to 0.6, points=1 at 0 to 0.6 at 200",
+    ]
+
+
+def test_many_points_are_counted():
+    assert ratios_text([[i, 1 - i / 10] for i in range(6)]) == "1 to 0.5 in 6 points"
+
+
+def test_what_is_empty_is_named_only_where_nothing_else_is(tmp_path):
+    one, two = "a" * 64, "b" * 64
+    for name, references, combine, online in [
+        ("plain", [], None, None),
+        ("online", [], None, two),
+        ("one", [one], None, None),
+        ("two", [one, two], "mean", None),
+    ]:
+        fields = {"references": references, "data.combine": combine, "online_reference": online}
+        make_run(tmp_path / name, identity=fields)
+    assert labels(tmp_path) == [
+        "excess 0.5, combine=mean, references=aaaaaaaa+bbbbbbbb",
+        "excess 0.5, no combine, no online_reference, no references",
+        "excess 0.5, online_reference=bbbbbbbb",
+        "excess 0.5, references=aaaaaaaa",
+    ]
+
+
+def test_fields_of_one_ending_have_their_whole_names(tmp_path):
+    make_run(tmp_path / "a", identity={"x.rate": 1, "y.rate": 2, "name": "slm.optim.warmup_cosine"})
+    make_run(tmp_path / "b", identity={"x.rate": 2, "y.rate": 1, "name": "slm.optim.warmup_linear"})
+    assert labels(tmp_path) == [
+        "excess 0.5, name=slm.optim.warmup_cosine, x.rate=1, y.rate=2",
+        "excess 0.5, name=slm.optim.warmup_linear, x.rate=2, y.rate=1",
+    ]
+
+
+def record_ratio(folder: Path, ratio: Any, identity: dict[str, Any] | None = None) -> None:
+    path = make_run(folder, identity=identity) / "model" / "slm.json"
     record = json.loads(path.read_text())
     record["lineage"]["selection"]["select_ratio"] = ratio
     path.write_text(json.dumps(record))
@@ -97,6 +139,26 @@ def test_costs_are_what_was_measured(tmp_path, record, expected):
     make_run(tmp_path / "a", **record)
     (run,), _ = read_runs([str(tmp_path)])
     assert costs(run) == expected
+
+
+@pytest.mark.parametrize(
+    ("selection", "record", "charged"),
+    [
+        ("Excess", {}, True),
+        ("All", {}, False),
+        ("Random", {}, False),
+        ("Loss", {}, False),
+        ("Middle", {}, False),
+        ("Loss", {"needs_references": True}, True),
+        ("Excess", {"needs_references": False}, False),
+    ],
+)
+def test_references_that_are_only_logged_cost_nothing(tmp_path, selection, record, charged):
+    stores = [reference(3, {"train_seconds": 7.0})]
+    make_run(tmp_path / "a", selection, references=stores, train_seconds=2.0, **record)
+    (run,), _ = read_runs([str(tmp_path)])
+    scores = {"score_seconds": 3, "score_flops": 30, "reference_train_seconds": 7.0}
+    assert costs(run) == {"train_seconds": 2.0} | (scores if charged else {})
 
 
 def test_one_run_over_runs_below_it_is_read_once(tmp_path):

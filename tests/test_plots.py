@@ -113,7 +113,7 @@ def test_tokens_figure_leaves_out_the_first_point_and_shows_the_controls(tmp_pat
     tokens_figure(grid, tmp_path / "f.png")
     left, right = kept[0].axes
     lines = {line.get_label(): line for line in left.lines}
-    assert list(lines["k = 0.2"].get_xdata()) == [1.0, 2.0]
+    assert list(lines["k = 0.2"].get_xdata()) == [1_000_000, 2_000_000]
     assert list(lines["k = 0.2"].get_ydata()) == [6.0, 3.0]
     assert list(lines["all tokens"].get_ydata()) == [8.0, 7.0]
     other = {line.get_label(): line for line in right.lines}
@@ -132,6 +132,53 @@ def test_more_than_four_panels_of_a_set_are_wrapped(tmp_path, kept):
     assert [axes.get_title("left") for axes in shown] == [f"{i}" for i in range(6)] * 2
     assert len({axes.get_ylim() for axes in shown[:6]}) == 1
     assert shown[0].get_ylim()[1] < 10 < 90 < shown[6].get_ylim()[0]
+
+
+@pytest.mark.parametrize("end", [9_000, 20_480, 400_000, 3_300_000])
+def test_ticks_of_tokens_are_few_and_readable(tmp_path, kept, end):
+    curve = Curve("all", np.array([0, end // 2, end]), np.array([9.0, 5.0, 4.0]))
+    loss_figure([curve], {}, "title", tmp_path / "f.png")
+    axes = kept[0].axes[0]
+    low, high = axes.get_xlim()
+    shown = {
+        text.get_text(): tick
+        for tick, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if low <= tick <= high
+    }
+    scale = {"k": 1e3, "M": 1e6, "0": 1}
+    read = [float(text.rstrip("kM")) * scale[text[-1]] for text in shown]
+    assert read == pytest.approx(list(shown.values())) and 3 <= len(shown) <= 6
+    assert axes.get_xlabel() == "training tokens seen"
+
+
+LONG = "excess, combine=mean, references=9041ad67+5e5d26e4, online_reference=79a30635, scope=batch"
+
+
+def assert_nothing_is_cut(figure: Any) -> None:
+    """Legends and titles lie inside the figure, titles do not run into each other."""
+    canvas = figure.canvas.get_renderer()
+    titles = [axes._left_title.get_window_extent(canvas) for axes in figure.axes]
+    for box in [*titles, *(legend.get_window_extent(canvas) for legend in figure.legends)]:
+        assert box.x0 >= 0 and box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    for one, other in zip(titles, titles[1:], strict=False):
+        assert not one.overlaps(other)
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_long_labels_are_wrapped_and_not_cut(tmp_path, kept, number):
+    seen, loss = np.array([0, 1, 2]), np.array([9.0, 5.0, 4.0])
+    names = [f"{i} {LONG}" for i in range(number)]
+    curves = [Curve(name, seen, loss) for name in names]
+    rules = {name: [(0.5, [3.0])] for name in names}
+    panels = [RatioPanel(name, rules, {}, {"all tokens": 2.0}) for name in names]
+    ratio_figure(panels, tmp_path / "k.png")
+    tokens_figure([[TokensPanel(name, curves, []) for name in names]], tmp_path / "tokens.png")
+    loss_figure(curves, {"reference": 2.0}, f"{LONG} {LONG}", tmp_path / "loss.png")
+    for figure in kept:
+        assert_nothing_is_cut(figure)
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert texts[0].replace("\n", " ").startswith(names[0])
 
 
 @pytest.fixture

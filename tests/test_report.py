@@ -52,6 +52,7 @@ def test_the_table_has_mean_and_spread_and_tokens_to_reach(tmp_path, sweep):
     by_hand = (200 + 200 * 0.75 / 2 + 200 + 200 * 0.75 / 1.75) / 2
     assert int(rows["excess 0.5", "a"]["tokens_to_all_tokens_loss"]) == round(by_hand)
     assert rows["random 0.5", "a"]["tokens_to_all_tokens_loss"] == ""  # 4.5 and 4.75
+    assert rows["random 1", "a"]["tokens_to_all_tokens_loss"] == "400"  # 4 and 4.5: all they saw
 
 
 def test_the_markdown_table_has_a_line_an_arm(tmp_path, sweep):
@@ -66,6 +67,7 @@ def test_the_markdown_table_has_a_line_an_arm(tmp_path, sweep):
         "2",
     ]
     assert len({len(row) for row in cells}) == 1
+    assert report_module.REACH_NOTE in lines
 
 
 @pytest.mark.parametrize(
@@ -193,10 +195,63 @@ def test_a_baseline_is_one_arm_on_the_same_sets(tmp_path):
         report(config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "two")}))
     path = make_run(tmp_path / "other") / "heldout.csv"
     path.write_text(path.read_text().replace("heldout/b/", "heldout/c/"))
-    with pytest.raises(UserError, match=r"'x' .* not evaluated on \['b'\], only on \['a', 'c'\]"):
+    expected = r"'x' .* not evaluated on \['b'\], only on \['a', 'c'\]: name .* sets=\[a\]"
+    with pytest.raises(UserError, match=expected):
         report(
             config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "other")})
         )
+
+
+def heldout(fingerprint: str, windows: int = 8) -> dict[str, Any]:
+    return {"b": {"fingerprint": fingerprint, "windows": windows}}
+
+
+@pytest.mark.parametrize("other", [heldout("tea"), heldout("cafe", 9)])
+def test_losses_on_other_windows_are_refused(tmp_path, other):
+    make_run(tmp_path / "runs" / "old")
+    make_run(tmp_path / "runs" / "one", seed=1, heldout=heldout("cafe"))
+    two = make_run(tmp_path / "two", seed=2, heldout=other)
+    entry = other["b"]
+    expected = (
+        r"set 'b' of .*one is 8 windows \(fingerprint cafe\), of .*two "
+        rf"{entry['windows']} windows \(fingerprint {entry['fingerprint']}\)"
+    )
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    with pytest.raises(UserError, match=expected):
+        report(config([runs, two], out))
+    with pytest.raises(UserError, match=expected):
+        report(config(runs, out, baselines={"x": str(two)}))
+    assert not out.exists()
+    assert [row["seeds"] for row in report(config([runs, two], out, sets=["a"]))] == [3]
+
+
+def test_a_baseline_without_any_of_the_sets_cannot_be_drawn(tmp_path):
+    make_run(tmp_path / "runs" / "a")
+    make_run(tmp_path / "other")
+    path = tmp_path / "other" / "heldout.csv"
+    path.write_text(path.read_text().replace("/b/", "/c/"))
+    settings = config(
+        tmp_path / "runs", tmp_path / "out", sets=["b"], baselines={"x": str(tmp_path / "other")}
+    )
+    with pytest.raises(UserError, match="no set is left that all have, leave the baseline out"):
+        report(settings)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [(4, ["loss_vs_tokens"]), (5, ["loss_vs_tokens_a", "loss_vs_tokens_b"])],
+)
+def test_many_panels_become_a_picture_a_set(tmp_path, monkeypatch, rules, expected):
+    drawn: dict[str, list[list[Any]]] = {}
+    monkeypatch.setattr(report_module, "ratio_figure", lambda *a: None)
+    monkeypatch.setattr(
+        report_module, "tokens_figure", lambda grid, path: drawn.update({path.stem: grid})
+    )
+    for i in range(rules):
+        make_run(tmp_path / "runs" / f"{i}", f"Rule{i}")
+    report(config(tmp_path / "runs", tmp_path / "out"))
+    assert list(drawn) == expected
+    assert {len(panels) for grid in drawn.values() for panels in grid} == {rules}
 
 
 @pytest.mark.parametrize(
