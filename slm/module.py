@@ -196,7 +196,7 @@ class SelectiveModule(LightningModule):
         self._check_finite()
         limit = math.inf if self.gradient_clip is None else self.gradient_clip
         factor = scale * min(1.0, limit / (self.grad_norm + 1e-6))
-        torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as torch's clipping
+        scale_gradients(gradients, factor)
         self.tokens_selected += round(self._totals["num_selected"])
         self.tokens_trained += round(self._totals["num_trained"])
 
@@ -263,6 +263,11 @@ def step_sums(record: TokenRecord) -> Tensor:  # (len(SUMS),) float64
 def norm_of(gradients: list[Tensor]) -> Tensor:  # ()
     norm = get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # DTensor: sharded by FSDP
+
+
+def scale_gradients(gradients: list[Tensor], factor: float) -> None:
+    """In place, sharded ones too."""
+    torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as torch's clipping
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:  # (B, T), (B, T) -> () float64
