@@ -54,7 +54,7 @@ def test_text_to_evaluation(tmp_path):
     report = slm(tmp_path, "verify", "raw", "curated", "refs", "slm")
     assert "NOT WHOLE" not in report and report.count("whole: ") >= 6
     lineage = json.loads((tmp_path / "slm" / "lineage.json").read_text())
-    assert lineage["references_fingerprint"] == References.open(tmp_path / "refs").fingerprint
+    assert lineage["references"][0]["fingerprint"] == References.open(tmp_path / "refs").fingerprint
 
 
 def check_scores(folder: Path) -> None:
