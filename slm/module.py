@@ -132,6 +132,7 @@ class SelectiveModule(LightningModule):
         # Lightning divides by the number of micro-batches; the denominator is the whole step's.
         return output.loss * self.trainer.accumulate_grad_batches
 
+    @torch.no_grad()
     def scored(self, batch: Batch) -> Batch:
         """With the scores of the online reference, where there is one.
 

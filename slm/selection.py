@@ -64,7 +64,7 @@ class Selection:
         """Most tokens of this batch that can get a weight; None: ask the device."""
         return batch["targets"].numel()
 
-    @property
+    @cached_property
     def schedules(self) -> tuple[RatioSchedule, ...]:
         """Of its ratios."""
         return ()
@@ -111,7 +111,7 @@ class Ranked(Selection):
     def schedule(self) -> RatioSchedule:
         return ratio_schedule(self.select_ratio)
 
-    @property
+    @cached_property
     def schedules(self) -> tuple[RatioSchedule, ...]:
         return (self.schedule,)
 
@@ -222,7 +222,7 @@ class Intersection(Selection):
         check_scope(self.scope)
         assert len(self.schedules) == 2  # raises where a ratio is no ratio
 
-    @property
+    @cached_property
     def schedules(self) -> tuple[RatioSchedule, ...]:
         return (
             ratio_schedule(self.loss_ratio, "selection.loss_ratio"),

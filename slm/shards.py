@@ -391,7 +391,7 @@ class Corpus(Store):
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
 
-    @property
+    @cached_property
     def has_masks(self) -> bool:
         """Some tokens (prompts) are no targets."""
         return any("masks" in shard.sha256 for shard in self.shards)

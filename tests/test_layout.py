@@ -104,3 +104,34 @@ def test_readme_shows_the_results_of_the_experiment():
     for label, arm in labels.items():
         expected = [mean[arm, name] for name in ("gsm8k_test", "math_500")]
         assert [float(cell) for cell in rows[label]] == pytest.approx(expected, abs=5.1e-4), label
+
+
+def test_the_sweeps_account_shows_its_results():
+    folder = ROOT / "experiments" / "2026-11-21_sweep_k"
+    with open(folder / "results.csv", newline="") as file:
+        mean = {(row["arm"], row["set"]): float(row["mean"]) for row in csv.DictReader(file)}
+    rows = readme_rows(folder / "README.md")
+    labels = {
+        "all tokens (k = 1)": "excess 1",
+        **{
+            f"{rule} {k}": f"{rule} {k}"
+            for rule in ("excess", "random")
+            for k in (0.2, 0.4, 0.6, 0.8)
+        },
+        "softmax of excess, 1 nat, cap 5": "softmax",
+        "relu of excess, 1 nat, cap 5": "relu",
+        "sigmoid of excess, 1 nat": "sigmoid",
+        "0.1 all + 0.9 excess 0.6": "mixture 0.6",
+        "low reference loss, 0.7": "reference_loss 0.7",
+        "low reference loss and entropy, 0.7 each (53% kept)": "intersection",
+        "middle of the loss, 0.6": "middle 0.6",
+        "highest loss, 0.6": "loss 0.6",
+        "*all tokens, curated text mixed in*": "curated text mixed in",
+        "*the reference model itself (819,200 curated tokens)*": "reference model",
+    }
+    assert set(labels.values()) | {"random 1"} == {arm for arm, _ in mean}
+    for label, arm in labels.items():
+        expected = [mean[arm, name] for name in ("gsm8k_test", "math_500", "noisy")]
+        assert [float(cell) for cell in rows[label][:3]] == pytest.approx(expected, abs=5.1e-4), (
+            label
+        )
