@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from run_helpers import TINY_MODEL
 from slm.cli import COMMANDS, conf_folder
 from slm.train import train
 
@@ -17,13 +18,6 @@ GROUPS = {
     group: sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
     for group in ("model", "selection", "optimizer", "callbacks", "logger", "experiment")
 }
-SMALL = [
-    "model.architecture.hidden_size=16",
-    "model.architecture.intermediate_size=32",
-    "model.architecture.num_hidden_layers=1",
-    "model.architecture.num_attention_heads=2",
-    "model.architecture.num_key_value_heads=2",
-]
 
 
 def composed(root: str, *overrides: str) -> Any:
@@ -48,7 +42,7 @@ def one_step(tmp_path: Path, corpus: Any, references: Any, *overrides: str) -> P
         "data.micro_batch_size=2",
         "data.num_workers=0",
         "max_tokens=64",
-        *SMALL,
+        *TINY_MODEL,
         *overrides,
     )
     return train(config)

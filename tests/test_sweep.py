@@ -15,16 +15,13 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from run_helpers import TINY_MODEL
 from slm.errors import UserError
 from slm.sweep import Sweep, job_name, show, sweep_group
 
 PARAMS = {"selection": "excess,random", "selection.select_ratio": "0.2,0.4", "seed": "0,1"}
 TINY = [
-    "model.architecture.hidden_size=16",
-    "model.architecture.intermediate_size=32",
-    "model.architecture.num_hidden_layers=1",
-    "model.architecture.num_attention_heads=2",
-    "model.architecture.num_key_value_heads=2",
+    *TINY_MODEL,
     "data.batch_size=4",
     "data.micro_batch_size=2",
     "data.heldout_windows=2",

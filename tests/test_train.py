@@ -21,6 +21,7 @@ from lightning import Callback
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from run_helpers import TINY_MODEL
 from slm import train as train_module
 from slm.cli import conf_folder
 from slm.data import Windows
@@ -32,11 +33,7 @@ from slm.shards import References
 from slm.train import train
 
 TINY = [
-    "model.architecture.hidden_size=16",
-    "model.architecture.intermediate_size=32",
-    "model.architecture.num_hidden_layers=1",
-    "model.architecture.num_attention_heads=2",
-    "model.architecture.num_key_value_heads=2",
+    *TINY_MODEL,
     "+model.architecture.attention_dropout=0.2",
     "logger=csv",
     "callbacks.metrics.every_steps=1",
