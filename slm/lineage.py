@@ -31,6 +31,7 @@ def lineage(
     datamodule: TokenData,
     selection: Mapping[str, Any],
     needs_references: bool,
+    online_reference: str | None,
     seed: int,
     init_from: str | None,
     init_from_sha256: str | None,
@@ -49,6 +50,7 @@ def lineage(
         "corpus": short_name(datamodule.corpus.folder),
         "corpus_fingerprint": datamodule.corpus.fingerprint,
         "references": [reference_record(store) for store in datamodule.references],
+        "online_reference": online_reference,
         "heldout": {
             name: {
                 "fingerprint": held.fingerprint,
@@ -164,7 +166,8 @@ def base_model(lineage: Json) -> str:
 
 
 def named_references(lineage: Json) -> list[str]:
-    return [record["served_model"] or record["model_sha256"] for record in lineage["references"]]
+    stored = [record["served_model"] or record["model_sha256"] for record in lineage["references"]]
+    return [*stored, *filter(None, [lineage["online_reference"]])]
 
 
 def model_card(lineage: Json, results: Mapping[str, float]) -> str:

@@ -268,6 +268,7 @@ def export(
         datamodule=data,
         selection=OmegaConf.to_container(config.selection, resolve=True),  # type: ignore[arg-type]
         needs_references=bool(module.selection.needs),
+        online_reference=identity["online_reference"],
         seed=config.seed,
         init_from=config.model.init_from,
         init_from_sha256=identity["init_from"],

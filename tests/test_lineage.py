@@ -29,6 +29,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
         datamodule=fake_datamodule(tmp_path),
         selection=selection,
         needs_references=True,
+        online_reference=None,
         seed=7,
         init_from=str(tmp_path / "base"),
         init_from_sha256="a" * 64,
@@ -81,6 +82,7 @@ def test_a_reference_that_a_server_scored_is_named_by_the_server(tmp_path: Path)
         datamodule=datamodule,
         selection={"_target_": "slm.selection.Excess", "select_ratio": 0.6},
         needs_references=True,
+        online_reference=None,
         seed=7,
         init_from=None,
         init_from_sha256=None,
@@ -100,6 +102,7 @@ def test_card_of_a_hub_model_and_of_new_weights(tmp_path: Path) -> None:
         "datamodule": SimpleNamespace(**vars(fake_datamodule(tmp_path)) | {"references": []}),
         "selection": {"_target_": "slm.selection.All"},
         "needs_references": False,
+        "online_reference": None,
         "seed": 0,
         "init_from_sha256": None,
         "tokens_seen": 10,
@@ -113,3 +116,6 @@ def test_card_of_a_hub_model_and_of_new_weights(tmp_path: Path) -> None:
     card = model_card(lineage(init_from=None, **shared), {})
     assert "base_model" not in card and "| base model | none (new weights) |" in card
     assert "| selection rule | All |" in card and "| reference model | none |" in card
+    shared["online_reference"] = "a" * 64
+    card = model_card(lineage(init_from=None, **shared), {})
+    assert f"| reference model | {'a' * 64} |" in card

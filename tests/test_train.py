@@ -315,6 +315,8 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
     assert record["model_lineage"]["train_flops"] > 3 * record["scoring_cost"]["flops"]
     assert record["model_lineage"]["train_seconds"] > 0
     assert hparams["ranking"] == {"scope": "batch", "windows": 4}
+    lineage = json.loads((tmp_path / "online" / "lineage.json").read_text())
+    assert lineage["online_reference"] == record["model_sha256"] and lineage["references"] == []
     stored, live = (rows(tmp_path / name / "train.csv") for name in ("store", "online"))
     for one, other in zip(stored, live, strict=True):
         assert one.keys() == other.keys()
