@@ -1,13 +1,14 @@
 """Losses of a frozen set of tokens at many checkpoints: a memory-mapped store that grows.
 
-    dynamics/x/   plan.json               which tokens, of which corpus
-                  windows.npy             int64 (W,): the windows, whole
-                  losses-000000409600.npy float32 (M,): loss of every target of these windows, nats,
-                                          after so many training tokens; its .json comes last
+    dynamics/x/   plan.json               whose losses, on which tokens
+                  windows.npy, ...        the tokens, see token_set.py
+                  losses-000000409600.npy float32 (M,): loss of every target, nats, after so many
+                                          training tokens; its .json comes last
                   manifest.json           plan and checkpoints, written anew with each of them
+                  trajectories.npy        structured (M,): fits and classes, see classes.py
 
-M targets stand in the order of the windows and, within one, of the positions. A checkpoint that is
-there already is left alone, so a command that is run again does what is missing.
+A checkpoint that is there already is left alone, so a command that is run again does what is
+missing.
 """
 
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from slm.classes import Trajectories
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
 from slm.model import SelectiveLM
 from slm.shards import (
     FORMAT,
-    Corpus,
     Json,
     adopt_plan,
     hash_file,
@@ -31,69 +32,28 @@ from slm.shards import (
     write_array,
     write_json,
 )
+from slm.token_set import TokenSet, parts, read_token_set, token_set_hashes, write_token_set
 
 KIND = "dynamics"
-
-
-# ---- which tokens -------------------------------------------------------------------------------
-
-
-def draw_windows(windows: Windows, num_targets: int, seed: int, by_source: bool) -> np.ndarray:
-    """Whole windows, drawn by seed until they have `num_targets` targets; ascending, (W,) int64.
-
-    by_source:  draw from the sources in turn, a window being of the source of most of its targets,
-                so that rare sources have enough tokens to speak of
-    """
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(windows))
-    if by_source:
-        order = in_turn(order, main_sources(windows, order))
-    live = np.concatenate([live_targets(windows, part).sum(1) for part in parts(order)])
-    enough = int(np.searchsorted(np.cumsum(live), num_targets)) + 1
-    return np.sort(order[:enough])
-
-
-def parts(numbers: np.ndarray, size: int = 256) -> list[np.ndarray]:
-    return np.split(numbers, range(size, len(numbers), size))
-
-
-def live_targets(windows: Windows, numbers: np.ndarray) -> np.ndarray:  # (B, T) bool
-    return windows.batch(numbers)["targets"].numpy() != IGNORE_INDEX
-
-
-def main_sources(windows: Windows, numbers: np.ndarray) -> np.ndarray:  # (B,)
-    found = [windows.sources(part) for part in parts(numbers)]
-    return np.array([np.bincount(row).argmax() for rows in found for row in rows])
-
-
-def in_turn(numbers: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """The first of every source, then the second of every source, ..."""
-    rank = np.empty(len(numbers), np.int64)
-    for index in np.unique(source):
-        mine = source == index
-        rank[mine] = np.arange(mine.sum())
-    return numbers[np.lexsort((source, rank))]
-
-
-# ---- their losses -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def token_losses(
     lm: SelectiveLM, windows: Windows, numbers: np.ndarray, batch_size: int
 ) -> np.ndarray:
-    """(M,) float32, nats; the module's mode is put back, and no random number is drawn."""
+    """(B, T) float32, nats, NaN where there is no target.
+
+    The module's mode is put back, and no random number is drawn.
+    """
     training, device = lm.training, next(lm.parameters()).device
     lm.eval()
     found = []
     for part in parts(numbers, batch_size):
         batch = windows.batch(part)
         loss = lm(to_device(batch, device)).loss.float().cpu()
-        found.append(loss[batch["targets"] != IGNORE_INDEX].numpy())
+        found.append(loss.masked_fill(batch["targets"] == IGNORE_INDEX, torch.nan).numpy())
     lm.train(training)
     return np.concatenate(found)
-
-
-# ---- the store ----------------------------------------------------------------------------------
 
 
 class Checkpoint(NamedTuple):
@@ -104,34 +64,43 @@ class Checkpoint(NamedTuple):
     num_tokens: int
 
 
+def make_plan(windows: Windows, numbers: np.ndarray, run: Json) -> Json:
+    """What the losses depend on."""
+    manifest = windows.corpus.manifest
+    return {
+        "format": FORMAT,
+        "kind": KIND,
+        "corpus_fingerprint": windows.corpus.fingerprint,
+        "tokenizer_sha256": manifest["tokenizer_sha256"],
+        "sources": manifest["sources"],
+        "references": [store.fingerprint for store in windows.references],
+        "combine": windows.combine,
+        "windows_sha256": hash_json(numbers.tolist()),
+        "num_windows": len(numbers),
+        "run": run,
+    }
+
+
 class TrajectoryStore:
     """The losses of one token set at the checkpoints of one run."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.plan = read_plan(self.folder)
+        self.tokens = read_token_set(self.folder)
 
     @classmethod
-    def create(cls, folder: str | Path, corpus: Corpus, numbers: np.ndarray, run: Json) -> Any:
-        """Open or begin a store; `run` says whose losses they are. Another's is refused."""
+    def create(cls, folder: str | Path, plan: Json, tokens: TokenSet) -> Any:
+        """Open or begin a store; another run's, or one of other tokens, is refused."""
         folder = Path(folder)
-        plan = {
-            "format": FORMAT,
-            "kind": KIND,
-            "corpus_fingerprint": corpus.fingerprint,
-            "tokenizer_sha256": corpus.manifest["tokenizer_sha256"],
-            "windows_sha256": hash_json(numbers.tolist()),
-            "num_windows": len(numbers),
-            "run": run,
-        }
         adopt_plan(folder, plan)
-        if not (folder / "windows.npy").exists():
-            write_array(folder / "windows.npy", numbers)
+        if not (folder / "token_set.json").exists():
+            write_token_set(folder, tokens)
         return cls(folder)
 
     @property
-    def windows(self) -> np.ndarray:  # (W,)
-        return map_array(self.folder / "windows.npy", "int64", self.plan["num_windows"])
+    def sources(self) -> list[str]:
+        return self.plan["sources"]
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -159,12 +128,11 @@ class TrajectoryStore:
                 f"{self.folder}: after {tokens_seen:,} tokens the loss of token {bad[0]} is "
                 f"{losses[bad[0]]}"
             )
-        for before in self.checkpoints[:1]:
-            if before.num_tokens != len(losses):
-                raise UserError(
-                    f"{self.folder} has losses of {before.num_tokens} tokens, {len(losses)} were "
-                    f"found after {tokens_seen:,} training tokens"
-                )
+        if len(losses) != self.tokens.num_targets:
+            raise UserError(
+                f"{self.folder} is about {self.tokens.num_targets} tokens, {len(losses)} losses "
+                f"were found after {tokens_seen:,} training tokens"
+            )
 
     def write_manifest(self) -> None:
         found = [checkpoint._asdict() for checkpoint in self.checkpoints]
@@ -184,17 +152,31 @@ class TrajectoryStore:
                 self.path(checkpoint.tokens_seen).unlink(missing_ok=True)
         self.write_manifest()
 
+    def write_trajectories(self, found: Trajectories) -> None:
+        """One record a token, the fields of `Trajectories`."""
+        dtype = [(name, column.dtype) for name, column in found._asdict().items()]
+        table = np.empty(len(found.label), dtype)
+        for name, column in found._asdict().items():
+            table[name] = column
+        write_array(self.folder / "trajectories.npy", table)
+
     def damaged(self) -> list[Path]:
         """Files whose hash is not the recorded one."""
-        paths = [(self.path(c.tokens_seen), c.sha256) for c in self.checkpoints]
-        return [path for path, digest in paths if not path.exists() or hash_file(path) != digest]
+        expected = {self.path(c.tokens_seen): c.sha256 for c in self.checkpoints}
+        expected |= {self.folder / k: v for k, v in token_set_hashes(self.folder).items()}
+        return [
+            path
+            for path, digest in expected.items()
+            if not path.exists() or hash_file(path) != digest
+        ]
 
 
 def read_plan(folder: Path) -> Json:
-    if not (folder / "plan.json").exists():
-        raise UserError(
-            f"{folder} holds no token losses (plan.json is missing): see `slm dynamics`"
-        )
+    for name in ("plan.json", "token_set.json"):
+        if not (folder / name).exists():
+            raise UserError(
+                f"{folder} holds no token losses ({name} is missing): see `slm dynamics`"
+            )
     plan = read_json(folder / "plan.json")
     if plan.get("kind") != KIND:
         raise UserError(f"{folder}/plan.json: kind is {plan.get('kind')!r}, expected {KIND!r}")

@@ -1,0 +1,252 @@
+"""What the stored losses of one run say: classes, their losses, what selection takes of each.
+
+Everything that is shown of token dynamics (W&B, the page, the figures, the command's table) comes
+from an `Analysis`, and an `Analysis` from a store alone. Selection is a pure function of the
+losses, the stored reference scores and the tokens seen, so no mask is stored: the run's own rule
+is asked again, or another one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+
+from slm.classes import (
+    CLASSES,
+    THRESHOLD,
+    RunningFit,
+    Share,
+    Trajectories,
+    class_losses,
+    class_shares,
+    classify,
+)
+from slm.data import IGNORE_INDEX, Batch
+from slm.errors import UserError
+from slm.selection import All, Selection
+from slm.shards import Json
+from slm.token_set import TokenSet
+from slm.trajectories import TrajectoryStore
+
+BATCH_COLUMNS = ("reference_logprob", "reference_entropy")
+
+
+# ---- what a rule selects ------------------------------------------------------------------------
+
+
+class Chooser:
+    """A rule asked about the frozen tokens, `batch_size` windows ranked together.
+
+    name:  of the rule, for legends
+    """
+
+    def __init__(
+        self, name: str, tokens: TokenSet, rule: Selection, start: int = 0, batch_size: int = 32
+    ):
+        self.name, self.tokens, self.start, self.batch_size = name, tokens, start, batch_size
+        # A global ranking needs the other ranks; every rank would have these very windows.
+        self.rule: Any = replace(rule, scope="batch") if rule.scope == "global" else rule  # type: ignore[type-var]
+        self.batch = as_batch(tokens)
+        missing = [column for column in rule.needs if column not in self.batch]
+        if missing:
+            raise UserError(f"selection {name} needs {', '.join(missing)}, the store has none")
+
+    def selected(self, losses: np.ndarray, tokens_seen: int) -> np.ndarray:  # (M,), -> (M,) bool
+        rule = self.rule if tokens_seen >= self.start else All()
+        grid = torch.from_numpy(self.tokens.spread(np.asarray(losses, np.float32), 0.0))
+        found = []
+        for start in range(0, len(grid), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            batch = {name: column[rows] for name, column in self.batch.items()}
+            found.append(rule.choose(batch, grid[rows], tokens_seen).selected)
+        return torch.cat(found).numpy()[self.tokens.live]
+
+
+def as_batch(tokens: TokenSet) -> Batch:
+    """The frozen windows as the rules see a batch, without the ids that no rule reads."""
+    targets = np.where(tokens.live, tokens.tokens[:, 1:].astype(np.int64), IGNORE_INDEX)
+    windows = torch.from_numpy(np.array(tokens.windows))
+    batch = {
+        "targets": torch.from_numpy(targets),
+        "window": windows,
+        "epoch": torch.zeros_like(windows),
+    }
+    if "reference_loss" in tokens.columns:
+        grid = tokens.spread(-tokens.columns["reference_loss"])
+        batch["reference_logprob"] = torch.from_numpy(grid)
+    if "reference_entropy" in tokens.columns:
+        grid = tokens.spread(np.array(tokens.columns["reference_entropy"]))
+        batch["reference_entropy"] = torch.from_numpy(grid)
+    return batch
+
+
+def run_chooser(store: TrajectoryStore) -> Chooser | None:
+    """The rule that the run trained with; None where the store lacks the scores it needs."""
+    run = store.plan["run"]
+    rule: Selection = instantiate(run["selection"])
+    try:
+        return Chooser(
+            rule_name(run["selection"]),
+            store.tokens,
+            rule,
+            run["selection_start"],
+            run["micro_batch_size"],
+        )
+    except UserError:
+        return None
+
+
+def rule_name(selection: Json) -> str:
+    """excess 0.6"""
+    name = selection["_target_"].rsplit(".", 1)[-1].lower()
+    ratio = selection["select_ratio"] if "select_ratio" in selection else None
+    return f"{name} {ratio:g}" if isinstance(ratio, int | float) else name
+
+
+# ---- the analysis -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a rule takes of the frozen tokens at each checkpoint; shares in [0, 1], nats."""
+
+    rule: str
+    times: np.ndarray  # (M,) int32: at how many of the checkpoints the token was selected
+    by_class: np.ndarray  # (C, 4), NaN for a class without tokens
+    by_source: np.ndarray  # (C, S), NaN for a source without tokens
+    loss_selected: np.ndarray  # (C,), NaN where nothing is selected
+    loss_unselected: np.ndarray  # (C,), NaN where everything is
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One run on one token set; C checkpoints, M tokens, S sources."""
+
+    name: str  # of the run, for legends
+    store: TrajectoryStore
+    threshold: float  # nats
+    mean_loss: float  # the level between L->L and H->H, nats
+    tokens_seen: np.ndarray  # (C,) int64
+    losses: list[np.ndarray]  # C memory maps (M,)
+    trajectories: Trajectories
+    shares: dict[str, Share]  # of each class
+    share_history: np.ndarray  # (C, 4): provisional, from the checkpoints until then; NaN for two
+    class_losses: np.ndarray  # (C, 4)
+    mean_losses: np.ndarray  # (C,)
+    chooser: Chooser | None  # the run's rule
+    kept: Kept | None  # None: the store lacks scores that the rule needs
+
+    @property
+    def tokens(self) -> TokenSet:
+        return self.store.tokens
+
+    @property
+    def excess_losses(self) -> list[np.ndarray] | None:
+        """C arrays (M,), made when asked for."""
+        if "reference_loss" not in self.tokens.columns:
+            return None
+        reference = self.tokens.columns["reference_loss"]
+        return [column - reference for column in self.losses]
+
+    @cached_property
+    def uneven(self) -> bool:
+        """The paper's x is the checkpoint's index: are they evenly spaced in tokens?"""
+        gaps = np.diff(self.tokens_seen)
+        return bool(gaps.max() > 1.5 * gaps.min())
+
+
+def analyse(
+    store: TrajectoryStore,
+    name: str,
+    threshold: float = THRESHOLD,
+    mean_loss: float | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Analysis:
+    """`advance` is told 1 after each checkpoint."""
+    losses = store.losses()
+    found = classify(losses, threshold, mean_loss)
+    tokens_seen = np.array([checkpoint.tokens_seen for checkpoint in store.checkpoints])
+    chooser = run_chooser(store)
+    return Analysis(
+        name=name,
+        store=store,
+        threshold=threshold,
+        mean_loss=level_of(losses, mean_loss),
+        tokens_seen=tokens_seen,
+        losses=losses,
+        trajectories=found,
+        shares=class_shares(found.label),
+        share_history=share_history(losses, threshold, mean_loss),
+        class_losses=class_losses(found.label, losses),
+        mean_losses=np.array([column.mean(dtype=np.float64) for column in losses]),
+        chooser=chooser,
+        kept=kept(chooser, found.label, losses, tokens_seen, store, advance) if chooser else None,
+    )
+
+
+def level_of(losses: Sequence[np.ndarray], mean_loss: float | None) -> float:
+    return float(np.mean(losses[-1], dtype=np.float64)) if mean_loss is None else mean_loss
+
+
+def share_history(
+    losses: Sequence[np.ndarray], threshold: float, mean_loss: float | None
+) -> np.ndarray:  # (C, 4)
+    fit, rows = RunningFit(threshold, mean_loss), []
+    for column in losses:
+        fit.add(column)
+        rows.append(shares_of(fit.labels()) if fit.is_ready else np.full(len(CLASSES), np.nan))
+    return np.stack(rows)
+
+
+def shares_of(label: np.ndarray) -> np.ndarray:  # (4,)
+    return np.bincount(label, minlength=len(CLASSES)) / len(label)
+
+
+def kept(
+    chooser: Chooser,
+    label: np.ndarray,
+    losses: Sequence[np.ndarray],
+    tokens_seen: np.ndarray,
+    store: TrajectoryStore,
+    advance: Callable[[int], None],
+) -> Kept:
+    times = np.zeros(len(label), np.int32)
+    source, num_sources = store.tokens.columns["source"], len(store.sources)
+    rows = []
+    for column, seen in zip(losses, tokens_seen, strict=True):
+        selected = chooser.selected(column, int(seen))
+        times += selected
+        rows.append(
+            (
+                rate(selected, label, len(CLASSES)),
+                rate(selected, source, num_sources),
+                mean_or_nan(column[selected]),
+                mean_or_nan(column[~selected]),
+            )
+        )
+        advance(1)
+    return Kept(chooser.name, times, *(np.array(list(row)) for row in zip(*rows, strict=True)))
+
+
+def rate(selected: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:  # (count,)
+    """Share of each group that is selected; NaN for an empty one."""
+    total = np.bincount(group, minlength=count).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(group, selected, count) / total
+
+
+def mean_or_nan(values: np.ndarray) -> float:
+    return float(values.mean(dtype=np.float64)) if len(values) else float("nan")
+
+
+# ---- the stores of runs -------------------------------------------------------------------------
+
+
+def store_folders(run: Path) -> list[Path]:
+    """The stores of a run: <run>/dynamics/<name>/"""
+    return sorted(path.parent for path in (run / "dynamics").glob("*/token_set.json"))
