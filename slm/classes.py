@@ -14,13 +14,14 @@ of one block.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slm.errors import UserError
 
 CLASSES = ("HH", "LH", "HL", "LL")
+ARROWS = {"HH": "H\u2192H", "LH": "L\u2192H", "HL": "H\u2192L", "LL": "L\u2192L"}
 THRESHOLD = 0.2  # nats, the paper's
 BLOCK = 16_384  # tokens at a time: with 1,000 checkpoints 130 MB
 MIN_CHECKPOINTS = 3
@@ -52,6 +53,13 @@ def classify(
     level = float(np.mean(losses[-1], dtype=np.float64)) if mean_loss is None else mean_loss
     parts = [fit_block(block, threshold, level) for block in blocks(losses)]
     return Trajectories(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def check_threshold(threshold: Any, mean_loss: Any) -> None:
+    if not isinstance(threshold, int | float) or not threshold >= 0:
+        raise UserError(f"threshold is {threshold!r}, it must be a number of nats, 0 or more")
+    if mean_loss is not None and not isinstance(mean_loss, int | float):
+        raise UserError(f"mean_loss is {mean_loss!r}, it must be a number of nats, or null")
 
 
 def check_losses(losses: Sequence[np.ndarray]) -> None:

@@ -25,14 +25,13 @@ from slm.shards import (
     FORMAT,
     Json,
     adopt_plan,
-    hash_file,
     hash_json,
     map_array,
     read_json,
     write_array,
     write_json,
 )
-from slm.token_set import TokenSet, parts, read_token_set, token_set_hashes, write_token_set
+from slm.token_set import TokenSet, parts, read_token_set, write_token_set
 
 KIND = "dynamics"
 
@@ -64,7 +63,7 @@ class Checkpoint(NamedTuple):
     num_tokens: int
 
 
-def make_plan(windows: Windows, numbers: np.ndarray, run: Json) -> Json:
+def make_plan(windows: Windows, numbers: np.ndarray, run: Json, dtype: str) -> Json:
     """What the losses depend on."""
     manifest = windows.corpus.manifest
     return {
@@ -77,6 +76,7 @@ def make_plan(windows: Windows, numbers: np.ndarray, run: Json) -> Json:
         "combine": windows.combine,
         "windows_sha256": hash_json(numbers.tolist()),
         "num_windows": len(numbers),
+        "dtype": dtype,
         "run": run,
     }
 
@@ -159,16 +159,6 @@ class TrajectoryStore:
         for name, column in found._asdict().items():
             table[name] = column
         write_array(self.folder / "trajectories.npy", table)
-
-    def damaged(self) -> list[Path]:
-        """Files whose hash is not the recorded one."""
-        expected = {self.path(c.tokens_seen): c.sha256 for c in self.checkpoints}
-        expected |= {self.folder / k: v for k, v in token_set_hashes(self.folder).items()}
-        return [
-            path
-            for path, digest in expected.items()
-            if not path.exists() or hash_file(path) != digest
-        ]
 
 
 def read_plan(folder: Path) -> Json:
