@@ -343,7 +343,7 @@ def print_table(analyses: Sequence[Analysis]) -> None:
             table.add_row(
                 analysis.name if number == 0 else "",
                 ARROWS[name],
-                f"{share.count:,}",
+                f"{share.num_tokens:,}",
                 *(f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}"),
                 *(f"{losses[0]:.3f}", f"{losses[-1]:.3f}", kept),
             )

@@ -11,6 +11,7 @@ A checkpoint that is there already is left alone, so a command that is run again
 missing.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,11 +139,10 @@ class TrajectoryStore:
         found = [checkpoint._asdict() for checkpoint in self.checkpoints]
         write_json(self.folder / "manifest.json", self.plan | {"checkpoints": found})
 
-    def losses(self) -> list[np.ndarray]:
-        """(M,) float32 each, memory-mapped, in the order of training."""
-        return [
-            map_array(self.path(c.tokens_seen), "float32", c.num_tokens) for c in self.checkpoints
-        ]
+    def losses(self) -> "LossColumns":
+        return LossColumns(
+            [self.path(c.tokens_seen) for c in self.checkpoints], self.tokens.num_targets
+        )
 
     def forget_after(self, tokens_seen: int) -> None:
         """Of a run that goes on from an earlier checkpoint: what came later is made again."""
@@ -159,6 +159,25 @@ class TrajectoryStore:
         for name, column in found._asdict().items():
             table[name] = column
         write_array(self.folder / "trajectories.npy", table)
+
+
+class LossColumns(Sequence[np.ndarray]):
+    """(M,) float32 of each checkpoint, in the order of training.
+
+    A file is mapped when it is asked for and for as long as it is used: a thousand at once would
+    fill the memory with pages that were read.
+    """
+
+    def __init__(self, paths: Sequence[Path], num_targets: int):
+        self.paths, self.num_targets = paths, num_targets
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return LossColumns(self.paths[index], self.num_targets)
+        return map_array(self.paths[index], "float32", self.num_targets)
 
 
 def read_plan(folder: Path) -> Json:

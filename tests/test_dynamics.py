@@ -172,8 +172,9 @@ def test_ranks_share_the_windows(text_corpus, tokenizer, count, monkeypatch):
     callback.tokens, callback.windows, callback.batch_size = tokens, windows, 2
     plugin = SimpleNamespace(forward_context=torch.no_grad)
     monkeypatch.setattr(lm, "forward", lambda *a, f=lm.forward: forwards.append(rank) or f(*a))
+    trainer: Any = None
     for rank in range(count):
-        trainer: Any = SimpleNamespace(world_size=count, global_rank=rank, precision_plugin=plugin)
+        trainer = SimpleNamespace(world_size=count, global_rank=rank, precision_plugin=plugin)
         module = SimpleNamespace(lm=lm, device=torch.device("cpu"), all_gather=gather)
         with pytest.raises(Gathered):
             callback._losses(trainer, module)
