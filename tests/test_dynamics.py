@@ -20,6 +20,7 @@ from slm.errors import NonFiniteError, UserError
 from slm.shards import fingerprint
 from slm.train import train
 from slm.trajectories import TrajectoryStore, token_losses
+from slm.verify import verify
 from test_train import compose_train, crash_at, same_results
 
 SETTINGS = ["num_targets=100", "name=c"]
@@ -362,3 +363,32 @@ def test_the_command_prints_a_table(text_corpus, run, monkeypatch, capsys):
     lines = capsys.readouterr().out
     for text in ("H\u2192H", "L\u2192H", "H\u2192L", "L\u2192L", "share", "95%"):
         assert text in lines
+
+
+# ---- slm verify -----------------------------------------------------------------------------
+
+
+def test_every_flipped_byte_of_the_store_is_found(run):
+    folder = run / "dynamics" / "tokens"
+    [(path, whole, text)] = list(verify(folder))
+    assert (path, whole) == (folder, True)
+    assert text == "token losses, 112 tokens at 7 checkpoints"
+    for item in sorted(folder.iterdir()):
+        if item.name in ("trajectories.npy", "classes.csv"):  # made anew from the others
+            continue
+        before = item.read_bytes()
+        after = bytearray(before)
+        after[len(after) // 2] ^= 1
+        item.write_bytes(after)
+        [(_, whole, text)] = list(verify(folder))
+        assert not whole and str(folder) in text, item
+        item.unlink()
+        if item.suffix == ".npy" or item.name in ("manifest.json", "plan.json"):
+            [(_, whole, _)] = list(verify(folder))
+            assert not whole, item
+        item.write_bytes(before)
+
+
+def test_a_run_is_verified_with_its_store(run):
+    found = {path.name: whole for path, whole, _ in verify(run)}
+    assert found["tokens"] and found["model"] and found["run"]
