@@ -38,6 +38,7 @@ COMMANDS = {  # name: (what it does, an example)
         "'models={a: run/model}' 'sets={b: corpus/heldout}'",
     ),
     "report": ("runs of a sweep -> tables and figures", "runs=runs/sweep out=report"),
+    "dashboard": ("runs -> a W&B workspace", "runs=runs/sweep group=runs-sweep"),
     "verify": ("is a corpus, reference, run, checkpoint or model whole?", "FOLDER ..."),
     "demo": ("the whole pipeline on the installed Python standard library, in minutes", ""),
 }

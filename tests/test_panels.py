@@ -10,6 +10,7 @@ import pytest
 
 from slm.analysis import Analysis, analyse
 from slm.classes import CLASSES
+from slm.dashboard import SECTIONS, Medium, Plot
 from slm.panels import (
     COLORS,
     by_class,
@@ -194,6 +195,18 @@ def test_the_heat_map_colours_escaped_text_by_class(analysis):
     assert found[1][1] == said
     assert "<b>" not in page and "L\u2192H forgotten 25.0%" in page
     assert heat_map(analysis, num_windows=1, num_tokens=4).html.count("<span") == 4
+
+
+def test_the_dashboard_shows_what_is_logged(analysis):
+    shown = [panel for panels in SECTIONS.values() for panel in panels]
+    media = {panel.key for panel in shown if isinstance(panel, Medium)}
+    selected = np.arange(12) < 6
+    excess = excess_histograms(analysis.excess_losses[-1], selected)
+    assert media == {*excess, *final_media(analysis)}
+    plots = {name for panel in shown if isinstance(panel, Plot) for name in panel.metrics}
+    label = analysis.trajectories.label
+    logged = set(dynamics_metrics(analysis.losses[-1], label, selected))
+    assert {name for name in plots if name.startswith("dynamics/")} == logged - {"dynamics/loss"}
 
 
 def test_an_offline_run_has_all_of_it(tmp_path, analysis):
