@@ -288,6 +288,8 @@ def check_settings(config: Any) -> None:
     for key in ("project", "entity", "group", "runs"):
         if not isinstance(config[key], str | None) or config[key] == "":
             raise UserError(f"{key} is {config[key]!r}, it must be text or null")
+    if Path(config.out).is_dir():
+        raise UserError(f"out is {config.out!r}, a folder; it must be a JSON file")
 
 
 def is_to_be_saved(save: str | bool) -> bool:

@@ -27,7 +27,7 @@ from slm.tracking import Media
 
 EXCESS_BINS, EXCESS_LIMIT_NATS = 64, 8.0  # a quarter of a nat each, 0 is an edge
 CONTEXT_TOKENS = 12
-COLORS = {"HH": "#f6c08a", "LH": "#f2a0a8", "HL": "#9fd6a9", "LL": "#dfe3e8"}
+COLORS = {"HH": "#f6c08a", "LH": "#e6a5d0", "HL": "#9ccbf2", "LL": "#dfe3e8"}
 MEANING = {"HH": "not learned", "LH": "forgotten", "HL": "learned", "LL": "easy from the start"}
 STYLE = """
 body{font:13px/1.7 ui-monospace,monospace;color:#111;background:#fff}
@@ -296,5 +296,5 @@ def token_html(analysis: Analysis, target: int, piece: str) -> str:
         said.append(f"reference {analysis.tokens.columns['reference_loss'][target]:.2f}")
     if analysis.kept is not None:
         said.append(f"selected {analysis.kept.times[target]} of {len(analysis.losses)}")
-    title = escape(", ".join(said))
-    return f'<span style="background:{COLORS[name]}" title="{title}">{escape(piece)}</span>'
+    title, shown = escape(", ".join(said)), escape(piece).replace("\n", "\u21b5\n")
+    return f'<span style="background:{COLORS[name]}" title="{title}">{shown}</span>'

@@ -292,6 +292,11 @@ def test_wrong_values_are_refused(tmp_path, keys, message):
     assert not (tmp_path / "out.json").exists()
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="out is '.*', a folder; it must be a JSON file"):
+        dashboard(config(tmp_path))
+
+
 def test_the_missing_package_is_named(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("wandb_workspaces")]:
         monkeypatch.delitem(sys.modules, name)

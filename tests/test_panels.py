@@ -187,8 +187,8 @@ def test_the_heat_map_colours_escaped_text_by_class(analysis):
     colors = {color: name for name, color in COLORS.items()}
     assert [colors[color] for color, _, _ in found] == ORDER
     assert [html.unescape(piece) for _, _, piece in found] == [
-        *("<b>", "", "\u00e4", "\n", " the", "<b>"),
-        *("", "\u00e4", " the", "<b>", "\n", "\n"),
+        *("<b>", "", "\u00e4", "\u21b5\n", " the", "<b>"),
+        *("", "\u00e4", " the", "<b>", "\u21b5\n", "\u21b5\n"),
     ]
     assert "<p> the<span" in page and "<p>&lt;b&gt;<span" in page  # no targets, no colours
     said = "L\u2192H forgotten, 1.00 \u2192 3.00 nats, reference 1.50, selected 2 of 3"
