@@ -91,9 +91,12 @@ def draw_lines(
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """As path and, for print, as SVG beside it."""
+    """As path and, for print, as SVG beside it; the same figure gives the same bytes."""
+    import matplotlib
+
     figure.savefig(path, dpi=160)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "slm"}):  # ids in the SVG are random otherwise
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def loss_figure(

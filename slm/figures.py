@@ -1,0 +1,561 @@
+"""Figures for papers, after those of Rho-1, from the stored losses of runs.
+
+    text_figure         figure 2   a piece of text, the selected tokens (or the classes) coloured
+    class_figure        figure 3   the mean loss of each class, and tokens that go up and down
+    selection_figure    figure 6   loss of what a rule selects and does not, beside a control
+    perplexity_figure   figure 8   perplexity of the sets selected at several checkpoints
+
+Each writes PNG, SVG and, so that others can draw it anew, the numbers it draws as CSV. Only an
+`Analysis` is read: no model, corpus or tokenizer. The same losses give the same bytes.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slm.analysis import Analysis, Chooser, mean_or_nan, rule_name
+from slm.classes import CLASSES
+from slm.errors import UserError
+from slm.excerpts import (
+    FONT,
+    GREY,
+    columns_in,
+    draw_segments,
+    legend_text,
+    size_of,
+    token_texts,
+    wrap,
+)
+from slm.plots import (
+    COLOURS,
+    LEGEND_SIZE,
+    TITLE_SIZE,
+    TOKENS_AXIS,
+    Curve,
+    dress,
+    legend_columns,
+    pyplot,
+    save_figure,
+    shared_legend,
+    token_ticks,
+)
+from slm.selection import All, Random, Soft
+from slm.shards import write_csv
+
+log = logging.getLogger(__name__)
+
+WIDTH = 6.8  # inches: the text of a page
+CLASS_COLOURS = dict(zip(CLASSES, (COLOURS[1], COLOURS[3], COLOURS[2], COLOURS[0]), strict=True))
+SELECTED_COLOUR, RUN_COLOUR, CONTROL_COLOUR = COLOURS[4], COLOURS[1], COLOURS[0]
+LOSS_AXIS = "loss (nats per token)"
+BY = ("selection", "class")
+MIN_COMMON = 2  # checkpoints that make a line
+
+Row = dict[str, Any]
+
+
+def arrow(name: str) -> str:
+    """HL -> H→L"""
+    return f"{name[0]}\u2192{name[1]}"
+
+
+def amount(tokens: float) -> str:
+    """13.1072M"""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")(tokens)
+
+
+def chooser_of(analysis: Analysis) -> Chooser:
+    if analysis.chooser is None:
+        rule = rule_name(analysis.store.plan["run"]["selection"])
+        raise UserError(f"{analysis.store.folder} has no reference scores, {rule} needs them")
+    return analysis.chooser
+
+
+def finish(figure: Any, path: Path, rows: list[Row]) -> None:
+    write_csv(path.with_suffix(".csv"), rows)
+    save_figure(figure, path)
+    pyplot().close(figure)
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+class Excerpt(NamedTuple):
+    """Tokens [start, stop) of a window; `window` counts those of the token set."""
+
+    window: int
+    start: int
+    stop: int
+
+
+def choose_excerpt(analysis: Analysis, seed: int, most: int = 160) -> Excerpt:
+    """A window, or `most` tokens in a row of one."""
+    rng, (windows, length) = np.random.default_rng(seed), analysis.tokens.tokens.shape
+    window, size = int(rng.integers(windows)), min(most, length)
+    start = int(rng.integers(length - size + 1))
+    return Excerpt(window, start, start + size)
+
+
+def text_figure(
+    analysis: Analysis,
+    path: Path,
+    excerpt: Excerpt | None = None,  # None: by seed
+    by: str = "selection",
+    seed: int = 0,
+) -> None:
+    """Each token coloured by what the rule says of it at the last checkpoint, or by its class.
+
+    What is no target (a window's first token, a prompt) is grey.
+    """
+    if by not in BY:
+        raise UserError(f"text_figure: by is {by!r}, it must be one of {BY}")
+    rows = excerpt_rows(analysis, excerpt or choose_excerpt(analysis, seed))
+    look = class_look(analysis, rows) if by == "class" else selected_look(analysis, rows)
+    found = wrap([row["text"] for row in rows], columns_in(WIDTH))
+    figure, axes = pyplot().subplots()
+    inks = ["#000000" if row["class"] else GREY for row in rows]
+    draw_segments(axes, found, look.grounds, inks, columns_in(WIDTH))
+    dress(axes, look.title, WIDTH)
+    place_text(figure, axes, size_of(found, columns_in(WIDTH)), look.labels)
+    finish(figure, path, rows)
+
+
+def excerpt_rows(analysis: Analysis, part: Excerpt) -> list[Row]:
+    """A row a token; cells are empty where it is no target."""
+    tokens = analysis.tokens
+    check_excerpt(part, *tokens.tokens.shape)
+    pieces = [tokens.pieces[int(token)] for token in tokens.tokens[part.window]]
+    texts, columns = token_texts(pieces), target_columns(analysis)
+    numbers = tokens.spread(np.arange(tokens.num_targets), -1)[part.window]
+    numbers = np.concatenate([[-1], numbers])  # the first token is a target of no window
+    return [
+        {
+            "window": int(tokens.windows[part.window]),
+            "position": place,
+            "token": int(tokens.tokens[part.window, place]),
+            "bytes": pieces[place].hex(),
+            "text": texts[place],
+        }
+        | {k: v[numbers[place]].item() if numbers[place] >= 0 else "" for k, v in columns.items()}
+        for place in range(part.start, part.stop)
+    ]
+
+
+def check_excerpt(part: Excerpt, windows: int, length: int) -> None:
+    if not (0 <= part.window < windows and 0 <= part.start < part.stop <= length):
+        raise UserError(f"{part} lies outside of {windows} windows of {length} tokens")
+
+
+def target_columns(analysis: Analysis) -> dict[str, np.ndarray]:  # (M,) each
+    """What is known of every target at the last checkpoint."""
+    found = {
+        "class": np.array(CLASSES)[analysis.trajectories.label],
+        "loss_nats": analysis.losses[-1],
+    }
+    if "reference_loss" in analysis.tokens.columns:
+        found["reference_loss_nats"] = analysis.tokens.columns["reference_loss"]
+    if analysis.chooser is not None:
+        chosen = analysis.chooser.selected(analysis.losses[-1], int(analysis.tokens_seen[-1]))
+        found["selected"] = chosen.astype(np.uint8)
+    return found
+
+
+class TextLook(NamedTuple):
+    title: str
+    grounds: list[Any]  # a colour for each token, None: white
+    labels: dict[str, Any]  # the legend's, with their colours
+
+
+def selected_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
+    label = f"selected by {chooser_of(analysis).name}"
+    colour = light(SELECTED_COLOUR, 0.75)
+    grounds = [colour if row["selected"] == 1 else None for row in rows]
+    title = f"{analysis.name}, after {amount(analysis.tokens_seen[-1])} training tokens"
+    return TextLook(title, grounds, {label: colour})
+
+
+def class_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
+    grounds = [light(CLASS_COLOURS[row["class"]]) if row["class"] else None for row in rows]
+    labels = {arrow(name): light(colour) for name, colour in CLASS_COLOURS.items()}
+    title = f"{analysis.name}, {len(analysis.losses)} checkpoints"
+    return TextLook(title, grounds, labels)
+
+
+def light(colour: str, strength: float = 0.45) -> Any:
+    """Mixed with white, so that black text on it can be read."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1 - strength * (1 - part) for part in to_rgb(colour))
+
+
+def place_text(
+    figure: Any, axes: Any, size: tuple[float, float], labels: dict[str, Any]
+) -> None:
+    """A figure as large as the text (inches), its title and its legend; a letter fits its cell."""
+    from matplotlib.patches import Patch
+
+    ncols = legend_columns(list(labels), WIDTH, len(labels))
+    above = (axes.get_title("left").count("\n") + 2) * 1.2 * TITLE_SIZE / 72
+    below = (math.ceil(len(labels) / ncols) + 1) * 1.5 * LEGEND_SIZE / 72
+    width, height = size[0] + 0.2, size[1] + above + below
+    figure.set_size_inches(width, height)
+    axes.set_position((0.1 / width, below / height, size[0] / width, size[1] / height))
+    handles = [Patch(facecolor=colour, label=label) for label, colour in labels.items()]
+    figure.legend(
+        handles=handles, loc="lower left", ncols=ncols, frameon=False, fontsize=LEGEND_SIZE
+    )
+
+
+# ---- lines over training ------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One line of a panel."""
+
+    panel: str
+    series: str  # in the table
+    label: str  # in the legend
+    colour: str
+    tokens_seen: np.ndarray  # (n,)
+    values: np.ndarray  # (n,), NaN where nothing was measured
+    target: int | None = None  # of the token set, where the line is a token's
+    mark: int | None = None  # index of a point to mark
+
+
+def line_rows(lines: Sequence[Line], unit: str) -> list[Row]:
+    """A row a measurement, in the order of drawing."""
+    return [
+        {
+            "panel": line.panel,
+            "series": line.series,
+            "target": "" if line.target is None else line.target,
+            "tokens_seen": int(seen),
+            unit: float(value),
+        }
+        for line in lines
+        for seen, value in zip(line.tokens_seen, line.values, strict=True)
+        if not np.isnan(value)
+    ]
+
+
+def draw_panel(axes: Any, lines: Sequence[Line], title: str, width: float) -> None:
+    for line in lines:
+        style = {"color": line.colour, "linewidth": 1.3, "label": line.label}
+        axes.plot(line.tokens_seen, line.values, **style)
+        if line.mark is not None:
+            point = line.tokens_seen[line.mark], line.values[line.mark]
+            axes.plot(*point, "o", color=line.colour, markeredgecolor="white", markersize=8)
+    focus(axes, lines)
+    token_ticks(axes)
+    axes.set_xlabel(TOKENS_AXIS)
+    axes.margins(x=0.02)
+    dress(axes, title, width)
+
+
+def focus(axes: Any, lines: Sequence[Line]) -> None:
+    """Where the first twentieth of training dwarfs all the rest, it runs out of the panel."""
+    seen = np.concatenate([line.tokens_seen for line in lines])
+    values = np.concatenate([line.values for line in lines])
+    late = values[(seen >= seen.max() / 20) & ~np.isnan(values)]
+    if len(late) == 0:
+        return
+    low, high = late.min(), late.max()
+    if np.nanmax(values) - low > 2 * (high - low) > 0:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+
+
+# ---- classes ------------------------------------------------------------------------------------
+
+CLASS_PANELS = {"classes": "mean loss of the classes", "LL": "tokens of L→L", "HH": "tokens of H→H"}
+
+
+def class_figure(analysis: Analysis, path: Path, num_tokens: int = 3, seed: int = 0) -> None:
+    """The mean loss of each class, and some tokens of L→L and H→H whose loss goes up and down.
+
+    The tokens are drawn by seed from the twentieth of their class with the highest variance around
+    their lines.
+    """
+    lines = class_lines(analysis)
+    for name in ("LL", "HH"):
+        lines += token_lines(analysis, name, fluctuating(analysis, name, num_tokens, seed))
+    figure, places = pyplot().subplots(1, 3, figsize=(WIDTH, 3.4), layout="constrained")
+    for letter, axes, (panel, title) in zip("abc", places, CLASS_PANELS.items(), strict=True):
+        mine = [line for line in lines if line.panel == panel]
+        if mine:
+            draw_panel(axes, mine, f"({letter}) {title}", width=1.9)
+            panel_legend(axes, family=None if panel == "classes" else FONT)
+    places[0].set_ylabel(LOSS_AXIS)
+    finish(figure, path, line_rows(lines, "loss_nats"))
+
+
+def class_lines(analysis: Analysis) -> list[Line]:
+    """Of the classes that have tokens."""
+    found = []
+    for index, name in enumerate(CLASSES):
+        share, values = analysis.shares[name], analysis.class_losses[:, index]
+        label = f"{arrow(name)} ({100 * share.share:.0f}% of tokens)"
+        if share.count:
+            colour = CLASS_COLOURS[name]
+            found.append(Line("classes", name, label, colour, analysis.tokens_seen, values))
+    return found
+
+
+def fluctuating(analysis: Analysis, name: str, count: int, seed: int) -> np.ndarray:
+    """Indices of targets."""
+    mine = np.flatnonzero(analysis.trajectories.label == CLASSES.index(name))
+    order = mine[np.argsort(-analysis.trajectories.variance[mine], kind="stable")]
+    pool = order[: max(count, len(mine) // 20)]
+    return np.sort(np.random.default_rng(seed).permutation(pool)[:count])
+
+
+def token_lines(analysis: Analysis, panel: str, targets: np.ndarray) -> list[Line]:
+    seen, pieces = analysis.tokens_seen, analysis.tokens.pieces
+    found = []
+    for target, colour in zip(targets, cycle(COLOURS)):  # noqa: B905  # colours have no end
+        text = pieces[int(analysis.tokens.targets[target])].decode(errors="replace")
+        values = np.array([column[target] for column in analysis.losses], np.float64)
+        found.append(Line(panel, text, legend_text(text), colour, seen, values, int(target)))
+    return found
+
+
+def panel_legend(axes: Any, family: str | None) -> None:
+    """Below the panel, where it hides no line."""
+    legend = axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.24),
+        frameon=False,
+        prop={"size": LEGEND_SIZE - 1} | ({"family": family} if family else {}),
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a token may hold dollars
+
+
+# ---- selection ----------------------------------------------------------------------------------
+
+
+def selection_figure(
+    run: Analysis,
+    control: Analysis | None,
+    path: Path,
+    heldout: Sequence[Curve] = (),  # labelled with the names of the two
+    heldout_name: str = "held-out text",
+) -> None:
+    """Loss of the tokens that the run's rule selects, and of the others, in both runs.
+
+    At each checkpoint the rule is asked about the run's losses of that checkpoint, and the control
+    is measured on the same tokens: a set chosen for the run's high losses, which is not fair to the
+    run. The held-out text is what both can be compared by.
+    """
+    lines = selection_lines(run, control, heldout)
+    titles = {"selected": "selected tokens", "heldout": heldout_name, "rest": "unselected tokens"}
+    panels = [panel for panel in titles if any(line.panel == panel for line in lines)]
+    size = (WIDTH, 2.6)
+    figure, places = pyplot().subplots(1, len(panels), figsize=size, layout="constrained")
+    for letter, axes, panel in zip("abc", np.atleast_1d(places), panels, strict=False):
+        mine = [line for line in lines if line.panel == panel]
+        draw_panel(axes, mine, f"({letter}) {titles[panel]}", WIDTH / len(panels) - 0.4)
+    figure.axes[0].set_ylabel(LOSS_AXIS)
+    shared_legend(figure, figure.axes, None)
+    finish(figure, path, line_rows(lines, "loss_nats"))
+
+
+def selection_lines(
+    run: Analysis, control: Analysis | None, heldout: Sequence[Curve]
+) -> list[Line]:
+    chooser_of(run)
+    assert run.kept is not None, "a chooser comes with what it keeps"
+    values = {"selected": run.kept.loss_selected, "rest": run.kept.loss_unselected}
+    colours, seen = {run.name: RUN_COLOUR}, run.tokens_seen
+    lines = [Line(k, run.name, run.name, RUN_COLOUR, seen, v) for k, v in values.items()]
+    if control is not None:
+        colours[control.name] = CONTROL_COLOUR
+        lines += control_lines(run, control)
+    return lines + [heldout_line(curve, colours) for curve in heldout]
+
+
+def control_lines(run: Analysis, control: Analysis) -> list[Line]:
+    """The run's choices at the checkpoints that both have, on the control's losses."""
+    seen, mine, others = common_checkpoints(run, control)
+    selected, rest = [], []
+    for at, index, other in zip(seen, mine, others, strict=True):
+        mask = chooser_of(run).selected(run.losses[index], int(at))
+        selected.append(mean_or_nan(control.losses[other][mask]))
+        rest.append(mean_or_nan(control.losses[other][~mask]))
+    name = control.name
+    return [
+        Line(panel, name, name, CONTROL_COLOUR, seen, np.array(values))
+        for panel, values in (("selected", selected), ("rest", rest))
+    ]
+
+
+def common_checkpoints(run: Analysis, control: Analysis) -> tuple[np.ndarray, ...]:
+    """The tokens seen that both have, and their indices in each; refused for other tokens."""
+    folders = f"{run.store.folder} and {control.store.folder}"
+    if run.name == control.name:
+        raise UserError(f"{folders}: both runs are named {run.name}")
+    for field in ("corpus_fingerprint", "windows_sha256"):
+        mine, other = run.store.plan[field], control.store.plan[field]
+        if mine != other:
+            raise UserError(f"{folders} are about other tokens: {field} is {mine} and {other}")
+    found = np.intersect1d(run.tokens_seen, control.tokens_seen, return_indices=True)
+    if len(found[0]) < MIN_COMMON:
+        raise UserError(
+            f"{folders} have {len(found[0])} checkpoints at the same tokens_seen, {MIN_COMMON} are "
+            f"needed: {some(run.tokens_seen)} and {some(control.tokens_seen)}"
+        )
+    return found
+
+
+def some(numbers: np.ndarray, most: int = 4) -> str:
+    shown = ", ".join(f"{number:,}" for number in numbers[:most])
+    return f"[{shown}, ...]" if len(numbers) > most else f"[{shown}]"
+
+
+def heldout_line(curve: Curve, colours: dict[str, str]) -> Line:
+    name = curve.label
+    if name not in colours:
+        raise UserError(f"the held-out curve {name!r} is of neither run: {', '.join(colours)}")
+    return Line("heldout", name, name, colours[name], curve.tokens_seen, curve.loss)
+
+
+# ---- perplexity ---------------------------------------------------------------------------------
+
+
+def perplexity_figure(analysis: Analysis, path: Path, num: int = 5) -> None:
+    """Perplexity over training of the sets selected at `num` checkpoints, each marked on its line.
+
+    A set chosen for its high losses falls afterwards, and was lower before, by chance alone.
+    """
+    lines = perplexity_lines(analysis, spread_checkpoints(analysis, num))
+    figure, axes = pyplot().subplots(figsize=(5.2, 3.2), layout="constrained")
+    draw_panel(axes, lines, analysis.name, width=4.5)
+    axes.set_ylabel("perplexity")
+    shared_legend(figure, [axes], "points: the checkpoint that selects")
+    finish(figure, path, line_rows(lines, "perplexity"))
+
+
+def spread_checkpoints(analysis: Analysis, num: int) -> np.ndarray:
+    """Indices, evenly spread up to the last, of those at which the rule selects."""
+    start = chooser_of(analysis).start
+    able = np.flatnonzero(analysis.tokens_seen >= start)
+    if len(able) == 0:
+        last = analysis.tokens_seen[-1]
+        raise UserError(
+            f"{analysis.store.folder}: the rule starts after {start:,} tokens, the last checkpoint "
+            f"has seen {last:,}"
+        )
+    return able[np.unique(np.linspace(0, len(able) - 1, num + 1)[1:].round().astype(np.int64))]
+
+
+def perplexity_lines(analysis: Analysis, checkpoints: np.ndarray) -> list[Line]:
+    seen = analysis.tokens_seen
+    lines = []
+    for index, colour in zip(checkpoints, cycle(COLOURS[:6])):  # noqa: B905  # colours have no end
+        mask = chooser_of(analysis).selected(analysis.losses[index], int(seen[index]))
+        values = np.exp([mean_or_nan(column[mask]) for column in analysis.losses])
+        label = f"selected at {amount(seen[index])} tokens"
+        series = f"{seen[index]}"
+        lines.append(Line("selected", series, label, colour, seen, values, mark=int(index)))
+    every = Line("all", "all", "all tokens", "#555555", seen, np.exp(analysis.mean_losses))
+    return [*lines, every]
+
+
+# ---- all of them --------------------------------------------------------------------------------
+
+Draw = Callable[[Path], None]
+
+
+def paper_figures(
+    analyses: Sequence[Analysis],
+    out: Path,
+    heldout: Sequence[Curve] = (),  # labelled with the names of the runs
+    heldout_name: str = "held-out text",
+    seed: int = 0,
+) -> list[Path]:
+    """Write the figures that can be drawn of the runs; the log says why others cannot.
+
+    The control is the first run of the same tokens that trains on all of them. Returns the PNGs;
+    SVG and CSV stand beside them under the same name.
+    """
+    written = []
+    for analysis, stem in zip(analyses, file_names(analyses), strict=True):
+        figures = {
+            "classes": partial(class_figure, analysis, seed=seed),
+            "text-classes": partial(text_figure, analysis, by="class", seed=seed),
+        }
+        if selects(analysis):
+            figures |= selecting_figures(analysis, analyses, heldout, heldout_name, seed)
+        paths = {out / f"{kind}-{stem}.png": draw for kind, draw in figures.items()}
+        written += [path for path, draw in paths.items() if is_drawn(draw, path)]
+    return written
+
+
+def selecting_figures(
+    run: Analysis,
+    analyses: Sequence[Analysis],
+    heldout: Sequence[Curve],
+    heldout_name: str,
+    seed: int,
+) -> dict[str, Draw]:
+    control = control_of(run, analyses)
+    names = [one.name for one in (run, control) if one is not None]
+    curves = [curve for curve in heldout if curve.label in names]
+    return {
+        "text-selected": partial(text_figure, run, seed=seed),
+        "selection": lambda path: selection_figure(run, control, path, curves, heldout_name),
+        "perplexity": partial(perplexity_figure, run),
+    }
+
+
+def is_drawn(draw: Draw, path: Path) -> bool:
+    try:
+        draw(path)
+    except UserError as error:
+        log.info("%s is not drawn: %s", path.name, error)
+        return False
+    return True
+
+
+def selects(analysis: Analysis) -> bool:
+    """Has its rule a rank for each token, and is the rank known? The log says why not."""
+    try:
+        chooser = chooser_of(analysis)
+    except UserError as error:
+        log.info("%s: no figures of what is selected: %s", analysis.name, error)
+        return False
+    if isinstance(chooser.rule, (All, Random, Soft)):
+        log.info("%s: no figures of what is selected by %s", analysis.name, chooser.name)
+        return False
+    return True
+
+
+def control_of(run: Analysis, analyses: Sequence[Analysis]) -> Analysis | None:
+    for other in analyses:
+        if other.store.plan["run"]["selection"]["_target_"].endswith(".All"):
+            try:
+                common_checkpoints(run, other)
+            except UserError as error:
+                log.info("%s is no control of %s: %s", other.name, run.name, error)
+            else:
+                return other
+    log.info("%s: no run on all tokens stands beside it", run.name)
+    return None
+
+
+def file_names(analyses: Sequence[Analysis]) -> list[str]:
+    """The runs' names with what is safe in a file's, each once."""
+    found: list[str] = []
+    for analysis in analyses:
+        stem = re.sub(r"[^A-Za-z0-9.=-]+", "_", analysis.name).strip("._") or "run"
+        taken = sum(name == stem or name.startswith(f"{stem}~") for name in found)
+        found.append(f"{stem}~{taken + 1}" if taken else stem)
+    return found
