@@ -2,7 +2,8 @@
 
 A byte-level token can be a part of a character, a text can have characters that no font at hand
 has, and `$` is no formula. The font is the one that comes with matplotlib, so that every machine
-draws the same. Each character takes one cell, in the order of the text: Arabic letters stay unjoined.
+draws the same. Each character takes one cell, in the order of the text: Arabic is read from the
+left, its letters unjoined.
 """
 
 import codecs
@@ -81,7 +82,7 @@ class Segment(NamedTuple):
 
 
 def wrap(texts: Sequence[str], columns: int) -> list[Segment]:
-    """Lines end at newlines, and before they are longer than `columns`, at a space if there is one."""
+    """Lines end at newlines and, before they are longer than `columns`, at a space if they can."""
     cells = [Cell(token, c) for token, text in enumerate(texts) for c in text]
     found, start, line = [], 0, 0
     while start < len(cells):

@@ -57,6 +57,8 @@ SELECTED_COLOUR, RUN_COLOUR, CONTROL_COLOUR = COLOURS[4], COLOURS[1], COLOURS[0]
 LOSS_AXIS = "loss (nats per token)"
 BY = ("selection", "class")
 MIN_COMMON = 2  # checkpoints that make a line
+MIN_LATE = 8  # points of a line that show its course without its start
+MOST_POINTS = 48  # of a single token's loss: more are a block of colour
 
 Row = dict[str, Any]
 
@@ -66,11 +68,12 @@ def arrow(name: str) -> str:
     return f"{name[0]}\u2192{name[1]}"
 
 
-def amount(tokens: float) -> str:
-    """13.1072M"""
+def amounts(numbers: Sequence[int]) -> list[str]:
+    """13.1M; in full where that does not tell them apart."""
     from matplotlib.ticker import EngFormatter
 
-    return EngFormatter(sep="")(tokens)
+    short = [EngFormatter(sep="")(float(f"{number:.3g}")) for number in numbers]
+    return short if len(set(short)) == len(short) else [f"{number:,}" for number in numbers]
 
 
 def chooser_of(analysis: Analysis) -> Chooser:
@@ -179,7 +182,7 @@ def selected_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
     label = f"selected by {chooser_of(analysis).name}"
     colour = light(SELECTED_COLOUR, 0.75)
     grounds = [colour if row["selected"] == 1 else None for row in rows]
-    title = f"{analysis.name}, after {amount(analysis.tokens_seen[-1])} training tokens"
+    title = f"{analysis.name}, after {amounts([analysis.tokens_seen[-1]])[0]} training tokens"
     return TextLook(title, grounds, {label: colour})
 
 
@@ -197,14 +200,12 @@ def light(colour: str, strength: float = 0.45) -> Any:
     return tuple(1 - strength * (1 - part) for part in to_rgb(colour))
 
 
-def place_text(
-    figure: Any, axes: Any, size: tuple[float, float], labels: dict[str, Any]
-) -> None:
+def place_text(figure: Any, axes: Any, size: tuple[float, float], labels: dict[str, Any]) -> None:
     """A figure as large as the text (inches), its title and its legend; a letter fits its cell."""
     from matplotlib.patches import Patch
 
     ncols = legend_columns(list(labels), WIDTH, len(labels))
-    above = (axes.get_title("left").count("\n") + 2) * 1.2 * TITLE_SIZE / 72
+    above = (1.2 * axes.get_title("left").count("\n") + 2) * TITLE_SIZE / 72
     below = (math.ceil(len(labels) / ncols) + 1) * 1.5 * LEGEND_SIZE / 72
     width, height = size[0] + 0.2, size[1] + above + below
     figure.set_size_inches(width, height)
@@ -249,33 +250,37 @@ def line_rows(lines: Sequence[Line], unit: str) -> list[Row]:
 
 def draw_panel(axes: Any, lines: Sequence[Line], title: str, width: float) -> None:
     for line in lines:
-        style = {"color": line.colour, "linewidth": 1.3, "label": line.label}
+        thickness = 1.3 if len(line.values) < 200 else 0.8
+        style = {"color": line.colour, "linewidth": thickness, "label": line.label}
         axes.plot(line.tokens_seen, line.values, **style)
         if line.mark is not None:
             point = line.tokens_seen[line.mark], line.values[line.mark]
-            axes.plot(*point, "o", color=line.colour, markeredgecolor="white", markersize=8)
+            style = {"color": line.colour, "markeredgecolor": "white", "markersize": 8}
+            axes.plot(*point, "o", zorder=3, **style)  # above all lines
     focus(axes, lines)
-    token_ticks(axes)
+    token_ticks(axes, most=5 if width > 3 else 3)
     axes.set_xlabel(TOKENS_AXIS)
     axes.margins(x=0.02)
     dress(axes, title, width)
 
 
 def focus(axes: Any, lines: Sequence[Line]) -> None:
-    """Where the first twentieth of training dwarfs all the rest, it runs out of the panel."""
-    seen = np.concatenate([line.tokens_seen for line in lines])
-    values = np.concatenate([line.values for line in lines])
-    late = values[(seen >= seen.max() / 20) & ~np.isnan(values)]
-    if len(late) == 0:
+    """Where the first twentieth of training dwarfs all the rest, it runs out of the panel.
+
+    Not where lines have few points: they would leave their first behind.
+    """
+    end = max(line.tokens_seen[-1] for line in lines)
+    late = [line.values[line.tokens_seen >= end / 20] for line in lines]
+    if min(np.count_nonzero(~np.isnan(values)) for values in late) < MIN_LATE:
         return
-    low, high = late.min(), late.max()
-    if np.nanmax(values) - low > 2 * (high - low) > 0:
+    low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
+    if max(np.nanmax(line.values) for line in lines) - low > 2 * (high - low) > 0:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
 # ---- classes ------------------------------------------------------------------------------------
 
-CLASS_PANELS = {"classes": "mean loss of the classes", "LL": "tokens of L→L", "HH": "tokens of H→H"}
+CLASS_PANELS = {"classes": "class means", "LL": "tokens of L→L", "HH": "tokens of H→H"}
 
 
 def class_figure(analysis: Analysis, path: Path, num_tokens: int = 3, seed: int = 0) -> None:
@@ -318,11 +323,14 @@ def fluctuating(analysis: Analysis, name: str, count: int, seed: int) -> np.ndar
 
 
 def token_lines(analysis: Analysis, panel: str, targets: np.ndarray) -> list[Line]:
-    seen, pieces = analysis.tokens_seen, analysis.tokens.pieces
+    """At checkpoints spread evenly over all."""
+    last = len(analysis.losses) - 1
+    places = np.unique(np.linspace(0, last, min(last + 1, MOST_POINTS)).round().astype(np.int64))
+    seen, pieces = analysis.tokens_seen[places], analysis.tokens.pieces
     found = []
     for target, colour in zip(targets, cycle(COLOURS)):  # noqa: B905  # colours have no end
         text = pieces[int(analysis.tokens.targets[target])].decode(errors="replace")
-        values = np.array([column[target] for column in analysis.losses], np.float64)
+        values = np.array([analysis.losses[index][target] for index in places], np.float64)
         found.append(Line(panel, text, legend_text(text), colour, seen, values, int(target)))
     return found
 
@@ -356,7 +364,7 @@ def selection_figure(
     run. The held-out text is what both can be compared by.
     """
     lines = selection_lines(run, control, heldout)
-    titles = {"selected": "selected tokens", "heldout": heldout_name, "rest": "unselected tokens"}
+    titles = {"selected": "selected", "heldout": heldout_name, "unselected": "unselected"}
     panels = [panel for panel in titles if any(line.panel == panel for line in lines)]
     size = (WIDTH, 2.6)
     figure, places = pyplot().subplots(1, len(panels), figsize=size, layout="constrained")
@@ -373,7 +381,7 @@ def selection_lines(
 ) -> list[Line]:
     chooser_of(run)
     assert run.kept is not None, "a chooser comes with what it keeps"
-    values = {"selected": run.kept.loss_selected, "rest": run.kept.loss_unselected}
+    values = {"selected": run.kept.loss_selected, "unselected": run.kept.loss_unselected}
     colours, seen = {run.name: RUN_COLOUR}, run.tokens_seen
     lines = [Line(k, run.name, run.name, RUN_COLOUR, seen, v) for k, v in values.items()]
     if control is not None:
@@ -385,15 +393,15 @@ def selection_lines(
 def control_lines(run: Analysis, control: Analysis) -> list[Line]:
     """The run's choices at the checkpoints that both have, on the control's losses."""
     seen, mine, others = common_checkpoints(run, control)
-    selected, rest = [], []
+    selected, unselected = [], []
     for at, index, other in zip(seen, mine, others, strict=True):
         mask = chooser_of(run).selected(run.losses[index], int(at))
         selected.append(mean_or_nan(control.losses[other][mask]))
-        rest.append(mean_or_nan(control.losses[other][~mask]))
+        unselected.append(mean_or_nan(control.losses[other][~mask]))
     name = control.name
     return [
         Line(panel, name, name, CONTROL_COLOUR, seen, np.array(values))
-        for panel, values in (("selected", selected), ("rest", rest))
+        for panel, values in (("selected", selected), ("unselected", unselected))
     ]
 
 
@@ -410,12 +418,12 @@ def common_checkpoints(run: Analysis, control: Analysis) -> tuple[np.ndarray, ..
     if len(found[0]) < MIN_COMMON:
         raise UserError(
             f"{folders} have {len(found[0])} checkpoints at the same tokens_seen, {MIN_COMMON} are "
-            f"needed: {some(run.tokens_seen)} and {some(control.tokens_seen)}"
+            f"needed: {brief(run.tokens_seen)} and {brief(control.tokens_seen)}"
         )
     return found
 
 
-def some(numbers: np.ndarray, most: int = 4) -> str:
+def brief(numbers: np.ndarray, most: int = 4) -> str:
     shown = ", ".join(f"{number:,}" for number in numbers[:most])
     return f"[{shown}, ...]" if len(numbers) > most else f"[{shown}]"
 
@@ -436,10 +444,10 @@ def perplexity_figure(analysis: Analysis, path: Path, num: int = 5) -> None:
     A set chosen for its high losses falls afterwards, and was lower before, by chance alone.
     """
     lines = perplexity_lines(analysis, spread_checkpoints(analysis, num))
-    figure, axes = pyplot().subplots(figsize=(5.2, 3.2), layout="constrained")
-    draw_panel(axes, lines, analysis.name, width=4.5)
+    figure, axes = pyplot().subplots(figsize=(4.4, 3.2), layout="constrained")
+    draw_panel(axes, lines, analysis.name, width=3.7)
     axes.set_ylabel("perplexity")
-    shared_legend(figure, [axes], "points: the checkpoint that selects")
+    shared_legend(figure, [axes], "tokens selected after (the point on the line)", most=3)
     finish(figure, path, line_rows(lines, "perplexity"))
 
 
@@ -458,14 +466,13 @@ def spread_checkpoints(analysis: Analysis, num: int) -> np.ndarray:
 
 def perplexity_lines(analysis: Analysis, checkpoints: np.ndarray) -> list[Line]:
     seen = analysis.tokens_seen
-    lines = []
-    for index, colour in zip(checkpoints, cycle(COLOURS[:6])):  # noqa: B905  # colours have no end
+    lines, labels = [], amounts(seen[checkpoints])
+    for index, label, colour in zip(checkpoints, labels, cycle(COLOURS[:6])):  # noqa: B905
         mask = chooser_of(analysis).selected(analysis.losses[index], int(seen[index]))
         values = np.exp([mean_or_nan(column[mask]) for column in analysis.losses])
-        label = f"selected at {amount(seen[index])} tokens"
         series = f"{seen[index]}"
         lines.append(Line("selected", series, label, colour, seen, values, mark=int(index)))
-    every = Line("all", "all", "all tokens", "#555555", seen, np.exp(analysis.mean_losses))
+    every = Line("all", "all", "(all tokens)", "#555555", seen, np.exp(analysis.mean_losses))
     return [*lines, every]
 
 

@@ -222,11 +222,11 @@ def dress(axes: Any, title: str, width: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def token_ticks(axes: Any) -> None:
-    """At most five: 50k, 100k, 1.5M"""
+def token_ticks(axes: Any, most: int = 5) -> None:
+    """50k, 100k, 1.5M"""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
