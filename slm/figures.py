@@ -295,9 +295,12 @@ def class_figure(analysis: Analysis, path: Path, num_tokens: int = 3, seed: int 
     figure, places = pyplot().subplots(1, 3, figsize=(WIDTH, 3.4), layout="constrained")
     for letter, axes, (panel, title) in zip("abc", places, CLASS_PANELS.items(), strict=True):
         mine = [line for line in lines if line.panel == panel]
-        if mine:
-            draw_panel(axes, mine, f"({letter}) {title}", width=1.9)
-            panel_legend(axes, family=None if panel == "classes" else FONT)
+        if not mine:
+            axes.axis("off")
+            dress(axes, f"({letter}) no {title}", width=1.9)
+            continue
+        draw_panel(axes, mine, f"({letter}) {title}", width=1.9)
+        panel_legend(axes, family=None if panel == "classes" else FONT)
     places[0].set_ylabel(LOSS_AXIS)
     finish(figure, path, line_rows(lines, "loss_nats"))
 
@@ -387,7 +390,7 @@ def selection_lines(
     if control is not None:
         colours[control.name] = CONTROL_COLOUR
         lines += control_lines(run, control)
-    return lines + [heldout_line(curve, colours) for curve in heldout]
+    return lines + [heldout_line(curve, colours) for curve in heldout if len(curve.loss)]
 
 
 def control_lines(run: Analysis, control: Analysis) -> list[Line]:

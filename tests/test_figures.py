@@ -1,0 +1,445 @@
+"""Every number drawn is counted here again, in plain loops over the losses."""
+
+import csv
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slm.analysis import Analysis, analyse
+from slm.classes import CLASSES
+from slm.errors import UserError
+from slm.figures import (
+    CLASS_COLOURS,
+    Excerpt,
+    amounts,
+    choose_excerpt,
+    class_figure,
+    file_names,
+    light,
+    paper_figures,
+    perplexity_figure,
+    selection_figure,
+    spread_checkpoints,
+    text_figure,
+)
+from slm.plots import Curve
+from slm.token_set import TokenSet
+from slm.trajectories import TrajectoryStore
+
+EXCESS = {"_target_": "slm.selection.Excess", "select_ratio": 0.5, "scope": "batch"}
+RANDOM = {"_target_": "slm.selection.Random", "select_ratio": 0.5, "scope": "batch", "seed": 1}
+ALL = {"_target_": "slm.selection.All"}
+SMILE = "\U0001f600".encode()
+PIECES = [
+    b" the",
+    b" $x^2$",
+    b"\n",
+    SMILE[:2],
+    SMILE[2:],
+    "\u0627\u0644".encode(),
+    b"\xc3",
+    b"\xa9",
+]
+PIECES += [b"$", b"\t", b"\x00", b"\xff", "\u4e2d".encode(), b"_", b"\\frac{", b"<|endoftext|>"]
+W, T = 6, 16
+BATCH = 2  # windows that are ranked together
+
+Make = Callable[..., Analysis]
+
+
+def losses_of(seed: int, checkpoints: int) -> np.ndarray:  # (C, M)
+    """A quarter each rises, falls, stays high and stays low."""
+    rng, kind = np.random.default_rng(seed), np.arange(W * T - 3) % 4
+    level = np.choose(kind, [1.0, 3.0, 5.0, 0.5]) + rng.uniform(0, 0.3, len(kind))
+    slope = np.choose(kind, [1.5, -1.5, 0.0, 0.0])
+    x = np.linspace(0, 1, checkpoints)[:, None]
+    noise = rng.normal(0, 0.05, (checkpoints, len(kind)))
+    return np.abs(level + slope * x + noise).astype(np.float32)
+
+
+@pytest.fixture
+def make(tmp_path) -> Make:
+    def make(
+        name="run",
+        selection=EXCESS,
+        losses: np.ndarray | None = None,
+        references=True,
+        start=0,
+        every=100_000,
+        plan: dict[str, Any] | None = None,
+    ) -> Analysis:
+        rng = np.random.default_rng(0)
+        live = np.ones((W, T), bool)
+        live[1, :3] = False  # a prompt
+        columns = {"source": np.zeros(W * T - 3, np.uint16)}
+        if references:
+            columns["reference_loss"] = rng.uniform(0, 3, W * T - 3).astype(np.float32)
+        ids = rng.integers(0, len(PIECES), (W, T + 1)).astype(np.uint32)
+        ids[0, :16] = np.arange(16)
+        tokens = TokenSet(np.arange(W) * 10, ids, live, columns, dict(enumerate(PIECES)))
+        run = {"selection": selection, "selection_start": start, "micro_batch_size": BATCH}
+        body = {"format": 1, "kind": "dynamics", "corpus_fingerprint": "c0", "sources": ["a"]}
+        body |= {"windows_sha256": "w0", "run": run} | (plan or {})
+        store = TrajectoryStore.create(tmp_path / f"store-{name}".replace("/", "_"), body, tokens)
+        for index, column in enumerate(losses_of(0, 5) if losses is None else losses):
+            store.append(every * index, column)
+        return analyse(store, name)
+
+    return make
+
+
+def masks_of(analysis: Analysis) -> list[np.ndarray]:
+    """Of the rule EXCESS, by sorting; C arrays (M,)."""
+    reference, live = analysis.tokens.columns["reference_loss"], analysis.tokens.live
+    found = []
+    for column in analysis.losses:
+        grid = np.full((W, T), -np.inf)
+        grid[live] = column.astype(np.float64) - reference
+        mask = np.zeros((W, T), bool)
+        for start in range(0, W, BATCH):
+            rows = slice(start, start + BATCH)
+            count = int(live[rows].sum() * 0.5 + 0.5)
+            mask[rows] = grid[rows] >= np.sort(grid[rows], axis=None)[-count]
+        found.append(mask[live])
+    return found
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def lines_of(path: Path, unit: str = "loss_nats") -> dict[tuple[str, str], dict[int, float]]:
+    """(panel, series or target): tokens seen: value"""
+    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in rows_of(path):
+        key = row["panel"], row["target"] or row["series"]
+        found[key][int(row["tokens_seen"])] = float(row[unit])
+    return found
+
+
+def drawn_of(axes: Any) -> list[tuple[list[float], list[float]]]:
+    """The lines of a panel, without the points that are marked."""
+    lines = [line for line in axes.lines if line.get_marker() == "None"]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+
+
+def assert_drawn(axes: Any, expected: list[dict[int, float]]) -> None:
+    for (x, y), line in zip(drawn_of(axes), expected, strict=True):
+        assert x == list(line) and y == pytest.approx(list(line.values()))
+
+
+def assert_files(path: Path) -> None:
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in path.with_suffix(".svg").read_text(encoding="utf-8")
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+def test_text_has_each_token_with_its_numbers_and_colour(make, tmp_path, kept):
+    run = make()
+    text_figure(run, tmp_path / "t.png", Excerpt(1, 0, T + 1))
+    assert_files(tmp_path / "t.png")
+    rows, tokens = rows_of(tmp_path / "t.png"), run.tokens
+    assert len(rows) == T + 1
+    mask, number = masks_of(run)[-1], T  # window 1 begins after the T targets of window 0
+    for place, row in enumerate(rows):
+        assert (row["window"], row["position"]) == ("10", str(place))
+        assert bytes.fromhex(row["bytes"]) == PIECES[int(tokens.tokens[1, place])]
+        if place < 4:  # the first token, and the prompt
+            assert row["class"] == row["loss_nats"] == row["selected"] == ""
+            continue
+        assert float(row["loss_nats"]) == run.losses[-1][number]
+        assert float(row["reference_loss_nats"]) == tokens.columns["reference_loss"][number]
+        assert row["class"] == CLASSES[run.trajectories.label[number]]
+        assert row["selected"] == str(int(mask[number]))
+        number += 1
+    widths = sum(box.get_width() for box in kept[0].axes[0].patches)
+    assert widths == sum(len(row["text"]) for row in rows if row["selected"] == "1") > 0
+
+
+def test_text_by_class_has_the_classes_colours(make, tmp_path, kept):
+    run = make(references=False)
+    text_figure(run, tmp_path / "t.png", Excerpt(0, 0, 17), by="class")
+    rows = rows_of(tmp_path / "t.png")
+    assert "selected" not in rows[0] and "reference_loss_nats" not in rows[0]
+    widths: dict[Any, int] = defaultdict(int)
+    for box in kept[0].axes[0].patches:
+        widths[box.get_facecolor()[:3]] += box.get_width()
+    for name, colour in CLASS_COLOURS.items():
+        assert widths[light(colour)] == sum(len(r["text"]) for r in rows if r["class"] == name)
+
+
+def test_wild_text_is_drawn_without_a_warning(make, tmp_path, kept):
+    text_figure(make(), tmp_path / "t.png", Excerpt(0, 0, 16))
+    texts = [row["text"] for row in rows_of(tmp_path / "t.png")]
+    assert texts[:6] == [" the", " $x^2$", "\n", "", "\U0001f600", "\u0627\u0644"]
+    assert texts[6:12] == ["", "\u00e9", "$", "\t", "\x00", "\ufffd"]
+    drawn = "".join(text.get_text() for text in kept[0].axes[0].texts)
+    assert drawn.startswith("the$x^2$\u21b5\u25a1\u0627\u0644\u00e9$\u21e5\u25a1\ufffd\u25a1_")
+
+
+def test_an_excerpt_is_drawn_by_seed_and_refused_where_there_is_none(make, tmp_path):
+    run = make()
+    chosen = {choose_excerpt(run, seed, most=5) for seed in range(200)}
+    assert {part.window for part in chosen} == set(range(W))
+    assert {(part.start, part.stop) for part in chosen} == {(i, i + 5) for i in range(13)}
+    assert choose_excerpt(run, 3) == choose_excerpt(run, 3)
+    for part in (Excerpt(W, 0, 3), Excerpt(0, 3, 3), Excerpt(0, 0, 18), Excerpt(-1, 0, 3)):
+        with pytest.raises(UserError, match="outside of 6 windows of 17 tokens"):
+            text_figure(run, tmp_path / "t.png", part)
+    with pytest.raises(UserError, match="by is 'loss'"):
+        text_figure(run, tmp_path / "t.png", by="loss")
+    with pytest.raises(UserError, match=r"has no reference scores, excess 0\.5 needs them"):
+        text_figure(make("other", references=False), tmp_path / "t.png")
+    assert not (tmp_path / "t.csv").exists()
+
+
+# ---- classes ------------------------------------------------------------------------------------
+
+
+def test_classes_and_tokens_are_counted_by_hand(make, tmp_path, kept):
+    run = make(losses=losses_of(1, 9))
+    class_figure(run, tmp_path / "c.png", num_tokens=2)
+    assert_files(tmp_path / "c.png")
+    lines, label = lines_of(tmp_path / "c.png"), run.trajectories.label
+    for index, name in enumerate(CLASSES):
+        for at, column in enumerate(run.losses):
+            mine = [float(loss) for loss, kind in zip(column, label, strict=True) if kind == index]
+            assert lines["classes", name][100_000 * at] == pytest.approx(np.mean(mine))
+    for number, name in ((1, "LL"), (2, "HH")):
+        tokens = {int(k[1]): line for k, line in lines.items() if k[0] == name}
+        assert len(tokens) == 2
+        for target, line in tokens.items():
+            assert label[target] == CLASSES.index(name)
+            assert list(line.values()) == [column[target] for column in run.losses]
+        assert_drawn(kept[0].axes[number], list(tokens.values()))
+    assert_drawn(kept[0].axes[0], [lines["classes", name] for name in CLASSES])
+    shown = [text.get_text() for text in kept[0].axes[0].get_legend().get_texts()]
+    expected = [round(100 * np.mean(label == index)) for index in range(4)]
+    assert shown == [
+        f"{name[0]}\u2192{name[1]} ({share}% of tokens)"
+        for name, share in zip(CLASSES, expected, strict=True)
+    ]
+
+
+def test_the_tokens_shown_are_among_the_most_restless(make, tmp_path):
+    losses = losses_of(0, 9)
+    restless = [3, 7]  # kind 3: L->L
+    losses[::2, restless] += 0.4
+    class_figure(make(losses=losses), tmp_path / "c.png", num_tokens=2)
+    assert {k[1] for k in lines_of(tmp_path / "c.png") if k[0] == "LL"} == {"3", "7"}
+
+
+def test_a_class_without_tokens_has_no_lines(make, tmp_path, kept):
+    losses = losses_of(0, 4)
+    losses[:, :] = np.linspace(5, 1, 4)[:, None]
+    class_figure(make(losses=losses), tmp_path / "c.png")
+    assert set(lines_of(tmp_path / "c.png")) == {("classes", "HL")}
+    assert kept[0].axes[1].get_title("left") == "(b) no tokens of L\u2192L"
+
+
+def test_of_a_thousand_checkpoints_a_token_shows_some(make, tmp_path):
+    class_figure(make(losses=losses_of(0, 400)), tmp_path / "c.png", num_tokens=1)
+    lines = {key[0]: line for key, line in lines_of(tmp_path / "c.png").items()}
+    assert len(lines["classes"]) == 400 and len(lines["HH"]) == 48
+    assert min(lines["HH"]) == 0 and max(lines["HH"]) == 39_900_000
+
+
+# ---- selection ----------------------------------------------------------------------------------
+
+
+def test_selection_is_counted_by_hand_in_both_runs(make, tmp_path, kept):
+    run = make(losses=losses_of(0, 5))
+    control = make("all tokens", ALL, losses_of(7, 3), every=200_000, references=False)
+    curves = [
+        Curve("run", np.array([0, 100]), np.array([3.0, 2.0])),
+        Curve("all tokens", np.array([0, 300]), np.array([3.0, 2.5])),
+    ]
+    selection_figure(run, control, tmp_path / "s.png", curves, "curated text")
+    assert_files(tmp_path / "s.png")
+    lines = lines_of(tmp_path / "s.png")
+    for at, mask in enumerate(masks_of(run)):
+        column = run.losses[at].astype(np.float64)
+        assert lines["selected", "run"][100_000 * at] == pytest.approx(column[mask].mean())
+        assert lines["unselected", "run"][100_000 * at] == pytest.approx(column[~mask].mean())
+    for at in range(3):  # the control's checkpoint i is the run's 2 i
+        mask, column = masks_of(run)[2 * at], control.losses[at].astype(np.float64)
+        seen = 200_000 * at
+        assert lines["selected", "all tokens"][seen] == pytest.approx(column[mask].mean())
+        assert lines["unselected", "all tokens"][seen] == pytest.approx(column[~mask].mean())
+    assert list(lines["selected", "all tokens"]) == [0, 200_000, 400_000]
+    assert lines["heldout", "all tokens"] == {0: 3.0, 300: 2.5}
+    titles = [axes.get_title("left") for axes in kept[0].axes]
+    assert titles == ["(a) selected", "(b) curated text", "(c) unselected"]
+    for axes, panel in zip(kept[0].axes, ("selected", "heldout", "unselected"), strict=True):
+        assert_drawn(axes, [lines[panel, "run"], lines[panel, "all tokens"]])
+    shown = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    assert shown == ["run", "all tokens"]
+
+
+def test_a_run_alone_has_two_panels_and_nothing_where_all_is_selected(make, tmp_path, kept):
+    run = make(start=250_000)
+    selection_figure(run, None, tmp_path / "s.png")
+    lines = lines_of(tmp_path / "s.png")
+    assert set(lines) == {("selected", "run"), ("unselected", "run")}
+    assert list(lines["selected", "run"]) == [0, 100_000, 200_000, 300_000, 400_000]
+    assert list(lines["unselected", "run"]) == [300_000, 400_000]
+    assert lines["selected", "run"][0] == pytest.approx(run.losses[0].mean(dtype=np.float64))
+    assert len(kept[0].axes) == 2
+
+
+@pytest.mark.parametrize("field", ["corpus_fingerprint", "windows_sha256"])
+def test_a_control_on_other_tokens_is_refused(make, tmp_path, field):
+    run, control = make(), make("control", ALL, plan={field: "other"})
+    expected = f"{field} is {run.store.plan[field]} and other"
+    with pytest.raises(UserError, match=expected):
+        selection_figure(run, control, tmp_path / "s.png")
+    assert list(tmp_path.glob("s.*")) == []
+
+
+def test_a_control_at_other_times_is_refused(make, tmp_path):
+    run, control = make(), make("control", ALL, losses_of(1, 3), every=70_000)
+    expected = (
+        r"1 checkpoints at the same tokens_seen, 2 are needed: "
+        r"\[0, 100,000, 200,000, 300,000, \.\.\.\] and \[0, 70,000, 140,000\]"
+    )
+    with pytest.raises(UserError, match=expected):
+        selection_figure(run, control, tmp_path / "s.png")
+
+
+def test_names_must_tell_the_lines_apart(make, tmp_path):
+    run, curve = make(), Curve("x", np.array([0, 1]), np.array([1.0, 2.0]))
+    with pytest.raises(UserError, match="held-out curve 'x' is of neither run: run"):
+        selection_figure(run, None, tmp_path / "s.png", [curve])
+    with pytest.raises(UserError, match="both runs are named run"):
+        selection_figure(run, run, tmp_path / "s.png")
+
+
+def test_a_start_that_dwarfs_the_rest_runs_out_of_the_panel(make, tmp_path, kept):
+    losses = losses_of(0, 40)
+    selection_figure(make(losses=losses), None, tmp_path / "s.png")
+    high = losses.copy()
+    high[0] += 50
+    selection_figure(make("high", losses=high), None, tmp_path / "h.png")
+    short = losses_of(0, 4)
+    short[0] += 50
+    selection_figure(make("short", losses=short), None, tmp_path / "f.png")
+    tops = [figure.axes[0].get_ylim()[1] for figure in kept]
+    assert max(tops[:2]) < 10 and tops[2] > 50
+    assert lines_of(tmp_path / "h.png")["selected", "high"][0] > 50  # the table has it
+
+
+# ---- perplexity ---------------------------------------------------------------------------------
+
+
+def test_perplexity_of_each_set_is_counted_by_hand(make, tmp_path, kept):
+    run = make(losses=losses_of(3, 7))
+    perplexity_figure(run, tmp_path / "p.png", num=3)
+    assert_files(tmp_path / "p.png")
+    lines, masks = lines_of(tmp_path / "p.png", "perplexity"), masks_of(run)
+    assert set(lines) == {("selected", f"{seen}") for seen in (200_000, 400_000, 600_000)} | {
+        ("all", "all")
+    }
+    for choice in (2, 4, 6):
+        for at, column in enumerate(run.losses):
+            expected = np.exp(np.mean(column.astype(np.float64)[masks[choice]]))
+            found = lines["selected", f"{100_000 * choice}"][100_000 * at]
+            assert found == pytest.approx(expected)
+    for at, column in enumerate(run.losses):
+        expected = np.exp(np.mean(column.astype(np.float64)))
+        assert lines["all", "all"][100_000 * at] == pytest.approx(expected)
+    axes = kept[0].axes[0]
+    assert_drawn(axes, list(lines.values()))
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    for point, choice in zip(points, (2, 4, 6), strict=True):
+        seen = 100_000 * choice
+        assert point.get_xdata()[0] == seen
+        assert point.get_ydata()[0] == pytest.approx(lines["selected", f"{seen}"][seen])
+    shown = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    assert shown == ["200k", "400k", "600k", "(all tokens)"]
+
+
+def test_checkpoints_are_spread_over_those_at_which_the_rule_selects(make):
+    run = make(losses=losses_of(0, 11))
+    assert spread_checkpoints(run, 5).tolist() == [2, 4, 6, 8, 10]
+    assert spread_checkpoints(run, 1).tolist() == [10]
+    late = make("late", losses=losses_of(0, 11), start=550_000)
+    assert spread_checkpoints(late, 5).tolist() == [7, 8, 9, 10]
+    assert spread_checkpoints(make("few", losses=losses_of(0, 3)), 9).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="starts after 500,000 tokens, .* has seen 400,000"):
+        spread_checkpoints(make("never", start=500_000), 5)
+
+
+def test_amounts_are_told_apart():
+    assert amounts([0, 13_107_200, 1_500_000_000]) == ["0", "13.1M", "1.5G"]
+    assert amounts([13_107_200, 13_107_300]) == ["13,107,200", "13,107,300"]
+
+
+# ---- all of them --------------------------------------------------------------------------------
+
+
+def test_all_figures_that_can_be_drawn_are_written(make, tmp_path, caplog, kept):
+    caplog.set_level(logging.INFO, "slm.figures")
+    runs = [make("excess 0.5"), make("other", ALL, plan={"windows_sha256": "w1"})]
+    runs += [make("a/b $c$", ALL, losses_of(4, 5)), make("random", RANDOM)]
+    runs += [make("blind", references=False)]
+    curve = Curve("excess 0.5", np.array([0, 100]), np.array([3.0, 2.0]))
+    stranger = curve._replace(label="stranger")
+    found = paper_figures(runs, tmp_path / "out", [curve, stranger])
+    every = {f"{kind}-{name}.png" for kind in ("classes", "text-classes") for name in NAMES}
+    selecting = {f"{kind}-excess_0.5.png" for kind in ("text-selected", "selection", "perplexity")}
+    assert {path.name for path in found} == every | selecting
+    for path in found:
+        assert_files(path)
+        assert rows_of(path)
+    panels = {key for key in lines_of(tmp_path / "out" / "selection-excess_0.5.png")}
+    assert ("selected", "a/b $c$") in panels and ("heldout", "excess 0.5") in panels
+    text = caplog.text
+    assert "other is no control of excess 0.5" in text and "windows_sha256 is w0 and w1" in text
+    assert "random: no figures of what is selected by random 0.5" in text
+    assert "blind: no figures of what is selected" in text and "needs them" in text
+    assert all("\n" not in record.message for record in caplog.records)
+
+
+NAMES = ("excess_0.5", "other", "a_b_c", "random", "blind")
+
+
+def test_without_a_control_the_run_stands_alone(make, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "slm.figures")
+    found = paper_figures([make(start=999_999)], tmp_path / "out")
+    assert {path.stem for path in found} == {
+        f"{kind}-run" for kind in ("classes", "text-classes", "text-selected", "selection")
+    }
+    assert "run: no run on all tokens stands beside it" in caplog.text
+    assert "perplexity-run.png is not drawn" in caplog.text
+
+
+def test_the_same_losses_give_the_same_bytes(make, tmp_path):
+    runs = [make(losses=losses_of(0, 6)), make("control", ALL, losses_of(1, 6))]
+    for folder in ("one", "two"):
+        paper_figures(runs, tmp_path / folder)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) == 7 * 3
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        if name.endswith(".svg"):
+            assert "<dc:date>" not in (tmp_path / "one" / name).read_text(encoding="utf-8")
+
+
+def test_another_seed_shows_other_text_and_tokens(make, tmp_path):
+    run = make()
+    for seed in (0, 1):
+        text_figure(run, tmp_path / f"{seed}.png", seed=seed)
+    assert rows_of(tmp_path / "0.png") != rows_of(tmp_path / "1.png")
+
+
+def test_file_names_are_safe_and_differ(make):
+    runs = [make(name) for name in ("a/b c", "a b/c", "..", "a_b_c")]
+    assert file_names(runs) == ["a_b_c", "a_b_c~2", "run", "a_b_c~3"]
