@@ -76,6 +76,11 @@ def amounts(numbers: Sequence[int]) -> list[str]:
     return short if len(set(short)) == len(short) else [f"{number:,}" for number in numbers]
 
 
+def plain(text: str) -> str:
+    """Dollars in names and tokens start no formula."""
+    return text.replace("$", r"\$")
+
+
 def chooser_of(analysis: Analysis) -> Chooser:
     if analysis.chooser is None:
         rule = rule_name(analysis.store.plan["run"]["selection"])
@@ -127,7 +132,7 @@ def text_figure(
     figure, axes = pyplot().subplots()
     inks = ["#000000" if row["class"] else GREY for row in rows]
     draw_segments(axes, found, look.grounds, inks, columns_in(WIDTH))
-    dress(axes, look.title, WIDTH)
+    dress(axes, plain(look.title), WIDTH)
     place_text(figure, axes, size_of(found, columns_in(WIDTH)), look.labels)
     finish(figure, path, rows)
 
@@ -251,7 +256,7 @@ def line_rows(lines: Sequence[Line], unit: str) -> list[Row]:
 def draw_panel(axes: Any, lines: Sequence[Line], title: str, width: float) -> None:
     for line in lines:
         thickness = 1.3 if len(line.values) < 200 else 0.8
-        style = {"color": line.colour, "linewidth": thickness, "label": line.label}
+        style = {"color": line.colour, "linewidth": thickness, "label": plain(line.label)}
         axes.plot(line.tokens_seen, line.values, **style)
         if line.mark is not None:
             point = line.tokens_seen[line.mark], line.values[line.mark]
@@ -261,7 +266,7 @@ def draw_panel(axes: Any, lines: Sequence[Line], title: str, width: float) -> No
     token_ticks(axes, most=5 if width > 3 else 3)
     axes.set_xlabel(TOKENS_AXIS)
     axes.margins(x=0.02)
-    dress(axes, title, width)
+    dress(axes, plain(title), width)
 
 
 def focus(axes: Any, lines: Sequence[Line]) -> None:
@@ -340,14 +345,12 @@ def token_lines(analysis: Analysis, panel: str, targets: np.ndarray) -> list[Lin
 
 def panel_legend(axes: Any, family: str | None) -> None:
     """Below the panel, where it hides no line."""
-    legend = axes.legend(
+    axes.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.24),
         frameon=False,
         prop={"size": LEGEND_SIZE - 1} | ({"family": family} if family else {}),
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a token may hold dollars
 
 
 # ---- selection ----------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.cbook import is_math_text
+from matplotlib.text import Text
 
 from slm.analysis import Analysis, analyse
 from slm.classes import CLASSES
@@ -235,6 +237,21 @@ def test_the_tokens_shown_are_among_the_most_restless(make, tmp_path):
     losses[::2, restless] += 0.4
     class_figure(make(losses=losses), tmp_path / "c.png", num_tokens=2)
     assert {k[1] for k in lines_of(tmp_path / "c.png") if k[0] == "LL"} == {"3", "7"}
+
+
+def test_dollars_start_no_formula(make, tmp_path, kept):
+    text = {number: b"$\\x$" for number in range(len(PIECES))}  # no formula that could be drawn
+    run = make(r"a $\x$")
+    object.__setattr__(run.store.tokens, "pieces", text)
+    control = make(r"b $\x$", ALL)
+    text_figure(run, tmp_path / "t.png")
+    class_figure(run, tmp_path / "c.png")
+    selection_figure(run, control, tmp_path / "s.png", heldout_name=r"c $\x$")
+    perplexity_figure(run, tmp_path / "p.png")
+    found = [text for figure in kept for text in figure.findobj(Text)]
+    assert not [t.get_text() for t in found if t.get_parse_math() and is_math_text(t.get_text())]
+    shown = [text.get_text() for text in kept[1].axes[1].get_legend().get_texts()]
+    assert [text.replace(r"\$", "$") for text in shown] == ["\u201c$\\x$\u201d"] * 3
 
 
 def test_a_class_without_tokens_has_no_lines(make, tmp_path, kept):
