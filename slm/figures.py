@@ -10,278 +10,40 @@ Each writes PNG, SVG and, so that others can draw it anew, the numbers it draws 
 """
 
 import logging
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from slm.analysis import Analysis, Chooser, mean_or_nan, rule_name
+from slm.analysis import Analysis, mean_or_nan
 from slm.classes import CLASSES
 from slm.errors import UserError
-from slm.excerpts import (
-    FONT,
-    GREY,
-    columns_in,
-    draw_segments,
-    legend_text,
-    size_of,
-    token_texts,
-    wrap,
+from slm.excerpts import FONT, legend_text
+from slm.figure_parts import (
+    CLASS_COLOURS,
+    LOSS_AXIS,
+    WIDTH,
+    Line,
+    amounts,
+    arrow,
+    chooser_of,
+    draw_panel,
+    finish,
+    line_rows,
 )
-from slm.plots import (
-    COLOURS,
-    LEGEND_SIZE,
-    TITLE_SIZE,
-    TOKENS_AXIS,
-    Curve,
-    dress,
-    legend_columns,
-    pyplot,
-    save_figure,
-    shared_legend,
-    token_ticks,
-)
+from slm.plots import COLOURS, LEGEND_SIZE, Curve, dress, pyplot, shared_legend
 from slm.selection import All, Random, Soft
-from slm.shards import write_csv
+from slm.text_figure import text_figure
 
 log = logging.getLogger(__name__)
 
-WIDTH = 6.8  # inches: the text of a page
-CLASS_COLOURS = dict(zip(CLASSES, (COLOURS[1], COLOURS[3], COLOURS[2], COLOURS[0]), strict=True))
-SELECTED_COLOUR, RUN_COLOUR, CONTROL_COLOUR = COLOURS[4], COLOURS[1], COLOURS[0]
-LOSS_AXIS = "loss (nats per token)"
-BY = ("selection", "class")
+RUN_COLOUR, CONTROL_COLOUR = COLOURS[1], COLOURS[0]
 MIN_COMMON = 2  # checkpoints that make a line
-MIN_LATE = 8  # points of a line that show its course without its start
 MOST_POINTS = 48  # of a single token's loss: more are a block of colour
-
-Row = dict[str, Any]
-
-
-def arrow(name: str) -> str:
-    """HL -> H→L"""
-    return f"{name[0]}\u2192{name[1]}"
-
-
-def amounts(numbers: Sequence[int]) -> list[str]:
-    """13.1M; in full where that does not tell them apart."""
-    from matplotlib.ticker import EngFormatter
-
-    short = [EngFormatter(sep="")(float(f"{number:.3g}")) for number in numbers]
-    return short if len(set(short)) == len(short) else [f"{number:,}" for number in numbers]
-
-
-def plain(text: str) -> str:
-    """Dollars in names and tokens start no formula."""
-    return text.replace("$", r"\$")
-
-
-def chooser_of(analysis: Analysis) -> Chooser:
-    if analysis.chooser is None:
-        rule = rule_name(analysis.store.plan["run"]["selection"])
-        raise UserError(f"{analysis.store.folder} has no reference scores, {rule} needs them")
-    return analysis.chooser
-
-
-def finish(figure: Any, path: Path, rows: list[Row]) -> None:
-    write_csv(path.with_suffix(".csv"), rows)
-    save_figure(figure, path)
-    pyplot().close(figure)
-
-
-# ---- text ---------------------------------------------------------------------------------------
-
-
-class Excerpt(NamedTuple):
-    """Tokens [start, stop) of a window; `window` counts those of the token set."""
-
-    window: int
-    start: int
-    stop: int
-
-
-def choose_excerpt(analysis: Analysis, seed: int, most: int = 160) -> Excerpt:
-    """A window, or `most` tokens in a row of one."""
-    rng, (windows, length) = np.random.default_rng(seed), analysis.tokens.tokens.shape
-    window, size = int(rng.integers(windows)), min(most, length)
-    start = int(rng.integers(length - size + 1))
-    return Excerpt(window, start, start + size)
-
-
-def text_figure(
-    analysis: Analysis,
-    path: Path,
-    excerpt: Excerpt | None = None,  # None: by seed
-    by: str = "selection",
-    seed: int = 0,
-) -> None:
-    """Each token coloured by what the rule says of it at the last checkpoint, or by its class.
-
-    What is no target (a window's first token, a prompt) is grey.
-    """
-    if by not in BY:
-        raise UserError(f"text_figure: by is {by!r}, it must be one of {BY}")
-    rows = excerpt_rows(analysis, excerpt or choose_excerpt(analysis, seed))
-    look = class_look(analysis, rows) if by == "class" else selected_look(analysis, rows)
-    found = wrap([row["text"] for row in rows], columns_in(WIDTH))
-    figure, axes = pyplot().subplots()
-    inks = ["#000000" if row["class"] else GREY for row in rows]
-    draw_segments(axes, found, look.grounds, inks, columns_in(WIDTH))
-    dress(axes, plain(look.title), WIDTH)
-    place_text(figure, axes, size_of(found, columns_in(WIDTH)), look.labels)
-    finish(figure, path, rows)
-
-
-def excerpt_rows(analysis: Analysis, part: Excerpt) -> list[Row]:
-    """A row a token; cells are empty where it is no target."""
-    tokens = analysis.tokens
-    check_excerpt(part, *tokens.tokens.shape)
-    pieces = [tokens.pieces[int(token)] for token in tokens.tokens[part.window]]
-    texts, columns = token_texts(pieces), target_columns(analysis)
-    numbers = tokens.spread(np.arange(tokens.num_targets), -1)[part.window]
-    numbers = np.concatenate([[-1], numbers])  # the first token is a target of no window
-    return [
-        {
-            "window": int(tokens.windows[part.window]),
-            "position": place,
-            "token": int(tokens.tokens[part.window, place]),
-            "bytes": pieces[place].hex(),
-            "text": texts[place],
-        }
-        | {k: v[numbers[place]].item() if numbers[place] >= 0 else "" for k, v in columns.items()}
-        for place in range(part.start, part.stop)
-    ]
-
-
-def check_excerpt(part: Excerpt, windows: int, length: int) -> None:
-    if not (0 <= part.window < windows and 0 <= part.start < part.stop <= length):
-        raise UserError(f"{part} lies outside of {windows} windows of {length} tokens")
-
-
-def target_columns(analysis: Analysis) -> dict[str, np.ndarray]:  # (M,) each
-    """What is known of every target at the last checkpoint."""
-    found = {
-        "class": np.array(CLASSES)[analysis.trajectories.label],
-        "loss_nats": analysis.losses[-1],
-    }
-    if "reference_loss" in analysis.tokens.columns:
-        found["reference_loss_nats"] = analysis.tokens.columns["reference_loss"]
-    if analysis.chooser is not None:
-        chosen = analysis.chooser.selected(analysis.losses[-1], int(analysis.tokens_seen[-1]))
-        found["selected"] = chosen.astype(np.uint8)
-    return found
-
-
-class TextLook(NamedTuple):
-    title: str
-    grounds: list[Any]  # a colour for each token, None: white
-    labels: dict[str, Any]  # the legend's, with their colours
-
-
-def selected_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
-    label = f"selected by {chooser_of(analysis).name}"
-    colour = light(SELECTED_COLOUR, 0.75)
-    grounds = [colour if row["selected"] == 1 else None for row in rows]
-    title = f"{analysis.name}, after {amounts([analysis.tokens_seen[-1]])[0]} training tokens"
-    return TextLook(title, grounds, {label: colour})
-
-
-def class_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
-    grounds = [light(CLASS_COLOURS[row["class"]]) if row["class"] else None for row in rows]
-    labels = {arrow(name): light(colour) for name, colour in CLASS_COLOURS.items()}
-    title = f"{analysis.name}, {len(analysis.losses)} checkpoints"
-    return TextLook(title, grounds, labels)
-
-
-def light(colour: str, strength: float = 0.45) -> Any:
-    """Mixed with white, so that black text on it can be read."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(1 - strength * (1 - part) for part in to_rgb(colour))
-
-
-def place_text(figure: Any, axes: Any, size: tuple[float, float], labels: dict[str, Any]) -> None:
-    """A figure as large as the text (inches), its title and its legend; a letter fits its cell."""
-    from matplotlib.patches import Patch
-
-    ncols = legend_columns(list(labels), WIDTH, len(labels))
-    above = (1.2 * axes.get_title("left").count("\n") + 2) * TITLE_SIZE / 72
-    below = (math.ceil(len(labels) / ncols) + 1) * 1.5 * LEGEND_SIZE / 72
-    width, height = size[0] + 0.2, size[1] + above + below
-    figure.set_size_inches(width, height)
-    axes.set_position((0.1 / width, below / height, size[0] / width, size[1] / height))
-    handles = [Patch(facecolor=colour, label=label) for label, colour in labels.items()]
-    figure.legend(
-        handles=handles, loc="lower left", ncols=ncols, frameon=False, fontsize=LEGEND_SIZE
-    )
-
-
-# ---- lines over training ------------------------------------------------------------------------
-
-
-class Line(NamedTuple):
-    """One line of a panel."""
-
-    panel: str
-    series: str  # in the table
-    label: str  # in the legend
-    colour: str
-    tokens_seen: np.ndarray  # (n,)
-    values: np.ndarray  # (n,), NaN where nothing was measured
-    target: int | None = None  # of the token set, where the line is a token's
-    mark: int | None = None  # index of a point to mark
-
-
-def line_rows(lines: Sequence[Line], unit: str) -> list[Row]:
-    """A row a measurement, in the order of drawing."""
-    return [
-        {
-            "panel": line.panel,
-            "series": line.series,
-            "target": "" if line.target is None else line.target,
-            "tokens_seen": int(seen),
-            unit: float(value),
-        }
-        for line in lines
-        for seen, value in zip(line.tokens_seen, line.values, strict=True)
-        if not np.isnan(value)
-    ]
-
-
-def draw_panel(axes: Any, lines: Sequence[Line], title: str, width: float) -> None:
-    for line in lines:
-        thickness = 1.3 if len(line.values) < 200 else 0.8
-        style = {"color": line.colour, "linewidth": thickness, "label": plain(line.label)}
-        axes.plot(line.tokens_seen, line.values, **style)
-        if line.mark is not None:
-            point = line.tokens_seen[line.mark], line.values[line.mark]
-            style = {"color": line.colour, "markeredgecolor": "white", "markersize": 8}
-            axes.plot(*point, "o", zorder=3, **style)  # above all lines
-    focus(axes, lines)
-    token_ticks(axes, most=5 if width > 3 else 3)
-    axes.set_xlabel(TOKENS_AXIS)
-    axes.margins(x=0.02)
-    dress(axes, plain(title), width)
-
-
-def focus(axes: Any, lines: Sequence[Line]) -> None:
-    """Where the first twentieth of training dwarfs all the rest, it runs out of the panel.
-
-    Not where lines have few points: they would leave their first behind.
-    """
-    end = max(line.tokens_seen[-1] for line in lines)
-    late = [line.values[line.tokens_seen >= end / 20] for line in lines]
-    if min(np.count_nonzero(~np.isnan(values)) for values in late) < MIN_LATE:
-        return
-    low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
-    if max(np.nanmax(line.values) for line in lines) - low > 2 * (high - low) > 0:
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-
 
 # ---- classes ------------------------------------------------------------------------------------
 
@@ -472,7 +234,7 @@ def spread_checkpoints(analysis: Analysis, num: int) -> np.ndarray:
 
 def perplexity_lines(analysis: Analysis, checkpoints: np.ndarray) -> list[Line]:
     seen = analysis.tokens_seen
-    lines, labels = [], amounts(seen[checkpoints])
+    lines, labels = [], amounts(seen[checkpoints].tolist())
     for index, label, colour in zip(checkpoints, labels, cycle(COLOURS[:6])):  # noqa: B905
         mask = chooser_of(analysis).selected(analysis.losses[index], int(seen[index]))
         values = np.exp([mean_or_nan(column[mask]) for column in analysis.losses])

@@ -1,206 +1,43 @@
 """Every number drawn is counted here again, in plain loops over the losses."""
 
-import csv
 import logging
-from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
 from matplotlib.cbook import is_math_text
 from matplotlib.text import Text
 
-from slm.analysis import Analysis, analyse
+from figure_helpers import (
+    ALL,
+    PIECES,
+    RANDOM,
+    Make,
+    assert_drawn,
+    assert_files,
+    lines_of,
+    losses_of,
+    make_analysis,
+    masks_of,
+    rows_of,
+)
 from slm.classes import CLASSES
 from slm.errors import UserError
 from slm.figures import (
-    CLASS_COLOURS,
-    Excerpt,
-    amounts,
-    choose_excerpt,
     class_figure,
     file_names,
-    light,
     paper_figures,
     perplexity_figure,
     selection_figure,
     spread_checkpoints,
-    text_figure,
 )
 from slm.plots import Curve
-from slm.token_set import TokenSet
-from slm.trajectories import TrajectoryStore
-
-EXCESS = {"_target_": "slm.selection.Excess", "select_ratio": 0.5, "scope": "batch"}
-RANDOM = {"_target_": "slm.selection.Random", "select_ratio": 0.5, "scope": "batch", "seed": 1}
-ALL = {"_target_": "slm.selection.All"}
-SMILE = "\U0001f600".encode()
-PIECES = [
-    b" the",
-    b" $x^2$",
-    b"\n",
-    SMILE[:2],
-    SMILE[2:],
-    "\u0627\u0644".encode(),
-    b"\xc3",
-    b"\xa9",
-]
-PIECES += [b"$", b"\t", b"\x00", b"\xff", "\u4e2d".encode(), b"_", b"\\frac{", b"<|endoftext|>"]
-W, T = 6, 16
-BATCH = 2  # windows that are ranked together
-
-Make = Callable[..., Analysis]
-
-
-def losses_of(seed: int, checkpoints: int) -> np.ndarray:  # (C, M)
-    """A quarter each rises, falls, stays high and stays low."""
-    rng, kind = np.random.default_rng(seed), np.arange(W * T - 3) % 4
-    level = np.choose(kind, [1.0, 3.0, 5.0, 0.5]) + rng.uniform(0, 0.3, len(kind))
-    slope = np.choose(kind, [1.5, -1.5, 0.0, 0.0])
-    x = np.linspace(0, 1, checkpoints)[:, None]
-    noise = rng.normal(0, 0.05, (checkpoints, len(kind)))
-    return np.abs(level + slope * x + noise).astype(np.float32)
+from slm.text_figure import text_figure
 
 
 @pytest.fixture
 def make(tmp_path) -> Make:
-    def make(
-        name="run",
-        selection=EXCESS,
-        losses: np.ndarray | None = None,
-        references=True,
-        start=0,
-        every=100_000,
-        plan: dict[str, Any] | None = None,
-    ) -> Analysis:
-        rng = np.random.default_rng(0)
-        live = np.ones((W, T), bool)
-        live[1, :3] = False  # a prompt
-        columns = {"source": np.zeros(W * T - 3, np.uint16)}
-        if references:
-            columns["reference_loss"] = rng.uniform(0, 3, W * T - 3).astype(np.float32)
-        ids = rng.integers(0, len(PIECES), (W, T + 1)).astype(np.uint32)
-        ids[0, :16] = np.arange(16)
-        tokens = TokenSet(np.arange(W) * 10, ids, live, columns, dict(enumerate(PIECES)))
-        run = {"selection": selection, "selection_start": start, "micro_batch_size": BATCH}
-        body = {"format": 1, "kind": "dynamics", "corpus_fingerprint": "c0", "sources": ["a"]}
-        body |= {"windows_sha256": "w0", "run": run} | (plan or {})
-        store = TrajectoryStore.create(tmp_path / f"store-{name}".replace("/", "_"), body, tokens)
-        for index, column in enumerate(losses_of(0, 5) if losses is None else losses):
-            store.append(every * index, column)
-        return analyse(store, name)
-
-    return make
-
-
-def masks_of(analysis: Analysis) -> list[np.ndarray]:
-    """Of the rule EXCESS, by sorting; C arrays (M,)."""
-    reference, live = analysis.tokens.columns["reference_loss"], analysis.tokens.live
-    found = []
-    for column in analysis.losses:
-        grid = np.full((W, T), -np.inf)
-        grid[live] = column.astype(np.float64) - reference
-        mask = np.zeros((W, T), bool)
-        for start in range(0, W, BATCH):
-            rows = slice(start, start + BATCH)
-            count = int(live[rows].sum() * 0.5 + 0.5)
-            mask[rows] = grid[rows] >= np.sort(grid[rows], axis=None)[-count]
-        found.append(mask[live])
-    return found
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def lines_of(path: Path, unit: str = "loss_nats") -> dict[tuple[str, str], dict[int, float]]:
-    """(panel, series or target): tokens seen: value"""
-    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for row in rows_of(path):
-        key = row["panel"], row["target"] or row["series"]
-        found[key][int(row["tokens_seen"])] = float(row[unit])
-    return found
-
-
-def drawn_of(axes: Any) -> list[tuple[list[float], list[float]]]:
-    """The lines of a panel, without the points that are marked."""
-    lines = [line for line in axes.lines if line.get_marker() == "None"]
-    return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
-
-
-def assert_drawn(axes: Any, expected: list[dict[int, float]]) -> None:
-    for (x, y), line in zip(drawn_of(axes), expected, strict=True):
-        assert x == list(line) and y == pytest.approx(list(line.values()))
-
-
-def assert_files(path: Path) -> None:
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in path.with_suffix(".svg").read_text(encoding="utf-8")
-
-
-# ---- text ---------------------------------------------------------------------------------------
-
-
-def test_text_has_each_token_with_its_numbers_and_colour(make, tmp_path, kept):
-    run = make()
-    text_figure(run, tmp_path / "t.png", Excerpt(1, 0, T + 1))
-    assert_files(tmp_path / "t.png")
-    rows, tokens = rows_of(tmp_path / "t.png"), run.tokens
-    assert len(rows) == T + 1
-    mask, number = masks_of(run)[-1], T  # window 1 begins after the T targets of window 0
-    for place, row in enumerate(rows):
-        assert (row["window"], row["position"]) == ("10", str(place))
-        assert bytes.fromhex(row["bytes"]) == PIECES[int(tokens.tokens[1, place])]
-        if place < 4:  # the first token, and the prompt
-            assert row["class"] == row["loss_nats"] == row["selected"] == ""
-            continue
-        assert float(row["loss_nats"]) == run.losses[-1][number]
-        assert float(row["reference_loss_nats"]) == tokens.columns["reference_loss"][number]
-        assert row["class"] == CLASSES[run.trajectories.label[number]]
-        assert row["selected"] == str(int(mask[number]))
-        number += 1
-    widths = sum(box.get_width() for box in kept[0].axes[0].patches)
-    assert widths == sum(len(row["text"]) for row in rows if row["selected"] == "1") > 0
-
-
-def test_text_by_class_has_the_classes_colours(make, tmp_path, kept):
-    run = make(references=False)
-    text_figure(run, tmp_path / "t.png", Excerpt(0, 0, 17), by="class")
-    rows = rows_of(tmp_path / "t.png")
-    assert "selected" not in rows[0] and "reference_loss_nats" not in rows[0]
-    widths: dict[Any, int] = defaultdict(int)
-    for box in kept[0].axes[0].patches:
-        widths[box.get_facecolor()[:3]] += box.get_width()
-    for name, colour in CLASS_COLOURS.items():
-        assert widths[light(colour)] == sum(len(r["text"]) for r in rows if r["class"] == name)
-
-
-def test_wild_text_is_drawn_without_a_warning(make, tmp_path, kept):
-    text_figure(make(), tmp_path / "t.png", Excerpt(0, 0, 16))
-    texts = [row["text"] for row in rows_of(tmp_path / "t.png")]
-    assert texts[:6] == [" the", " $x^2$", "\n", "", "\U0001f600", "\u0627\u0644"]
-    assert texts[6:12] == ["", "\u00e9", "$", "\t", "\x00", "\ufffd"]
-    drawn = "".join(text.get_text() for text in kept[0].axes[0].texts)
-    assert drawn.startswith("the$x^2$\u21b5\u25a1\u0627\u0644\u00e9$\u21e5\u25a1\ufffd\u25a1_")
-
-
-def test_an_excerpt_is_drawn_by_seed_and_refused_where_there_is_none(make, tmp_path):
-    run = make()
-    chosen = {choose_excerpt(run, seed, most=5) for seed in range(200)}
-    assert {part.window for part in chosen} == set(range(W))
-    assert {(part.start, part.stop) for part in chosen} == {(i, i + 5) for i in range(13)}
-    assert choose_excerpt(run, 3) == choose_excerpt(run, 3)
-    for part in (Excerpt(W, 0, 3), Excerpt(0, 3, 3), Excerpt(0, 0, 18), Excerpt(-1, 0, 3)):
-        with pytest.raises(UserError, match="outside of 6 windows of 17 tokens"):
-            text_figure(run, tmp_path / "t.png", part)
-    with pytest.raises(UserError, match="by is 'loss'"):
-        text_figure(run, tmp_path / "t.png", by="loss")
-    with pytest.raises(UserError, match=r"has no reference scores, excess 0\.5 needs them"):
-        text_figure(make("other", references=False), tmp_path / "t.png")
-    assert not (tmp_path / "t.csv").exists()
+    return partial(make_analysis, tmp_path)
 
 
 # ---- classes ------------------------------------------------------------------------------------
@@ -339,20 +176,6 @@ def test_names_must_tell_the_lines_apart(make, tmp_path):
         selection_figure(run, run, tmp_path / "s.png")
 
 
-def test_a_start_that_dwarfs_the_rest_runs_out_of_the_panel(make, tmp_path, kept):
-    losses = losses_of(0, 40)
-    selection_figure(make(losses=losses), None, tmp_path / "s.png")
-    high = losses.copy()
-    high[0] += 50
-    selection_figure(make("high", losses=high), None, tmp_path / "h.png")
-    short = losses_of(0, 4)
-    short[0] += 50
-    selection_figure(make("short", losses=short), None, tmp_path / "f.png")
-    tops = [figure.axes[0].get_ylim()[1] for figure in kept]
-    assert max(tops[:2]) < 10 and tops[2] > 50
-    assert lines_of(tmp_path / "h.png")["selected", "high"][0] > 50  # the table has it
-
-
 # ---- perplexity ---------------------------------------------------------------------------------
 
 
@@ -392,11 +215,6 @@ def test_checkpoints_are_spread_over_those_at_which_the_rule_selects(make):
     assert spread_checkpoints(make("few", losses=losses_of(0, 3)), 9).tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="starts after 500,000 tokens, .* has seen 400,000"):
         spread_checkpoints(make("never", start=500_000), 5)
-
-
-def test_amounts_are_told_apart():
-    assert amounts([0, 13_107_200, 1_500_000_000]) == ["0", "13.1M", "1.5G"]
-    assert amounts([13_107_200, 13_107_300]) == ["13,107,200", "13,107,300"]
 
 
 # ---- all of them --------------------------------------------------------------------------------
