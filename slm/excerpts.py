@@ -17,7 +17,7 @@ FONT = "DejaVu Sans Mono"
 FONT_SIZE, CELL_WIDTH, LINE_HEIGHT = 8, 0.602, 1.55  # points; the last two in font sizes
 PLACEHOLDER = "\u25a1"  # of characters that the font lacks
 SHOWN = {"\n": "\u21b5", "\t": "\u21e5"}
-GREY = "#767676"
+GREY = "#606060"  # of signs for what has no glyph, and of what is no target
 
 
 def token_texts(pieces: Sequence[bytes]) -> list[str]:

@@ -240,8 +240,7 @@ def perplexity_lines(analysis: Analysis, checkpoints: np.ndarray) -> list[Line]:
         values = np.exp([mean_or_nan(column[mask]) for column in analysis.losses])
         series = f"{seen[index]}"
         lines.append(Line("selected", series, label, colour, seen, values, mark=int(index)))
-    every = Line("all", "all", "(all tokens)", "#555555", seen, np.exp(analysis.mean_losses))
-    return [*lines, every]
+    return lines
 
 
 # ---- all of them --------------------------------------------------------------------------------
