@@ -79,30 +79,40 @@ def fit_block(
     losses: Sequence[np.ndarray], rows: slice, threshold: float, level: float
 ) -> Trajectories:
     """Of some tokens: each checkpoint is read once, and three sums a token are kept."""
-    fit, squares = RunningFit(threshold, level), 0.0
-    was_below: np.ndarray | None = None
+    size = len(losses[0][rows])
+    fit, passes, squares = RunningFit(threshold, level), Passes(size, level), np.zeros(size)
     for number, column in enumerate(losses):
         block = finite(column[rows], number, rows.start)
         fit.add(block)
-        squares = squares + block * block
-        below = block <= level
-        if was_below is None:
-            crossings = np.zeros(len(block), np.int32)
-            first_below = np.full(len(block), -1, np.int32)
-        else:
-            crossings += below != was_below
-        first_below[below & (first_below < 0)] = number
-        was_below = below
+        passes.add(block)
+        squares += block * block
     start, end = fit.line()
     return Trajectories(
         start=start,
         end=end,
         last=fit.last,
         variance=fit.variance(squares),
-        crossings=crossings,
-        first_below=first_below,
+        crossings=passes.crossings,
+        first_below=passes.first_below,
         label=fit.labels(),
     )
+
+
+class Passes:
+    """How often each of M tokens passes a level, and when it first is at or below it."""
+
+    def __init__(self, size: int, level: float):
+        self.level, self.count = level, 0
+        self.crossings = np.zeros(size, np.int32)
+        self.first_below = np.full(size, -1, np.int32)
+
+    def add(self, losses: np.ndarray) -> None:  # (M,) nats
+        below = losses <= self.level
+        if self.count > 0:
+            self.crossings += below != self.was_below
+        self.first_below[below & (self.first_below < 0)] = self.count
+        self.was_below = below
+        self.count += 1
 
 
 def finite(column: np.ndarray, number: int, start: int) -> np.ndarray:  # (m,) float64

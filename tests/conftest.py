@@ -1,6 +1,8 @@
 """Small real folders: a tokenizer, corpora made by hand, references with known scores."""
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,23 @@ def kept(monkeypatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(plt, "close", figures.append)
     yield figures
     close("all")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """call(main, words) runs a command in this process; exit code, stdout, stderr."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(main: Callable[[], Any], *words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slm x", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    yield run
+    root.handlers[:], root.level = handlers, level  # Hydra has put its own there

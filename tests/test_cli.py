@@ -2,7 +2,6 @@
 
 import csv
 import io
-import logging
 import os
 import pty
 import re
@@ -10,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +31,6 @@ SLM = [sys.executable, "-m", "slm.cli"]
 HEAVY = {"torch", "transformers", "lightning", "wandb", "datasets", "matplotlib"}
 AWKWARD = "with space, comma=and {brace}"
 TOY = "defaults: [base, _self_]\nneeded: ???\nnumber: 1\nnest: {inner: 2}\n"
-
-Outcome = tuple[int, str, str]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
-    """call(main, words) runs a command in this process; exit code, stdout, stderr."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def run(main: Callable[[], Any], *words: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["slm x", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    yield run
-    root.handlers[:], root.level = handlers, level  # Hydra has put its own there
 
 
 @pytest.fixture

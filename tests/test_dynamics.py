@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from slm.classes import CLASSES, classify
 from slm.cli import conf_folder
 from slm.data import Windows
-from slm.dynamics import TokenDynamics, dynamics, load_checkpoint, nested
+from slm.dynamics import TokenDynamics, dynamics, load_checkpoint, main, nested
 from slm.errors import NonFiniteError, UserError
 from slm.shards import fingerprint
 from slm.train import train
@@ -353,16 +352,13 @@ def test_bad_settings(text_corpus, run, override, message):
         dynamics(compose_dynamics(run, text_corpus.folder, override))
 
 
-def test_the_command_prints_a_table(text_corpus, run, monkeypatch, capsys):
-    from slm.dynamics import main
-
-    words = [f"runs='{run}'", f"corpus='{text_corpus.folder}'", *SETTINGS]
-    monkeypatch.setattr(sys, "argv", ["slm dynamics", *words])
+def test_the_command_prints_a_table(text_corpus, run, monkeypatch, call):
     monkeypatch.setenv("COLUMNS", "120")
-    main()
-    lines = capsys.readouterr().out
+    words = [f"runs='{run}'", f"corpus='{text_corpus.folder}'", *SETTINGS]
+    code, out, err = call(main, *words)
+    assert code == 0 and str(run / "dynamics" / "c") in err
     for text in ("H\u2192H", "L\u2192H", "H\u2192L", "L\u2192L", "share", "95%"):
-        assert text in lines
+        assert text in out
 
 
 # ---- slm verify -----------------------------------------------------------------------------
