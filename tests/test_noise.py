@@ -25,7 +25,7 @@ def noise_of(noisy: str, spans: list[tuple[int, int]]) -> list[str]:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    text=st.text(st.characters(codec="utf-8"), max_size=200) | st.text(" \nab\u0301\r", max_size=80),
+    text=st.text(max_size=200) | st.text(" \nab\u0301\r", max_size=80),
     seed=st.integers(0, 2**64 - 1),
     share=st.floats(0, 0.9),
 )
