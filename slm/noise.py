@@ -90,7 +90,7 @@ def log_line(rng: random.Random) -> str:
 Kind = Callable[[random.Random], str]
 IN_LINES: tuple[Kind, ...] = (record_id, timestamp, symbols)
 OWN_LINES: tuple[Kind, ...] = (*IN_LINES, numbers, log_line)
-BLOCKS = {numbers: 6, log_line: 4}  # at most so many lines at once
+BLOCKS: dict[Kind, int] = {numbers: 6, log_line: 4}  # at most so many lines at once
 
 
 def piece_of_line(rng: random.Random) -> str:

@@ -497,7 +497,7 @@ def test_injected_noise_is_labelled(run, tmp_path, merges_folder):
 
 
 def test_noise_changes_neither_sides_nor_what_is_excluded(run, tmp_path):
-    words = " ".join(f"w{i}" for i in range(13))
+    words = " ".join(f"w{i:040}" for i in range(13))  # so long that noise gets between them
     evaluation = write(tmp_path / "e.jsonl", words)
     texts = [f"document {i}" for i in range(80)] * 2 + [f"before {words} after"]
     path = write(tmp_path / "a.jsonl", *texts)
@@ -512,6 +512,19 @@ def test_noise_changes_neither_sides_nor_what_is_excluded(run, tmp_path):
     assert records[0] == records[0.8]
     held = {texts[i] for i in records[0][1]}
     assert held and not held & {texts[i] for i in records[0][0]}
+
+
+def test_a_tokenizer_is_not_trained_on_what_noise_hides(run, tmp_path):
+    """The evaluation text comes last, so the other records have the noise that they had."""
+    words = " ".join(f"w{i:040}" for i in range(13))
+    texts = [f"a small document of {i} words\n" * 3 for i in range(80)]
+    for name, rows in (("with", [*texts, f"{words} " * 5]), ("without", texts)):
+        (tmp_path / name).mkdir()
+        source = {"path": write(tmp_path / name / "a.jsonl", *rows), "noise": 0.8}
+        exclude = [write(tmp_path / "e.jsonl", words)]
+        run(out=f"{name}_out", sources=[source], exclude=exclude, tokenizer={"vocab_size": 400})
+    streams = [stream(Corpus.open(tmp_path / f"{name}_out/train")) for name in ("with", "without")]
+    assert streams[0] == streams[1]
 
 
 @pytest.mark.parametrize("label", ["signal", "noise"])

@@ -110,7 +110,7 @@ def test_rows_are_counted_by_hand(make_analysis, tmp_path):
     label = LABEL[1:][live]
     known = label != -1
     signal = label[known] == 1
-    rows = truth_rows(analysis)
+    rows, scores = truth_rows(analysis), {}
     assert len(rows) == 3 * 5
     for row in rows:
         loss = losses[row["tokens_seen"] // 1000]
