@@ -134,7 +134,7 @@ class Analysis:
     threshold: float  # nats
     mean_loss: float  # the level between L->L and H->H, nats
     tokens_seen: np.ndarray  # (C,) int64
-    losses: list[np.ndarray]  # C memory maps (M,)
+    losses: Sequence[np.ndarray]  # C memory maps (M,), mapped when asked for
     trajectories: Trajectories
     shares: dict[str, Share]  # of each class
     share_history: np.ndarray  # (C, 4): provisional, from the checkpoints until then; NaN for two

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from omegaconf import ListConfig
 
 from slm.errors import UserError
 from slm.plots import Curve, heldout_sets, read_curve
@@ -97,6 +98,14 @@ def read_runs(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
         else:
             left_out[folder] = reason
     return runs, left_out
+
+
+def folders_of(value: Any) -> list[str]:
+    """The configuration's `runs`."""
+    folders = list(value) if isinstance(value, ListConfig) else [value]
+    if not folders or not all(isinstance(folder, str) for folder in folders):
+        raise UserError(f"runs is {value}, it must be a folder or a list of folders")
+    return folders
 
 
 def run_folders(folders: Sequence[str]) -> list[Path]:

@@ -40,10 +40,13 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         sidecar(path).unlink(missing_ok=True)
         with atomic_file(path) as file:
             torch.save(checkpoint, file)
-        write_json(
-            sidecar(path),
-            {"kind": "checkpoint", "sha256": hash_file(path), "step": checkpoint["global_step"]},
-        )
+        record = {
+            "kind": "checkpoint",
+            "sha256": hash_file(path),
+            "step": checkpoint["global_step"],
+            "tokens_seen": checkpoint["about"]["tokens_seen"],
+        }
+        write_json(sidecar(path), record)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True):
         check_checkpoint(Path(path))
@@ -97,11 +100,14 @@ class Checkpoints(Callback):
     """Saves every `every_tokens` tokens and at the end; keeps the last `keep` and the best.
 
     every_tokens: null for ten times in the run
+    keep:         null for all of them
     best_of:      the held-out set whose loss decides which one is best; null keeps none
     """
 
-    def __init__(self, folder: str, every_tokens: int | None, keep: int, best_of: str | None):
-        if keep < 1:
+    def __init__(
+        self, folder: str, every_tokens: int | None, keep: int | None, best_of: str | None
+    ):
+        if keep is not None and keep < 1:
             raise UserError(f"callbacks.checkpoints.keep is {keep}, it must be at least 1")
         self.folder, self.every_tokens, self.keep = Path(folder), every_tokens, keep
         self.best_of, self.best_loss = best_of, float("inf")
@@ -119,7 +125,8 @@ class Checkpoints(Callback):
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         if not sidecar(path).exists():
             trainer.save_checkpoint(path)
-        self._prune(trainer, "step", self.keep)
+        if self.keep is not None:
+            self._prune(trainer, "step", self.keep)
 
     def _save_best(self, trainer: Trainer, losses: dict[str | None, float]) -> None:
         if self.best_of in losses and losses[self.best_of] < self.best_loss:

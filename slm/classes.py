@@ -10,19 +10,20 @@ checkpoints' indices 0 ... n, and its change from end to end,
 
 where mean_loss is the mean of the last checkpoint's losses over all tokens. "H->L" is decided by
 the change alone, not by the level. Costs one pass over the losses; memory is a few numbers a token
-of one block.
+of one block, whatever the number of checkpoints.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slm.errors import UserError
 
 CLASSES = ("HH", "LH", "HL", "LL")
+ARROWS = {"HH": "H\u2192H", "LH": "L\u2192H", "HL": "H\u2192L", "LL": "L\u2192L"}
 THRESHOLD = 0.2  # nats, the paper's
-BLOCK = 16_384  # tokens at a time: with 1,000 checkpoints 130 MB
+BLOCK = 1 << 20  # tokens at a time: about 100 MB
 MIN_CHECKPOINTS = 3
 
 
@@ -50,8 +51,18 @@ def classify(
     """Fit, count and label every token; `mean_loss`: None takes the last checkpoint's."""
     check_losses(losses)
     level = float(np.mean(losses[-1], dtype=np.float64)) if mean_loss is None else mean_loss
-    parts = [fit_block(block, threshold, level) for block in blocks(losses)]
+    parts = [
+        fit_block(losses, slice(start, start + BLOCK), threshold, level)
+        for start in range(0, len(losses[0]), BLOCK)
+    ]
     return Trajectories(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def check_threshold(threshold: Any, mean_loss: Any) -> None:
+    if not isinstance(threshold, int | float) or not threshold >= 0:
+        raise UserError(f"threshold is {threshold!r}, it must be a number of nats, 0 or more")
+    if mean_loss is not None and not isinstance(mean_loss, int | float):
+        raise UserError(f"mean_loss is {mean_loss!r}, it must be a number of nats, or null")
 
 
 def check_losses(losses: Sequence[np.ndarray]) -> None:
@@ -64,42 +75,45 @@ def check_losses(losses: Sequence[np.ndarray]) -> None:
         raise UserError(f"the checkpoints have losses of {sorted(sizes)} tokens, one number > 0")
 
 
-def blocks(losses: Sequence[np.ndarray]) -> Iterator[np.ndarray]:  # (C, m) float64
-    for start in range(0, len(losses[0]), BLOCK):
-        block = np.stack([column[start : start + BLOCK] for column in losses]).astype(np.float64)
-        if not np.isfinite(block).all():
-            checkpoint, token = np.argwhere(~np.isfinite(block))[0]
-            raise UserError(
-                f"checkpoint {checkpoint} has loss {block[checkpoint, token]} at token "
-                f"{start + token}, finite numbers are needed"
-            )
-        yield block
-
-
-def fit_block(block: np.ndarray, threshold: float, level: float) -> Trajectories:
-    """Of one block (C, m): every token's line by its closed form."""
-    x = np.arange(len(block)) - (len(block) - 1) / 2  # centred: slope and mean do not mix
-    slope, mean = x @ block / (x @ x), block.mean(0)
-    start, end = mean + slope * x[0], mean + slope * x[-1]
-    below = block <= level
-    first = np.where(below.any(0), below.argmax(0), -1)
+def fit_block(
+    losses: Sequence[np.ndarray], rows: slice, threshold: float, level: float
+) -> Trajectories:
+    """Of some tokens: each checkpoint is read once, and three sums a token are kept."""
+    fit, squares = RunningFit(threshold, level), 0.0
+    was_below: np.ndarray | None = None
+    for number, column in enumerate(losses):
+        block = finite(column[rows], number, rows.start)
+        fit.add(block)
+        squares = squares + block * block
+        below = block <= level
+        if was_below is None:
+            crossings = np.zeros(len(block), np.int32)
+            first_below = np.full(len(block), -1, np.int32)
+        else:
+            crossings += below != was_below
+        first_below[below & (first_below < 0)] = number
+        was_below = below
+    start, end = fit.line()
     return Trajectories(
         start=start,
         end=end,
-        last=block[-1],
-        variance=variance(block, mean, slope, x),
-        crossings=np.count_nonzero(below[1:] != below[:-1], axis=0).astype(np.int32),
-        first_below=first.astype(np.int32),
-        label=labels(end - start, block[-1], threshold, level),
+        last=fit.last,
+        variance=fit.variance(squares),
+        crossings=crossings,
+        first_below=first_below,
+        label=fit.labels(),
     )
 
 
-def variance(block: np.ndarray, mean: np.ndarray, slope: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Mean squared distance from the line, (m,), one checkpoint at a time to save memory."""
-    total = np.zeros_like(mean)
-    for row, place in zip(block, x, strict=True):
-        total += (row - mean - slope * place) ** 2
-    return total / len(block)
+def finite(column: np.ndarray, number: int, start: int) -> np.ndarray:  # (m,) float64
+    block = np.array(column, np.float64)
+    if not np.isfinite(block).all():
+        token = int(np.argmin(np.isfinite(block)))
+        raise UserError(
+            f"checkpoint {number} has loss {block[token]} at token {start + token}, finite "
+            "numbers are needed"
+        )
+    return block
 
 
 def labels(delta: np.ndarray, last: np.ndarray, threshold: float, level: float) -> np.ndarray:
@@ -110,7 +124,10 @@ def labels(delta: np.ndarray, last: np.ndarray, threshold: float, level: float) 
 
 
 class RunningFit:
-    """The same labels after each of a growing number of checkpoints, in two sums a token."""
+    """The lines of M tokens through a growing number of checkpoints, from two sums a token.
+
+    mean_loss: None takes the mean of the newest checkpoint
+    """
 
     def __init__(self, threshold: float = THRESHOLD, mean_loss: float | None = None):
         self.threshold, self.mean_loss = threshold, mean_loss
@@ -128,11 +145,27 @@ class RunningFit:
         self.moment += self.count * self.last
         self.count += 1
 
+    @property
+    def spread(self) -> float:
+        """Sum of the squared distances of the indices 0 ... n from their mean."""
+        return self.count * (self.count**2 - 1) / 12
+
+    def slope(self) -> np.ndarray:  # (M,) nats a checkpoint
+        return (self.moment - (self.count - 1) / 2 * self.total) / self.spread
+
+    def line(self) -> tuple[np.ndarray, np.ndarray]:  # (M,), (M,): its start and its end
+        mean, half = self.total / self.count, self.slope() * (self.count - 1) / 2
+        return mean - half, mean + half
+
+    def variance(self, squares: np.ndarray) -> np.ndarray:  # (M,), sums of squares -> (M,)
+        """Around the line; rounding must not make it negative."""
+        mean = self.total / self.count
+        around_mean = squares / self.count - mean**2
+        return np.maximum(around_mean - self.slope() ** 2 * self.spread / self.count, 0.0)
+
     def labels(self) -> np.ndarray:  # (M,) uint8
-        middle = (self.count - 1) / 2
-        squares = self.count * (self.count**2 - 1) / 12  # of the centred indices
-        delta = (self.moment - middle * self.total) / squares * (self.count - 1)
         level = float(self.last.mean()) if self.mean_loss is None else self.mean_loss
+        delta = self.slope() * (self.count - 1)
         return labels(delta, self.last, self.threshold, level)
 
 
@@ -142,7 +175,7 @@ class Share(NamedTuple):
     share: float
     low: float  # 2.5th percentile
     high: float  # 97.5th percentile
-    count: int
+    num_tokens: int
 
 
 def class_shares(label: np.ndarray, samples: int = 1000, seed: int = 0) -> dict[str, Share]:

@@ -37,7 +37,12 @@ COMMANDS = {  # name: (what it does, an example)
         "models -> loss and bits per byte on named sets",
         "'models={a: run/model}' 'sets={b: corpus/heldout}'",
     ),
+    "dynamics": (
+        "checkpoints + frozen tokens -> classes H->H, L->H, H->L, L->L",
+        "runs=runs/slm corpus=corpus/heldout references=refs",
+    ),
     "report": ("runs of a sweep -> tables and figures", "runs=runs/sweep out=report"),
+    "dashboard": ("runs -> a W&B workspace", "runs=runs/sweep group=runs-sweep"),
     "verify": ("is a corpus, reference, run, checkpoint or model whole?", "FOLDER ..."),
     "demo": ("the whole pipeline on the installed Python standard library, in minutes", ""),
 }

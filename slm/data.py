@@ -308,17 +308,19 @@ class MicroBatches:
 
 
 def open_references(
-    folders: str | Sequence[str] | None, combine: str | None, check: str
+    folders: str | Sequence[str] | None, combine: str | None, check: str, prefix: str = "data."
 ) -> list[References]:
+    """`prefix` stands before the keys in messages."""
     named = [folders] if isinstance(folders, str) else list(folders or [])
     if combine is None and len(named) > 1:
         raise UserError(
-            f"data.references names {len(named)} folders: data.combine must be one of {COMBINE}"
+            f"{prefix}references names {len(named)} folders: {prefix}combine must be one of "
+            f"{COMBINE}"
         )
     if combine is not None and (len(named) < 2 or combine not in COMBINE):
         raise UserError(
-            f"data.combine is {combine!r} for {len(named)} reference(s); it is one of {COMBINE} "
-            "for two or more in data.references, else null"
+            f"{prefix}combine is {combine!r} for {len(named)} reference(s); it is one of "
+            f"{COMBINE} for two or more in {prefix}references, else null"
         )
     return [References.open(folder, check) for folder in named]
 

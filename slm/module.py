@@ -236,6 +236,16 @@ class SelectiveModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
             checkpoint[name] = getattr(self, name)
+        checkpoint["about"] = self._about()
+
+    def _about(self) -> dict[str, Any]:
+        """What a reader needs who has this checkpoint alone."""
+        corpus = self.trainer.datamodule.corpus  # type: ignore[attr-defined]
+        return {
+            "tokens_seen": self.tokens_seen,
+            "tokenizer_sha256": corpus.manifest["tokenizer_sha256"],
+            "config": self.lm.model.config.to_json_string(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name in ("tokens_selected", "tokens_trained", "heldout_losses"):

@@ -16,9 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
-from slm.arms import Arm, Run, arms_of, base, check_heldout, check_runs, costs, read_runs
+from slm.arms import (
+    Arm,
+    Run,
+    arms_of,
+    base,
+    check_heldout,
+    check_runs,
+    costs,
+    folders_of,
+    read_runs,
+)
 from slm.cli import command
 from slm.errors import UserError
 from slm.plots import (
@@ -209,14 +219,9 @@ def tokens_figures(sets: Sequence[str], arms: Sequence[Arm], out: Path) -> None:
 # ---- the command --------------------------------------------------------------------------------
 
 
-def folders_of(config: Any) -> list[str]:
-    value = config.runs
-    folders = list(value) if isinstance(value, ListConfig) else [value]
-    if not folders or not all(isinstance(folder, str) for folder in folders):
-        raise UserError(f"runs is {value}, it must be a folder or a list of folders")
+def check_settings(config: Any) -> None:
     if not isinstance(config.baselines, DictConfig | None):
         raise UserError(f"baselines is {config.baselines}, it must be {{name: folder, ...}}")
-    return folders
 
 
 def chosen_sets(runs: Sequence[Run], wanted: Any) -> list[str]:
@@ -238,7 +243,8 @@ def report_left_out(left_out: dict[Path, str]) -> None:
 
 def report(config: Any) -> list[Json]:
     """Write the tables and figures into config.out; returns the table's rows."""
-    runs, left_out = read_runs(folders_of(config))
+    check_settings(config)
+    runs, left_out = read_runs(folders_of(config.runs))
     report_left_out(left_out)
     if not runs:
         raise UserError(f"none of the {len(left_out)} runs in {config.runs} is complete")

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
-from slm.shards import Json, hash_file, map_array, read_json, write_array, write_json
+from slm.shards import hash_file, map_array, read_json, write_array, write_json
 from slm.token_texts import vocabulary_bytes
 
 COLUMNS = {  # of every target: dtype on disk
@@ -174,8 +174,3 @@ def read_token_set(folder: Path) -> TokenSet:
         },
         {int(k): bytes.fromhex(piece) for k, piece in read_json(folder / "pieces.json").items()},
     )
-
-
-def token_set_hashes(folder: Path) -> Json:
-    """File name -> sha256."""
-    return read_json(folder / "token_set.json")["sha256"]

@@ -1,6 +1,7 @@
 """What a run tells the world while it trains: CSV files, Weights & Biases.
 
-    train.csv, heldout.csv   one row a logged step, columns step, tokens_seen, then metrics
+    train.csv, heldout.csv, dynamics.csv
+                             one row a logged step, columns step, tokens_seen, then metrics
     wandb/, wandb_run.json   the W&B run and its id, which a continued run keeps
 
 Logging never stops training: a full disk or a failing wandb costs rows and one warning.
@@ -22,7 +23,7 @@ import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
@@ -34,6 +35,7 @@ from slm.progress import TOKENS_SEEN, RewindableLogger
 from slm.shards import Json, atomic_file, read_json, write_json
 
 log = logging.getLogger("slm.tracking")
+OWN_TABLES = ("heldout", "dynamics")  # metrics that are logged at steps of their own
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 INIT_LIMIT_S = 30.0
 FINISH_LIMIT_S = 60.0
@@ -110,14 +112,24 @@ def number(value: Any) -> str:
     return str(value) if isinstance(value, int) else repr(float(value))
 
 
+def table_of(metric: str) -> str:
+    """The prefix that has a table of its own, else train."""
+    prefix = metric.split("/")[0]
+    return prefix if prefix in OWN_TABLES else "train"
+
+
 class CsvLog(RewindableLogger):
-    """heldout/* go to heldout.csv, other metrics to train.csv, hyperparameters to hparams.json."""
+    """heldout/* go to heldout.csv, dynamics/* to dynamics.csv, other metrics to train.csv.
+
+    Hyperparameters go to hparams.json.
+    """
 
     name, version = "csv", None  # type: ignore[assignment]  # properties in the base class
 
     def __init__(self, folder: str):
         self.folder, self.warned = Path(folder), False
-        self.tables = [Table(self.folder / "train.csv"), Table(self.folder / "heldout.csv")]
+        names = ("train", *OWN_TABLES)
+        self.tables = {name: Table(self.folder / f"{name}.csv") for name in names}
 
     @property
     def save_dir(self) -> str:
@@ -129,15 +141,12 @@ class CsvLog(RewindableLogger):
         keys: dict[str, float] = {"step": step}
         if TOKENS_SEEN in metrics:
             keys["tokens_seen"] = metrics[TOKENS_SEEN]
-        for table in self.tables:
-            heldout = table.path.stem == "heldout"
-            mine = {
-                name: value
-                for name, value in metrics.items()
-                if name.startswith("heldout/") == heldout and name != TOKENS_SEEN
-            }
-            if mine:
-                self._attempt(table.append, keys | mine)
+        rows: dict[str, dict[str, float]] = {}
+        for name, value in metrics.items():
+            if name != TOKENS_SEEN:
+                rows.setdefault(table_of(name), dict(keys))[name] = value
+        for table, row in rows.items():
+            self._attempt(self.tables[table].append, row)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
@@ -151,7 +160,7 @@ class CsvLog(RewindableLogger):
     @rank_zero_only
     def truncate_after(self, step: int) -> None:
         """Forget what was logged after `step`: a continued run logs it again."""
-        for table in self.tables:
+        for table in self.tables.values():
             if table.path.exists():
                 self._attempt(table.truncate_after, step)
 
@@ -159,7 +168,7 @@ class CsvLog(RewindableLogger):
         try:
             write(argument)
         except Exception as error:  # whatever it is, training goes on
-            for table in self.tables:
+            for table in self.tables.values():
                 table.columns = None  # a last line may be torn; the next row repairs it
             if not self.warned:
                 self.warned = True
@@ -203,6 +212,12 @@ def resolve_mode(mode: str) -> tuple[str, str]:
     if mode == "auto" and not answers(url):
         return "offline", f"{url} does not answer"
     return "online", ""
+
+
+class Media(Protocol):
+    """A histogram, a table or the like: plain values, and how W&B wants them."""
+
+    def for_wandb(self) -> Any: ...
 
 
 class WandbLog(WandbLogger):
@@ -287,6 +302,23 @@ class WandbLog(WandbLogger):
         if self._experiment is not None:
             row = {**metrics, "trainer/global_step": step}
             self._calls.put(lambda: run.log(row))
+
+    @rank_zero_only
+    def log_media(self, media: Mapping[str, Media], step: int, tokens_seen: int) -> None:
+        """Log them as one row; W&B's objects, which write files, are made on its thread too."""
+        run = self.experiment
+        if self._experiment is not None:
+            keys = {TOKENS_SEEN: tokens_seen, "trainer/global_step": step}
+            self._calls.put(
+                lambda: run.log({name: one.for_wandb() for name, one in media.items()} | keys)
+            )
+
+    @rank_zero_only
+    def log_summary(self, values: Mapping[str, float]) -> None:
+        """Set what the table of runs shows: values of the run as a whole."""
+        run = self.experiment
+        if self._experiment is not None:
+            self._calls.put(lambda: run.summary.update(dict(values)))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:

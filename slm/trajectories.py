@@ -11,6 +11,7 @@ A checkpoint that is there already is left alone, so a command that is run again
 missing.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +26,13 @@ from slm.shards import (
     FORMAT,
     Json,
     adopt_plan,
-    hash_file,
     hash_json,
     map_array,
     read_json,
     write_array,
     write_json,
 )
-from slm.token_set import TokenSet, parts, read_token_set, token_set_hashes, write_token_set
+from slm.token_set import TokenSet, parts, read_token_set, write_token_set
 
 KIND = "dynamics"
 
@@ -64,7 +64,7 @@ class Checkpoint(NamedTuple):
     num_tokens: int
 
 
-def make_plan(windows: Windows, numbers: np.ndarray, run: Json) -> Json:
+def make_plan(windows: Windows, numbers: np.ndarray, run: Json, dtype: str) -> Json:
     """What the losses depend on."""
     manifest = windows.corpus.manifest
     return {
@@ -77,6 +77,7 @@ def make_plan(windows: Windows, numbers: np.ndarray, run: Json) -> Json:
         "combine": windows.combine,
         "windows_sha256": hash_json(numbers.tolist()),
         "num_windows": len(numbers),
+        "dtype": dtype,
         "run": run,
     }
 
@@ -138,11 +139,10 @@ class TrajectoryStore:
         found = [checkpoint._asdict() for checkpoint in self.checkpoints]
         write_json(self.folder / "manifest.json", self.plan | {"checkpoints": found})
 
-    def losses(self) -> list[np.ndarray]:
-        """(M,) float32 each, memory-mapped, in the order of training."""
-        return [
-            map_array(self.path(c.tokens_seen), "float32", c.num_tokens) for c in self.checkpoints
-        ]
+    def losses(self) -> "LossColumns":
+        return LossColumns(
+            [self.path(c.tokens_seen) for c in self.checkpoints], self.tokens.num_targets
+        )
 
     def forget_after(self, tokens_seen: int) -> None:
         """Of a run that goes on from an earlier checkpoint: what came later is made again."""
@@ -160,15 +160,24 @@ class TrajectoryStore:
             table[name] = column
         write_array(self.folder / "trajectories.npy", table)
 
-    def damaged(self) -> list[Path]:
-        """Files whose hash is not the recorded one."""
-        expected = {self.path(c.tokens_seen): c.sha256 for c in self.checkpoints}
-        expected |= {self.folder / k: v for k, v in token_set_hashes(self.folder).items()}
-        return [
-            path
-            for path, digest in expected.items()
-            if not path.exists() or hash_file(path) != digest
-        ]
+
+class LossColumns(Sequence[np.ndarray]):
+    """(M,) float32 of each checkpoint, in the order of training.
+
+    A file is mapped when it is asked for and for as long as it is used: a thousand at once would
+    fill the memory with pages that were read.
+    """
+
+    def __init__(self, paths: Sequence[Path], num_targets: int):
+        self.paths, self.num_targets = paths, num_targets
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return LossColumns(self.paths[index], self.num_targets)
+        return map_array(self.paths[index], "float32", self.num_targets)
 
 
 def read_plan(folder: Path) -> Json:

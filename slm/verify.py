@@ -1,9 +1,9 @@
 """Is a folder whole? `slm verify FOLDER ...` names what is not, and exits with 1.
 
 Knows corpora and references (manifest.json), what `slm prepare` made (train/, heldout/), runs
-(run.json), checkpoints and models, in the folder itself and in the folders below it. Every file is
-read and its hash compared: it costs about a second a gigabyte. Leftovers of killed processes are
-named; they do no harm.
+(run.json), checkpoints, models and token losses (dynamics/), in the folder itself and in those
+below it. Every file is read and its hash compared: it costs about a second a gigabyte. Leftovers
+of killed processes are named; they do no harm.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def parts(path: Path) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    if is_store(folder) or is_model(folder):
+    if is_store(folder) or is_model(folder) or is_dynamics(folder):
         yield folder
         return
     if is_run(folder) or is_prepared(folder):
@@ -73,8 +73,13 @@ def is_prepared(path: Path) -> bool:
     )
 
 
+def is_dynamics(path: Path) -> bool:
+    """Token losses: `slm dynamics`, or the callback of that name."""
+    return (path / "token_set.json").exists() or next(path.glob("losses-*.npy"), None) is not None
+
+
 def is_store(path: Path) -> bool:
-    if is_prepared(path):
+    if is_prepared(path) or is_dynamics(path):
         return False
     named = any((path / name).exists() for name in ("manifest.json", "plan.json"))
     return named or any(next(path.glob(pattern), None) for pattern in SHARD_PATTERNS)
@@ -240,9 +245,31 @@ def verify_run(path: Path) -> str:
     return "run, finished"
 
 
+def verify_dynamics(path: Path, advance: Advance) -> str:
+    record = path / "token_set.json"
+    if not record.exists():
+        raise UserError(
+            f"{path} is unfinished: token_set.json is missing; run `slm dynamics` again"
+        )
+    for name, expected in field(read_json(record), "sha256", record).items():
+        check_hash(path / name, expected, record.name, advance)
+    sidecars = sorted(path.glob("losses-*.json"))
+    columns = [read_json(item) for item in sidecars]
+    for item, column in zip(sidecars, columns, strict=True):
+        check_hash(item.with_suffix(".npy"), field(column, "sha256", item), item.name, advance)
+    manifest = read_json(path / "manifest.json") if columns else {}
+    if columns and manifest != read_json(path / "plan.json") | {"checkpoints": columns}:
+        raise UserError(f"{path / 'manifest.json'} is not what plan.json and the sidecars say")
+    return f"token losses, {field(read_json(record), 'num_targets', record):,} tokens at " + (
+        f"{len(columns)} checkpoints"
+    )
+
+
 def verify_part(path: Path, advance: Advance) -> str:
     if path.is_file():
         return verify_checkpoint(path, advance)
+    if is_dynamics(path):
+        return verify_dynamics(path, advance)
     if is_store(path):
         return verify_store(path, advance)
     if is_model(path):

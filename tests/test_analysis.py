@@ -33,7 +33,7 @@ def make_store(tmp_path, make_corpus, make_references, tokenizer):
             "selection_start": start,
             "micro_batch_size": micro_batch_size,
         }
-        plan = make_plan(windows, numbers, run) | {"sources": ["a", "b"]}
+        plan = make_plan(windows, numbers, run, "float32") | {"sources": ["a", "b"]}
         tokens = read_windows(windows, numbers, tokenizer)
         return TrajectoryStore.create(tmp_path / folder, plan, tokens)
 

@@ -21,7 +21,9 @@ from slm.errors import UserError
 
 def save(folder: Path, step: int, kind: str = "step") -> Path:
     path = folder / f"{kind}-{step:08d}.ckpt"
-    VerifiedCheckpointIO().save_checkpoint({"global_step": step, "w": torch.ones(3) * step}, path)
+    VerifiedCheckpointIO().save_checkpoint(
+        {"global_step": step, "about": {"tokens_seen": step}, "w": torch.ones(3) * step}, path
+    )
     return path
 
 
@@ -54,7 +56,9 @@ def test_hostile_pickle_is_refused_even_with_a_matching_hash(tmp_path):
             return (Path.touch, (tmp_path / "owned",))
 
     path = tmp_path / "step-00000001.ckpt"
-    VerifiedCheckpointIO().save_checkpoint({"global_step": 1, "x": Evil()}, path)
+    VerifiedCheckpointIO().save_checkpoint(
+        {"global_step": 1, "about": {"tokens_seen": 1}, "x": Evil()}, path
+    )
     with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
         VerifiedCheckpointIO().load_checkpoint(path)
     assert not (tmp_path / "owned").exists()
@@ -92,7 +96,9 @@ def test_random_states_come_back_through_a_file(tmp_path):
     draw()
     np.random.randn()  # leaves a cached Gaussian behind
     path = tmp_path / "step-00000001.ckpt"
-    VerifiedCheckpointIO().save_checkpoint({"global_step": 1, **RandomStates().state_dict()}, path)
+    VerifiedCheckpointIO().save_checkpoint(
+        {"global_step": 1, "about": {"tokens_seen": 1}, **RandomStates().state_dict()}, path
+    )
     expected = [draw() for _ in range(3)]
     set_random_state(VerifiedCheckpointIO().load_checkpoint(path)["ranks"][0])
     assert [draw() for _ in range(3)] == expected

@@ -88,7 +88,7 @@ def test_shares_with_their_bootstrap_interval():
     shares = class_shares(label, samples=4000)
     for name, share in zip(CLASSES, (0.11, 0.12, 0.26, 0.51), strict=True):
         found = shares[name]
-        assert found.share == share and found.count == round(1000 * share)
+        assert found.share == share and found.num_tokens == round(1000 * share)
         spread = 1.96 * math.sqrt(share * (1 - share) / 1000)  # of a binomial
         assert found.low == pytest.approx(share - spread, abs=0.004)
         assert found.high == pytest.approx(share + spread, abs=0.004)

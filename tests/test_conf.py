@@ -65,6 +65,8 @@ def test_every_choice_takes_a_step(tmp_path, text_corpus, references, group, cho
         words.append("logger=csv")
     if choice == "rho1_1b":  # its model is on a hub, its trainer wants a GPU
         words += ["model.init_from=null", "trainer=default"]
+    if choice == "dynamics":
+        words += [f"callbacks.dynamics.corpus='{text_corpus.folder}'"]
     folder = one_step(tmp_path, text_corpus, references, *words)
     assert (folder / "slm.json").exists()
 

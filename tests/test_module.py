@@ -525,7 +525,8 @@ def test_bf16_mixed_step_keeps_float32_weights_and_scores():
 # ---- checkpoints ----------------------------------------------------------------------------
 
 
-def test_count_of_selected_tokens_goes_through_a_checkpoint():
+def test_count_of_selected_tokens_goes_through_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(SelectiveModule, "_about", dict)  # asks the corpus, there is none here
     module, record = fit(make_lm(), Excess(0.4), [micro_batches(make_rows(), 2)])
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)

@@ -3,11 +3,11 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -16,10 +16,12 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.demos import BoringModel
 from omegaconf import OmegaConf
-from wandb.proto import wandb_internal_pb2
 
+import slm.sweep  # noqa: F401  # its resolver is in conf/logger/wandb.yaml
 from slm import tracking
+from slm.panels import Histogram, Lines, Page, Rows
 from slm.tracking import CsvLog, WandbLog
+from wandb_helpers import media_file, wandb_history, wandb_records, wandb_summary
 
 WANDB = {"project": "slm", "group": "sweep", "name": None, "job_type": "train", "tags": ["a"]}
 
@@ -40,48 +42,6 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def wandb_records(folder: Path) -> list[Any]:
-    """The records of all offline runs in a folder, once they are complete: finish() is early."""
-    paths, end = sorted(folder.glob("wandb/offline-run-*/run-*.wandb")), time.monotonic() + 10
-    while time.monotonic() < end:
-        runs = [list(read_records(path.read_bytes())) for path in paths]
-        if all(run and run[-1].WhichOneof("record_type") == "exit" for run in runs):
-            return [record for run in runs for record in run]
-        time.sleep(0.02)
-    raise AssertionError(f"no exit record in {paths}")
-
-
-def read_records(data: bytes) -> Iterator[Any]:
-    """The records of one file.
-
-    A file is a 7-byte header, then a log in blocks of 32 KiB: pieces of checksum (4 bytes), length
-    (2), kind (1: whole, 2 first, 3 middle, 4 last) and data; what is left of a block below 7 bytes
-    is padding.
-    """
-    place, whole = 7, b""
-    while place + 7 <= len(data):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            record = cast(Any, wandb_internal_pb2).Record()
-            record.ParseFromString(whole)
-            whole = b""
-            yield record
-
-
-def wandb_history(folder: Path) -> list[dict[str, Any]]:
-    rows = [
-        r.history.item for r in wandb_records(folder) if r.WhichOneof("record_type") == "history"
-    ]
-    return [
-        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row} for row in rows
-    ]
-
-
 # ---- CSV ----------------------------------------------------------------------------------------
 
 
@@ -99,6 +59,33 @@ def test_csv_rows_are_exact_and_split_by_name(tmp_path: Path) -> None:
     assert float(rows[0]["train/loss"]) == third
     heldout = read_csv(tmp_path / "heldout.csv")
     assert heldout == [{"step": "10", "tokens_seen": "320", "heldout/a,b/loss": "2.5"}]
+
+
+def test_csv_has_a_table_for_every_prefix_of_its_own(tmp_path: Path) -> None:
+    log = CsvLog(str(tmp_path))
+    for step in (0, 10, 20):
+        metrics = {"dynamics/share/HH": 0.25, "dynamics_of/x": 1.0, "heldout/a/loss": 2.0}
+        log.log_metrics({"data/tokens_seen": 32 * step, **metrics}, step)
+    log.log_metrics({"dynamics/loss": 3.0}, 20)
+    expected = {
+        "train": ("dynamics_of/x", "1.0"),
+        "heldout": ("heldout/a/loss", "2.0"),
+        "dynamics": ("dynamics/share/HH", "0.25"),
+    }
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(expected)
+    for stem, (name, value) in expected.items():
+        rows = read_csv(tmp_path / f"{stem}.csv")
+        assert rows[1]["step"] == "10" and rows[1]["tokens_seen"] == "320"
+        assert [row[name] for row in rows] == [value] * 3
+    assert read_csv(tmp_path / "dynamics.csv")[2] == {
+        "step": "20",
+        "tokens_seen": "640",
+        "dynamics/share/HH": "0.25",
+        "dynamics/loss": "3.0",
+    }
+    CsvLog(str(tmp_path)).truncate_after(10)
+    for stem in expected:
+        assert [row["step"] for row in read_csv(tmp_path / f"{stem}.csv")] == ["0", "10"]
 
 
 def test_csv_appends_to_what_is_there_and_takes_new_columns(tmp_path: Path) -> None:
@@ -213,6 +200,85 @@ def test_wandb_offline_two_jobs_in_one_process_and_a_continued_run(
     assert capfd.readouterr() == ("", "")
 
 
+def test_wandb_offline_has_media_and_summary(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = wandb_log(tmp_path)
+    log.log_metrics({"dynamics/loss": 1.5, "data/tokens_seen": 64}, 2)
+    curves = {"HH": ([0, 64], [3.0, 2.5]), "LL": ([64], [1 / 3])}
+    media: dict[str, tracking.Media] = {
+        "dynamics/excess_loss": Histogram(np.array([3, 0, 4]), np.array([-1.0, 0.0, 0.5, 2.0])),
+        "dynamics/examples": Rows(["token", "loss"], [["\u00e4<b>", 0.1], [" x", None]]),
+        "dynamics/heat_map": Page("<p>\u00e4 &lt;</p>"),
+        "dynamics/lines": Lines("loss by class", curves),
+    }
+    log.log_media(media, 2, 64)
+    log.log_summary({"dynamics/final/share/HH": 0.25})
+    log.finalize("success")
+    records = wandb_records(tmp_path)
+    axes = [r.metric.step_metric for r in records if r.WhichOneof("record_type") == "metric"]
+    assert axes[-1] == "data/tokens_seen"
+    metrics, row = wandb_history(tmp_path)
+    assert metrics["dynamics/loss"] == 1.5
+    assert (row["trainer/global_step"], row["data/tokens_seen"]) == (2, 64)
+    assert row["dynamics/excess_loss/_type"] == "histogram"
+    assert row["dynamics/excess_loss/values"] == [3, 0, 4]
+    assert row["dynamics/excess_loss/bins"] == [-1.0, 0.0, 0.5, 2.0]
+    assert row["dynamics/examples/_type"] == "table-file"
+    table = json.loads(media_file(tmp_path, row, "dynamics/examples"))
+    assert table["columns"] == ["token", "loss"]
+    assert table["data"] == [["\u00e4<b>", 0.1], [" x", None]]
+    assert row["dynamics/heat_map/_type"] == "html-file"
+    assert media_file(tmp_path, row, "dynamics/heat_map") == "<p>\u00e4 &lt;</p>"
+    lines = json.loads(media_file(tmp_path, row, "dynamics/lines_table"))
+    assert lines["data"] == [[0, "HH", 3.0], [64, "HH", 2.5], [64, "LL", 1 / 3]]
+    assert wandb_summary(tmp_path)["dynamics/final/share/HH"] == 0.25
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+class BrokenMedia:
+    def for_wandb(self) -> Any:
+        raise OSError("the disk is full")
+
+
+def test_wandb_media_that_cannot_be_made_disable_it_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = FakeRun()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    log = wandb_log(tmp_path)
+    log.log_media({"x": BrokenMedia()}, 1, 32)
+    wait_for(lambda: log.mode == "disabled")
+    log.log_media({"x": Page("<p>")}, 2, 64)
+    log.log_summary({"a": 1.0})
+    log.finalize("success")
+    assert [name for name, _ in run.calls if name in ("log", "summary")] == []
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "wandb failed (OSError: the disk is full); going on without it"
+    ]
+
+
+def test_wandb_media_are_made_on_the_thread_that_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, threads = FakeRun(), []
+
+    class Noting:
+        def for_wandb(self) -> str:
+            threads.append(threading.current_thread().name)
+            return "made"
+
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    log = wandb_log(tmp_path)
+    log.log_media({"x": Noting()}, 3, 96)
+    log.log_summary({"a": 1.0})
+    log.finalize("success")
+    assert threads == ["wandb calls"]
+    row = {"x": "made", "data/tokens_seen": 96, "trainer/global_step": 3}
+    logged = [call for call in run.calls if call[0] in ("log", "summary")]
+    assert logged == [("log", (row,)), ("summary", ({"a": 1.0},))]
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_wandb_of_a_fit_is_exact_and_ends_with_it(tmp_path: Path) -> None:
     log, rates = wandb_log(tmp_path), [0.03, 1 / 3, 1e-30]
@@ -259,6 +325,7 @@ class FakeRun(SimpleNamespace):
         for name in ("define_metric", "log", "finish", "log_artifact", "use_artifact"):
             setattr(self, name, raising if name == broken else self._recorder(name))
         self.config = SimpleNamespace(update=self._recorder("config"))
+        self.summary = SimpleNamespace(update=self._recorder("summary"))
 
     def _recorder(self, name: str) -> Any:
         return lambda *args, **kwargs: self.calls.append((name, args or kwargs))
@@ -344,16 +411,19 @@ def test_wandb_artifacts_are_references_and_online_only(
         log = wandb_log(tmp_path / mode, mode)
         log.log_folder(manifest, name="my corpus", kind="corpus", is_input=True)
         log.log_folder(manifest, name="model", kind="model", is_input=False)
+        log.log_folder(manifest, name="dynamics-run", kind="dynamics", is_input=False)
         wait_for(
-            lambda mode=mode: mode == "offline" or sum("artifact" in c for c, _ in run.calls) == 2
+            lambda mode=mode: mode == "offline" or sum("artifact" in c for c, _ in run.calls) == 3
         )
         log.close()
-    used = sorted((name, args[0]) for name, args in run.calls if name.endswith("_artifact"))
+    calls = [(name, args[0]) for name, args in run.calls if name.endswith("_artifact")]
+    used = sorted(calls, key=lambda call: (call[0], call[1].name))
     assert [(name, item.name, item.type) for name, item in used] == [
+        ("log_artifact", "dynamics-run", "dynamics"),
         ("log_artifact", "model", "model"),
         ("use_artifact", "my-corpus", "corpus"),
     ]
-    entry = used[1][1].manifest.entries["manifest.json"]
+    entry = used[2][1].manifest.entries["manifest.json"]
     assert entry.ref == manifest.as_uri() and entry.digest != entry.ref
     assert not caplog.records
 

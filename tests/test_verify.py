@@ -70,7 +70,11 @@ def run(tmp_path, saved) -> Path:
     (folder / "wandb" / "offline-run").mkdir(parents=True)
     write_json(folder / "run.json", {"seed": 0})
     for step in (10, 20):
-        checkpoint = {"global_step": step, "weights": torch.arange(step)}
+        checkpoint = {
+            "global_step": step,
+            "about": {"tokens_seen": step},
+            "weights": torch.arange(step),
+        }
         path = folder / "checkpoints" / f"step-{step:08d}.ckpt"
         VerifiedCheckpointIO().save_checkpoint(checkpoint, path)
     shutil.copytree(saved, folder / "model")

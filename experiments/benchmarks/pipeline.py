@@ -453,6 +453,93 @@ def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
     rows.add("selection", "books of a logged step / the same", "1", share, "< 0.03")
 
 
+def bench_dynamics(rows: Rows, folder: Path, small: bool) -> None:
+    """Classes of 320,000 tokens over 1,000 checkpoints; what the callback adds to a run of 192
+    steps that evaluates 32,768 targets 33 times, beyond the forward passes."""
+    tokens, checkpoints = (2_000, 20) if small else (320_000, 1_000)
+    write_columns(folder / "columns", tokens, checkpoints)
+    found = [run_json(CLASSIFY, str(folder / "columns")) for _ in range(1 if small else 5)]
+    rows.add("dynamics", "classes", "s", [row["seconds"] for row in found], "< 10")
+    rows.add("dynamics", "peak memory of it", "MB", [row["peak_mb"] for row in found], "< 1000")
+    corpus = make_corpus(folder, 0.5 if small else 3)
+    steps, targets = (6, 500) if small else (192, 32_768)
+    added = [
+        callback_share(folder / f"run{repeat}", corpus, steps, targets)
+        for repeat in range(1 if small else 3)
+    ]
+    rows.add("dynamics", "share added by the callback", "1", added, "< 0.01")
+
+
+def write_columns(folder: Path, tokens: int, checkpoints: int) -> None:
+    """Lines and noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    start, slope = rng.uniform(0, 8, tokens), rng.normal(0, 1, tokens)
+    for index in range(checkpoints):
+        noise = rng.normal(0, 0.3, tokens)
+        column = np.abs(start + slope * index / checkpoints + noise)
+        np.save(folder / f"{index:05d}.npy", column.astype(np.float32))
+
+
+# Classifies the columns of a folder, in a process of its own, since its memory is measured.
+CLASSIFY = """
+import json, resource, sys, time
+from pathlib import Path
+from slm.classes import classify
+from slm.trajectories import LossColumns
+paths = sorted(Path(sys.argv[1]).iterdir())
+columns = LossColumns(paths, paths[0].stat().st_size // 4 - 32)
+start = time.perf_counter()
+classify(columns)
+seconds = time.perf_counter() - start
+peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"seconds": seconds, "peak_mb": peak_mb}))
+"""
+
+
+def run_json(script: str, *arguments: str) -> dict[str, float]:
+    import json
+
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def callback_share(out: Path, corpus: Path, steps: int, targets: int) -> float:
+    """Seconds that the callback takes beyond its forward passes, over the training's."""
+    words = [f"data.corpus='{corpus}'", f"out='{out}'", f"max_tokens={steps * 4096}",
+             "selection=loss", "selection.select_ratio=0.6", "logger=default",
+             "callbacks=dynamics", f"callbacks.dynamics.corpus='{corpus}'",
+             f"callbacks.dynamics.num_targets={targets}"]  # fmt: skip
+    times = run_json(CALLBACK_TIMES, *words)
+    return (times["callback"] - times["forward"]) / times["training"]
+
+
+# Runs `slm train` with clocks around the callback's hooks and around its forward passes.
+CALLBACK_TIMES = """
+import json, time
+from collections import defaultdict
+import slm.dynamics, slm.train
+spent = defaultdict(float)
+def clocked(name, function):
+    def timed(*arguments, **more):
+        start = time.perf_counter()
+        try:
+            return function(*arguments, **more)
+        finally:
+            spent[name] += time.perf_counter() - start
+    return timed
+for hook in ("on_train_start", "on_train_batch_end", "on_train_end"):
+    whole = clocked("callback", getattr(slm.dynamics.TokenDynamics, hook))
+    setattr(slm.dynamics.TokenDynamics, hook, whole)
+slm.dynamics.token_losses = clocked("forward", slm.dynamics.token_losses)
+from lightning import Trainer
+Trainer.fit = clocked("training", Trainer.fit)
+slm.train.main()
+print(json.dumps(spent))
+"""
+
+
 def bench_help(rows: Rows, folder: Path, small: bool) -> None:
     """Time until a person has read access to help."""
     program = str(Path(sys.executable).parent / "slm")
@@ -471,6 +558,7 @@ BENCHMARKS = {
     "score": bench_score,
     "train": bench_train,
     "selection": bench_selection,
+    "dynamics": bench_dynamics,
 }
 
 

@@ -1,0 +1,362 @@
+"""Token dynamics: the losses of a frozen set of tokens over training, and their classes.
+
+`slm dynamics` takes them from the checkpoints of runs; the callback `TokenDynamics`
+(`slm train callbacks=dynamics`) while a run trains. Both leave a store in <run>/dynamics/<name>:
+see trajectories.py for what is in it, classes.py for H->H, L->H, H->L and L->L, and analysis.py for
+what selection takes of them. Costs one forward pass over the token set for each checkpoint.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer
+from rich.console import Console
+from rich.table import Table
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from slm.analysis import Analysis, analyse
+from slm.arms import folders_of, run_folders
+from slm.checkpoint import check_checkpoint, is_due, sidecar, step_ended
+from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit, check_threshold
+from slm.cli import command, progress
+from slm.data import Windows, open_references
+from slm.errors import NonFiniteError, UserError
+from slm.model import SelectiveLM
+from slm.score import DTYPES, check_count, pick_device
+from slm.shards import Corpus, Json, hash_json, read_json, write_csv
+from slm.token_set import TokenSet, draw_windows, read_windows
+from slm.tokenizer import load_tokenizer
+from slm.trajectories import TrajectoryStore, make_plan, token_losses
+
+log = logging.getLogger("slm.dynamics")
+PRECISIONS = {"32-true": "float32", "bf16-mixed": "bf16-mixed"}  # as the command names them
+
+
+# ---- what both ways share -----------------------------------------------------------------------
+
+
+def open_windows(
+    corpus: str,
+    references: str | Sequence[str] | None,
+    combine: str | None,
+    check: str,
+    prefix: str,
+) -> Windows:
+    stores = open_references(references, combine, check, prefix)
+    return Windows(Corpus.open(corpus, check), stores, combine)
+
+
+def draw(windows: Windows, num_targets: int, seed: int, by_source: bool) -> TokenSet:
+    numbers = draw_windows(windows, num_targets, seed, by_source)
+    tokens = read_windows(windows, numbers, load_tokenizer(windows.corpus.tokenizer_folder))
+    if tokens.num_targets < num_targets:
+        log.warning(
+            "%s has %s targets, fewer than num_targets=%s: all of them are taken",
+            *(windows.corpus.folder, f"{tokens.num_targets:,}", f"{num_targets:,}"),
+        )
+    return tokens
+
+
+def store_folder(run: Path, name: str) -> Path:
+    if not name or Path(name).name != name:
+        raise UserError(f"name is {name!r}, it must be one folder's name")
+    return run / "dynamics" / name
+
+
+def run_record(run: Path) -> Json:
+    """What the losses depend on of a run, and the rule that it selects with."""
+    identity = read_json(run / "run.json")
+    return {
+        "identity_sha256": hash_json(identity),
+        "selection": nested(identity, "selection."),
+        "selection_start": identity["selection_start"] if "selection_start" in identity else 0,
+        "micro_batch_size": identity["data.micro_batch_size"],
+    }
+
+
+def nested(flat: Json, prefix: str) -> Json:
+    """{"selection.a.b": 1} -> {"a": {"b": 1}}"""
+    tree: Json = {}
+    for key, value in flat.items():
+        if key.startswith(prefix):
+            *parents, last = key.removeprefix(prefix).split(".")
+            branch = tree
+            for name in parents:
+                branch = branch.setdefault(name, {})
+            branch[last] = value
+    return tree
+
+
+def finish(store: TrajectoryStore, analysis: Analysis) -> None:
+    """The final classes: one record a token, and a table a checkpoint and class."""
+    store.write_trajectories(analysis.trajectories)
+    write_csv(store.folder / "classes.csv", class_rows(analysis))
+    if analysis.uneven:
+        log.warning(
+            "%s: the checkpoints are unevenly spaced in tokens (%s); the line is fitted over "
+            "their indices, as in the paper",
+            *(store.folder, ", ".join(f"{seen:,}" for seen in analysis.tokens_seen[:8])),
+        )
+
+
+def class_rows(analysis: Analysis) -> list[Json]:
+    """One row a checkpoint and class, by the final classes; empty where there is nothing."""
+    rows = []
+    for index, seen in enumerate(analysis.tokens_seen):
+        for number, name in enumerate(CLASSES):
+            share = analysis.shares[name]
+            kept = analysis.kept.by_class[index, number] if analysis.kept else np.nan
+            row = {"tokens_seen": int(seen), "class": name} | share._asdict()
+            row |= {"loss": analysis.class_losses[index, number], "kept_frac": kept}
+            rows.append({k: "" if v != v else v for k, v in row.items()})
+    return rows
+
+
+# ---- during training ----------------------------------------------------------------------------
+
+
+class TokenDynamics(Callback):
+    """Token losses every `every_tokens` tokens, from step 0, into <run_dir>/dynamics/<name>.
+
+    Logs dynamics/*: the mean loss, and from the third time on the classes as far as they are known
+    by then, their losses and what the rule in force keeps of them. At the end the classes are
+    made anew from all checkpoints. It draws no random number and reads no training sample.
+
+    every_tokens: null for 32 times in the run
+    batch_size:   windows of one forward
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        name: str,
+        corpus: str,
+        references: str | Sequence[str] | None,
+        combine: str | None,
+        num_targets: int,
+        seed: int,
+        by_source: bool,
+        every_tokens: int | None,
+        batch_size: int,
+        threshold: float,
+        mean_loss: float | None,
+    ):
+        check_count("callbacks.dynamics.num_targets", num_targets)
+        check_threshold(threshold, mean_loss)
+        self.run_dir, self.folder = Path(run_dir), store_folder(Path(run_dir), name)
+        self.windows = open_windows(corpus, references, combine, "size", "callbacks.dynamics.")
+        self.tokens = draw(self.windows, num_targets, seed, by_source)
+        self.every_tokens, self.batch_size = every_tokens, batch_size
+        self.threshold, self.mean_loss = threshold, mean_loss
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        check_same_tokenizer(self.windows.corpus, trainer.datamodule.corpus)  # type: ignore[attr-defined]
+        has_it = False
+        if trainer.is_global_zero:
+            self.store, self.fit = self._open(
+                trainer.global_step == 0, pl_module.tokens_seen, PRECISIONS[str(trainer.precision)]
+            )
+            has_it = self.store.has(pl_module.tokens_seen)
+        starts = trainer.global_step == 0 or is_due(trainer, self.every_tokens, parts=32)
+        if starts and not trainer.strategy.broadcast(has_it):
+            self._evaluate(trainer, pl_module)
+
+    def _open(
+        self, is_new: bool, tokens_seen: int, precision: str
+    ) -> tuple[TrajectoryStore, RunningFit]:
+        """A run that starts anew has no trajectories; one that goes on forgets what came later."""
+        if is_new:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        plan = make_plan(self.windows, self.tokens.windows, run_record(self.run_dir), precision)
+        store = TrajectoryStore.create(self.folder, plan, self.tokens)
+        store.forget_after(tokens_seen)
+        fit = RunningFit(self.threshold, self.mean_loss)
+        for column in store.losses():
+            fit.add(column)
+        return store, fit
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if step_ended(trainer, batch_idx) and is_due(trainer, self.every_tokens, parts=32):
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: Trainer, pl_module: Any) -> None:
+        losses = self._losses(trainer, pl_module)
+        if not np.isfinite(losses).all():
+            raise NonFiniteError(
+                f"step {trainer.global_step}: the loss of {np.sum(~np.isfinite(losses))} of the "
+                f"{len(losses)} tokens in {self.folder} is not finite"
+            )
+        if trainer.is_global_zero:
+            self.store.append(pl_module.tokens_seen, losses)
+            self.fit.add(losses)
+
+    def _losses(self, trainer: Trainer, pl_module: Any) -> np.ndarray:  # (M,)
+        """Every rank computes its part of the windows, as many forwards as the others."""
+        numbers, world = self.tokens.windows, trainer.world_size
+        per_rank = -(-len(numbers) // world)
+        places = np.arange(per_rank) + per_rank * trainer.global_rank
+        mine = numbers[np.minimum(places, len(numbers) - 1)]
+        with trainer.precision_plugin.forward_context():
+            found = token_losses(pl_module.lm, self.windows, mine, self.batch_size)
+        gathered = pl_module.all_gather(torch.from_numpy(found).to(pl_module.device))
+        grid = gathered.reshape(-1, found.shape[1])[: len(numbers)].cpu().numpy()
+        return grid[self.tokens.live]
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and self.fit.is_ready:
+            name = self.run_dir.name
+            finish(self.store, analyse(self.store, name, self.threshold, self.mean_loss))
+
+
+def check_same_tokenizer(mine: Corpus, training: Corpus) -> None:
+    found, expected = (corpus.manifest["tokenizer_sha256"] for corpus in (mine, training))
+    if found != expected:
+        raise UserError(
+            f"{mine.folder} has tokenizer {found}, the training corpus {training.folder} {expected}"
+        )
+
+
+# ---- from checkpoints ---------------------------------------------------------------------------
+
+
+def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
+    """The model of a checkpoint that fits the corpus."""
+    check_checkpoint(path)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if "about" not in saved:
+        raise UserError(f"{path} does not say its architecture: an older version wrote it")
+    about, expected = saved["about"], corpus.manifest["tokenizer_sha256"]
+    if about["tokenizer_sha256"] != expected:
+        raise UserError(
+            f"{path} was trained with tokenizer {about['tokenizer_sha256']}, {corpus.folder} was "
+            f"made with {expected}"
+        )
+    fields = json.loads(about["config"])
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    lm = SelectiveLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    prefix = "lm."
+    lm.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items()})
+    return lm
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Finished ones, in the order of training."""
+    found = sorted((run / "checkpoints").glob("step-*.ckpt"))
+    return [path for path in found if sidecar(path).exists()]
+
+
+def tokens_seen_by(path: Path) -> int:
+    """As its sidecar says: the file itself may have many gigabytes."""
+    record = read_json(sidecar(path))
+    if "tokens_seen" not in record:
+        raise UserError(
+            f"{path} does not say how many tokens it has seen: an older version wrote it"
+        )
+    return record["tokens_seen"]
+
+
+def missing(run: Path, store: TrajectoryStore) -> list[Path]:
+    return [path for path in checkpoints_of(run) if not store.has(tokens_seen_by(path))]
+
+
+def evaluate_runs(runs: Sequence[Path], windows: Windows, tokens: TokenSet, config: Any) -> list:
+    """Append what each run's store lacks."""
+    stores = [open_store(run, windows, tokens, config) for run in runs]
+    todo = [
+        (store, path)
+        for run, store in zip(runs, stores, strict=True)
+        for path in missing(run, store)
+    ]
+    device, dtype = pick_device(config.device), DTYPES[config.dtype]
+    with progress("token losses", len(todo) * tokens.num_targets, "tokens") as advance:
+        for store, path in todo:
+            if not path.exists():
+                log.warning("%s is gone: its run goes on and keeps fewer checkpoints", path)
+                continue
+            lm = load_checkpoint(path, windows.corpus).to(device, dtype)
+            grid = token_losses(lm, windows, tokens.windows, config.batch_size)
+            store.append(tokens_seen_by(path), grid[tokens.live])
+            advance(tokens.num_targets)
+    return stores
+
+
+def open_store(run: Path, windows: Windows, tokens: TokenSet, config: Any) -> TrajectoryStore:
+    plan = make_plan(windows, tokens.windows, run_record(run), config.dtype)
+    return TrajectoryStore.create(store_folder(run, config.name), plan, tokens)
+
+
+def analyse_stores(
+    runs: Sequence[Path], stores: Sequence[TrajectoryStore], config: Any
+) -> list[Analysis]:
+    """Of the runs with enough checkpoints; the others are named."""
+    found = []
+    for run, store in zip(runs, stores, strict=True):
+        count = len(store.checkpoints)
+        if count < MIN_CHECKPOINTS:
+            log.warning("%s has %d checkpoints, a trajectory needs %d", run, count, MIN_CHECKPOINTS)
+            continue
+        found.append(analyse(store, run.name, config.threshold, config.mean_loss))
+        finish(store, found[-1])
+    if not found:
+        raise UserError(
+            f"none of the {len(runs)} runs has {MIN_CHECKPOINTS} checkpoints: train with "
+            "callbacks.checkpoints.keep=null, or with callbacks=dynamics"
+        )
+    return found
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def check_settings(config: Any) -> None:
+    for key in ("num_targets", "batch_size"):
+        check_count(key, config[key])
+    check_threshold(config.threshold, config.mean_loss)
+    if config.dtype not in DTYPES:
+        raise UserError(f"dtype is {config.dtype!r}, it must be one of {tuple(DTYPES)}")
+
+
+def dynamics(config: Any) -> list[Analysis]:
+    """Fill the stores of all runs, then classify."""
+    check_settings(config)
+    runs = run_folders(folders_of(config.runs))
+    windows = open_windows(config.corpus, config.references, config.combine, config.check, "")
+    tokens = draw(windows, config.num_targets, config.seed, config.by_source)
+    stores = evaluate_runs(runs, windows, tokens, config)
+    return analyse_stores(runs, stores, config)
+
+
+def print_table(analyses: Sequence[Analysis]) -> None:
+    table = Table("run", "class", "tokens", "share", "95%", "loss, first", "last", "kept, last")
+    for analysis in analyses:
+        for number, name in enumerate(CLASSES):
+            share, losses = analysis.shares[name], analysis.class_losses[:, number]
+            kept = "" if analysis.kept is None else f"{analysis.kept.by_class[-1, number]:.1%}"
+            table.add_row(
+                analysis.name if number == 0 else "",
+                ARROWS[name],
+                f"{share.num_tokens:,}",
+                *(f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}"),
+                *(f"{losses[0]:.3f}", f"{losses[-1]:.3f}", kept),
+            )
+    Console().print(table)
+
+
+@command("dynamics")
+def main(config: Any) -> None:
+    analyses = dynamics(config)
+    print_table(analyses)
+    for analysis in analyses:
+        log.info("%s", analysis.store.folder)
+
+
+if __name__ == "__main__":
+    main()

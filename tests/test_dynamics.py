@@ -1,0 +1,394 @@
+"""Token losses from checkpoints and during training: the same ones, and nothing disturbed."""
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from slm.classes import CLASSES, classify
+from slm.cli import conf_folder
+from slm.data import Windows
+from slm.dynamics import TokenDynamics, dynamics, load_checkpoint, nested
+from slm.errors import NonFiniteError, UserError
+from slm.shards import fingerprint
+from slm.train import train
+from slm.trajectories import TrajectoryStore, token_losses
+from slm.verify import verify
+from test_train import compose_train, crash_at, same_results
+
+SETTINGS = ["num_targets=100", "name=c"]
+
+
+def during(corpus: Any, *overrides: str) -> list[str]:
+    return [
+        "callbacks=dynamics",
+        f"callbacks.dynamics.corpus='{corpus.folder}'",
+        "callbacks.dynamics.num_targets=100",
+        "callbacks.dynamics.every_tokens=256",
+        *overrides,
+    ]
+
+
+def compose_dynamics(runs: Path, corpus: Path, *overrides: str) -> Any:
+    words = [f"runs='{runs}'", f"corpus='{corpus}'", *SETTINGS, *overrides]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose("dynamics", overrides=words)
+
+
+@pytest.fixture
+def run(tmp_path, text_corpus) -> Path:
+    """12 steps of 128 tokens, a checkpoint every second step; losses taken as it trained."""
+    words = during(text_corpus, "callbacks.checkpoints.keep=null")
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    return tmp_path / "run"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ---- during training ------------------------------------------------------------------------
+
+
+def test_training_is_not_disturbed(tmp_path, text_corpus, run):
+    train(compose_train(tmp_path / "bare", text_corpus.folder))
+    same_results(tmp_path / "bare", run)
+
+
+def test_losses_are_taken_from_step_0_to_the_end(run):
+    store = TrajectoryStore(run / "dynamics" / "tokens")
+    assert [c.tokens_seen for c in store.checkpoints] == [0, *range(256, 12 * 128 + 1, 256)]
+    assert len(store.tokens.windows) == 7  # of 16 targets: 100 are asked for
+    table = np.load(store.folder / "trajectories.npy")
+    expected = classify(store.losses())
+    for name in expected._fields:
+        np.testing.assert_array_equal(table[name], getattr(expected, name))
+    with open(store.folder / "classes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == list(CLASSES) * 7
+    shares = [float(row["share"]) for row in rows[:4]]
+    assert shares == [np.mean(expected.label == number) for number in range(4)]
+
+
+@pytest.mark.parametrize("cut", [4, 5])  # at a checkpoint and token losses; after both
+def test_a_resumed_run_leaves_the_same_store(tmp_path, text_corpus, run, monkeypatch, cut):
+    config = compose_train(
+        tmp_path / "cut",
+        text_corpus.folder,
+        *during(text_corpus, "callbacks.checkpoints.keep=null"),
+    )
+    crash_at(monkeypatch, cut)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(run, tmp_path / "cut")
+    assert files(run / "dynamics" / "tokens") == files(tmp_path / "cut" / "dynamics" / "tokens")
+
+
+def test_what_came_after_the_checkpoint_is_made_again(tmp_path, text_corpus, run, monkeypatch):
+    """Checkpoints are rarer than token losses: three columns are later than the last one."""
+    words = during(text_corpus, "callbacks.checkpoints.every_tokens=768")
+    config = compose_train(tmp_path / "cut", text_corpus.folder, *words)
+    crash_at(monkeypatch, 11)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    folder = tmp_path / "cut" / "dynamics" / "tokens"
+    later = TrajectoryStore(folder)
+    assert later.checkpoints[-1].tokens_seen == 1280
+    later.append(1281, later.losses()[-1])  # of an attempt that went another way
+    crash_at(monkeypatch, None)
+    train(config)
+    assert files(folder).keys() == files(run / "dynamics" / "tokens").keys()
+    for one, other in zip(
+        TrajectoryStore(folder).losses(),
+        TrajectoryStore(run / "dynamics/tokens").losses(),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_losses_missing_at_the_checkpoint_that_it_goes_on_from_are_made(
+    tmp_path, text_corpus, run, monkeypatch
+):
+    """Killed between the checkpoint and the token losses of one step."""
+    words = during(text_corpus, "callbacks.checkpoints.keep=null")
+    config = compose_train(tmp_path / "cut", text_corpus.folder, *words)
+    crash_at(monkeypatch, 6)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    folder = tmp_path / "cut" / "dynamics" / "tokens"
+    TrajectoryStore(folder).forget_after(700)
+    crash_at(monkeypatch, None)
+    train(config)
+    assert files(folder) == files(run / "dynamics" / "tokens")
+
+
+def test_a_run_that_starts_anew_forgets_all(tmp_path, text_corpus, monkeypatch):
+    words = during(text_corpus)
+    crash_at(monkeypatch, 1)  # before the first checkpoint
+    with pytest.raises(RuntimeError, match="crash"):
+        train(compose_train(tmp_path / "run", text_corpus.folder, "seed=1", *words))
+    crash_at(monkeypatch, None)
+    train(compose_train(tmp_path / "run", text_corpus.folder, "seed=2", *words))
+    assert len(TrajectoryStore(tmp_path / "run" / "dynamics" / "tokens").checkpoints) == 7
+
+
+def test_a_broken_model_stops_the_training(tmp_path, text_corpus, monkeypatch):
+    def broken(*arguments: Any) -> np.ndarray:
+        return np.full((len(arguments[2]), 16), np.nan, np.float32)
+
+    monkeypatch.setattr("slm.dynamics.token_losses", broken)
+    with pytest.raises(NonFiniteError, match=r"step 0: the loss of 112 of the 112 tokens"):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *during(text_corpus)))
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+def test_ranks_share_the_windows(text_corpus, tokenizer, count, monkeypatch):
+    """Each rank's part, gathered, is what one process finds; all make as many forwards."""
+    from types import SimpleNamespace
+
+    from slm.token_set import read_windows
+    from test_trajectories import make_lm
+
+    windows, numbers = Windows(text_corpus), np.array([1, 4, 6, 9])
+    tokens, lm = read_windows(windows, numbers, tokenizer), make_lm()
+    found, forwards = [], []
+
+    class Gathered(Exception):
+        pass
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        found.append(values)
+        raise Gathered
+
+    callback = TokenDynamics.__new__(TokenDynamics)
+    callback.tokens, callback.windows, callback.batch_size = tokens, windows, 2
+    plugin = SimpleNamespace(forward_context=torch.no_grad)
+    monkeypatch.setattr(lm, "forward", lambda *a, f=lm.forward: forwards.append(rank) or f(*a))
+    trainer: Any = None
+    for rank in range(count):
+        trainer = SimpleNamespace(world_size=count, global_rank=rank, precision_plugin=plugin)
+        module = SimpleNamespace(lm=lm, device=torch.device("cpu"), all_gather=gather)
+        with pytest.raises(Gathered):
+            callback._losses(trainer, module)
+    assert len(set(np.bincount(forwards))) == 1
+    module = SimpleNamespace(
+        lm=lm, device=torch.device("cpu"), all_gather=lambda values: torch.stack(found)
+    )
+    together = callback._losses(trainer, module)
+    alone = token_losses(lm, windows, numbers, 2)[tokens.live]
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+
+
+# ---- from checkpoints -----------------------------------------------------------------------
+
+
+def test_checkpoints_give_the_losses_that_the_callback_saw(text_corpus, run):
+    analyses = dynamics(compose_dynamics(run, text_corpus.folder))
+    later, live = TrajectoryStore(run / "dynamics" / "c"), TrajectoryStore(run / "dynamics/tokens")
+    seen = [c.tokens_seen for c in later.checkpoints]
+    assert seen == [c.tokens_seen for c in live.checkpoints][1:]
+    for one, other in zip(later.losses(), live.losses()[1:], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [analysis.name for analysis in analyses] == ["run"]
+
+
+def test_a_second_run_makes_only_what_is_missing(text_corpus, run, monkeypatch):
+    config = compose_dynamics(run, text_corpus.folder)
+    dynamics(config)
+    folder = run / "dynamics" / "c"
+    before = files(folder)
+    for name in ("losses-000000000000768.json", "losses-000000000001024.npy"):
+        (folder / name).unlink()
+    (folder / "losses-000000000001024.json").unlink()
+    loaded = []
+
+    def load(path: Path, corpus: Any) -> Any:
+        loaded.append(path.name)
+        return load_checkpoint(path, corpus)
+
+    monkeypatch.setattr("slm.dynamics.load_checkpoint", load)
+    dynamics(config)
+    assert loaded == ["step-00000006.ckpt", "step-00000008.ckpt"]
+    assert files(folder) == before
+
+
+def test_two_runs_have_a_store_each(tmp_path, text_corpus, run):
+    shutil.copytree(run, tmp_path / "more" / "a")
+    shutil.copytree(run, tmp_path / "more" / "b")
+    analyses = dynamics(compose_dynamics(tmp_path / "more", text_corpus.folder))
+    assert [analysis.name for analysis in analyses] == ["a", "b"]
+    one, other = (files(tmp_path / "more" / name / "dynamics" / "c") for name in "ab")
+    assert one == other
+
+
+def test_references_give_excess_losses_and_keep_rates(tmp_path, text_corpus, make_references):
+    scores = [np.full(len(text_corpus.column("tokens", i)), -2.0) for i in range(2)]
+    references = make_references(tmp_path / "r", text_corpus, scores)
+    named = f"'{references.folder}'"
+    words = ["selection=excess", "selection.select_ratio=0.3", f"data.references={named}"]
+    words += during(text_corpus, f"callbacks.dynamics.references={named}")
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    store = TrajectoryStore(tmp_path / "run" / "dynamics" / "tokens")
+    assert store.plan["run"]["selection"] == {
+        "_target_": "slm.selection.Excess",
+        "select_ratio": 0.3,
+        "scope": "batch",
+    }
+    with open(store.folder / "classes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = rows[-4:]
+    kept = sum(float(row["kept_frac"] or 0) * int(row["count"]) for row in last)
+    # 7 windows in groups of 4 and 3: floor(0.3 * 64 + 0.5) + floor(0.3 * 48 + 0.5)
+    assert kept == pytest.approx(19 + 14)
+    one, other = (analysis for analysis in [analysis_of(store)] * 2)
+    assert one.excess_losses is not None
+    np.testing.assert_allclose(one.excess_losses[0], other.losses[0] - 2.0)
+
+
+def analysis_of(store: TrajectoryStore) -> Any:
+    from slm.analysis import analyse
+
+    return analyse(store, "run")
+
+
+def test_words_of_a_run_become_a_tree():
+    flat = {"seed": 1, "selection._target_": "x", "selection.select_ratio.points": [[0, 1]]}
+    expected = {"_target_": "x", "select_ratio": {"points": [[0, 1]]}}
+    assert nested(flat, "selection.") == expected
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+
+def test_too_few_checkpoints(text_corpus, run):
+    for path in sorted((run / "checkpoints").glob("step-*"))[4:]:
+        path.unlink()
+    with pytest.raises(UserError, match="none of the 1 runs has 3 checkpoints: train with"):
+        dynamics(compose_dynamics(run, text_corpus.folder))
+
+
+def test_a_checkpoint_that_a_live_run_removed_is_passed_over(text_corpus, run, monkeypatch, caplog):
+    first = run / "checkpoints" / "step-00000002.ckpt"
+
+    def load(path: Path, corpus: Any) -> Any:
+        second = first.with_name("step-00000004.ckpt")
+        if path == first:
+            second.unlink()
+        return load_checkpoint(path, corpus)
+
+    monkeypatch.setattr("slm.dynamics.load_checkpoint", load)
+    dynamics(compose_dynamics(run, text_corpus.folder))
+    assert "step-00000004.ckpt is gone" in caplog.text
+    assert not TrajectoryStore(run / "dynamics" / "c").has(512)
+
+
+def test_a_damaged_checkpoint_is_named(text_corpus, run):
+    path = run / "checkpoints" / "step-00000004.ckpt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"step-00000004.ckpt is damaged: sha256"):
+        dynamics(compose_dynamics(run, text_corpus.folder))
+
+
+def test_another_tokenizer_is_refused(tmp_path, text_corpus, make_corpus, run, monkeypatch):
+    other = make_corpus(tmp_path / "other", [np.arange(161) % 290], 16)
+    manifest = json.loads((other.folder / "manifest.json").read_text())
+    manifest["tokenizer_sha256"] = "f" * 64
+    manifest["fingerprint"] = fingerprint(manifest)
+    (other.folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"was trained with tokenizer \w+, .* was made with ffff"):
+        dynamics(compose_dynamics(run, other.folder))
+    config = compose_train(tmp_path / "new", text_corpus.folder, *during(other))
+    with pytest.raises(UserError, match=r"has tokenizer ffff\w+, the training corpus"):
+        train(config)
+
+
+def test_another_token_set_under_the_same_name_is_refused(text_corpus, run):
+    dynamics(compose_dynamics(run, text_corpus.folder))
+    with pytest.raises(UserError, match="holds another run: num_windows is 7 in plan.json, 13 now"):
+        dynamics(compose_dynamics(run, text_corpus.folder, "num_targets=200"))
+    with pytest.raises(UserError, match="windows_sha256 is"):
+        dynamics(compose_dynamics(run, text_corpus.folder, "seed=1"))
+
+
+def test_an_older_checkpoint_says_too_little(text_corpus, run):
+    record = run / "checkpoints" / "step-00000004.ckpt.json"
+    found = json.loads(record.read_text())
+    del found["tokens_seen"]
+    record.write_text(json.dumps(found))
+    with pytest.raises(UserError, match="does not say how many tokens it has seen: an older"):
+        dynamics(compose_dynamics(run, text_corpus.folder))
+
+
+def test_an_empty_folder_is_no_run(tmp_path, text_corpus):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no run"):
+        dynamics(compose_dynamics(tmp_path / "empty", text_corpus.folder))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_targets=0", "num_targets is 0, it must be a whole number of at least 1"),
+        ("threshold=-1", "threshold is -1, it must be a number of nats, 0 or more"),
+        ("mean_loss=high", "mean_loss is 'high', it must be a number of nats, or null"),
+        ("name=a/b", "name is 'a/b', it must be one folder's name"),
+        ("dtype=float16", "dtype is 'float16', it must be one of"),
+        ("device=tpu9", "device 'tpu9' cannot be used here"),
+        ("combine=mean", r"combine is 'mean' for 0 reference\(s\); it is one of"),
+    ],
+)
+def test_bad_settings(text_corpus, run, override, message):
+    with pytest.raises(UserError, match=message):
+        dynamics(compose_dynamics(run, text_corpus.folder, override))
+
+
+def test_the_command_prints_a_table(text_corpus, run, monkeypatch, capsys):
+    from slm.dynamics import main
+
+    words = [f"runs='{run}'", f"corpus='{text_corpus.folder}'", *SETTINGS]
+    monkeypatch.setattr(sys, "argv", ["slm dynamics", *words])
+    monkeypatch.setenv("COLUMNS", "120")
+    main()
+    lines = capsys.readouterr().out
+    for text in ("H\u2192H", "L\u2192H", "H\u2192L", "L\u2192L", "share", "95%"):
+        assert text in lines
+
+
+# ---- slm verify -----------------------------------------------------------------------------
+
+
+def test_every_flipped_byte_of_the_store_is_found(run):
+    folder = run / "dynamics" / "tokens"
+    [(path, whole, text)] = list(verify(folder))
+    assert (path, whole) == (folder, True)
+    assert text == "token losses, 112 tokens at 7 checkpoints"
+    for item in sorted(folder.iterdir()):
+        if item.name in ("trajectories.npy", "classes.csv"):  # made anew from the others
+            continue
+        before = item.read_bytes()
+        after = bytearray(before)
+        after[len(after) // 2] ^= 1
+        item.write_bytes(after)
+        [(_, whole, text)] = list(verify(folder))
+        assert not whole and str(folder) in text, item
+        item.unlink()
+        if item.suffix == ".npy" or item.name in ("manifest.json", "plan.json"):
+            [(_, whole, _)] = list(verify(folder))
+            assert not whole, item
+        item.write_bytes(before)
+
+
+def test_a_run_is_verified_with_its_store(run):
+    found = {path.name: whole for path, whole, _ in verify(run)}
+    assert found["tokens"] and found["model"] and found["run"]
