@@ -88,7 +88,7 @@ def make_analysis(tmp_path, make_corpus, make_references, tokenizer):
         windows = Windows(corpus, stores if references else [])
         tokens = read_windows(windows, np.arange(8), tokenizer)
         run = {"selection": selection, "selection_start": 0, "micro_batch_size": 4}
-        plan = make_plan(windows, np.arange(8), run)
+        plan = make_plan(windows, np.arange(8), run, "float32")
         store = TrajectoryStore.create(tmp_path / "d", plan, tokens)
         live = np.arange(1, 65) % 9 > 0
         for index, column in enumerate(losses):
