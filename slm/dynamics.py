@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from slm.analysis import Analysis, analyse
+from slm.analysis import Analysis, analyse, run_chooser
 from slm.arms import folders_of, run_folders
 from slm.checkpoint import check_checkpoint, is_due, sidecar, step_ended
 from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit, check_threshold
@@ -28,10 +28,13 @@ from slm.cli import command, progress
 from slm.data import Windows, open_references
 from slm.errors import NonFiniteError, UserError
 from slm.model import SelectiveLM
+from slm.panels import dynamics_metrics, excess_histograms, final_media, final_summary
+from slm.progress import send
 from slm.score import DTYPES, check_count, pick_device
 from slm.shards import Corpus, Json, hash_json, read_json, write_csv
 from slm.token_set import TokenSet, draw_windows, read_windows
 from slm.tokenizer import load_tokenizer
+from slm.tracking import WandbLog
 from slm.trajectories import TrajectoryStore, make_plan, token_losses
 
 log = logging.getLogger("slm.dynamics")
@@ -159,7 +162,7 @@ class TokenDynamics(Callback):
         check_same_tokenizer(self.windows.corpus, trainer.datamodule.corpus)  # type: ignore[attr-defined]
         has_it = False
         if trainer.is_global_zero:
-            self.store, self.fit = self._open(
+            self.store = self._open(
                 trainer.global_step == 0, pl_module.tokens_seen, PRECISIONS[str(trainer.precision)]
             )
             has_it = self.store.has(pl_module.tokens_seen)
@@ -167,19 +170,17 @@ class TokenDynamics(Callback):
         if starts and not trainer.strategy.broadcast(has_it):
             self._evaluate(trainer, pl_module)
 
-    def _open(
-        self, is_new: bool, tokens_seen: int, precision: str
-    ) -> tuple[TrajectoryStore, RunningFit]:
+    def _open(self, is_new: bool, tokens_seen: int, precision: str) -> TrajectoryStore:
         """A run that starts anew has no trajectories; one that goes on forgets what came later."""
         if is_new:
             shutil.rmtree(self.folder, ignore_errors=True)
         plan = make_plan(self.windows, self.tokens.windows, run_record(self.run_dir), precision)
         store = TrajectoryStore.create(self.folder, plan, self.tokens)
         store.forget_after(tokens_seen)
-        fit = RunningFit(self.threshold, self.mean_loss)
+        self.fit, self.chooser = RunningFit(self.threshold, self.mean_loss), run_chooser(store)
         for column in store.losses():
-            fit.add(column)
-        return store, fit
+            self.fit.add(column)
+        return store
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -197,6 +198,17 @@ class TokenDynamics(Callback):
         if trainer.is_global_zero:
             self.store.append(pl_module.tokens_seen, losses)
             self.fit.add(losses)
+            self._log(trainer, losses, pl_module.tokens_seen)
+
+    def _log(self, trainer: Trainer, losses: np.ndarray, seen: int) -> None:
+        label = self.fit.labels() if self.fit.is_ready else None
+        selected = None if self.chooser is None else self.chooser.selected(losses, seen)
+        send(trainer, dynamics_metrics(losses, label, selected))
+        if "reference_loss" in self.tokens.columns:
+            excess_loss = losses - self.tokens.columns["reference_loss"]
+            histograms = excess_histograms(excess_loss, selected)
+            for logger in wandb_logs(trainer):
+                logger.log_media(histograms, trainer.global_step, seen)
 
     def _losses(self, trainer: Trainer, pl_module: Any) -> np.ndarray:  # (M,)
         """Every rank computes its part of the windows, as many forwards as the others."""
@@ -213,7 +225,19 @@ class TokenDynamics(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and self.fit.is_ready:
             name = self.run_dir.name
-            finish(self.store, analyse(self.store, name, self.threshold, self.mean_loss))
+            analysis = analyse(self.store, name, self.threshold, self.mean_loss)
+            finish(self.store, analysis)
+            for logger in wandb_logs(trainer):
+                logger.log_media(final_media(analysis), trainer.global_step, pl_module.tokens_seen)
+                logger.log_summary(final_summary(analysis))
+                manifest = self.store.folder / "manifest.json"
+                logger.log_folder(
+                    manifest, name=f"dynamics-{name}", kind="dynamics", is_input=False
+                )
+
+
+def wandb_logs(trainer: Trainer) -> list[WandbLog]:
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLog)]
 
 
 def check_same_tokenizer(mine: Corpus, training: Corpus) -> None:

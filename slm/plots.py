@@ -91,9 +91,12 @@ def draw_lines(
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """As path and, for print, as SVG beside it."""
+    """As path and, for print, as SVG beside it; the same figure gives the same bytes."""
+    import matplotlib
+
     figure.savefig(path, dpi=160)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "slm"}):  # ids in the SVG are random otherwise
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def loss_figure(
@@ -219,11 +222,11 @@ def dress(axes: Any, title: str, width: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def token_ticks(axes: Any) -> None:
-    """At most five: 50k, 100k, 1.5M"""
+def token_ticks(axes: Any, most: int = 5) -> None:
+    """50k, 100k, 1.5M"""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 

@@ -4,7 +4,7 @@
                   windows.npy, ...        the tokens, see token_set.py
                   losses-000000409600.npy float32 (M,): loss of every target, nats, after so many
                                           training tokens; its .json comes last
-                  manifest.json           plan and checkpoints, written anew with each of them
+                  manifest.json           plan, token set and checkpoints, written anew with each
                   trajectories.npy        structured (M,): fits and classes, see classes.py
 
 A checkpoint that is there already is left alone, so a command that is run again does what is
@@ -137,7 +137,8 @@ class TrajectoryStore:
 
     def write_manifest(self) -> None:
         found = [checkpoint._asdict() for checkpoint in self.checkpoints]
-        write_json(self.folder / "manifest.json", self.plan | {"checkpoints": found})
+        record = {"token_set": read_json(self.folder / "token_set.json"), "checkpoints": found}
+        write_json(self.folder / "manifest.json", self.plan | record)
 
     def losses(self) -> "LossColumns":
         return LossColumns(

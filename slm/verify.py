@@ -257,9 +257,11 @@ def verify_dynamics(path: Path, advance: Advance) -> str:
     columns = [read_json(item) for item in sidecars]
     for item, column in zip(sidecars, columns, strict=True):
         check_hash(item.with_suffix(".npy"), field(column, "sha256", item), item.name, advance)
-    manifest = read_json(path / "manifest.json") if columns else {}
-    if columns and manifest != read_json(path / "plan.json") | {"checkpoints": columns}:
-        raise UserError(f"{path / 'manifest.json'} is not what plan.json and the sidecars say")
+    made = read_json(path / "plan.json") | {"token_set": read_json(record), "checkpoints": columns}
+    if columns and read_json(path / "manifest.json") != made:
+        raise UserError(
+            f"{path / 'manifest.json'} is not what plan.json, token_set.json and the sidecars say"
+        )
     return f"token losses, {field(read_json(record), 'num_targets', record):,} tokens at " + (
         f"{len(columns)} checkpoints"
     )

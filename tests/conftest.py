@@ -1,8 +1,9 @@
 """Small real folders: a tokenizer, corpora made by hand, references with known scores."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,3 +145,15 @@ def text_corpus(tmp_path, tokenizer, make_corpus) -> Corpus:
     ids = [token for text in TEXT for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
     cut = 16 * 20 + 1
     return make_corpus(tmp_path / "corpus", [np.array(ids[:cut]), np.array(ids[cut : 2 * cut])], 16)
+
+
+@pytest.fixture
+def kept(monkeypatch) -> Iterator[list[Any]]:
+    """The figures that would have been closed."""
+    import matplotlib.pyplot as plt
+
+    figures: list[Any] = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", figures.append)
+    yield figures
+    close("all")

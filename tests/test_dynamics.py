@@ -246,7 +246,7 @@ def test_references_give_excess_losses_and_keep_rates(tmp_path, text_corpus, mak
     with open(store.folder / "classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     last = rows[-4:]
-    kept = sum(float(row["kept_frac"] or 0) * int(row["count"]) for row in last)
+    kept = sum(float(row["kept_frac"] or 0) * int(row["num_tokens"]) for row in last)
     # 7 windows in groups of 4 and 3: floor(0.3 * 64 + 0.5) + floor(0.3 * 48 + 0.5)
     assert kept == pytest.approx(19 + 14)
     one, other = (analysis for analysis in [analysis_of(store)] * 2)

@@ -2,7 +2,6 @@
 
 import html
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -47,18 +46,6 @@ def test_the_mean_of_runs_measured_at_other_points_is_interpolated():
     other = Curve("x", np.array([0.0, 200]), np.array([8.0, 4.0]))
     mean = mean_curve([one, other])
     assert mean.tokens_seen.tolist() == [0, 100, 200] and mean.loss.tolist() == [6.0, 4.5, 3.0]
-
-
-@pytest.fixture
-def kept(monkeypatch) -> Iterator[list[Any]]:
-    """The figures that would have been closed."""
-    import matplotlib.pyplot as plt
-
-    figures: list[Any] = []
-    close = plt.close
-    monkeypatch.setattr(plt, "close", figures.append)
-    yield figures
-    close("all")
 
 
 def test_figure_draws_each_run_the_mean_and_the_lines(tmp_path, kept):
