@@ -30,6 +30,7 @@ from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
 from slm.selection import All, Selection
 from slm.shards import Json
+from slm.spans import UNKNOWN
 from slm.token_set import TokenSet
 from slm.trajectories import TrajectoryStore
 
@@ -119,6 +120,7 @@ class Kept:
     times: np.ndarray  # (M,) int32: at how many of the checkpoints the token was selected
     by_class: np.ndarray  # (C, 4), NaN for a class without tokens
     by_source: np.ndarray  # (C, S), NaN for a source without tokens
+    by_signal: np.ndarray  # (C, 2) of the tokens of noise and of signal, NaN where there are none
     loss_selected: np.ndarray  # (C,), NaN where nothing is selected
     loss_unselected: np.ndarray  # (C,), NaN where everything is
 
@@ -217,6 +219,8 @@ def kept(
 ) -> Kept:
     times = np.zeros(len(label), np.int32)
     source, num_sources = store.tokens.columns["source"], len(store.sources)
+    signal = signal_labels(store.tokens)
+    known = signal != UNKNOWN
     rows = []
     for column, seen in zip(losses, tokens_seen, strict=True):
         selected = chooser.selected(column, int(seen))
@@ -225,12 +229,20 @@ def kept(
             (
                 rate(selected, label, len(CLASSES)),
                 rate(selected, source, num_sources),
+                rate(selected[known], signal[known], 2),
                 mean_or_nan(column[selected]),
                 mean_or_nan(column[~selected]),
             )
         )
         advance(1)
     return Kept(chooser.name, times, *(np.array(list(row)) for row in zip(*rows, strict=True)))
+
+
+def signal_labels(tokens: TokenSet) -> np.ndarray:  # (M,) int8
+    """1 signal, 0 noise, -1 unknown; all unknown where the corpus has no labels."""
+    if "signal" in tokens.columns:
+        return tokens.columns["signal"]
+    return np.full(tokens.num_targets, UNKNOWN, np.int8)
 
 
 def rate(selected: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:  # (count,)

@@ -127,6 +127,18 @@ class Windows:
             self._gather(self.corpus, "bytes", windows, np.empty(shape, np.int64))
         )
 
+    @property
+    def has_signal(self) -> bool:
+        """Does the corpus say of some tokens whether they are signal or noise?"""
+        return self.corpus.has_signal
+
+    def signal(self, windows: np.ndarray) -> np.ndarray:  # (B,) -> (B, T) int8
+        """Of every target: 1 signal, 0 noise, -1 unknown."""
+        if not self.has_signal:
+            raise UserError(f"{self.corpus.folder} has no labels: no source had signal or noise")
+        shape = (len(windows), self.corpus.seq_len)
+        return self._gather(self.corpus, "signal", windows, np.empty(shape, np.int8))
+
     def _scores(self, targets: Tensor, windows: np.ndarray) -> Batch:
         """The columns of the references, combined."""
         shape = (len(self.references), len(windows), self.corpus.seq_len)

@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +32,13 @@ from slm.parts import encode_documents
 from slm.records import Text, read_texts
 from slm.shards import ArrayWriter, Json, Shard, atomic_file, shard_path, write_sidecar
 from slm.sources import BLOCK_BYTES, Block, Source
+from slm.spans import NOISE, SIGNAL, label_tokens
 from slm.tokenizer import Encoder, EncoderState
 
 BATCHES_PER_WORKER = 3  # in flight
 MAX_FAULTS_SHOWN = 10
+LABELLED = ("signal", "noise")  # tokens of
+COUNTS = ("documents", "tokens", "bytes", "targets", *LABELLED)
 
 
 # ---- a worker: blocks -> token arrays -----------------------------------------------------------
@@ -58,12 +60,17 @@ class Job:
     def has_masks(self) -> bool:
         return any(source.has_masks for source in self.sources)
 
+    @property
+    def has_signal(self) -> bool:
+        return any(source.has_signal for source in self.sources)
+
 
 class Result(NamedTuple):
     """One batch of blocks, encoded."""
 
-    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes and, where there are some, masks
-    documents: np.ndarray  # (d, 6) int64: number of tokens, source, record, side, bytes, targets
+    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes and, by need, masks and signal
+    # (d, 8) int64: number of tokens, source, record, side, bytes; targets, tokens of signal, noise
+    documents: np.ndarray
     excluded: list[Excluded]
     faults: list[tuple[int, str]]  # source, sentence
     num_input_bytes: int
@@ -80,25 +87,30 @@ class Tally:
     """What the report says, summed over the results."""
 
     sources: list[Source]
-    counts: np.ndarray  # (side, source, 4): documents, tokens, bytes, targets
+    counts: np.ndarray  # (side, source, 6): as in COUNTS
     num_faults: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
-        length, source, _, side, size, targets = result.documents.T
-        counts = np.column_stack([np.ones_like(size), length, size, targets])
+        length, source, _, side, size, *found = result.documents.T
+        counts = np.column_stack([np.ones_like(size), length, size, *found])
         np.add.at(self.counts, (side, source), counts)
         self.num_faults.update(source for source, _ in result.faults)
         room = MAX_FAULTS_SHOWN - len(self.faults)
         self.faults.extend(sentence for _, sentence in islice(result.faults, room))
 
     def of_side(self, side: int) -> Json:
-        """Targets only where some tokens are none."""
-        names = ("documents", "tokens", "bytes", "targets")
-        names = names if any(source.has_masks for source in self.sources) else names[:3]
-        total = dict(zip(names, self.counts[side].sum(axis=0).tolist(), strict=False))
-        rows = zip(self.sources, self.counts[side].tolist(), strict=True)
-        return total | {"sources": {s.name: dict(zip(names, row, strict=False)) for s, row in rows}}
+        """Targets only where some tokens are none, signal and noise where some are labelled."""
+        sources = {
+            s.name: self.named(row) for s, row in zip(self.sources, self.counts[side], strict=True)
+        }
+        return self.named(self.counts[side].sum(axis=0)) | {"sources": sources}
+
+    def named(self, counts: np.ndarray) -> Json:  # (6,)
+        known = {"targets": any(source.has_masks for source in self.sources)}
+        known |= dict.fromkeys(LABELLED, any(source.has_signal for source in self.sources))
+        named = dict(zip(COUNTS, counts.tolist(), strict=True))
+        return {name: n for name, n in named.items() if name not in known or known[name]}
 
     def of_faults(self) -> Json:
         return {
@@ -142,7 +154,7 @@ class Worker:
                 side = self.choose_side(block, text)
                 if side is None:
                     continue
-                shared = None if self.job.overlap is None else self.job.overlap.find(text.text)
+                shared = None if self.job.overlap is None else self.job.overlap.find(text.origin)
                 if shared is None:
                     texts.append(text)
                     rows.append((block, side))
@@ -159,30 +171,33 @@ class Worker:
 
     def choose_side(self, block: Block, text: Text) -> int | None:
         """0, 1, or None where the weight leaves this copy out; a copy more is for training only."""
-        digest = blake2b(text.data, digest_size=16).digest()
-        side = side_of(digest, self.job.heldout_ratio)
+        side = side_of(text.digest, self.job.heldout_ratio)
         share = self.job.sources[block.source].weight - block.copy
-        dropped = (side == 1 and block.copy > 0) or not is_kept(digest, share)
+        dropped = (side == 1 and block.copy > 0) or not is_kept(text.digest, share)
         return None if dropped else side
 
     def encode(
         self, texts: list[Text], rows: list[tuple[Block, int]], faults: list[tuple[int, str]]
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:  # the first two fields of Result
         if not texts:
-            return {}, np.empty((0, 6), np.int64)
+            return {}, np.empty((0, 8), np.int64)
         encoded = encode_documents(self.encoder, texts)
         given = [
             (block.source, text.record, side)
             for text, (block, side) in zip(texts, rows, strict=True)
         ]
-        documents = np.column_stack(
-            [encoded.lengths, given, encoded.num_bytes, encoded.num_targets]
-        )
+        labels = label_tokens(texts, encoded.sizes, encoded.lengths)
+        starts = np.cumsum(encoded.lengths) - encoded.lengths
+        labelled = [np.add.reduceat(labels == label, starts) for label in (SIGNAL, NOISE)]
+        counts = [encoded.num_bytes, encoded.num_targets, *labelled]
+        documents = np.column_stack([encoded.lengths, given, *counts])
         for i, fault in sorted(encoded.faults.items()):
             self.complain(rows[i][0], f"{texts[i].where}: {fault}", faults)
         columns = {"tokens": encoded.tokens, "bytes": encoded.sizes}
         if self.job.has_masks:
             columns["masks"] = encoded.masks
+        if self.job.has_signal:
+            columns["signal"] = labels
         return drop_faulty(columns, documents, encoded.faults)
 
 
@@ -264,13 +279,21 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, seq_len: int, shard_tokens: int, state: EncoderState, has_masks: bool
+        self,
+        folder: Path,
+        seq_len: int,
+        shard_tokens: int,
+        state: EncoderState,
+        has_masks: bool,
+        has_signal: bool,
     ):
         self.folder, self.seq_len = folder, seq_len
         self.capacity = max(1, (shard_tokens - 1) // seq_len) * seq_len + 1
         self.dtypes = {"tokens": state.token_dtype, "bytes": state.bytes_dtype}
         if has_masks:
             self.dtypes["masks"] = "bool"
+        if has_signal:
+            self.dtypes["signal"] = "int8"
         # Not written yet, as `rows` are not: start in the side, source, record.
         self.columns = {name: np.empty(0, dtype) for name, dtype in self.dtypes.items()}
         self.dtypes["documents"] = "int64"

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from slm.cli import command
 from slm.errors import UserError
 from slm.overlap import Exclusion, Overlap, read_exclusion
 from slm.packing import (
+    COUNTS,
     Job,
     Result,
     ShardWriter,
@@ -223,10 +223,9 @@ def sample_texts(
                 raise bad_record(text.fault)
             if text.fault is not None:
                 continue  # the main pass counts it
-            digest = blake2b(text.data, digest_size=16).digest()
-            if side_of(digest, config.heldout_ratio) == 1:
+            if side_of(text.digest, config.heldout_ratio) == 1:
                 continue
-            if overlap is None or overlap.find(text.text) is None:
+            if overlap is None or overlap.find(text.origin) is None:
                 spent += len(text.data)
                 yield text.text
             if spent >= share:
@@ -285,7 +284,7 @@ def write_corpus(
         folder = out / SIDES[side]
         adopt_plan(folder, corpus_plan(config, job, SIDES[side], tokenizer_sha256(tokenizer)))
         tokenizer.save_pretrained(folder / "tokenizer")
-    tally = Tally(sources, np.zeros((2, len(sources), 4), dtype=np.int64))
+    tally = Tally(sources, np.zeros((2, len(sources), len(COUNTS)), dtype=np.int64))
     written = encode_corpus(config, out, job, sides, exclusion, tally)
     excluded = {} if exclusion is None else exclusion.report()
     report: Json = {"bad_records": tally.of_faults(), "excluded": excluded}
@@ -317,7 +316,7 @@ def encode_corpus(
     batches = group_blocks(read_blocks(job.sources, job.max_bytes))
     with ExitStack() as stack:
         update = stack.enter_context(show_progress(input_bytes(job.sources)))
-        shape = (config.seq_len, config.shard_tokens, job.encoder, job.has_masks)
+        shape = (config.seq_len, config.shard_tokens, job.encoder, job.has_masks, job.has_signal)
         writers = {
             side: stack.enter_context(ShardWriter(out / SIDES[side], *shape)) for side in sides
         }
@@ -361,6 +360,7 @@ def say_report(out: Path, report: Json) -> None:
                 )
             )
             say_targets(out / side, report[side])
+            say_signal(out / side, report[side])
     for name, counts in report["excluded"].items():
         log.info(
             "exclude %s: %d of its %d records share a 13-gram with the text, %d documents dropped",
@@ -388,6 +388,16 @@ def say_targets(folder: Path, counts: Json) -> None:
         )
 
 
+def say_signal(folder: Path, counts: Json) -> None:
+    """Where some tokens are labelled: how many, and how much of them is noise."""
+    if "signal" in counts:
+        labelled = counts["signal"] + counts["noise"]
+        log.info(
+            f"{folder}: {labelled:,} tokens are labelled: {counts['signal']:,} signal, "
+            f"{counts['noise']:,} noise ({counts['noise'] / max(1, labelled):.1%})"
+        )
+
+
 def damage(out: Path) -> str | None:
     """What is missing or has another size; contents are for `slm verify`."""
     report = read_json(out / "report.json")
@@ -411,6 +421,9 @@ def prepare(config: Any) -> Json:
     if not sources:
         raise UserError("sources is empty: there is nothing to prepare")
     exclude = parse_sources(entries["exclude"], "exclude")
+    for i, source in enumerate(exclude):
+        if source.has_signal:
+            raise UserError(f"exclude[{i}] has signal or noise: no token of it is written")
     if config.tokenizer.path is None:
         tokenizer = None
         identity = {key: config.tokenizer[key] for key in ("vocab_size", "train_mb")}

@@ -4,7 +4,8 @@
 filled in, or the sentence that names file, line and field of a bad record. It runs in the workers
 of `slm prepare` and imports nothing heavy. JSON is parsed here, one record at a time, so a broken
 one has a line number. Memory is one block and one record of it. A record with a prompt or with
-messages becomes `parts` as well: what of it is a target.
+messages becomes `parts` as well: what of it is a target; one of a source with `signal` or `noise`
+has `spans`: which of its characters are signal.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm.errors import UserError
+from slm.noise import inject, record_seed
 from slm.parts import Part
+from slm.spans import Span
 
 if TYPE_CHECKING:  # sources.py needs `Template`, chat.py `BadRecord`
     from slm.chat import ChatFormat
@@ -106,6 +111,12 @@ class Template:
         if not self.fields:
             raise UserError(f"template {text!r} has no field: write {{text}} for the field text")
 
+    @property
+    def is_one_field(self) -> bool:
+        """Is the text a field as it stands, its characters those of the record?"""
+        steps = self.fields[0].steps
+        return [*filter(None, self.pieces)] == self.fields[:1] and Join not in map(type, steps)
+
     def render(self, record: Any) -> str:
         values = [p if isinstance(p, str) else look_up(record, p) for p in self.pieces]
         if not any(v.strip() for v, p in zip(values, self.pieces, strict=True) if p in self.fields):
@@ -170,6 +181,29 @@ def read_message(value: Any, name: str, roles: tuple[str, ...]) -> Message:
     return Message(role, content)
 
 
+# ---- signal -------------------------------------------------------------------------------------
+
+
+def read_spans(record: Any, field: Field, length: int) -> tuple[Span, ...]:
+    """`[start, end]` or a list of such pairs: characters of the text, which has `length`."""
+    found = descend(record, field.steps, field, list)
+    if not found or isinstance(found[0], list):
+        return tuple(read_span(v, f"{field.name}[{i}]", length) for i, v in enumerate(found))
+    return (read_span(found, field.name, length),)
+
+
+def read_span(value: Any, name: str, length: int) -> Span:
+    shown = reprlib.repr(value)
+    if not isinstance(value, list) or len(value) != 2 or any(type(v) is not int for v in value):
+        raise BadRecord(f"is {shown}, expected [start, end], two whole numbers", name)
+    start, end = value
+    if start > end:
+        raise BadRecord(f"is {shown}, it starts behind its end", name)
+    if start < 0 or end > length:
+        raise BadRecord(f"is {shown}, outside the {length} characters of the text", name)
+    return start, end
+
+
 # ---- block -> texts -----------------------------------------------------------------------------
 
 
@@ -182,6 +216,19 @@ class Text(NamedTuple):
     data: bytes  # the text in UTF-8
     fault: str | None  # a sentence with the place
     parts: tuple[Part, ...] = ()  # none: one text, all of it targets
+    spans: tuple[Span, ...] | None = None  # of the signal in `text`; None: nobody knows
+    clean: str | None = None  # the text before noise was injected, where it was
+
+    @property
+    def origin(self) -> str:
+        """What was read: it decides what is evaluation text."""
+        return self.text if self.clean is None else self.clean
+
+    @property
+    def digest(self) -> bytes:
+        """Of what was read: copies fall on one side, whatever noise each has."""
+        data = self.data if self.clean is None else self.clean.encode()
+        return blake2b(data, digest_size=16).digest()
 
 
 def read_texts(
@@ -191,11 +238,18 @@ def read_texts(
     for line, record, raw in split_block(block, source):
         where = place(block.file, line, source)
         try:
-            text, data, parts = to_text(raw, source, max_bytes, chat)
-            yield Text(where, record, text, data, None, parts)
+            text, data, parts, spans = to_text(raw, source, max_bytes, chat)
+            made = Text(where, record, text, data, None, parts, spans)
+            yield made if source.noise is None else with_noise(made, source, source.noise)
         except BadRecord as bad:
             named = "" if bad.field is None else f": field {bad.field!r}"
             yield Text(where, record, "", b"", f"{where}{named} {bad.reason}")
+
+
+def with_noise(text: Text, source: Source, share: float) -> Text:
+    seed = record_seed(source.noise_seed, source.name, text.record)
+    noisy, spans = inject(text.text, seed, share)
+    return text._replace(text=noisy, data=noisy.encode(), spans=tuple(spans), clean=text.text)
 
 
 def place(file: str, line: int, source: Source) -> str:
@@ -231,8 +285,8 @@ def split_block(block: Block, source: Source) -> Iterator[tuple[int, int, Any]]:
 
 def to_text(
     raw: Any, source: Source, max_bytes: int, chat: ChatFormat | None
-) -> tuple[str, bytes, tuple[Part, ...]]:
-    """A record's text, its UTF-8 and its parts; raises BadRecord."""
+) -> tuple[str, bytes, tuple[Part, ...], tuple[Span, ...] | None]:
+    """A record's text, its UTF-8, its parts and its signal; raises BadRecord."""
     if raw is None or (isinstance(raw, bytes) and len(raw) > max_bytes):
         raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
     record = raw if isinstance(raw, dict) else parse(raw, source)
@@ -246,7 +300,9 @@ def to_text(
         raise BadRecord("contains NUL", blame(record, source, lambda value: "\0" in value))
     if len(data) > max_bytes:
         raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
-    return text, data, parts
+    signal = source.signal_field
+    spans = None if signal is None else read_spans(record, signal, len(text))
+    return text, data, parts, spans
 
 
 def fill(record: Any, source: Source, chat: ChatFormat | None) -> tuple[str, tuple[Part, ...]]:

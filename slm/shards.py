@@ -7,6 +7,8 @@ A folder holds NumPy ``.npy`` files beside JSON, nothing else::
                      documents-00000.npy      int64 (n, 4): start, source, record, first token
                      bytes-00000.npy          UTF-8 bytes of each token
                      masks-00000.npy          bool, only where some tokens are no targets: which are
+                     signal-00000.npy         int8, only where some source is labelled: 1 signal,
+                                              0 noise, -1 unknown
                      tokens-00000.json        the shard's sidecar: sizes and hashes, written last
                      manifest.json            plan + sidecars + fingerprint; there: whole
     references/x/    logprobs-00000.npy       log p(token i | those before it in its window)
@@ -375,7 +377,7 @@ class Store:
 
 
 class Corpus(Store):
-    """Token shards: ``tokens``, ``documents``, ``bytes`` and, by need, ``masks`` columns."""
+    """Token shards: ``tokens``, ``documents``, ``bytes``; by need ``masks`` and ``signal``."""
 
     KIND = "corpus"
 
@@ -395,6 +397,11 @@ class Corpus(Store):
     def has_masks(self) -> bool:
         """Some tokens (prompts) are no targets."""
         return any("masks" in shard.sha256 for shard in self.shards)
+
+    @cached_property
+    def has_signal(self) -> bool:
+        """Some tokens are known to be signal or noise."""
+        return any("signal" in shard.sha256 for shard in self.shards)
 
     @cached_property
     def windows_per_shard(self) -> list[int]:

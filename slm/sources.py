@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from slm.errors import UserError
+from slm.noise import MAX_SHARE
 from slm.records import (
     BLANK_LINE,
     JSON_TYPES,
@@ -47,7 +48,12 @@ SUFFIXES = {
 FORMATS = ("jsonl", "text", "parquet", "arrow", "hub")
 COMPRESSED = (".gz", ".zst")
 DOCUMENTS = ("file", "paragraph", "line")
-SETTING_TYPES: dict[str, type] = {"weight": float, "roles": list}  # the others are text
+SETTING_TYPES: dict[str, type] = {  # the others are text
+    "weight": float,
+    "roles": list,
+    "noise": float,
+    "noise_seed": int,
+}
 BLOCK_BYTES = 2**19
 ROWS_AT_ONCE = 256  # what a table reader holds in memory
 
@@ -67,6 +73,9 @@ class Source:
     prompt: str | None = None  # a template too: what stands before the text and is no target
     messages: str | None = None  # instead of both: the field with a list of {role, content}
     roles: tuple[str, ...] = ("assistant",)  # whose messages are targets
+    signal: str | None = None  # the field with the spans of the text that are signal
+    noise: float | None = None  # instead: share of the documents' characters that is injected
+    noise_seed: int = 0
     document: str = "file"  # what one document of a text file is: one of DOCUMENTS
     weight: float = 1.0  # how often each document appears
     subset: str | None = None  # of a data set on the hub
@@ -85,17 +94,31 @@ class Source:
     def messages_field(self) -> Field | None:
         return None if self.messages is None else parse_field(self.messages)
 
+    @cached_property
+    def signal_field(self) -> Field | None:
+        return None if self.signal is None else parse_field(self.signal)
+
+    @property
+    def has_signal(self) -> bool:
+        return self.signal is not None or self.noise is not None
+
     @property
     def has_masks(self) -> bool:
         return self.prompt is not None or self.messages is not None
 
     @property
     def fields(self) -> list[Field]:
-        """What is read of a record."""
+        """What a record's text is made of."""
         if self.messages_field is not None:
             return [self.messages_field]
         prompt = [] if self.prompt_template is None else self.prompt_template.fields
         return prompt + self.template.fields
+
+    @property
+    def columns(self) -> list[str]:
+        """What is read of a table."""
+        fields = [*self.fields, *([] if self.signal_field is None else [self.signal_field])]
+        return sorted({str(field.steps[0]) for field in fields})
 
     @property
     def num_copies(self) -> int:
@@ -112,11 +135,13 @@ class Source:
         """What must be the same for a second run to be the same run."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("path", "files")}
         settings["text"] = unescape(self.text)
-        for name in ("prompt", "messages"):
+        for name in ("prompt", "messages", "signal", "noise"):
             if settings[name] is None:
                 del settings[name]
-            else:
+            elif name != "noise":
                 settings[name] = unescape(settings[name])
+        if self.noise is None:
+            del settings["noise_seed"]
         settings["roles"] = list(self.roles)
         if self.messages is None:
             del settings["roles"]
@@ -153,6 +178,8 @@ def parse_source(entry: Any, key: str) -> Source:
         raise UserError(f"{key}.document is for text files, {source.path} is {kind}")
     if source.messages is not None and kind == "text":
         raise UserError(f"{key}.messages is for records, {source.path} is {kind}")
+    if source.signal is not None and kind == "text":
+        raise UserError(f"{key}.signal is for records, {source.path} is {kind}")
     if kind != "hub" and not {"subset", "split", "revision"}.isdisjoint(entry):
         raise UserError(
             f"{key}: subset, split and revision are for the hub, {source.path} is {kind}"
@@ -169,8 +196,9 @@ def check_settings(entry: dict[str, Any], key: str) -> None:
             hint = f", did you mean {near[0]}?" if near else ""
             raise UserError(f"{key} has an unknown setting {name!r}{hint} ({', '.join(known)})")
         kind = SETTING_TYPES[name] if name in SETTING_TYPES else str
+        wanted = "a whole number" if kind is int else JSON_TYPES[kind]
         if type(value) not in ((int, float) if kind is float else (kind,)):
-            raise UserError(f"{key}.{name} must be {JSON_TYPES[kind]}, found {value!r}")
+            raise UserError(f"{key}.{name} must be {wanted}, found {value!r}")
         if name == "weight" and not 0 < value < math.inf:
             raise UserError(f"{key}.weight is {value}, it must be positive")
         if name in ("text", "prompt"):
@@ -178,6 +206,7 @@ def check_settings(entry: dict[str, Any], key: str) -> None:
         if name in ("format", "document"):
             check_choice(f"{key}.{name}", value, FORMATS if name == "format" else DOCUMENTS)
     check_messages(entry, key)
+    check_signal(entry, key)
 
 
 def check_messages(entry: dict[str, Any], key: str) -> None:
@@ -195,6 +224,30 @@ def check_messages(entry: dict[str, Any], key: str) -> None:
     if "roles" in entry:
         for role in entry["roles"] or [[]]:  # none is as wrong as an unknown one
             check_choice(f"{key}.roles", role, ROLES)
+
+
+def check_signal(entry: dict[str, Any], key: str) -> None:
+    """Labels are of a text that stands in one field, or of noise that is made here."""
+    for name in ("signal", "noise"):
+        for other in ("prompt", "messages"):
+            if name in entry and other in entry:
+                raise UserError(f"{key} has both {name} and {other}: labels are for plain text")
+    if "noise" in entry:
+        if "signal" in entry:
+            raise UserError(f"{key} has both signal and noise: noise makes the labels itself")
+        if not 0 <= entry["noise"] <= MAX_SHARE:
+            raise UserError(f"{key}.noise is {entry['noise']}, it must be from 0 to {MAX_SHARE}")
+    elif "noise_seed" in entry:
+        raise UserError(f"{key}.noise_seed is {entry['noise_seed']!r}, and {key}.noise is not set")
+    if "signal" not in entry:
+        return
+    if any(isinstance(step, Join) for step in parse_field(entry["signal"]).steps):
+        raise UserError(f"{key}.signal is {entry['signal']!r}, it must name a list: a.b or a")
+    if "text" in entry and not Template(entry["text"]).is_one_field:
+        raise UserError(
+            f"{key}.signal counts the characters of one field, and {key}.text is "
+            f"{entry['text']!r}; it must be a field alone, as in {{text}}"
+        )
 
 
 def check_choice(key: str, found: Any, allowed: tuple[str, ...]) -> None:
@@ -377,9 +430,8 @@ def open_table(source: Source, file: str) -> Any:
         table = datasets.load_dataset(
             source.format, data_files=glob.escape(file), split="train", streaming=True, **settings
         )
-    needed = [str(field.steps[0]) for field in source.fields]
-    if table.column_names is not None and set(needed) <= set(table.column_names):
-        table = table.select_columns(sorted(set(needed)))
+    if table.column_names is not None and set(source.columns) <= set(table.column_names):
+        table = table.select_columns(source.columns)
     return table
 
 

@@ -6,6 +6,7 @@
     source.npy             uint16 (M,): index into the corpus's sources
     reference_loss.npy     float32 (M,): nats, where there are references
     reference_entropy.npy  float32 (M,): nats, where one was stored
+    signal.npy             int8 (M,): 1 signal, 0 noise, -1 unknown, where the corpus has labels
     pieces.json            token id -> its bytes, in hexadecimal
     token_set.json         sha256 of each of these, written last
 
@@ -30,6 +31,7 @@ COLUMNS = {  # of every target: dtype on disk
     "source": "uint16",
     "reference_loss": "float32",
     "reference_entropy": "float32",
+    "signal": "int8",
 }
 
 
@@ -114,6 +116,8 @@ def read_windows(
     columns = {"source": np.concatenate([windows.sources(part) for part in parts(numbers)])[live]}
     if windows.references:
         columns |= reference_columns(windows, numbers, live)
+    if windows.has_signal:
+        columns["signal"] = np.concatenate([windows.signal(p) for p in parts(numbers)])[live]
     known = vocabulary_bytes(tokenizer)
     pieces = {int(index): known[int(index)] for index in np.unique(tokens)}
     typed = {name: column.astype(COLUMNS[name]) for name, column in columns.items()}

@@ -28,6 +28,7 @@ from slm.shards import (
     read_json,
     read_sidecars,
 )
+from slm.spans import LABELS
 
 STORES: dict[str, type[Store]] = {"corpus": Corpus, "reference": References}
 FIRST_COLUMN = {"corpus": "tokens", "reference": "logprobs"}
@@ -130,6 +131,7 @@ def verify_store(path: Path, advance: Advance) -> str:
             for column in shard.sha256:
                 check_scores(store, shard, column)
     if isinstance(store, Corpus):
+        check_labels(store)
         check_tokenizer(store)
     tokens = sum(shard.num_tokens for shard in store.shards)
     return f"{kind}, {len(store.shards)} shards, {tokens:,} tokens, fingerprint {store.fingerprint}"
@@ -167,6 +169,24 @@ def check_scores(store: References, shard: Shard, column: str) -> None:
                 f"{path}: entry {start + index} is {block[index]}, {name} is finite and "
                 f"{side[sign]} 0"
             )
+
+
+def check_labels(corpus: Corpus) -> None:
+    """Every label is one; all shards have them or none."""
+    for shard in corpus.shards if corpus.has_signal else ():
+        if "signal" not in shard.sha256:
+            raise UserError(
+                f"{shard.path(corpus.folder, 'signal')} is missing: other shards have one"
+            )
+        labels = corpus.column("signal", shard.index)
+        for start in range(0, len(labels), BLOCK):
+            bad = np.flatnonzero(~np.isin(labels[start : start + BLOCK], LABELS))
+            if len(bad):
+                index = start + int(bad[0])
+                raise UserError(
+                    f"{shard.path(corpus.folder, 'signal')}: entry {index} is {labels[index]}, "
+                    f"a label is one of {LABELS}"
+                )
 
 
 def check_tokenizer(corpus: Corpus) -> None:

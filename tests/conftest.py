@@ -69,6 +69,7 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
         starts: list[list[int]] | None = None,
         vocab_size: int | None = None,
         masks: list[list[bool]] | None = None,
+        signal: list[list[int]] | None = None,
     ) -> Corpus:
         folder.mkdir(parents=True)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -95,6 +96,8 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
             }
             if masks is not None:
                 columns["masks"] = np.array(masks[index])
+            if signal is not None:
+                columns["signal"] = np.array(signal[index], np.int8)
             hashes = {c: write_array(shard_path(folder, c, index), a) for c, a in columns.items()}
             dtypes = {c: str(a.dtype) for c, a in columns.items()}
             rows = {c: len(a) for c, a in columns.items()}

@@ -17,12 +17,15 @@ EXCESS = {"_target_": "slm.selection.Excess", "select_ratio": 0.5, "scope": "bat
 def make_store(tmp_path, make_corpus, make_references, tokenizer):
     """Four windows of 8 over two sources; the reference loss of target i is i / 10."""
 
-    def make(selection=EXCESS, start=0, references=True, micro_batch_size=2) -> TrajectoryStore:
-        corpus = make_corpus(tmp_path / "c", [np.arange(33) + 40], 8, starts=[[0, 17]])
+    def make(
+        selection=EXCESS, start=0, references=True, micro_batch_size=2, signal=None, folder="d"
+    ) -> TrajectoryStore:
+        root, ids = tmp_path / f"of_{folder}", [np.arange(33) + 40]
+        corpus = make_corpus(root / "c", ids, 8, starts=[[0, 17]], signal=signal)
         rows = np.load(corpus.folder / "documents-00000.npy")
         rows[:, 1] = [0, 1]
         np.save(corpus.folder / "documents-00000.npy", rows)
-        stores = [make_references(tmp_path / "r", corpus, [-np.arange(33) / 10 + 0.1])]
+        stores = [make_references(root / "r", corpus, [-np.arange(33) / 10 + 0.1])]
         windows = Windows(corpus, stores if references else [])
         numbers = np.arange(4)
         run = {
@@ -32,7 +35,7 @@ def make_store(tmp_path, make_corpus, make_references, tokenizer):
         }
         plan = make_plan(windows, numbers, run, "float32") | {"sources": ["a", "b"]}
         tokens = read_windows(windows, numbers, tokenizer)
-        return TrajectoryStore.create(tmp_path / "d", plan, tokens)
+        return TrajectoryStore.create(tmp_path / folder, plan, tokens)
 
     return make
 
@@ -49,6 +52,20 @@ def filled(store: TrajectoryStore, losses: np.ndarray) -> TrajectoryStore:
     for index, column in enumerate(losses):
         store.append(100 * index, column)
     return store
+
+
+def test_keep_rates_of_signal_and_noise_are_counted_by_hand(make_store):
+    label = np.tile(np.array([1, 0, 1, -1, 1], np.int8), 7)[:33]
+    store = filled(make_store(signal=[label.tolist()]), losses_of(4))
+    found = analyse(store, "run")
+    assert found.kept is not None and found.chooser is not None
+    for index, column in enumerate(store.losses()):
+        mask = found.chooser.selected(column, 100 * index)
+        for number in (0, 1):  # target i is the token at i + 1
+            mine = [bool(mask[i]) for i in range(32) if label[i + 1] == number]
+            assert found.kept.by_signal[index, number] == pytest.approx(sum(mine) / len(mine))
+    bare = analyse(filled(make_store(folder="bare"), losses_of(4)), "run")
+    assert bare.kept is not None and np.isnan(bare.kept.by_signal).all()
 
 
 def test_every_number_is_counted_by_hand(make_store):

@@ -113,6 +113,23 @@ def test_prompts_are_no_targets(tmp_path, make_corpus, make_references, packing)
     assert torch.equal(-batch["reference_logprob"][live], batch["targets"][live].float())
 
 
+def test_labels_are_those_of_the_targets(tmp_path, make_corpus):
+    """Entry i is about the token at i; two shards, and a prompt's label is read as any other."""
+    shards = [np.arange(0, 13), np.arange(13, 22)]
+    signal = [[int(token) % 3 - 1 for token in tokens] for tokens in shards]
+    masks = [[int(token) != 6 for token in tokens] for tokens in shards]
+    windows = Windows(make_corpus(tmp_path / "c", shards, 4, masks=masks, signal=signal))
+    numbers = np.array([3, 1, 0, 4])
+    found = windows.signal(numbers)
+    targets = [[14, 15, 16, 17], [5, 6, 7, 8], [1, 2, 3, 4], [18, 19, 20, 21]]
+    assert windows.has_signal and found.dtype == np.int8
+    assert found.tolist() == [[token % 3 - 1 for token in row] for row in targets]
+    plain = Windows(make_corpus(tmp_path / "d", shards, 4))
+    assert not plain.has_signal
+    with pytest.raises(UserError, match="d has no labels"):
+        plain.signal(numbers)
+
+
 def test_positions_of_hand_made_starts():
     first = np.array([[0, 0, 1, 0, 1, 1, 0]], bool)
     assert positions(first).tolist() == [[0, 1, 0, 1, 0, 0, 1]]

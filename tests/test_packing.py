@@ -31,18 +31,23 @@ def make_job(state: EncoderState, path: Path, *lines: str, **settings) -> Job:
     return Job(parse_sources([entry], "sources"), state, None, 0.0, False, 2**20)
 
 
+@pytest.mark.parametrize("has_signal", [False, True])
 @pytest.mark.parametrize("has_masks", [False, True])
 @pytest.mark.parametrize("step", [1, 2, 5])
 @pytest.mark.parametrize("shard_tokens", [5, 9, 13, 1000])
-def test_rows_and_bytes_of_long_and_short_documents(tmp_path, state, shard_tokens, step, has_masks):
+def test_rows_and_bytes_of_long_and_short_documents(
+    tmp_path, state, shard_tokens, step, has_masks, has_signal
+):
     lengths = np.array([38, 2, 5, 16, 13])  # EOS included
     starts = np.cumsum([0, *lengths])
     tokens = np.arange(starts[-1], dtype=np.uint16)
     stream = {"tokens": tokens, "bytes": (tokens % 3).astype(np.uint8)}
     if has_masks:
         stream["masks"] = tokens % 5 > 1
+    if has_signal:
+        stream["signal"] = (tokens % 3).astype(np.int8) - 1
     rows = np.column_stack([lengths, np.zeros(5, int), np.arange(5)])
-    with ShardWriter(tmp_path, 4, shard_tokens, state, has_masks) as writer:
+    with ShardWriter(tmp_path, 4, shard_tokens, state, has_masks, has_signal) as writer:
         for first in range(0, 5, step):
             last = min(5, first + step)
             span = slice(starts[first], starts[last])
@@ -70,7 +75,7 @@ def test_rows_and_bytes_of_long_and_short_documents(tmp_path, state, shard_token
 
 
 def test_a_side_shorter_than_a_window_has_no_shard(tmp_path, state):
-    with ShardWriter(tmp_path, 4, 9, state, False) as writer:
+    with ShardWriter(tmp_path, 4, 9, state, False, False) as writer:
         columns = {"tokens": np.zeros(4, np.uint16), "bytes": np.zeros(4, np.uint8)}
         writer.add(columns, np.array([[4, 0, 0]]))
         assert (writer.finish(), writer.num_shards) == (4, 0)
@@ -101,7 +106,7 @@ def test_results_come_in_order_and_are_counted(tmp_path, state, num_proc):
     job = make_job(state, tmp_path / "a.txt", "ab", "c\0d", "efg", weight=2)
     batches = ([block] for block in read_blocks(job.sources, job.max_bytes))
     results = list(run_batches(job, batches, num_proc))
-    tally = Tally(job.sources, np.zeros((2, 1, 4), dtype=np.int64))
+    tally = Tally(job.sources, np.zeros((2, 1, 6), dtype=np.int64))
     for result in results:
         tally.add(result)
         columns, rows = result.of_side(0)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from slm.packing import side_of
 from slm.prepare import prepare
 from slm.shards import ArrayWriter, Corpus, claim
 from slm.tokenizer import EOS, train_tokenizer
-from text_helpers import DATA, write_records
+from text_helpers import DATA, needs_data, write_records
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +365,202 @@ def test_bad_chats_are_counted(run, tmp_path, chat_folder):
     assert (report["train"]["documents"], report["bad_records"]["skipped"]) == (2, 1)
 
 
+# ---- signal and noise ---------------------------------------------------------------------------
+
+
+def labels_by_hand(document: str, spans: list[tuple[int, int]], pieces: list[bytes]) -> list[int]:
+    """Every byte of a token gets the label of its character, and the token that of most of them."""
+    inside = [any(a <= i < b for a, b in spans) for i in range(len(document))]
+    by_byte = [label for label, c in zip(inside, document, strict=True) for _ in c.encode()]
+    assert b"".join(pieces) == document.encode()
+    found, at = [], 0
+    for piece in pieces:
+        share = sum(by_byte[at : at + len(piece)])
+        at += len(piece)
+        found.append(-1 if 2 * share == len(piece) else int(2 * share > len(piece)))
+    return found
+
+
+def labelled_documents(corpus: Corpus) -> list[tuple[int, int, list[bytes], list[int]]]:
+    """(source, record, pieces, labels) of every document that is whole; EOS has no label."""
+    from slm.token_texts import vocabulary_bytes
+    from slm.tokenizer import load_tokenizer
+
+    known, ids = vocabulary_bytes(load_tokenizer(corpus.tokenizer_folder)), stream(corpus)
+    shards = range(len(corpus.shards))
+    labels = [n for i in shards for n in corpus.column("signal", i).tolist()]
+    sizes = np.concatenate([[0], np.cumsum([shard.num_tokens for shard in corpus.shards])])
+    rows = [(sizes[i] + row[0], *row[1:3]) for i in shards for row in corpus.column("documents", i)]
+    found = []
+    for start, source, record in dict.fromkeys(rows):
+        if corpus.manifest["eos_id"] in ids[start:]:
+            end = ids.index(corpus.manifest["eos_id"], start)
+            assert labels[end] == -1
+            pieces = [known[i] for i in ids[start:end]]
+            found.append((int(source), int(record), pieces, labels[start:end]))
+    return found
+
+
+@pytest.fixture
+def merges_folder(tmp_path, tokenizer) -> str:
+    tokenizer.save_pretrained(tmp_path / "merges")
+    return str(tmp_path / "merges")
+
+
+def test_labels_by_hand(run, tmp_path, merges_folder, caplog):
+    """Spans inside words and characters of many bytes; sources without labels are unknown."""
+    marked = [
+        ("The excess loss of the model \u00e9\u4e2d\U0001f600", [[4, 13], [29, 31]]),
+        ("Selective language modeling", [0, 9]),
+        ("tokens that are worth learning", []),
+    ]
+    path = write_records(tmp_path / "a.jsonl", *({"body": t, "s": s} for t, s in marked))
+    sources = [
+        {"path": str(path), "text": "{body}", "signal": "s"},
+        {"path": write(tmp_path / "plain.jsonl", "plain text of the corpus")},
+    ]
+    settings = {"tokenizer": {"path": merges_folder}, "seq_len": 1, "shard_tokens": 9}
+    with caplog.at_level("INFO"):
+        report = run(sources=sources, **settings)["train"]
+    corpus = Corpus.open(tmp_path / "out" / "train", check="full")
+    assert corpus.has_signal and len(corpus.shards) > 3
+    assert corpus.column("signal", 0).dtype == np.int8
+    documents = labelled_documents(corpus)
+    assert [document[:2] for document in documents] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    for (text, spans), (_, _, pieces, labels) in zip(marked, documents, strict=False):
+        pairs = [spans] if spans and isinstance(spans[0], int) else spans
+        assert labels == labels_by_hand(text, [(a, b) for a, b in pairs], pieces)
+    assert set(documents[3][3]) == {-1}
+    counts = [[labels.count(n) for *_, labels in documents] for n in (1, 0)]
+    assert (report["signal"], report["noise"]) == (sum(counts[0]), sum(counts[1]))
+    assert report["sources"]["a"]["signal"] == sum(counts[0]) > 0
+    assert report["sources"]["plain"]["noise"] == report["sources"]["plain"]["signal"] == 0
+    assert "targets" not in report
+    total = sum(counts[0]) + sum(counts[1])
+    assert f"{total} tokens are labelled: {sum(counts[0])} signal, {sum(counts[1])}" in caplog.text
+
+
+def test_labels_beside_prompts(run, tmp_path, chat_folder, asked):
+    """Parts are encoded apart; the labels of a text among them are its own."""
+    path = write_records(tmp_path / "l.jsonl", {"text": "The excess loss", "s": [4, 10]})
+    settings = {"tokenizer": {"path": chat_folder}, "seq_len": 1}
+    run(sources=[*asked, {"path": str(path), "signal": "s"}, asked[1] | {"name": "z"}], **settings)
+    corpus = Corpus.open(tmp_path / "out" / "train", check="full")
+    columns = set(corpus.shards[0].sha256)
+    assert columns == {"tokens", "documents", "bytes", "masks", "signal"}
+    documents = corpus.column("documents", 0)
+    (start,) = documents[documents[:, 1] == 3, 0]
+    (end,) = documents[documents[:, 1] == 4, 0]
+    labels = corpus.column("signal", 0)
+    alone = {**settings, "sources": [{"path": str(path), "signal": "s"}]}
+    run(out="alone", **alone)
+    expected = Corpus.open(tmp_path / "alone" / "train").column("signal", 0)
+    assert labels[start:end].tolist() == expected.tolist()
+    assert set(labels[:start]) | set(labels[end:]) == {-1}
+    assert {0, 1} < set(expected.tolist())
+
+
+def test_without_labels_there_is_no_column(run, tmp_path):
+    report = run(sources=[write(tmp_path / "a.jsonl", "abcdefgh")])
+    assert not list((tmp_path / "out").rglob("signal-*"))
+    assert {"signal", "noise"}.isdisjoint(report["train"])
+    assert not Corpus.open(tmp_path / "out" / "train").has_signal
+
+
+def test_bad_spans_stop_or_are_counted(run, tmp_path):
+    rows = [{"text": "abcdefgh", "s": [0, 4]}, {"text": "abc", "s": [0, 4]}]
+    source = {"path": str(write_records(tmp_path / "a.jsonl", *rows)), "signal": "s"}
+    message = r"a\.jsonl, line 2: field 's' is \[0, 4\], outside the 3 characters of the text"
+    with pytest.raises(UserError, match=message):
+        run(sources=[source])
+    report = run(sources=[source], on_bad_record="skip")
+    assert (report["train"]["documents"], report["bad_records"]["skipped"]) == (1, 1)
+
+
+def test_injected_noise_is_labelled(run, tmp_path, merges_folder):
+    from slm.noise import inject, record_seed
+
+    lines = [f"the scores of document {i} are stored on disk\n" * 5 for i in range(30)]
+    source = {"path": write(tmp_path / "a.jsonl", *lines), "noise": 0.3, "noise_seed": 4}
+    settings = {"tokenizer": {"path": merges_folder}, "seq_len": 8}
+    report = run(sources=[source], **settings)["train"]
+    documents = labelled_documents(Corpus.open(tmp_path / "out" / "train"))
+    assert len(documents) >= 29
+    for _, record, pieces, labels in documents:
+        noisy, spans = inject(lines[record], record_seed(4, "a", record), 0.3)
+        assert labels == labels_by_hand(noisy, spans, pieces)
+    clean = sum(map(len, lines))
+    assert 1 - clean / report["bytes"] == pytest.approx(0.3, abs=0.01)
+    run(out="other", sources=[source | {"noise_seed": 5}], **settings)
+    streams = [stream(Corpus.open(tmp_path / out / "train")) for out in ("out", "other")]
+    assert streams[0] != streams[1]
+
+
+def test_noise_changes_neither_sides_nor_what_is_excluded(run, tmp_path):
+    words = " ".join(f"w{i:040}" for i in range(13))  # so long that noise gets between them
+    evaluation = write(tmp_path / "e.jsonl", words)
+    texts = [f"document {i}" for i in range(80)] * 2 + [f"before {words} after"]
+    path = write(tmp_path / "a.jsonl", *texts)
+    records = {}
+    for noise in (0, 0.8):
+        source = {"path": path, "noise": noise, "weight": 1.5}
+        sides = {"heldout_ratio": 0.4, "exclude": [evaluation]}
+        report = run(out=f"{noise}", seq_len=1, sources=[source], **sides)
+        assert report["excluded"]["e"]["documents_dropped"] == 1
+        corpora = [Corpus.open(tmp_path / f"{noise}" / side) for side in ("train", "heldout")]
+        records[noise] = [corpus.column("documents", 0)[:, 2].tolist() for corpus in corpora]
+    assert records[0] == records[0.8]
+    held = {texts[i] for i in records[0][1]}
+    assert held and not held & {texts[i] for i in records[0][0]}
+
+
+def test_a_tokenizer_is_not_trained_on_what_noise_hides(run, tmp_path):
+    """The evaluation text comes last, so the other records have the noise that they had."""
+    words = " ".join(f"w{i:040}" for i in range(13))
+    texts = [f"a small document of {i} words\n" * 3 for i in range(80)]
+    for name, rows in (("with", [*texts, f"{words} " * 5]), ("without", texts)):
+        (tmp_path / name).mkdir()
+        source = {"path": write(tmp_path / name / "a.jsonl", *rows), "noise": 0.8}
+        exclude = [write(tmp_path / "e.jsonl", words)]
+        run(out=f"{name}_out", sources=[source], exclude=exclude, tokenizer={"vocab_size": 400})
+    streams = [stream(Corpus.open(tmp_path / f"{name}_out/train")) for name in ("with", "without")]
+    assert streams[0] == streams[1]
+
+
+@pytest.mark.parametrize("label", ["signal", "noise"])
+def test_labels_have_the_same_bytes_whatever_num_proc(
+    run, tmp_path, merges_folder, label, monkeypatch
+):
+    monkeypatch.setattr("slm.sources.BLOCK_BYTES", 256)  # of the parent, which cuts the blocks
+    monkeypatch.setattr("slm.packing.BLOCK_BYTES", 256)
+    rows = [{"text": f"text {i} of many, " * 4, "s": [i % 9, i % 9 + i]} for i in range(60)]
+    path = str(write_records(tmp_path / "a.jsonl", *rows))
+    source = {"path": path, "signal": "s"} if label == "signal" else {"path": path, "noise": 0.4}
+    settings = {"sources": [source], "tokenizer": {"path": merges_folder}, "heldout_ratio": 0.2}
+    reports = [run(out=str(n), num_proc=n, **settings) for n in (1, 2)]
+    assert reports[0] == reports[1]
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+@needs_data
+def test_labels_of_real_text(run, tmp_path):
+    """TeX pages: what the tokens of signal spell is the prose, up to tokens on the border."""
+    path = DATA / "raw" / "planetmath_nt.jsonl"
+    with open(path) as file:
+        pages = [json.loads(line) for line in islice(file, 40)]
+    copy = write_records(tmp_path / "pages.jsonl", *pages)
+    source = {"path": str(copy), "signal": "body"}
+    run(sources=[source], seq_len=16, tokenizer={"vocab_size": 1000, "train_mb": 1})
+    documents = labelled_documents(Corpus.open(tmp_path / "out" / "train"))
+    assert len(documents) >= 39
+    for _, record, pieces, labels in documents:
+        page = pages[record]
+        assert labels == labels_by_hand(page["text"], [page["body"]], pieces)
+        found = b"".join(p for p, label in zip(pieces, labels, strict=True) if label == 1)
+        prose = page["text"][slice(*page["body"])]
+        assert abs(len(found) - len(prose.encode())) < 40
+
+
 # ---- the same bytes -----------------------------------------------------------------------------
 
 
@@ -580,6 +777,7 @@ def test_foreign_folders_are_refused(run, tmp_path):
         ({"tokenizer": {"vocab_size": 5000}}, "supports only"),
         ({"seq_len": 99}, "the train side has 9 tokens, fewer than the 100 of one window"),
         ({"exclude": ["a.jsonl"]}, "no record has 13 words"),
+        ({"exclude": [{"path": "a.jsonl", "noise": 0.1}]}, r"exclude\[0\] has signal or noise"),
     ],
 )
 def test_mistakes_in_the_configuration(run, tmp_path, monkeypatch, settings, message):

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from slm.errors import UserError
-from slm.records import BadRecord, Template
-from text_helpers import DATA, LIMIT, needs_data, texts, write_records
+from slm.records import BadRecord, Template, read_texts
+from slm.sources import read_blocks
+from text_helpers import DATA, LIMIT, needs_data, source, texts, write_records
 
 # ---- templates ----------------------------------------------------------------------------------
 
@@ -149,6 +150,66 @@ def test_chats_and_their_faults(tmp_path, chat, fault):
     else:
         quoted = fault if "'" in fault.partition(" ")[0] else f"'{fault}"
         assert found == (0, f"a.jsonl, line 1: field 'meta.chat{quoted}")
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([1, 3], ((1, 3),)),
+        ([], ()),
+        ([[5, 5], [2, 4], [0, 3]], ((5, 5), (2, 4), (0, 3))),
+        ([0, 5], ((0, 5),)),  # characters, not bytes
+        ([0, 6], "' is [0, 6], outside the 5 characters of the text"),
+        ([[0, 1], [-1, 2]], "[1]' is [-1, 2], outside the 5 characters of the text"),
+        ([3, 2], "' is [3, 2], it starts behind its end"),
+        ([1], "' is [1], expected [start, end], two whole numbers"),
+        ([1, 2.0], "' is [1, 2.0], expected [start, end], two whole numbers"),
+        ([0, True], "' is [0, True], expected [start, end], two whole numbers"),
+        ([[0, 1], 2], "[1]' is 2, expected [start, end], two whole numbers"),
+        ([[0, 1, 2]], "[0]' is [0, 1, 2], expected [start, end], two whole numbers"),
+        ("0:3", "' is text, expected a list"),
+        (None, "' is null, expected a list"),
+    ],
+)
+def test_spans_and_their_faults(tmp_path, spans, expected):
+    record = {"text": "a\u00e9\u4e2d\U0001f600z", "meta": {"s": spans}}
+    one = source(write_records(tmp_path / "a.jsonl", record), signal="meta.s")
+    (block,) = read_blocks([one], LIMIT)
+    (found,) = read_texts(block, one, LIMIT)
+    if isinstance(expected, tuple):
+        assert (found.fault, found.spans) == (None, expected)
+    else:
+        assert found.fault == f"{tmp_path}/a.jsonl, line 1: field 'meta.s{expected}"
+
+
+def test_missing_spans_name_their_field(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", {"text": "abc"})
+    fault = "a.jsonl, line 1: field 'body' is missing (there are: text)"
+    assert texts(path, signal="body") == [(0, fault)]
+
+
+def test_noise_is_made_for_each_record(tmp_path):
+    """The text that was read decides the digest; seed and record decide the noise."""
+    path = tmp_path / "a.txt"
+    path.write_text("the same line of text as the others\n" * 3)
+
+    def read(**settings):
+        one = source(path, document="line", **settings)
+        (block,) = read_blocks([one], LIMIT)
+        return list(read_texts(block, one, LIMIT))
+
+    plain, noisy = read(), read(noise=0.6)
+    for clean, text in zip(plain, noisy, strict=True):
+        assert (clean.spans, clean.origin, text.origin) == (None, clean.text, clean.text)
+        assert text.digest == clean.digest
+        assert text.spans is not None and text.data == text.text.encode()
+        assert "".join(text.text[start:end] for start, end in text.spans) == clean.text
+    assert len({text.text for text in noisy}) == 3
+    assert [text.text for text in read(noise=0.6)] == [text.text for text in noisy]
+    other = [text.text for text in read(noise=0.6, noise_seed=1)]
+    assert not {*other} & {text.text for text in noisy}
+    named = [text.text for text in read(noise=0.6, name="b")]
+    assert not {*named} & {text.text for text in noisy}
 
 
 def test_crlf_byte_order_mark_and_blank_lines(tmp_path):

@@ -1,6 +1,7 @@
 """Files and blocks: what is read in which order, and which settings are refused."""
 
 import gzip
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from slm import sources
 from slm.errors import UserError
-from slm.records import LINE_END
+from slm.records import LINE_END, read_texts
 from slm.sources import cut, open_stream, parse_sources, read_blocks
 from text_helpers import LIMIT, source, texts, write_records
 
@@ -151,6 +152,25 @@ def test_a_plan_says_what_is_masked(tmp_path):
     assert plan == plans[0] | {"messages": "m", "roles": ["assistant"]}
 
 
+def test_a_plan_says_what_is_labelled(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", {"text": "1"})
+    plan = source(path).plan()
+    assert {"signal", "noise", "noise_seed"}.isdisjoint(plan)  # as in plans of before there were
+    assert source(path, signal="meta.body").plan() == plan | {"signal": "meta.body"}
+    assert source(path, noise=0.2).plan() == plan | {"noise": 0.2, "noise_seed": 0}
+    assert source(path, noise=0, noise_seed=5).plan() == plan | {"noise": 0, "noise_seed": 5}
+
+
+def test_spans_are_read_of_a_table(tmp_path):
+    rows = {"text": ["abc", "def"], "meta": [{"s": [[0, 1], [2, 3]]}, {"s": []}], "other": [0, 0]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    one = source(tmp_path / "a.parquet", signal="meta.s")
+    blocks = list(read_blocks([one], LIMIT))
+    assert all(isinstance(b.data, dict) and sorted(b.data) == ["meta", "text"] for b in blocks)
+    found = [text for block in blocks for text in read_texts(block, one, LIMIT)]
+    assert [text.spans for text in found] == [((0, 1), (2, 3)), ()]
+
+
 def test_hub_names_stream_through_datasets(monkeypatch):
     asked = []
 
@@ -198,6 +218,29 @@ def test_hub_names_stream_through_datasets(monkeypatch):
             "roles is 'asistant', expected one of system, developer, user, assistant, tool",
         ),
         ({"path": "a.txt", "messages": "m"}, "messages is for records, a.txt is text"),
+        ({"path": "a.jsonl", "signal": 3}, "signal must be text, found 3"),
+        ({"path": "a.jsonl", "signal": "s[]"}, r"signal is 's\[\]', it must name a list"),
+        ({"path": "a.txt", "signal": "s"}, "signal is for records, a.txt is text"),
+        (
+            {"path": "a.jsonl", "signal": "s", "text": "{title}\\n{text}"},
+            r"signal counts the characters of one field, and .*text is '{title}\\\\n{text}'",
+        ),
+        ({"path": "a.jsonl", "signal": "s", "text": " {text}"}, "signal counts the characters"),
+        ({"path": "a.jsonl", "signal": "s", "text": "{a[]}"}, "signal counts the characters"),
+        ({"path": "a.jsonl", "signal": "s", "prompt": "{q}"}, "has both signal and prompt"),
+        ({"path": "a.jsonl", "signal": "s", "messages": "m"}, "has both signal and messages"),
+        ({"path": "a.jsonl", "noise": 0.1, "prompt": "{q}"}, "has both noise and prompt"),
+        ({"path": "a.jsonl", "noise": 0.1, "messages": "m"}, "has both noise and messages"),
+        ({"path": "a.jsonl", "noise": 0.1, "signal": "s"}, "has both signal and noise"),
+        ({"path": "a.txt", "noise": 1}, r"noise is 1, it must be from 0 to 0\.9"),
+        ({"path": "a.txt", "noise": -0.1}, "noise is -0.1, it must be from 0"),
+        ({"path": "a.txt", "noise": math.nan}, "noise is nan, it must be from 0"),
+        ({"path": "a.txt", "noise": True}, "noise must be a number, found True"),
+        ({"path": "a.txt", "noise_seed": 1}, "noise_seed is 1, and .*noise is not set"),
+        (
+            {"path": "a.txt", "noise": 0.1, "noise_seed": 0.5},
+            "noise_seed must be a whole number, found 0.5",
+        ),
         ({"path": "a.tex"}, "its suffix tells no format"),
         ({"path": "."}, r"several formats \(jsonl, text\)"),
         ({"path": ".", "format": "parquet"}, "no such file.* of format parquet"),

@@ -77,6 +77,21 @@ def test_columns_stand_beside_their_targets(tmp_path, make_corpus, make_referenc
         np.testing.assert_array_equal(getattr(again, name), getattr(tokens, name))
 
 
+def test_labels_stand_beside_their_targets(tmp_path, make_corpus, tokenizer):
+    """Live targets alone; token t is labelled t % 3 - 1."""
+    ids = np.arange(33) + 40
+    masks, signal = [(ids % 7 > 1).tolist()], [(ids % 3 - 1).tolist()]
+    corpus = make_corpus(tmp_path / "c", [ids], 8, masks=masks, signal=signal)
+    tokens = read_windows(Windows(corpus), np.array([1, 3]), tokenizer)
+    assert tokens.columns["signal"].dtype == np.int8
+    assert tokens.columns["signal"].tolist() == [int(t) % 3 - 1 for t in tokens.targets]
+    assert tokens.num_targets == len(tokens.columns["signal"]) < 16
+    (tmp_path / "set").mkdir()
+    write_token_set(tmp_path / "set", tokens)
+    again = read_token_set(tmp_path / "set").columns["signal"]
+    assert again.tolist() == tokens.columns["signal"].tolist()
+
+
 def test_windows_without_a_target_are_refused(tmp_path, make_corpus, tokenizer):
     masks = [[False] * 17]
     corpus = make_corpus(tmp_path / "c", [np.arange(17)], 8, masks=masks)

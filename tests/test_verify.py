@@ -113,6 +113,38 @@ def test_a_damaged_mask_is_named(tmp_path, make_corpus, damage):
     assert not good and "masks-00000.npy" in text
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_labels_are_named(tmp_path, make_corpus, damage):
+    signal = [[-1, 0, 1] * 11]
+    corpus = make_corpus(tmp_path / "c", [np.arange(33)], 16, signal=signal)
+    assert only(corpus.folder)[0]
+    other = make_corpus(tmp_path / "d", [np.arange(33)], 16, signal=[[1] * 33])
+    assert corpus.fingerprint != other.fingerprint
+    damage(corpus.folder / "signal-00000.npy")
+    good, text = only(corpus.folder)
+    assert not good and "signal-00000.npy" in text
+
+
+def test_a_label_that_is_none_is_found(monkeypatch, tmp_path, make_corpus):
+    monkeypatch.setattr(verification, "BLOCK", 7)
+    shards = [np.arange(33), np.arange(33)]
+    signal = [[-1, 0, 1] * 11, [0] * 20 + [2] + [1] * 12]
+    good, text = only(make_corpus(tmp_path / "c", shards, 16, signal=signal).folder)
+    assert not good and "signal-00001.npy: entry 20 is 2, a label is one of (-1, 0, 1)" in text
+
+
+def test_labels_of_one_shard_alone_are_found(tmp_path, make_corpus):
+    shards = [np.arange(33), np.arange(33)]
+    folder = make_corpus(tmp_path / "c", shards, 16, signal=[[1] * 33] * 2).folder
+    one = json.loads((folder / "tokens-00001.json").read_text())
+    for name in ("sha256", "dtype", "rows"):
+        del one[name]["signal"]
+    write_sidecar(folder, "tokens", Shard(**one))
+    write_manifest(folder, "tokens", 2)
+    good, text = only(folder)
+    assert not good and "signal-00001.npy is missing: other shards have one" in text
+
+
 @pytest.mark.parametrize("name", ["plan.json", "tokens-00001.json", "manifest.json"])
 def test_every_flipped_byte_of_the_records_is_found(text_corpus, name):
     path = text_corpus.folder / name
