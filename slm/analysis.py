@@ -28,7 +28,7 @@ from slm.classes import (
 )
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
-from slm.selection import All, Selection
+from slm.selection import All, Selection, rule_word
 from slm.shards import Json
 from slm.spans import UNKNOWN
 from slm.token_set import TokenSet
@@ -104,7 +104,7 @@ def run_chooser(store: TrajectoryStore) -> Chooser | None:
 
 def rule_name(selection: Json) -> str:
     """excess 0.6"""
-    name = selection["_target_"].rsplit(".", 1)[-1].lower()
+    name = rule_word(selection)
     ratio = selection["select_ratio"] if "select_ratio" in selection else None
     return f"{name} {ratio:g}" if isinstance(ratio, int | float) else name
 
@@ -147,13 +147,10 @@ class Analysis:
     def tokens(self) -> TokenSet:
         return self.store.tokens
 
-    @property
-    def excess_losses(self) -> list[np.ndarray] | None:
-        """C arrays (M,), made when asked for."""
+    def excess_loss(self, checkpoint: int) -> np.ndarray | None:  # (M,) nats
         if "reference_loss" not in self.tokens.columns:
             return None
-        reference = self.tokens.columns["reference_loss"]
-        return [column - reference for column in self.losses]
+        return self.losses[checkpoint] - self.tokens.columns["reference_loss"]
 
     @cached_property
     def uneven(self) -> bool:

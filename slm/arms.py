@@ -15,6 +15,7 @@ from omegaconf import ListConfig
 
 from slm.errors import UserError
 from slm.plots import Curve, heldout_sets, read_curve
+from slm.selection import rule_word, takes_all_tokens
 from slm.shards import Json, read_json
 
 SEEDS = {"seed", "selection.seed"}
@@ -39,15 +40,11 @@ class Run(NamedTuple):
 
     @property
     def rule(self) -> str:
-        """The class in the words of the configuration: slm.selection.Excess -> excess"""
-        name = self.lineage["selection"]["_target_"].rsplit(".", 1)[-1]
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+        return rule_word(self.lineage["selection"])
 
     @property
     def takes_all_tokens(self) -> bool:
-        """`all`, or a rule that has nothing to say beside its ratio of 1."""
-        fields = self.lineage["selection"].keys() - {"_target_", "scope", "seed"}
-        return self.rule == "all" or (fields == {"select_ratio"} and self.select_ratio == 1)
+        return takes_all_tokens(self.lineage["selection"])
 
     @property
     def needs_references(self) -> bool:

@@ -6,7 +6,6 @@ draws the same. Each character takes one cell, in the order of the text: Arabic 
 left, its letters unjoined.
 """
 
-import codecs
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -18,16 +17,6 @@ FONT_SIZE, CELL_WIDTH, LINE_HEIGHT = 8, 0.602, 1.55  # points; the last two in f
 PLACEHOLDER = "\u25a1"  # of characters that the font lacks
 SHOWN = {"\n": "\u21b5", "\t": "\u21e5"}
 GREY = "#606060"  # of signs for what has no glyph, and of what is no target
-
-
-def token_texts(pieces: Sequence[bytes]) -> list[str]:
-    """A character that is split over tokens is the text of the token that completes it.
-
-    Bytes that are no UTF-8 are U+FFFD; so is the end of the last token where it is not complete.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts = [decoder.decode(piece) for piece in pieces]
-    return [*texts[:-1], texts[-1] + decoder.decode(b"", final=True)] if texts else []
 
 
 def drawable(text: str) -> str:

@@ -36,7 +36,7 @@ from slm.figure_parts import (
     line_rows,
 )
 from slm.plots import COLOURS, LEGEND_SIZE, Curve, dress, pyplot, shared_legend
-from slm.selection import All, Random, Soft
+from slm.selection import Random, Soft, takes_all_tokens
 from slm.text_figure import text_figure
 
 log = logging.getLogger(__name__)
@@ -306,7 +306,8 @@ def selects(analysis: Analysis) -> bool:
     except UserError as error:
         log.info("%s: no figures of what is selected: %s", analysis.name, error)
         return False
-    if isinstance(chooser.rule, (All, Random, Soft)):
+    everything = takes_all_tokens(analysis.store.plan["run"]["selection"])
+    if everything or isinstance(chooser.rule, (Random, Soft)):
         log.info("%s: no figures of what is selected by %s", analysis.name, chooser.name)
         return False
     return True
@@ -314,7 +315,7 @@ def selects(analysis: Analysis) -> bool:
 
 def control_of(run: Analysis, analyses: Sequence[Analysis]) -> Analysis | None:
     for other in analyses:
-        if other.store.plan["run"]["selection"]["_target_"].endswith(".All"):
+        if takes_all_tokens(other.store.plan["run"]["selection"]):
             try:
                 common_checkpoints(run, other)
             except UserError as error:

@@ -13,8 +13,7 @@ plain values that W&B and CSV files take; nothing here needs a network or starts
 What a run does not know (its rule's scores, a class without tokens) is absent, never 0.
 """
 
-import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any, NamedTuple
 
@@ -23,12 +22,14 @@ import numpy as np
 from slm.analysis import Analysis
 from slm.classes import CLASSES
 from slm.token_set import TokenSet
+from slm.token_texts import whole_characters
 from slm.tracking import Media
 
 EXCESS_BINS, EXCESS_LIMIT_NATS = 64, 8.0  # a quarter of a nat each, 0 is an edge
 CONTEXT_TOKENS = 12
 COLORS = {"HH": "#f6c08a", "LH": "#e6a5d0", "HL": "#9ccbf2", "LL": "#dfe3e8"}
 MEANING = {"HH": "not learned", "LH": "forgotten", "HL": "learned", "LL": "easy from the start"}
+Ends = tuple[np.ndarray, np.ndarray]  # losses (M,) at the first and at the last checkpoint
 STYLE = """
 body{font:13px/1.7 ui-monospace,monospace;color:#111;background:#fff}
 p{white-space:pre-wrap;overflow-wrap:anywhere;border-top:1px solid #bbb;padding-top:.6em}
@@ -229,7 +230,7 @@ def text(tokens: TokenSet, ids: np.ndarray) -> str:
 
 def numbers_of(analysis: Analysis, index: np.ndarray) -> dict[str, list[Any]]:
     """Source, losses and times selected of some tokens."""
-    sources, excess = analysis.store.sources, analysis.excess_losses
+    sources, excess = analysis.store.sources, analysis.excess_loss(-1)
     columns: dict[str, list[Any]] = {
         "source": [sources[source] for source in analysis.tokens.columns["source"][index]],
         "loss_first": analysis.losses[0][index].tolist(),
@@ -240,7 +241,7 @@ def numbers_of(analysis: Analysis, index: np.ndarray) -> dict[str, list[Any]]:
         reference = analysis.tokens.columns["reference_loss"]
         columns |= {
             "reference_loss": reference[index].tolist(),
-            "excess_loss": excess[-1][index].tolist(),
+            "excess_loss": excess[index].tolist(),
         }
     if analysis.kept is not None:
         columns["times_selected"] = analysis.kept.times[index].tolist()
@@ -254,7 +255,10 @@ def heat_map(
     count = len(analysis.tokens.windows)
     drawn = np.random.default_rng(seed).choice(count, min(num_windows, count), replace=False)
     starts = np.concatenate([[0], np.cumsum(analysis.tokens.live.sum(1))])
-    parts = [window_html(analysis, row, int(starts[row]), num_tokens) for row in np.sort(drawn)]
+    ends = analysis.losses[0], analysis.losses[-1]
+    parts = [
+        window_html(analysis, ends, row, int(starts[row]), num_tokens) for row in np.sort(drawn)
+    ]
     legend = " ".join(
         f'<b style="background:{COLORS[name]}">&nbsp;{escape(class_text(name))} '
         f"{share.share:.1%}&nbsp;</b>"
@@ -269,28 +273,22 @@ def class_text(name: str) -> str:
     return f"{name[0]}\u2192{name[1]} {MEANING[name]}"
 
 
-def window_html(analysis: Analysis, row: int, start: int, num_tokens: int) -> str:
+def window_html(analysis: Analysis, ends: Ends, row: int, start: int, num_tokens: int) -> str:
     """`start`: of the window's targets among all M."""
     tokens = analysis.tokens
-    texts = shown_texts([tokens.pieces[int(index)] for index in tokens.tokens[row]])
+    texts = whole_characters([tokens.pieces[int(index)] for index in tokens.tokens[row]])
     live = tokens.live[row][:num_tokens]
     index = start + np.cumsum(live) - 1
     spans = [
-        token_html(analysis, int(target), piece) if is_live else escape(piece)
+        token_html(analysis, ends, int(target), piece) if is_live else escape(piece)
         for target, is_live, piece in zip(index, live, texts[1:], strict=False)
     ]
     return f"<p>{escape(texts[0])}{''.join(spans)}</p>"
 
 
-def shown_texts(pieces: Sequence[bytes]) -> list[str]:
-    """Text of each token; a character of several tokens is shown in the one that completes it."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [decoder.decode(piece) for piece in pieces]
-
-
-def token_html(analysis: Analysis, target: int, piece: str) -> str:
+def token_html(analysis: Analysis, ends: Ends, target: int, piece: str) -> str:
     name = CLASSES[analysis.trajectories.label[target]]
-    first, last = analysis.losses[0][target], analysis.losses[-1][target]
+    first, last = (column[target] for column in ends)
     said = [class_text(name), f"{first:.2f} \u2192 {last:.2f} nats"]
     if "reference_loss" in analysis.tokens.columns:
         said.append(f"reference {analysis.tokens.columns['reference_loss'][target]:.2f}")

@@ -13,9 +13,10 @@ import numpy as np
 from slm.analysis import Analysis
 from slm.classes import CLASSES
 from slm.errors import UserError
-from slm.excerpts import GREY, columns_in, draw_segments, size_of, token_texts, wrap
+from slm.excerpts import GREY, columns_in, draw_segments, size_of, wrap
 from slm.figure_parts import CLASS_COLOURS, WIDTH, Row, amounts, arrow, chooser_of, finish, plain
 from slm.plots import COLOURS, LEGEND_SIZE, TITLE_SIZE, dress, legend_columns, pyplot
+from slm.token_texts import whole_characters
 
 SELECTED_COLOUR = COLOURS[4]
 BY = ("selection", "class")
@@ -66,7 +67,7 @@ def excerpt_rows(analysis: Analysis, part: Excerpt) -> list[Row]:
     tokens = analysis.tokens
     check_excerpt(part, *tokens.tokens.shape)
     pieces = [tokens.pieces[int(token)] for token in tokens.tokens[part.window]]
-    texts, columns = token_texts(pieces), target_columns(analysis)
+    texts, columns = whole_characters(pieces), target_columns(analysis)
     numbers = tokens.spread(np.arange(tokens.num_targets), -1)[part.window]
     numbers = np.concatenate([[-1], numbers])  # the first token is a target of no window
     return [

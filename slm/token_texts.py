@@ -52,6 +52,16 @@ def literal_bytes(text: str) -> bytes | None:
         return None
 
 
+def whole_characters(pieces: Sequence[bytes]) -> list[str]:
+    """A character that is split over tokens is the text of the token that completes it.
+
+    Bytes that are no UTF-8 are U+FFFD; so is the end of the last token where it is not complete.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = [decoder.decode(piece) for piece in pieces]
+    return [*texts[:-1], texts[-1] + decoder.decode(b"", final=True)] if texts else []
+
+
 class TokenTexts:
     """Compares the texts of tokens with token ids."""
 

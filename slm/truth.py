@@ -68,26 +68,34 @@ def precision_at(score: np.ndarray, signal: np.ndarray, ratios: Sequence[float])
 
 
 def truth_rows(analysis: Analysis, ratios: Sequence[float] = RATIOS, seed: int = 0) -> list[Row]:
-    """One row a checkpoint and score; none unless there are tokens of signal and of noise."""
-    labels = signal_labels(analysis.tokens)
-    known = np.flatnonzero(labels != UNKNOWN)
-    signal = labels[known] == SIGNAL
-    if signal.all() or not signal.any():
-        return []
-    fixed = {
-        name: separation(score[known], signal, ratios)
-        for name, score in fixed_scores(analysis.tokens, seed).items()
-    }
-    rows = []
-    for seen, losses in zip(analysis.tokens_seen, analysis.losses, strict=True):
-        moving = {
-            name: separation(score[known], signal, ratios)
-            for name, score in moving_scores(analysis.tokens, losses)
-        }
-        for name, found in (moving | fixed).items():
-            start = {"run": analysis.name, "tokens_seen": int(seen), "score": name}
-            rows.append(start | separation_columns(found, signal, ratios))
+    """One row a part, checkpoint and score; none unless there are tokens of signal and of noise.
+
+    A part is everything that is labelled ("all"), or one of several sources with both labels.
+    """
+    fixed, rows = fixed_scores(analysis.tokens, seed), []
+    for part, (known, signal) in labelled_parts(analysis).items():
+        still = {name: separation(score[known], signal, ratios) for name, score in fixed.items()}
+        for seen, losses in zip(analysis.tokens_seen, analysis.losses, strict=True):
+            moving = {
+                name: separation(score[known], signal, ratios)
+                for name, score in moving_scores(analysis.tokens, losses)
+            }
+            for name, found in (moving | still).items():
+                start = {"run": analysis.name, "part": part, "tokens_seen": int(seen)}
+                rows.append(start | {"score": name} | separation_columns(found, signal, ratios))
     return rows
+
+
+def labelled_parts(analysis: Analysis) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """name -> (indices of tokens with a label (n,), is it signal? (n,)), both labels occurring."""
+    labels, source = signal_labels(analysis.tokens), analysis.tokens.columns["source"]
+    masks = {"all": labels != UNKNOWN}
+    masks |= {
+        name: masks["all"] & (source == index) for index, name in enumerate(analysis.store.sources)
+    }
+    found = {name: (np.flatnonzero(mask), labels[mask] == SIGNAL) for name, mask in masks.items()}
+    both = {name: part for name, part in found.items() if part[1].any() and not part[1].all()}
+    return both if len(both) > 2 else dict(list(both.items())[:1])  # one source is everything
 
 
 def moving_scores(tokens: TokenSet, losses: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -99,9 +99,9 @@ def test_every_number_is_counted_by_hand(make_store):
         assert found.kept.loss_selected[index] == pytest.approx(column[mask].mean(), rel=1e-6)
         assert found.kept.loss_unselected[index] == pytest.approx(column[~mask].mean(), rel=1e-6)
     np.testing.assert_array_equal(found.kept.times, times)
-    excess = found.excess_losses
-    assert excess is not None
-    np.testing.assert_allclose(excess[2], losses[2] - reference, rtol=1e-5, atol=1e-6)
+    excess_loss = found.excess_loss(2)
+    assert excess_loss is not None
+    np.testing.assert_allclose(excess_loss, losses[2] - reference, rtol=1e-5, atol=1e-6)
 
 
 def test_the_shares_so_far_are_those_of_the_checkpoints_so_far(make_store):
@@ -144,7 +144,7 @@ def test_a_global_rule_ranks_the_frozen_windows_once(make_store):
 
 def test_without_the_scores_there_are_no_keep_rates(make_store):
     found = analyse(filled(make_store(references=False), losses_of(3)), "run")
-    assert found.kept is None and found.chooser is None and found.excess_losses is None
+    assert found.kept is None and found.chooser is None and found.excess_loss(0) is None
 
 
 def test_rules_without_references_have_keep_rates(make_store):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from slm.analysis import analyse
 from slm.classes import CLASSES, classify
 from slm.cli import conf_folder
 from slm.data import Windows
@@ -248,15 +249,9 @@ def test_references_give_excess_losses_and_keep_rates(tmp_path, text_corpus, mak
     kept = sum(float(row["kept_frac"] or 0) * int(row["num_tokens"]) for row in last)
     # 7 windows in groups of 4 and 3: floor(0.3 * 64 + 0.5) + floor(0.3 * 48 + 0.5)
     assert kept == pytest.approx(19 + 14)
-    one, other = (analysis for analysis in [analysis_of(store)] * 2)
-    assert one.excess_losses is not None
-    np.testing.assert_allclose(one.excess_losses[0], other.losses[0] - 2.0)
-
-
-def analysis_of(store: TrajectoryStore) -> Any:
-    from slm.analysis import analyse
-
-    return analyse(store, "run")
+    excess_loss = analyse(store, "run").excess_loss(0)
+    assert excess_loss is not None
+    np.testing.assert_allclose(excess_loss, store.losses()[0] - 2.0)
 
 
 def test_words_of_a_run_become_a_tree():

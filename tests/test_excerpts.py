@@ -12,22 +12,11 @@ from slm.excerpts import (
     font,
     legend_text,
     size_of,
-    token_texts,
     wrap,
 )
 from slm.plots import pyplot, save_figure
 
 WILD = "a$b$ \\frac{1}{2} $x^$\n\t\U0001f600 \u4e2d \u0627\u0644 e\u0301 \x00\u200d\ufffd \u00e4"
-
-
-def test_a_split_character_is_text_of_the_token_that_completes_it():
-    text = "a\u00e9\U0001f600b"
-    data = text.encode()
-    pieces = [data[:2], data[2:4], data[4:6], data[6:]]
-    assert token_texts(pieces) == ["a", "\u00e9", "", "\U0001f600b"]
-    assert token_texts(pieces[:3]) == ["a", "\u00e9", "\ufffd"]  # cut within a character
-    assert token_texts(pieces[1:]) == ["\ufffd", "", "\U0001f600b"]
-    assert token_texts([]) == []
 
 
 def test_every_character_has_one_glyph_that_the_font_has():

@@ -21,7 +21,6 @@ from slm.panels import (
     final_media,
     final_summary,
     heat_map,
-    shown_texts,
 )
 from slm.token_set import TokenSet
 from slm.tracking import WandbLog
@@ -170,17 +169,6 @@ def test_without_references_their_columns_are_absent(tmp_path):
     assert "dynamics/kept_frac_by_class" not in final_media(found)
 
 
-def test_a_character_is_shown_where_it_is_whole():
-    assert shown_texts([b"a\xc3", b"\xa4b", b"\xf0\x9f", b"\x98", b"\x80", b"\xff"]) == [
-        "a",
-        "\u00e4b",
-        "",
-        "",
-        "\U0001f600",
-        "\ufffd",
-    ]
-
-
 def test_the_heat_map_colours_escaped_text_by_class(analysis):
     page = heat_map(analysis).html
     found = re.findall(r'<span style="background:(#\w+)" title="([^"]*)">([^<]*)</span>', page)
@@ -201,7 +189,7 @@ def test_the_dashboard_shows_what_is_logged(analysis):
     shown = [panel for panels in SECTIONS.values() for panel in panels]
     media = {panel.key for panel in shown if isinstance(panel, Medium)}
     selected = np.arange(12) < 6
-    excess = excess_histograms(analysis.excess_losses[-1], selected)
+    excess = excess_histograms(analysis.excess_loss(-1), selected)
     assert media == {*excess, *final_media(analysis)}
     plots = {name for panel in shown if isinstance(panel, Plot) for name in panel.metrics}
     label = analysis.trajectories.label
@@ -215,7 +203,7 @@ def test_an_offline_run_has_all_of_it(tmp_path, analysis):
     log.log_metrics(
         dynamics_metrics(analysis.losses[-1], analysis.trajectories.label, selected), 20
     )
-    log.log_media(excess_histograms(analysis.excess_losses[-1], selected), 20, 200)
+    log.log_media(excess_histograms(analysis.excess_loss(-1), selected), 20, 200)
     log.log_media(final_media(analysis), 20, 200)
     log.log_summary(final_summary(analysis))
     log.finalize("success")

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from slm.token_texts import TokenTexts, literal_bytes, vocabulary_bytes
+from slm.token_texts import TokenTexts, literal_bytes, vocabulary_bytes, whole_characters
 
 
 def test_bytes_of_the_vocabulary_are_those_of_the_text(tokenizer):
@@ -63,3 +63,13 @@ def test_a_word_may_have_lost_its_space_and_a_byte_be_an_entry(llama_like):
         assert texts.first_other(written, euro) is None, written
     assert texts.num_partial == 2 + 3
     assert texts.first_other(["<0xE2>", "<0x83>", "<0xAC>"], euro) == 1
+
+
+def test_a_split_character_is_text_of_the_token_that_completes_it():
+    text = "a\u00e9\U0001f600b"
+    data = text.encode()
+    pieces = [data[:2], data[2:4], data[4:6], data[6:]]
+    assert whole_characters(pieces) == ["a", "\u00e9", "", "\U0001f600b"]
+    assert whole_characters(pieces[:3]) == ["a", "\u00e9", "\ufffd"]  # cut within a character
+    assert whole_characters(pieces[1:]) == ["\ufffd", "", "\U0001f600b"]
+    assert whole_characters([]) == []

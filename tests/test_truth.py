@@ -137,6 +137,31 @@ def test_rows_are_counted_by_hand(make_analysis, tmp_path):
         assert [float(row["auc"]) for row in csv.DictReader(file)] == [row["auc"] for row in rows]
 
 
+def test_sources_are_judged_apart(make_analysis):
+    analysis, losses, columns, live = make_analysis(LABEL)
+    label = LABEL[1:][live]
+    source = np.arange(len(label)) // 20
+    store = analysis.store
+    store.tokens.columns["source"] = source.astype(np.uint16)
+    store.plan["sources"] = [f"s{index}" for index in range(source.max() + 1)]
+    rows = truth_rows(analysis)
+    expected = {"all"}
+    for index in range(source.max() + 1):
+        mine = (source == index) & (label != -1)
+        signal = label[mine] == 1
+        if signal.any() and not signal.all():
+            expected.add(f"s{index}")
+            (row,) = (
+                row
+                for row in rows
+                if (row["part"], row["score"], row["tokens_seen"])
+                == (f"s{index}", "token_loss", 1000)
+            )
+            assert row["auc"] == pytest.approx(auc_of_pairs(losses[1][mine], signal))
+            assert (row["num_signal"], row["num_noise"]) == (signal.sum(), (~signal).sum())
+    assert {row["part"] for row in rows} == expected and len(expected) > 2
+
+
 def test_random_ranks_as_the_control_does(make_analysis):
     """Over windows that are ranked together, precision is the rule's own, read off its mask."""
     label = np.where(LABEL == -1, 0, LABEL)  # all known
