@@ -96,9 +96,10 @@ def nested(flat: Json, prefix: str) -> Json:
     return tree
 
 
-def finish(store: TrajectoryStore, analysis: Analysis) -> None:
+def classify_run(store: TrajectoryStore, name: str, threshold: float, mean_loss: Any) -> Analysis:
     """The final classes: one record a token, and a table a checkpoint and class."""
-    store.write_trajectories(analysis.trajectories)
+    analysis = analyse(store, name, threshold, mean_loss)
+    store.write_trajectories(analysis.trajectories, threshold, mean_loss)
     write_csv(store.folder / "classes.csv", class_rows(analysis))
     if analysis.uneven:
         log.warning(
@@ -106,6 +107,7 @@ def finish(store: TrajectoryStore, analysis: Analysis) -> None:
             "their indices, as in the paper",
             *(store.folder, ", ".join(f"{seen:,}" for seen in analysis.tokens_seen[:8])),
         )
+    return analysis
 
 
 def class_rows(analysis: Analysis) -> list[Json]:
@@ -225,8 +227,7 @@ class TokenDynamics(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and self.fit.is_ready:
             name = self.run_dir.name
-            analysis = analyse(self.store, name, self.threshold, self.mean_loss)
-            finish(self.store, analysis)
+            analysis = classify_run(self.store, name, self.threshold, self.mean_loss)
             for logger in wandb_logs(trainer):
                 logger.log_media(final_media(analysis), trainer.global_step, pl_module.tokens_seen)
                 logger.log_summary(final_summary(analysis))
@@ -327,8 +328,7 @@ def analyse_stores(
         if count < MIN_CHECKPOINTS:
             log.warning("%s has %d checkpoints, a trajectory needs %d", run, count, MIN_CHECKPOINTS)
             continue
-        found.append(analyse(store, run.name, config.threshold, config.mean_loss))
-        finish(store, found[-1])
+        found.append(classify_run(store, run.name, config.threshold, config.mean_loss))
     if not found:
         raise UserError(
             f"none of the {len(runs)} runs has {MIN_CHECKPOINTS} checkpoints: train with "

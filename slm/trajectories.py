@@ -6,6 +6,7 @@
                                           training tokens; its .json comes last
                   manifest.json           plan, token set and checkpoints, written anew with each
                   trajectories.npy        structured (M,): fits and classes, see classes.py
+                  classes.json, .csv      threshold and level; the classes at each checkpoint
 
 A checkpoint that is there already is left alone, so a command that is run again does what is
 missing.
@@ -140,6 +141,12 @@ class TrajectoryStore:
         record = {"token_set": read_json(self.folder / "token_set.json"), "checkpoints": found}
         write_json(self.folder / "manifest.json", self.plan | record)
 
+    @property
+    def settings(self) -> Json:
+        """`threshold` and `mean_loss` of the classes, where they were made already."""
+        path = self.folder / "classes.json"
+        return read_json(path) if path.exists() else {}
+
     def losses(self) -> "LossColumns":
         return LossColumns(
             [self.path(c.tokens_seen) for c in self.checkpoints], self.tokens.num_targets
@@ -153,8 +160,11 @@ class TrajectoryStore:
                 self.path(checkpoint.tokens_seen).unlink(missing_ok=True)
         self.write_manifest()
 
-    def write_trajectories(self, found: Trajectories) -> None:
-        """One record a token, the fields of `Trajectories`."""
+    def write_trajectories(
+        self, found: Trajectories, threshold: float, mean_loss: float | None
+    ) -> None:
+        """One record a token, the fields of `Trajectories`, and what they were made with."""
+        write_json(self.folder / "classes.json", {"threshold": threshold, "mean_loss": mean_loss})
         dtype = [(name, column.dtype) for name, column in found._asdict().items()]
         table = np.empty(len(found.label), dtype)
         for name, column in found._asdict().items():
