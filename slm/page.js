@@ -35,7 +35,7 @@ function marked(part) {
   if (part === " ") return [make("span", "space", " ")];
   if (part === "\n") return [make("span", "mark", "↵"), "\n"];
   if (part === "\t") return [make("span", "mark", "→"), "\t"];
-  if (part === "\r") return [make("span", "mark", "␍")];
+  if (part === "\r") return [make("span", "hex", "⟨CR⟩")];
   if (!INVISIBLE.test(part)) return null;
   const code = part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
   return [make("span", "hex", `⟨U+${code}⟩`)];
@@ -73,7 +73,7 @@ function layoutOf(layout) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
     font: { family: getComputedStyle(document.querySelector("h4")).fontFamily, size: 13, color: "var(--ink)" },
     margin: { l: 52, r: 12, t: 8, b: 44 }, dragmode: touch ? false : "zoom",
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, traceorder: "normal" },
     hoverlabel: { bgcolor: "var(--raised)", bordercolor: "var(--rule)", font: { color: "var(--ink)" }, namelength: -1 },
   };
   const axes = Object.fromEntries(["xaxis", "yaxis"].map((name) =>
@@ -256,11 +256,17 @@ function showMode() {
   byId("windows").className = `by-${state.mode}`;
   const run = page.runs[state.run], limit = run.excess_limit;
   const legends = {
-    class: () => page.classes.map(({ key, name }) => make("span", `class ${key}`, name)),
+    class: () => page.classes.map(classEntry),
     excess: () => [scale("excess", [`≤ −${limit}`, "0", `≥ ${limit}`], "excess loss (nats): below the reference, above it")],
     times: () => [scale("times", ["0", String(run.tokens_seen.length)], "checkpoints at which the token is selected")],
   };
   byId("legend").replaceChildren(...legends[state.mode]());
+}
+
+function classEntry({ key, name, word }) {
+  const entry = make("span");
+  entry.append(make("span", `class ${key}`, name), ` ${word}`);
+  return entry;
 }
 
 function scale(kind, ticks, text) {
@@ -323,11 +329,19 @@ function showTip(entry, x, y) {
   const { width, height } = tip.getBoundingClientRect();
   const left = Math.max(8, Math.min(x, innerWidth - width - 8));
   const under = y + 12 + height <= innerHeight - 8;
+  tip.classList.toggle("high", y > innerHeight / 2);
   tip.style.left = `${left}px`;
   tip.style.top = `${under ? y + 12 : Math.max(8, y - height - 28)}px`;
 }
 
 function hideTip() { byId("tip").hidden = true; }
+
+// The arrow keys scroll as well: the token that has the focus keeps its numbers.
+function followScroll() {
+  const focused = document.activeElement;
+  if (focused && focused.matches(".t:focus-visible") && !byId("tip").hidden) showTokenTip(focused);
+  else hideTip();
+}
 
 function showTokenTip(span) {
   const place = span.getClientRects()[0];
@@ -360,7 +374,7 @@ function listen() {
     move(span, step);
   });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
-  document.addEventListener("scroll", hideTip, { passive: true });
+  document.addEventListener("scroll", followScroll, { passive: true });
   for (const [id, step] of [["previous", -1], ["next", 1]]) {
     byId(id).addEventListener("click", () => { state.place += step; hideTip(); showWindows(); });
   }

@@ -33,10 +33,9 @@ from slm.page_figures import (
     compared,
     excess_panels,
     highest,
-    label_shades,
     ratio_figure,
     run_figures,
-    tokens_figure,
+    tokens_figures,
     trajectories,
 )
 from slm.plots import RatioPanel, TokensPanel
@@ -49,11 +48,12 @@ MAX_ALL_TOKENS = 30_000  # shown of all runs
 EXAMPLES = 5  # tokens of each class
 # Of a JSON text inside of <script>: no tag can end it, and every parser reads the same lines.
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+CLASS_WORDS = {"HH": "not learned", "LH": "forgotten", "HL": "learned", "LL": "easy from the start"}
 CLASS_RULES = {
-    "HH": "no large change, the last loss above the mean: not learned",
-    "LH": "the line rises by more than the threshold: forgotten",
-    "HL": "the line falls by more than the threshold: learned",
-    "LL": "no large change, the last loss at or below the mean: easy from the start",
+    "HH": "no such change, the last loss above the mean",
+    "LH": "the line rises by more than the threshold",
+    "HL": "the line falls by more than the threshold",
+    "LL": "no such change, the last loss at or below the mean",
 }
 
 
@@ -80,9 +80,7 @@ def write_page(
         file.write(content.encode())
 
 
-def render(
-    title: str, analyses: Sequence[Analysis], sweep: SweepFigures | None, data: Json
-) -> str:
+def render(title: str, analyses: Sequence[Analysis], sweep: SweepFigures | None, data: Json) -> str:
     from plotly.offline import get_plotlyjs  # half a second, and only pages need it
 
     environment = Environment(
@@ -96,7 +94,9 @@ def render(
     return environment.get_template("page.html").render(
         title=title,
         runs=[summary(analysis) for analysis in analyses],
-        classes=[(name, CLASS_NAMES[name], CLASS_RULES[name]) for name in CLASSES],
+        classes=[
+            (name, CLASS_NAMES[name], CLASS_RULES[name], CLASS_WORDS[name]) for name in CLASSES
+        ],
         table=sweep and sweep_table(sweep),
         notes=sweep.notes if sweep else [],
         compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
@@ -122,7 +122,9 @@ def page_data(analyses: Sequence[Analysis], sweep: SweepFigures | None, seed: in
         if set_key(analysis) not in samples:
             samples[set_key(analysis)] = draw_sample(analysis.tokens, MAX_WINDOWS, most, seed)
     return {
-        "classes": [{"key": name, "name": CLASS_NAMES[name]} for name in CLASSES],
+        "classes": [
+            {"key": name, "name": CLASS_NAMES[name], "word": CLASS_WORDS[name]} for name in CLASSES
+        ],
         "windows": set_windows(analyses, samples),
         "runs": [run_data(analysis, samples[set_key(analysis)], seed) for analysis in analyses],
         "compared": compared(analyses) if len(analyses) > 1 else {},
@@ -166,11 +168,9 @@ def run_data(analysis: Analysis, sample: Sample, seed: int) -> Json:
 
 
 def sweep_figures(sweep: SweepFigures) -> Json:
-    panels = [panel for row in sweep.token_panels for panel in row]
-    shades = label_shades(panels)
     return {
         "ratios": [ratio_figure(panel) for panel in sweep.ratio_panels],
-        "tokens": [tokens_figure(panel, shades) for panel in panels],
+        "tokens": tokens_figures(sweep.token_panels),
     }
 
 

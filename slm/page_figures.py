@@ -58,7 +58,7 @@ def line(
         "line": {"color": shade, "width": 2},
     }
     if mark is not None:
-        marker = {"symbol": mark, "size": 7, "maxdisplayed": 10}
+        marker = {"symbol": mark, "size": 9 if "triangle" in mark else 7, "maxdisplayed": 10}
         trace |= {"mode": "lines+markers", "marker": marker}
     return trace | more
 
@@ -104,9 +104,7 @@ def shares(analysis: Analysis) -> Json:
         shade, label = f"var(--{name})", CLASS_NAMES[name]
         style = {"line": {"color": shade, "width": 1.5}, "legendgroup": name}
         history = analysis.share_history[:, index]
-        traces.append(
-            line(label, analysis.tokens_seen, history, shade, CLASS_MARKS[name], **style)
-        )
+        traces.append(line(label, analysis.tokens_seen, history, shade, CLASS_MARKS[name], **style))
         traces.append(final_share(analysis, name) | {"legendgroup": name})
     return figure(traces, SEEN_AXIS, titled("share of tokens", **SHARE))
 
@@ -157,9 +155,7 @@ def kept_class(analysis: Analysis) -> Json:
 def kept_source(analysis: Analysis) -> Json:
     """The sources with the most tokens."""
     assert analysis.kept is not None
-    counts = np.bincount(
-        analysis.tokens.columns["source"], minlength=len(analysis.store.sources)
-    )
+    counts = np.bincount(analysis.tokens.columns["source"], minlength=len(analysis.store.sources))
     largest = [int(index) for index in np.argsort(-counts)[:MAX_SOURCES] if counts[index]]
     traces = [
         line(
@@ -266,7 +262,8 @@ def bars(name: str, edges: np.ndarray, share: np.ndarray, shade: str) -> Json:
     return {
         "type": "bar",
         "name": name,
-        "x": numbers((edges[1:] + edges[:-1]) / 2),
+        "x0": float((edges[0] + edges[1]) / 2),
+        "dx": float(edges[1] - edges[0]),
         "y": numbers(share, 5),
         "marker": {"color": shade, "line": {"width": 0}},
     }
@@ -341,7 +338,7 @@ def ratio_figure(panel: RatioPanel) -> Json:
     ]
     ratios = sorted({ratio for points in panel.rules.values() for ratio, _ in points})
     ends = [ratios[0], ratios[-1]] if len(ratios) > 1 else [0.0, 1.0]
-    traces += flat_lines(panel.flat, ends, [colour(i) for i in reversed(range(NUM_COLOURS))])
+    traces += flat_lines(panel.flat, ends, [colour(i) for i in (4, 3, 2, 5)])
     traces += flat_lines(panel.lines, ends, ["var(--ink)", "var(--quiet)"])
     ticks = {"tickvals": ratios, "ticktext": [f"{ratio:g}" for ratio in ratios]}
     found = figure(traces, titled("select_ratio (k)", **ticks), f"final {LOSS_AXIS}")
@@ -380,9 +377,32 @@ def label_shades(panels: Iterable[TokensPanel]) -> dict[str, str]:
     return {label: colour(index) for index, label in enumerate(labels)}
 
 
-def tokens_figure(panel: TokensPanel, shades: dict[str, str]) -> Json:
-    """Loss during training without the first measurement: thin a seed, thick their mean."""
-    start = panel.curves[0].tokens_seen[:2].max()
+def tokens_figures(grid: Sequence[Sequence[TokensPanel]]) -> list[Json]:
+    """The panels of a held-out set share their axis."""
+    shades = label_shades(panel for row in grid for panel in row)
+    return [tokens_figure(panel, shades, loss_range(row)) for row in grid for panel in row]
+
+
+def loss_range(panels: Sequence[TokensPanel]) -> list[float]:
+    found = np.concatenate(
+        [
+            after(curve, start_of(panel))[1]
+            for panel in panels
+            for curve in (*panel.curves, *panel.controls)
+        ]
+    )
+    margin = 0.04 * float(np.ptp(found)) or 0.1
+    return [round(float(found.min()) - margin, 4), round(float(found.max()) + margin, 4)]
+
+
+def start_of(panel: TokensPanel) -> float:
+    """The first measurement, before any training, is left out: it dwarfs the others."""
+    return float(panel.curves[0].tokens_seen[:2].max())
+
+
+def tokens_figure(panel: TokensPanel, shades: dict[str, str], bounds: list[float]) -> Json:
+    """Loss during training: thin a seed, thick their mean."""
+    start = start_of(panel)
     traces = [
         trace
         for label, runs in by_label(panel.curves).items()
@@ -390,7 +410,8 @@ def tokens_figure(panel: TokensPanel, shades: dict[str, str]) -> Json:
     ]
     for label, runs in by_label(panel.controls).items():
         traces += seed_lines(label, runs, start, "var(--ink)", "dash")
-    return figure(traces, SEEN_AXIS, LOSS_AXIS) | {"title": panel.title}
+    found = figure(traces, SEEN_AXIS, titled(LOSS_AXIS, range=bounds))
+    return found | {"title": panel.title}
 
 
 def seed_lines(
