@@ -63,7 +63,7 @@ function shaded(value) {
 }
 
 const touch = matchMedia("(pointer: coarse)").matches;
-const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: "reset" };
+const CONFIG = { displayModeBar: false, scrollZoom: false, doubleClick: "reset" };
 
 function layoutOf(layout) {
   const line = { gridcolor: "var(--grid)", zerolinecolor: "var(--rule)", linecolor: "var(--rule)",
@@ -81,8 +81,17 @@ function layoutOf(layout) {
   return shaded({ ...base, ...layout, ...axes });
 }
 
+// Unlike Plotly's own `responsive` this also sees scroll bars come and hidden parts appear.
+const sizes = new ResizeObserver((entries) => {
+  for (const { target, contentRect } of entries) {
+    const drawn = target.figure && target._fullLayout;
+    if (drawn && contentRect.width > 0 && Math.abs(drawn.width - contentRect.width) >= 1) Plotly.Plots.resize(target);
+  }
+});
+
 function draw(element, figure) {
   element.figure = figure;
+  sizes.observe(element);
   return Plotly.react(element, shaded(figure.data), layoutOf(figure.layout), CONFIG);
 }
 

@@ -22,7 +22,8 @@ def make_token_set(texts: list[list[bytes]], dead: int = 1, references: bool = T
     count = int(live.sum())
     columns = {"source": (np.arange(count) % 2).astype(np.uint16)}
     if references:
-        columns["reference_loss"] = np.linspace(0.1, 3, count).astype(np.float32)
+        shuffled = np.random.default_rng(1).permutation(np.linspace(0.1, 4, count))
+        columns["reference_loss"] = shuffled.astype(np.float32)
     pieces = {index: piece for piece, index in known.items()}
     return TokenSet(np.arange(len(texts)) * 3, tokens, live, columns, pieces)
 
