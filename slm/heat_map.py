@@ -5,6 +5,7 @@ that are targets. A column of numbers has one entry for each of these n, in read
 says which positions they belong to.
 """
 
+import base64
 import codecs
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from slm.shards import Json
 from slm.token_set import TokenSet
 
 DIGITS = 3  # of a loss in nats: finer than any checkpoint's noise
+PATH_POINTS = 16  # checkpoints of the small curve
 CONTEXT = 12  # tokens on either side of an example
 
 
@@ -124,6 +126,16 @@ def token_columns(analysis: Analysis, chosen: np.ndarray) -> Json:  # (n,) indic
     if analysis.kept is not None:
         columns["times"] = analysis.kept.times[chosen].tolist()
     return columns
+
+
+def loss_paths(losses: Sequence[np.ndarray], chosen: np.ndarray) -> Json:
+    """Losses at some checkpoints, a byte each: value = byte / 255 * top, token after token."""
+    places = np.linspace(0, len(losses) - 1, min(len(losses), PATH_POINTS)).round().astype(int)
+    found = np.stack([losses[place][chosen] for place in places], axis=1)  # (n, points)
+    top = max(float(found.max(initial=0)), 1e-3)
+    scaled = (found * (255 / top)).round().astype(np.uint8)
+    text = base64.b64encode(scaled.tobytes()).decode()
+    return {"points": len(places), "top": round(top, 4), "bytes": text}
 
 
 def numbers(values: np.ndarray, digits: int = DIGITS) -> list[Any]:

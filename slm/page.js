@@ -154,6 +154,8 @@ function exampleEntry(run, number) {
   return { ...run.examples[number], run, columns: run.example_columns, number };
 }
 
+const oneLine = (text) => text.replace(/\s+/g, " ");
+
 function exampleList(run, start, count, plot) {
   const list = make("ul", "examples");
   for (let number = 0; number < count; number++) {
@@ -162,7 +164,8 @@ function exampleList(run, start, count, plot) {
     const entry = exampleEntry(run, start + number);
     for (const part of ["before", "token", "after"]) {
       const inner = make("bdi", part === "token" ? `class ${classOf(entry)}` : "");
-      fillToken(inner, part === "token" ? entry.text : entry[part].replace(/\s+/g, " ") || " ", entry.bytes);
+      if (part === "token") fillToken(inner, entry.text, entry.bytes);
+      else fillText(inner, oneLine(entry[part]));
       const outer = make("span", part);
       outer.append(inner);
       button.append(outer);
@@ -318,16 +321,52 @@ function fillTip(entry) {
   head.append(token);
   if (entry.bytes) head.append(make("span", "hex", `  bytes ⟨${entry.bytes}⟩`));
   for (const [name, value] of facts(entry)) list.append(make("dt", "", name), make("dd", "", value));
-  tip.replaceChildren(head, ...contextOf(entry), list, probe);
+  tip.replaceChildren(head, ...contextOf(entry), ...pathOf(entry), list, probe);
+}
+
+// Losses of a shown token at some checkpoints, a byte each.
+const bytesOf = new Map();
+function lossesOf(run, number) {
+  if (!bytesOf.has(run)) bytesOf.set(run, Uint8Array.from(atob(run.paths.bytes), (c) => c.charCodeAt(0)));
+  const count = run.paths.points;
+  return [...bytesOf.get(run).subarray(number * count, (number + 1) * count)].map((v) => (v / 255) * run.paths.top);
+}
+
+const PATH = { width: 240, height: 56 };
+function pathOf({ number, columns, run, before }) {
+  if (number === null || before !== undefined) return [];
+  const box = make("canvas", "path"), density = devicePixelRatio;
+  [box.width, box.height] = [PATH.width * density, PATH.height * density];
+  const pen = box.getContext("2d"), found = lossesOf(run, number);
+  const ends = [columns.start[number], columns.end[number]];
+  const top = 1.05 * Math.max(run.mean_loss, ...found, ...ends);
+  pen.scale(density, density);
+  pen.lineWidth = 1.2;
+  stroke(pen, [run.mean_loss, run.mean_loss], top, shade("var(--rule)"), []);
+  stroke(pen, ends, top, shade("var(--quiet)"), [2, 3]);
+  pen.lineWidth = 1.8;
+  stroke(pen, found, top, shade(`var(--${page.classes[columns.class[number]].key})`), []);
+  return [box];
+}
+
+function stroke(pen, values, top, colour, dashes) {
+  pen.strokeStyle = colour;
+  pen.setLineDash(dashes);
+  pen.beginPath();
+  values.forEach((value, index) =>
+    pen.lineTo((index / (values.length - 1)) * PATH.width, PATH.height * (1 - Math.max(0, value) / top)));
+  pen.stroke();
 }
 
 function contextOf(entry) {
   if (entry.before === undefined) return [];
   const box = make("div", "context");
-  for (const text of [entry.before, entry.text || "…", entry.after]) {
-    box.append(Object.assign(make("bdi"), { textContent: text }));
+  for (const part of ["before", "text", "after"]) {
+    const inner = make("bdi", part === "text" ? "itself" : "");
+    if (part === "text") fillToken(inner, entry.text, entry.bytes);
+    else fillText(inner, oneLine(entry[part]));
+    box.append(inner);
   }
-  box.children[1].style.color = "var(--ink)";
   return [box];
 }
 
@@ -406,7 +445,7 @@ function showTheme() {
 byId("theme").addEventListener("click", () => { chosen = isDark() ? "light" : "dark"; showTheme(); });
 system.addEventListener("change", showTheme);
 showTheme();
-if (page.sweep.ratios.length) {
+if (byId("sweep")) {
   panels(byId("ratios"), page.sweep.ratios);
   panels(byId("tokens"), page.sweep.tokens);
 }

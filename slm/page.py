@@ -24,6 +24,7 @@ from slm.heat_map import (
     draw_sample,
     excess_limit,
     in_context,
+    loss_paths,
     shown_targets,
     token_columns,
     window_texts,
@@ -33,11 +34,10 @@ from slm.page_figures import (
     compared,
     excess_panels,
     highest,
-    ratio_figure,
     run_figures,
-    tokens_figures,
     trajectories,
 )
+from slm.page_sweep import ratio_figure, tokens_figures
 from slm.plots import RatioPanel, TokensPanel
 from slm.shards import Json, atomic_file
 
@@ -146,6 +146,7 @@ def set_windows(analyses: Sequence[Analysis], samples: dict[str, Sample]) -> Jso
 
 
 def run_data(analysis: Analysis, sample: Sample, seed: int) -> Json:
+    shown = shown_targets(analysis.tokens, sample)
     groups = draw_examples(analysis.trajectories.label, EXAMPLES, seed)
     chosen = np.concatenate(groups)
     top = highest(analysis, groups)
@@ -155,7 +156,9 @@ def run_data(analysis: Analysis, sample: Sample, seed: int) -> Json:
         "sources": list(analysis.store.sources),
         "tokens_seen": analysis.tokens_seen.tolist(),
         "excess_limit": excess_limit(analysis),
-        "columns": token_columns(analysis, shown_targets(analysis.tokens, sample)),
+        "mean_loss": round(analysis.mean_loss, 3),
+        "columns": token_columns(analysis, shown),
+        "paths": loss_paths(analysis.losses, shown),
         "figures": run_figures(analysis),
         "excess": excess_panels(analysis),
         "trajectories": [

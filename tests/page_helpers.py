@@ -20,7 +20,7 @@ def make_token_set(texts: list[list[bytes]], dead: int = 1, references: bool = T
     live = np.ones((len(texts), tokens.shape[1] - 1), bool)
     live[0, live.shape[1] - dead :] = False
     count = int(live.sum())
-    columns = {"source": (np.arange(count) % 2).astype(np.uint16)}
+    columns: dict[str, Any] = {"source": (np.arange(count) % 2).astype(np.uint16)}
     if references:
         shuffled = np.random.default_rng(1).permutation(np.linspace(0.1, 4, count))
         columns["reference_loss"] = shuffled.astype(np.float32)

@@ -1,5 +1,7 @@
 """What the page shows of tokens: texts of odd bytes, numbers as the analysis has them."""
 
+import base64
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from slm.heat_map import (
     draw_sample,
     excess_limit,
     in_context,
+    loss_paths,
     numbers,
     partial_bytes,
     shown_targets,
@@ -125,6 +128,17 @@ def test_examples_are_of_their_class_and_in_their_text(tmp_path):
         row = analysis.tokens.tokens[entry["window"] // 3]
         whole = b"".join(pieces[int(token)] for token in row).decode()
         assert entry["before"] + entry["text"] + entry["after"] in whole
+
+
+def test_paths_are_the_losses_at_some_checkpoints(tmp_path):
+    analysis = make_analysis(tmp_path, prose(4, 9), checkpoints=31)
+    chosen = np.array([2, 9, 30])
+    found = loss_paths(analysis.losses, chosen)
+    values = np.frombuffer(base64.b64decode(found["bytes"]), np.uint8).reshape(3, found["points"])
+    expected = np.stack([analysis.losses[place][chosen] for place in range(0, 31, 2)], axis=1)
+    np.testing.assert_allclose(values / 255 * found["top"], expected, atol=found["top"] / 500)
+    few = loss_paths(analysis.losses[:3], chosen)
+    assert few["points"] == 3 and len(base64.b64decode(few["bytes"])) == 9
 
 
 def test_numbers_are_json():

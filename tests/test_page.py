@@ -15,10 +15,13 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from page_helpers import make_analysis, prose
+from run_helpers import make_run
 from slm.analysis import Analysis
+from slm.arms import arms_of, read_runs
 from slm.classes import CLASSES
 from slm.page import SweepFigures, as_json, sweep_table, write_page
 from slm.plots import Curve, RatioPanel, TokensPanel
+from slm.report import control_losses, ratio_panel, table_rows, tokens_panels
 
 EVIL = [
     b"</script><img src=x onerror=window.hit=1>",
@@ -199,6 +202,33 @@ def test_the_tables_hold_the_numbers(tmp_path):
     assert f"level (mean loss) {analysis.mean_loss:.3f} nats" in page
 
 
+def test_the_reports_own_panels_fit(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"half{seed}", ratio=0.5, seed=seed, final=3.0 + seed)
+        make_run(tmp_path / "runs" / f"all{seed}", ratio=1.0, seed=seed, final=3.5 + seed)
+        make_run(tmp_path / "runs" / f"soft{seed}", "Softmax", None, seed, 3.25)
+    arms = arms_of(read_runs([str(tmp_path / "runs")])[0])
+    control = control_losses(arms, ["a"])
+    sweep = SweepFigures(
+        [ratio_panel("a", arms, control, [])],
+        [tokens_panels("a", arms)],
+        ["a"],
+        table_rows(arms, ["a"], control),
+        [],
+    )
+    write_page(tmp_path / "page.html", "t", [], sweep)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert [row[:2] for row in cells(page, 0)[1:]] == [
+        ["excess 0.5", "3.5000 3.0000 to 4.0000"],
+        ["excess 1", "4.0000 3.5000 to 4.5000"],
+        ["softmax", "3.2500 3.2500 to 3.2500"],
+    ]
+    drawn = embedded(page)["sweep"]
+    lines = {trace["name"]: trace["y"] for trace in drawn["ratios"][0]["data"]}
+    assert lines == {"excess": [3.5, 4.0], "softmax": [3.25, 3.25], "all tokens": [4.0, 4.0]}
+    assert len(drawn["tokens"]) == 2
+
+
 def test_many_runs_stay_small(tmp_path):
     runs = [make_analysis(tmp_path / str(n), prose(30, 257), f"run {n}") for n in range(6)]
     write_page(tmp_path / "page.html", "t", runs)
@@ -231,6 +261,18 @@ def browser_path() -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [(False, pytest.skip.Exception), (True, pytest.fail.Exception)]
+)
+def test_without_a_browser_ci_fails_and_others_skip(monkeypatch, ci, outcome):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CI", raising=False)
+    if ci:
+        monkeypatch.setenv("CI", "true")
+    with pytest.raises(outcome, match="apt-get install chromium"):
+        browser_path()
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +385,9 @@ def test_a_tooltip_has_the_numbers_of_its_token(open_page, page_file):
         "times selected": f"{columns['times'][1]} of {len(seen)}",
     }
     assert page.locator("#tip .head").text_content() == window["texts"][2]
+    drawn = """[...document.querySelector("#tip canvas").getContext("2d")
+      .getImageData(0, 0, 240, 56).data].some(value => value > 0)"""
+    assert page.evaluate(drawn)
 
 
 @pytest.mark.slow
@@ -468,7 +513,9 @@ def test_it_fits_and_can_be_read(open_page, tmp_path, width, scheme):
 def test_plots_follow_the_window(open_page):
     page = open_page(1600)
     page.set_viewport_size({"width": 500, "height": 900})
-    wait_until(page, f"({PLOTS}).every(([outer, inner]) => inner <= 500 && Math.abs(outer - inner) <= 1)")
+    wait_until(
+        page, f"({PLOTS}).every(([outer, inner]) => inner <= 500 && Math.abs(outer - inner) <= 1)"
+    )
 
 
 @pytest.mark.slow
