@@ -63,7 +63,7 @@ function shaded(value) {
 }
 
 const touch = matchMedia("(pointer: coarse)").matches;
-const CONFIG = { displayModeBar: false, scrollZoom: false, doubleClick: "reset" };
+const CONFIG = { displayModeBar: false, scrollZoom: false, doubleClick: "reset+autosize" };
 
 function layoutOf(layout) {
   const line = { gridcolor: "var(--grid)", zerolinecolor: "var(--rule)", linecolor: "var(--rule)",

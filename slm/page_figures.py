@@ -303,7 +303,7 @@ def compared_classes(analyses: Sequence[Analysis], bar: Any, y: Json) -> Json:
         }
         for i, found in enumerate(analyses)
     ]
-    return figure(traces, "", y, barmode="group", bargap=0.25)
+    return figure(traces, titled("", showgrid=False), y, barmode="group", bargap=0.25)
 
 
 def pattern(index: int) -> str:
@@ -321,6 +321,7 @@ def share_bar(analysis: Analysis) -> Json:
             "array": [round(share.high - share.share, 5) for share in found],
             "arrayminus": [round(share.share - share.low, 5) for share in found],
             "thickness": 1,
+            "color": "var(--ink)",
         },
     }
 

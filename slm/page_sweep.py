@@ -67,9 +67,10 @@ def tokens_figures(grid: Sequence[Sequence[TokensPanel]]) -> list[Json]:
 
 
 def loss_range(panels: Sequence[TokensPanel]) -> list[float]:
+    """Without the steep first tenth of training, beside which the rest looks flat."""
     found = np.concatenate(
         [
-            after(curve, start_of(panel))[1]
+            after(curve, max(start_of(panel), curve.tokens_seen[-1] / 10))[1]
             for panel in panels
             for curve in (*panel.curves, *panel.controls)
         ]

@@ -38,3 +38,11 @@ def test_panels_of_a_set_share_an_axis_and_a_label_its_colour():
     shades = {t["name"]: t["line"]["color"] for t in [*first["data"], *second["data"]]}
     assert shades["k = 0.2"] != shades["k = 0.6"]
     assert shades["k = 0.2"] == mean[0]["line"]["color"]
+
+
+def test_the_axis_leaves_the_first_tenth_of_training_out():
+    seen = np.array([0.0, 10, 50, 100, 500, 1000])
+    curve = Curve("k", seen, np.array([11.0, 9, 8, 4, 3, 2]))
+    (found,) = tokens_figures([[TokensPanel("a", [curve], [])]])
+    assert found["data"][0]["y"] == [9.0, 8.0, 4.0, 3.0, 2.0]  # zooming out shows them
+    assert found["layout"]["yaxis"]["range"] == [1.92, 4.08]
