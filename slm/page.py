@@ -4,10 +4,11 @@
 
 The file that is written holds Plotly (4.8 MB), the style, the script and the data; it asks no
 network for anything and forbids itself to. Text of tokens is data: the script sets it as text, it
-is never markup. What is shown of large sets is a sample, so that the page stays under 8 MB.
+is never markup. What is shown of large sets is a sample: up to some twenty runs fit into 8 MB.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,12 @@ from slm.page_sweep import ratio_figure, tokens_figures
 from slm.plots import RatioPanel, TokensPanel
 from slm.shards import Json, atomic_file
 
+log = logging.getLogger("slm.page")
 HERE = Path(__file__).parent
 MAX_WINDOWS = 24
 MAX_TOKENS = 12_000  # shown of one run
-MAX_ALL_TOKENS = 30_000  # shown of all runs
+MAX_ALL_TOKENS = 18_000  # shown of all runs
+MAX_BYTES = 8_000_000
 EXAMPLES = 5  # tokens of each class
 # Of a JSON text inside of <script>: no tag can end it, and every parser reads the same lines.
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -75,9 +78,12 @@ def write_page(
     seed: int = 0,
 ) -> None:
     """Either part may be absent; `seed` draws the windows and tokens that are shown."""
-    content = render(title, analyses, sweep, page_data(analyses, sweep, seed))
+    content = render(title, analyses, sweep, page_data(analyses, sweep, seed)).encode()
+    if len(content) > MAX_BYTES:
+        size = f"{len(content) / 1e6:.1f} MB"
+        log.warning("%s has %s, browsers will be slow: show fewer runs", path, size)
     with atomic_file(Path(path)) as file:
-        file.write(content.encode())
+        file.write(content)
 
 
 def render(title: str, analyses: Sequence[Analysis], sweep: SweepFigures | None, data: Json) -> str:

@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from page_helpers import make_analysis, prose
 from run_helpers import make_run
+from slm import page as page_module
 from slm.analysis import Analysis
 from slm.arms import arms_of, read_runs
 from slm.classes import CLASSES
@@ -235,7 +236,15 @@ def test_many_runs_stay_small(tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 8_000_000
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     shown = sum(len(run["columns"]["class"]) for run in embedded(page)["runs"])
-    assert 20_000 < shown <= 30_000
+    assert 15_000 < shown <= 18_000
+
+
+def test_a_page_that_is_too_large_is_said(tmp_path, evil, monkeypatch, caplog):
+    write_page(tmp_path / "page.html", "t", [evil])
+    assert caplog.text == ""
+    monkeypatch.setattr(page_module, "MAX_BYTES", 1_000_000)
+    write_page(tmp_path / "page.html", "t", [evil])
+    assert "MB, browsers will be slow: show fewer runs" in caplog.text
 
 
 @pytest.mark.slow
