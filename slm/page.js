@@ -1,0 +1,459 @@
+"use strict";
+// Draws the page from its JSON. Text of tokens and names of runs are only ever set as text.
+
+const page = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const state = { run: 0, mode: "class", place: 0 };
+const PER_PAGE = 700; // tokens shown at once, one window at least
+
+// ---- elements ----------------------------------------------------------------------------------
+
+function make(tag, className, text) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+const INVISIBLE = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/u;
+const PARTS = new RegExp(`\\r|\\n|\\t| |${INVISIBLE.source}|[^\\r\\n\\t ]`, "gu");
+
+// Text with marks for what cannot be seen; line breaks still break lines.
+function fillText(element, text) {
+  let run = "";
+  const flush = () => { if (run) element.append(run); run = ""; };
+  for (const part of text.match(PARTS) || []) {
+    const special = marked(part);
+    if (special === null) { run += part; continue; }
+    flush();
+    element.append(...special);
+  }
+  flush();
+}
+
+function marked(part) {
+  if (part === " ") return [make("span", "space", " ")];
+  if (part === "\n") return [make("span", "mark", "↵"), "\n"];
+  if (part === "\t") return [make("span", "mark", "→"), "\t"];
+  if (part === "\r") return [make("span", "hex", "⟨CR⟩")];
+  if (!INVISIBLE.test(part)) return null;
+  const code = part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+  return [make("span", "hex", `⟨U+${code}⟩`)];
+}
+
+// A token that only begins a character is shown as its bytes.
+function fillToken(element, text, bytes) {
+  if (text === "") element.append(make("span", "hex", `⟨${bytes || ""}⟩`));
+  else fillText(element, text);
+}
+
+// ---- figures -----------------------------------------------------------------------------------
+
+const probe = byId("tip").appendChild(make("span"));
+function shade(name) { // "var(--HH)" -> "rgb(213, 94, 0)", in light or dark
+  probe.style.color = name;
+  return getComputedStyle(probe).color;
+}
+
+function shaded(value) {
+  if (typeof value === "string") return value.startsWith("var(--") ? shade(value) : value;
+  if (Array.isArray(value)) return value.map(shaded);
+  if (value === null || typeof value !== "object") return value;
+  return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, shaded(inner)]));
+}
+
+const touch = matchMedia("(pointer: coarse)").matches;
+const CONFIG = { displayModeBar: false, scrollZoom: false, doubleClick: "reset+autosize" };
+
+function layoutOf(layout) {
+  const line = { gridcolor: "var(--grid)", zerolinecolor: "var(--rule)", linecolor: "var(--rule)",
+    automargin: true, tickfont: { size: 12 }, fixedrange: touch };
+  const title = (own) => ({ title: { ...own.title, standoff: 10, font: { size: 13 } } });
+  const base = {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
+    font: { family: getComputedStyle(document.querySelector("h4")).fontFamily, size: 13, color: "var(--ink)" },
+    margin: { l: 52, r: 12, t: 8, b: 44 }, dragmode: touch ? false : "zoom",
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, traceorder: "normal" },
+    hoverlabel: { bgcolor: "var(--raised)", bordercolor: "var(--rule)", font: { color: "var(--ink)" }, namelength: -1 },
+  };
+  const axes = Object.fromEntries(["xaxis", "yaxis"].map((name) =>
+    [name, { ...line, ...layout[name], ...title(layout[name]) }]));
+  return shaded({ ...base, ...layout, ...axes });
+}
+
+// Unlike Plotly's own `responsive` this also sees scroll bars come and hidden parts appear.
+const sizes = new ResizeObserver((entries) => {
+  for (const { target, contentRect } of entries) {
+    const drawn = target.figure && target._fullLayout;
+    if (drawn && contentRect.width > 0 && Math.abs(drawn.width - contentRect.width) >= 1) Plotly.Plots.resize(target);
+  }
+});
+
+function draw(element, figure) {
+  element.figure = figure;
+  sizes.observe(element);
+  return Plotly.react(element, shaded(figure.data), layoutOf(figure.layout), CONFIG);
+}
+
+function redraw() {
+  for (const element of document.querySelectorAll(".plot")) if (element.figure) draw(element, element.figure);
+}
+
+// A row of figures that come with their titles.
+function panels(parent, figures) {
+  parent.replaceChildren(...figures.map((figure) => {
+    const box = make("figure");
+    box.append(make("h4", "", figure.title), make("div", "plot"));
+    return box;
+  }));
+  figures.forEach((figure, index) => draw(parent.children[index].querySelector(".plot"), figure));
+}
+
+// ---- one run -----------------------------------------------------------------------------------
+
+function showRun(index) {
+  state.run = index;
+  state.place = 0;
+  const run = page.runs[index];
+  for (const part of document.querySelectorAll(".run")) part.hidden = Number(part.dataset.run) !== index;
+  const has = { kept: "times" in run.columns, excess: run.excess.length > 0 };
+  for (const part of document.querySelectorAll("[data-has]")) part.hidden = !has[part.dataset.has];
+  for (const part of document.querySelectorAll("[data-needs]")) part.hidden = has[part.dataset.needs];
+  if ((state.mode === "excess" && !has.excess) || (state.mode === "times" && !has.kept)) setMode("class");
+  for (const element of document.querySelectorAll(".plot[data-figure]")) {
+    if (element.dataset.figure in run.figures) draw(element, run.figures[element.dataset.figure]);
+  }
+  if (has.excess) panels(byId("excess"), run.excess);
+  showExamples(run);
+  showWindows();
+}
+
+// ---- examples ----------------------------------------------------------------------------------
+
+function showExamples(run) {
+  const figures = run.trajectories.map((figure, index) => ({ ...figure, title: page.classes[index].name }));
+  panels(byId("trajectories"), figures);
+  let offset = 0;
+  run.trajectories.forEach((figure, index) => {
+    const box = byId("trajectories").children[index];
+    const start = offset, count = figure.data.length / 2; // losses and fitted line of each token
+    offset += count;
+    const title = box.querySelector("h4");
+    title.replaceChildren(make("span", `class ${page.classes[index].key}`, page.classes[index].name));
+    if (count === 0) title.append(" no token is in this class");
+    box.append(exampleList(run, start, count, box.querySelector(".plot")));
+    box.querySelector(".plot").on("plotly_hover", (event) => {
+      const number = event.points[0].data.meta;
+      showTip(exampleEntry(run, start + number), event.event.clientX, event.event.clientY);
+    });
+    box.querySelector(".plot").on("plotly_unhover", hideTip);
+  });
+}
+
+function exampleEntry(run, number) {
+  return { ...run.examples[number], run, columns: run.example_columns, number };
+}
+
+const oneLine = (text) => text.replace(/\s+/g, " ");
+
+function exampleList(run, start, count, plot) {
+  const list = make("ul", "examples");
+  for (let number = 0; number < count; number++) {
+    const button = make("button");
+    button.type = "button";
+    const entry = exampleEntry(run, start + number);
+    for (const part of ["before", "token", "after"]) {
+      const inner = make("bdi", part === "token" ? `class ${classOf(entry)}` : "");
+      if (part === "token") fillToken(inner, entry.text, entry.bytes);
+      else fillText(inner, oneLine(entry[part]));
+      const outer = make("span", part);
+      outer.append(inner);
+      button.append(outer);
+    }
+    const show = () => {
+      const place = button.getBoundingClientRect();
+      emphasise(plot, number);
+      showTip(entry, place.left + 20, place.bottom);
+    };
+    const hide = () => { emphasise(plot, null); hideTip(); };
+    button.addEventListener("mouseenter", show);
+    button.addEventListener("focus", show);
+    button.addEventListener("click", show);
+    button.addEventListener("mouseleave", hide);
+    button.addEventListener("blur", hide);
+    const item = make("li");
+    item.append(button);
+    list.append(item);
+  }
+  return list;
+}
+
+function emphasise(plot, number) {
+  const faint = plot.figure.data.map((trace) => (number === null || trace.meta === number ? 1 : 0.15));
+  if (faint.length) Plotly.restyle(plot, { opacity: faint });
+}
+
+// ---- the tokens in their text ------------------------------------------------------------------
+
+const windowsOf = (run) => page.windows[run.set];
+const isLive = (window, position) => window.live[position] === 1;
+
+function pageOf(windows, place) {
+  const size = Math.max(1, Math.floor(PER_PAGE / windows[0].ids.length));
+  return { start: place * size, end: Math.min(windows.length, (place + 1) * size), pages: Math.ceil(windows.length / size) };
+}
+
+function showWindows() {
+  const run = page.runs[state.run], windows = windowsOf(run);
+  const { start, end, pages } = pageOf(windows, state.place);
+  let number = 0; // of the live token among all that are shown
+  for (const window of windows.slice(0, start)) number += window.live.filter(Boolean).length;
+  byId("windows").replaceChildren(...windows.slice(start, end).map((window) => {
+    const box = windowBox(run, window, number);
+    number += window.live.filter(Boolean).length;
+    return box;
+  }));
+  const first = byId("windows").querySelector(".t");
+  if (first) first.tabIndex = 0;
+  byId("place").textContent = `windows ${start + 1} to ${end} of ${windows.length}`;
+  byId("previous").disabled = state.place === 0;
+  byId("next").disabled = state.place >= pages - 1;
+  showMode();
+}
+
+function windowBox(run, window, number) {
+  const box = make("div", "window"), text = make("div", "text");
+  const sources = new Set();
+  window.ids.forEach((id, position) => {
+    const live = isLive(window, position);
+    const entry = { id, text: window.texts[position], bytes: window.bytes[position] || null,
+      window: window.window, position, run, columns: run.columns, number: live ? number++ : null };
+    if (live) sources.add(run.sources[run.columns.source[entry.number]]);
+    text.append(tokenSpan(entry));
+  });
+  box.append(make("h5", "", `Window ${window.window}, ${[...sources].join(", ")}`), text);
+  return box;
+}
+
+function tokenSpan(entry) {
+  const span = make("span", entry.number === null ? "t dead" : `t ${classOf(entry)}`);
+  span.tabIndex = -1;
+  span.entry = entry;
+  fillToken(span, entry.text, entry.bytes);
+  if (entry.number === null) return span;
+  const { columns, run, number } = entry;
+  if (columns.excess) {
+    const part = Math.max(-1, Math.min(1, columns.excess[number] / run.excess_limit));
+    span.style.setProperty("--up", `${(85 * Math.max(0, part)).toFixed(0)}%`);
+    span.style.setProperty("--down", `${(85 * Math.max(0, -part)).toFixed(0)}%`);
+  }
+  if (columns.times) {
+    const part = columns.times[number] / run.tokens_seen.length;
+    span.style.setProperty("--part", `${(85 * part).toFixed(0)}%`);
+  }
+  return span;
+}
+
+const classOf = (entry) => page.classes[entry.columns.class[entry.number]].key;
+
+// ---- colours and their legend ------------------------------------------------------------------
+
+function setMode(mode) {
+  state.mode = mode;
+  for (const input of document.querySelectorAll("input[name=mode]")) input.checked = input.value === mode;
+  showMode();
+}
+
+function showMode() {
+  byId("windows").className = `by-${state.mode}`;
+  const run = page.runs[state.run], limit = run.excess_limit;
+  const legends = {
+    class: () => page.classes.map(classEntry),
+    excess: () => [scale("excess", [`≤ −${limit}`, "0", `≥ ${limit}`], "excess loss (nats): below the reference, above it")],
+    times: () => [scale("times", ["0", String(run.tokens_seen.length)], "checkpoints at which the token is selected")],
+  };
+  byId("legend").replaceChildren(...legends[state.mode]());
+}
+
+function classEntry({ key, name, word }) {
+  const entry = make("span");
+  entry.append(make("span", `class ${key}`, name), ` ${word}`);
+  return entry;
+}
+
+function scale(kind, ticks, text) {
+  const box = make("div", "scale"), labels = make("div", "ticks");
+  labels.append(...ticks.map((tick) => make("span", "", tick)));
+  box.append(make("div", "", text), make("div", `ramp ${kind}`), labels);
+  return box;
+}
+
+// ---- a token's numbers -------------------------------------------------------------------------
+
+const nats = (value) => (value === null ? "–" : value.toFixed(3).replace("-", "−"));
+const signed = (value) => (value > 0 ? `+${nats(value)}` : nats(value));
+
+function facts(entry) {
+  const { columns, number, run } = entry;
+  const identity = [["token id", String(entry.id)], ["window", String(entry.window)]];
+  if (number === null) return [...identity, ["", "no target: no loss here"]];
+  const of = (name) => columns[name][number], below = of("first_below");
+  const found = [
+    ...identity,
+    ["source", run.sources[of("source")]],
+    ["class", page.classes[of("class")].name],
+    ["loss, first and last", `${nats(of("first"))} → ${nats(of("last"))}`],
+    ["fitted line", `${nats(of("start"))} → ${nats(of("end"))}`],
+    ["delta", signed(of("delta"))],
+    ["variance around the line", nats(of("variance"))],
+    ["crossings of the mean", String(of("crossings"))],
+    ["first below the mean", below < 0 ? "never" : `after ${run.tokens_seen[below].toLocaleString("en")} tokens`],
+  ];
+  if (columns.excess) found.push(["reference loss", nats(of("reference"))], ["excess loss, last", signed(of("excess"))]);
+  if (columns.times) found.push(["times selected", `${of("times")} of ${run.tokens_seen.length}`]);
+  return found;
+}
+
+function fillTip(entry) {
+  const tip = byId("tip"), head = make("div", "head"), list = make("dl");
+  const token = make("bdi", entry.number === null ? "token" : `token ${classOf(entry)}`);
+  fillToken(token, entry.text, entry.bytes);
+  head.append(token);
+  if (entry.bytes) head.append(make("span", "hex", `  bytes ⟨${entry.bytes}⟩`));
+  for (const [name, value] of facts(entry)) list.append(make("dt", "", name), make("dd", "", value));
+  tip.replaceChildren(head, ...contextOf(entry), ...pathOf(entry), list, probe);
+}
+
+// Losses of a shown token at some checkpoints, a byte each.
+const bytesOf = new Map();
+function lossesOf(run, number) {
+  if (!bytesOf.has(run)) bytesOf.set(run, Uint8Array.from(atob(run.paths.bytes), (c) => c.charCodeAt(0)));
+  const count = run.paths.points;
+  return [...bytesOf.get(run).subarray(number * count, (number + 1) * count)].map((v) => (v / 255) * run.paths.top);
+}
+
+const PATH = { width: 240, height: 56 };
+function pathOf({ number, columns, run, before }) {
+  if (number === null || before !== undefined) return [];
+  const box = make("canvas", "path"), density = devicePixelRatio;
+  [box.width, box.height] = [PATH.width * density, PATH.height * density];
+  const pen = box.getContext("2d"), found = lossesOf(run, number);
+  const ends = [columns.start[number], columns.end[number]];
+  const top = 1.05 * Math.max(run.mean_loss, ...found, ...ends);
+  pen.scale(density, density);
+  pen.lineWidth = 1.2;
+  stroke(pen, [run.mean_loss, run.mean_loss], top, shade("var(--rule)"), []);
+  stroke(pen, ends, top, shade("var(--quiet)"), [2, 3]);
+  pen.lineWidth = 1.8;
+  stroke(pen, found, top, shade(`var(--${page.classes[columns.class[number]].key})`), []);
+  return [box];
+}
+
+function stroke(pen, values, top, colour, dashes) {
+  pen.strokeStyle = colour;
+  pen.setLineDash(dashes);
+  pen.beginPath();
+  values.forEach((value, index) =>
+    pen.lineTo((index / (values.length - 1)) * PATH.width, PATH.height * (1 - Math.max(0, value) / top)));
+  pen.stroke();
+}
+
+function contextOf(entry) {
+  if (entry.before === undefined) return [];
+  const box = make("div", "context");
+  for (const part of ["before", "text", "after"]) {
+    const inner = make("bdi", part === "text" ? "itself" : "");
+    if (part === "text") fillToken(inner, entry.text, entry.bytes);
+    else fillText(inner, oneLine(entry[part]));
+    box.append(inner);
+  }
+  return [box];
+}
+
+function showTip(entry, x, y) {
+  const tip = byId("tip");
+  fillTip(entry);
+  tip.hidden = false;
+  const { width, height } = tip.getBoundingClientRect();
+  const left = Math.max(8, Math.min(x, innerWidth - width - 8));
+  const under = y + 12 + height <= innerHeight - 8;
+  tip.classList.toggle("high", y > innerHeight / 2);
+  tip.style.left = `${left}px`;
+  tip.style.top = `${under ? y + 12 : Math.max(8, y - height - 28)}px`;
+}
+
+function hideTip() { byId("tip").hidden = true; }
+
+// The arrow keys scroll as well: the token that has the focus keeps its numbers.
+function followScroll() {
+  const focused = document.activeElement;
+  if (focused && focused.matches(".t:focus-visible") && !byId("tip").hidden) showTokenTip(focused);
+  else hideTip();
+}
+
+function showTokenTip(span) {
+  const place = span.getClientRects()[0];
+  span.setAttribute("aria-describedby", "tip");
+  showTip(span.entry, place.left, place.bottom);
+}
+
+// ---- what the reader does ----------------------------------------------------------------------
+
+function tokenOf(event) { return event.target.closest ? event.target.closest(".t") : null; }
+
+function move(span, step) {
+  const all = [...byId("windows").querySelectorAll(".t")], next = all[all.indexOf(span) + step];
+  if (!next) return;
+  span.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+}
+
+function listen() {
+  const box = byId("windows");
+  box.addEventListener("mouseover", (event) => { const span = tokenOf(event); if (span) showTokenTip(span); });
+  box.addEventListener("mouseleave", hideTip);
+  box.addEventListener("focusin", (event) => { const span = tokenOf(event); if (span) showTokenTip(span); });
+  box.addEventListener("focusout", hideTip);
+  box.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], span = tokenOf(event);
+    if (!step || !span) return;
+    event.preventDefault();
+    move(span, step);
+  });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
+  document.addEventListener("scroll", followScroll, { passive: true });
+  for (const [id, step] of [["previous", -1], ["next", 1]]) {
+    byId(id).addEventListener("click", () => { state.place += step; hideTip(); showWindows(); });
+  }
+  for (const input of document.querySelectorAll("input[name=mode]")) {
+    input.addEventListener("change", () => setMode(input.value));
+  }
+  byId("run").addEventListener("change", (event) => showRun(Number(event.target.value)));
+}
+
+const system = matchMedia("(prefers-color-scheme: dark)");
+let chosen = null; // by the button, until then the system's
+const isDark = () => (chosen === null ? system.matches : chosen === "dark");
+
+function showTheme() {
+  document.documentElement.style.colorScheme = chosen === null ? "" : chosen;
+  byId("theme").textContent = isDark() ? "Light" : "Dark";
+  redraw();
+}
+
+byId("theme").addEventListener("click", () => { chosen = isDark() ? "light" : "dark"; showTheme(); });
+system.addEventListener("change", showTheme);
+showTheme();
+if (byId("sweep")) {
+  panels(byId("ratios"), page.sweep.ratios);
+  panels(byId("tokens"), page.sweep.tokens);
+}
+if (page.runs.length) {
+  for (const element of document.querySelectorAll(".plot[data-figure^=compared]")) {
+    draw(element, page.compared[element.dataset.figure]);
+  }
+  byId("runs").hidden = page.runs.length === 1;
+  listen();
+  showRun(0);
+}

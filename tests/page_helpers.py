@@ -1,0 +1,71 @@
+"""Analyses of small stores made by hand, whose tokens are any bytes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm.analysis import Analysis, analyse
+from slm.shards import FORMAT
+from slm.token_set import TokenSet
+from slm.trajectories import KIND, TrajectoryStore
+
+EXCESS = {"_target_": "slm.selection.Excess", "select_ratio": 0.5, "scope": "batch"}
+
+
+def make_token_set(texts: list[list[bytes]], dead: int = 1, references: bool = True) -> TokenSet:
+    """One window a list of bytes; the last `dead` targets of the first window are none."""
+    known = {piece: index for index, piece in enumerate(dict.fromkeys(sum(texts, [])))}
+    tokens = np.array([[known[piece] for piece in text] for text in texts], np.uint32)
+    live = np.ones((len(texts), tokens.shape[1] - 1), bool)
+    live[0, live.shape[1] - dead :] = False
+    count = int(live.sum())
+    columns: dict[str, Any] = {"source": (np.arange(count) % 2).astype(np.uint16)}
+    if references:
+        shuffled = np.random.default_rng(1).permutation(np.linspace(0.1, 4, count))
+        columns["reference_loss"] = shuffled.astype(np.float32)
+    pieces = {index: piece for piece, index in known.items()}
+    return TokenSet(np.arange(len(texts)) * 3, tokens, live, columns, pieces)
+
+
+def make_losses(checkpoints: int, count: int, seed: int = 0) -> np.ndarray:  # (C, M)
+    """A quarter each: high, rising, falling, low."""
+    rng = np.random.default_rng(seed)
+    kind, x = np.arange(count) % 4, np.linspace(0, 1, checkpoints)[:, None]
+    start = np.array([5.0, 1.0, 4.0, 0.5])[kind]
+    slope = np.array([0.0, 2.0, -3.0, 0.0])[kind]
+    return np.abs(start + slope * x + rng.normal(0, 0.03, (checkpoints, count)))
+
+
+def make_analysis(
+    folder: Path,
+    texts: list[list[bytes]],
+    name: str = "run",
+    checkpoints: int = 6,
+    references: bool = True,
+    spacing: int = 1000,
+    sources: tuple[str, str] = ("prose", "code"),
+    **more: Any,
+) -> Analysis:
+    tokens = make_token_set(texts, references=references, **more)
+    run = {"selection": EXCESS, "selection_start": 0, "micro_batch_size": 2}
+    plan = {
+        "format": FORMAT,
+        "kind": KIND,
+        "corpus_fingerprint": "c0ffee",
+        "windows_sha256": str(tokens.windows.tolist()),
+        "sources": list(sources),
+        "run": run,
+    }
+    store = TrajectoryStore.create(folder, plan, tokens)
+    for index, column in enumerate(make_losses(checkpoints, tokens.num_targets)):
+        store.append(index * spacing, column)
+    return analyse(store, name)
+
+
+WORDS = [b"The", b" loss", b" of", b" a", b" token", b" falls", b".", b"\n", b" It", b" rises"]
+
+
+def prose(windows: int, length: int) -> list[list[bytes]]:
+    rng = np.random.default_rng(0)
+    return [[WORDS[i] for i in rng.integers(0, len(WORDS), length)] for _ in range(windows)]
