@@ -6,7 +6,6 @@ says which positions they belong to.
 """
 
 import base64
-import codecs
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from slm.analysis import Analysis
 from slm.classes import CLASSES
 from slm.shards import Json
 from slm.token_set import TokenSet
+from slm.token_texts import whole_characters
 
 DIGITS = 3  # of a loss in nats: finer than any checkpoint's noise
 PATH_POINTS = 16  # checkpoints of the small curve
@@ -46,12 +46,6 @@ def shown_targets(tokens: TokenSet, sample: Sample) -> np.ndarray:  # (n,) indic
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def shown_texts(pieces: Sequence[bytes]) -> list[str]:
-    """Text of each token; a character split over tokens stands at the one that completes it."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [decoder.decode(piece) for piece in pieces]
-
-
 def partial_bytes(pieces: Sequence[bytes]) -> dict[int, str]:
     """Position -> bytes, e.g. `e2 80`, of the tokens that are no whole characters."""
     return {
@@ -78,7 +72,7 @@ def window_text(tokens: TokenSet, row: int, width: int) -> Json:
     return {
         "window": int(tokens.windows[row]),
         "ids": ids,
-        "texts": shown_texts(pieces),
+        "texts": whole_characters(pieces),
         "bytes": partial_bytes(pieces),
         "live": [0, *tokens.live[row, :width].astype(int).tolist()],
     }
@@ -90,7 +84,7 @@ def in_context(tokens: TokenSet, target: int) -> Json:
     place = int(position) + 1  # among the window's T + 1 tokens
     ids = tokens.tokens[row].tolist()
     pieces = [tokens.pieces[token] for token in ids]
-    texts = shown_texts(pieces)
+    texts = whole_characters(pieces)
     return {
         "id": ids[place],
         "window": int(tokens.windows[row]),

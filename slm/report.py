@@ -1,23 +1,29 @@
 """Finished runs -> tables and figures with the controls in them: `slm report` (see --help).
 
+    report.html                 all of it on one page that needs no network, token dynamics too
     table.csv, table.md         every arm on every held-out set: mean, lowest and highest over seeds
     loss_vs_k.png, .svg         final loss against select_ratio, a line a rule
     loss_vs_tokens.png, .svg    loss during training, a panel a rule; with more than 8 panels a
                                 picture a held-out set, loss_vs_tokens_<set>.png, .svg
+    figures/                    the paper's figures of every run with token losses (dynamics/),
+                                see figures.py
+    truth.csv, truth_kept.csv   how well scores tell signal from noise, and what the rule keeps of
+                                each, where the tokens are labelled, see truth.py
 
 Runs that differ in nothing but their seed are an arm, see arms.py. Runs that are not complete are
-named and left out.
+named and left out of the tables; their token losses so far are shown.
 """
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 
+from slm.analysis import Analysis, analyse, store_folders
 from slm.arms import (
     Arm,
     Run,
@@ -28,9 +34,13 @@ from slm.arms import (
     costs,
     folders_of,
     read_runs,
+    run_folders,
 )
-from slm.cli import command
+from slm.classes import MIN_CHECKPOINTS
+from slm.cli import command, progress
 from slm.errors import UserError
+from slm.figures import paper_figures
+from slm.page import SweepFigures, write_page
 from slm.plots import (
     Curve,
     RatioPanel,
@@ -38,7 +48,10 @@ from slm.plots import (
     ratio_figure,
     tokens_figure,
 )
+from slm.score import check_count
 from slm.shards import Json, atomic_file, write_csv
+from slm.trajectories import TrajectoryStore
+from slm.truth import kept_rows, truth_rows
 
 log = logging.getLogger("slm.report")
 CONTROL = "all tokens"
@@ -222,6 +235,7 @@ def tokens_figures(sets: Sequence[str], arms: Sequence[Arm], out: Path) -> None:
 def check_settings(config: Any) -> None:
     if not isinstance(config.baselines, DictConfig | None):
         raise UserError(f"baselines is {config.baselines}, it must be {{name: folder, ...}}")
+    check_count("max_dynamics", config.max_dynamics)
 
 
 def chosen_sets(runs: Sequence[Run], wanted: Any) -> list[str]:
@@ -241,13 +255,8 @@ def report_left_out(left_out: dict[Path, str]) -> None:
         log.warning("left out: %s: %s", folder, reason)
 
 
-def report(config: Any) -> list[Json]:
-    """Write the tables and figures into config.out; returns the table's rows."""
-    check_settings(config)
-    runs, left_out = read_runs(folders_of(config.runs))
-    report_left_out(left_out)
-    if not runs:
-        raise UserError(f"none of the {len(left_out)} runs in {config.runs} is complete")
+def sweep_report(config: Any, runs: Sequence[Run], left_out: dict[Path, str]) -> SweepFigures:
+    """Write the tables and figures of finished runs."""
     check_runs(runs)
     sets, arms = chosen_sets(runs, config.sets), arms_of(runs)
     control = control_losses(arms, sets)
@@ -263,14 +272,94 @@ def report(config: Any) -> list[Json]:
     panels = [ratio_panel(name, arms, control, baselines) for name in sets]
     ratio_figure(panels, out / "loss_vs_k.png")
     tokens_figures(sets, arms, out)
-    return rows
+    rows_of_panels = [tokens_panels(name, arms) for name in sets]
+    notes = [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]
+    return SweepFigures(panels, rows_of_panels, sets, rows, [REACH_NOTE, *notes])
+
+
+# ---- token dynamics -----------------------------------------------------------------------------
+
+
+def read_analyses(folders: Sequence[str], most: int) -> list[Analysis]:
+    """Of all stores of the runs, finished or not; those with too few checkpoints are named."""
+    stores = [(run, store) for run in run_folders(folders) for store in store_folders(run)]
+    whole = [(run, folder) for run, folder in stores if is_long_enough(folder)]
+    if len(whole) > most:
+        log.warning(
+            "%d runs have token losses, the first %d are shown (max_dynamics)", len(whole), most
+        )
+    with progress("token dynamics", len(whole[:most]), "runs") as advance:
+        return [
+            read_analysis(folder, analysis_name(run, folder, whole), advance)
+            for run, folder in whole[:most]
+        ]
+
+
+def is_long_enough(folder: Path) -> bool:
+    count = len(TrajectoryStore(folder).checkpoints)
+    if count < MIN_CHECKPOINTS:
+        log.warning(
+            "left out: %s has %d checkpoints, a trajectory needs %d",
+            *(folder, count, MIN_CHECKPOINTS),
+        )
+    return count >= MIN_CHECKPOINTS
+
+
+def read_analysis(folder: Path, name: str, advance: Callable[[int], None]) -> Analysis:
+    """With the threshold and the level that the classes were made with."""
+    store = TrajectoryStore(folder)
+    found = analyse(store, name, **store.settings)
+    advance(1)
+    return found
+
+
+def analysis_name(run: Path, folder: Path, stores: Sequence[tuple[Path, Path]]) -> str:
+    """The run's, with the store's where it has several."""
+    several = [other for other, _ in stores].count(run) > 1
+    return f"{run.name}, {folder.name}" if several else run.name
+
+
+def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Run]) -> None:
+    """The paper's figures, and how well scores tell signal from noise."""
+    out = Path(config.out)
+    name = chosen_sets(runs, config.sets)[0] if runs else ""
+    curves = [run.curves[name]._replace(label=run.folder.name) for run in runs]
+    paper_figures(analyses, out / "figures", curves, name)
+    for name, rows_of in (("truth", truth_rows), ("truth_kept", kept_rows)):
+        rows = [row for analysis in analyses for row in rows_of(analysis)]
+        if rows:
+            write_csv(out / f"{name}.csv", rows)
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+
+
+def report(config: Any) -> list[Json]:
+    """Write everything into config.out; returns the table's rows."""
+    check_settings(config)
+    folders = folders_of(config.runs)
+    runs, left_out = read_runs(folders)
+    report_left_out(left_out)
+    analyses = read_analyses(folders, config.max_dynamics)
+    if not runs and not analyses:
+        raise UserError(
+            f"none of the {len(left_out)} runs in {config.runs} is complete, and none has token "
+            "losses (`slm dynamics`)"
+        )
+    sweep = sweep_report(config, runs, left_out) if runs else None
+    if analyses:
+        dynamics_report(config, analyses, runs)
+    title = ", ".join(Path(folder).name for folder in folders)
+    write_page(Path(config.out) / "report.html", title, analyses, sweep)
+    return list(sweep.rows) if sweep else []
 
 
 @command("report")
 def main(config: Any) -> None:
-    report(config)
-    print((Path(config.out) / "table.md").read_text(), end="")
-    log.info("report: %s", config.out)
+    rows = report(config)
+    if rows:
+        print((Path(config.out) / "table.md").read_text(), end="")
+    log.info("report: %s", Path(config.out) / "report.html")
 
 
 if __name__ == "__main__":

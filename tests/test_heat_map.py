@@ -17,21 +17,31 @@ from slm.heat_map import (
     numbers,
     partial_bytes,
     shown_targets,
-    shown_texts,
     token_columns,
     window_texts,
 )
+from slm.token_texts import whole_characters
 
 
 def test_a_split_character_stands_at_the_token_that_completes_it():
     pieces = [b"a", b"\xe2\x80", b"\x99", b"s", b"\xf0\x9f", b"\x98", b"\x80!", b"\xff", b"\xc3"]
-    assert shown_texts(pieces) == ["a", "", "\u2019", "s", "", "", "\U0001f600!", "\ufffd", ""]
+    assert whole_characters(pieces) == [
+        "a",
+        "",
+        "\u2019",
+        "s",
+        "",
+        "",
+        "\U0001f600!",
+        "\ufffd",
+        "\ufffd",
+    ]
     assert partial_bytes(pieces) == {
         1: "e2 80", 2: "99", 4: "f0 9f", 5: "98", 6: "80 21", 7: "ff", 8: "c3",
     }  # fmt: skip
     whole = ["שלום", "مرحبا", "a\tb\r\n", "<b>", "日本", ""]
     pieces = [text.encode() for text in whole]
-    assert shown_texts(pieces) == whole and partial_bytes(pieces) == {}
+    assert whole_characters(pieces) == whole and partial_bytes(pieces) == {}
 
 
 def test_a_sample_is_whole_windows_within_both_limits():

@@ -197,7 +197,7 @@ def test_the_tables_hold_the_numbers(tmp_path):
         assert row[1:4] == [
             f"{100 * share.share:.1f}%",
             f"{100 * share.low:.1f}% to {100 * share.high:.1f}%",
-            f"{share.count}",
+            f"{share.num_tokens}",
         ]
         assert row[5] == f"{analysis.class_losses[-1, CLASSES.index(name)]:.3f}"
     assert f"level (mean loss) {analysis.mean_loss:.3f} nats" in page
