@@ -39,6 +39,7 @@ from slm.page_figures import (
     trajectories,
 )
 from slm.page_sweep import ratio_figure, tokens_figures
+from slm.page_truth import truth_figure, truth_ratios, truth_table
 from slm.plots import RatioPanel, TokensPanel
 from slm.shards import Json, atomic_file
 
@@ -75,10 +76,15 @@ def write_page(
     title: str,
     analyses: Sequence[Analysis] = (),
     sweep: SweepFigures | None = None,
+    truth: Sequence[Json] = (),
     seed: int = 0,
 ) -> None:
-    """Either part may be absent; `seed` draws the windows and tokens that are shown."""
-    content = render(title, analyses, sweep, page_data(analyses, sweep, seed)).encode()
+    """Any part may be absent; `seed` draws the windows and tokens that are shown.
+
+    truth:  rows of truth.truth_rows of all runs
+    """
+    data = page_data(analyses, sweep, truth, seed)
+    content = render(title, analyses, sweep, truth, data).encode()
     if len(content) > MAX_BYTES:
         size = f"{len(content) / 1e6:.1f} MB"
         log.warning("%s has %s, browsers will be slow: show fewer runs", path, size)
@@ -86,7 +92,13 @@ def write_page(
         file.write(content)
 
 
-def render(title: str, analyses: Sequence[Analysis], sweep: SweepFigures | None, data: Json) -> str:
+def render(
+    title: str,
+    analyses: Sequence[Analysis],
+    sweep: SweepFigures | None,
+    truth: Sequence[Json],
+    data: Json,
+) -> str:
     from plotly.offline import get_plotlyjs  # half a second, and only pages need it
 
     environment = Environment(
@@ -99,7 +111,7 @@ def render(title: str, analyses: Sequence[Analysis], sweep: SweepFigures | None,
     environment.filters |= {"fixed": fixed, "percent": percent}
     return environment.get_template("page.html").render(
         title=title,
-        runs=[summary(analysis) for analysis in analyses],
+        runs=[summary(analysis, rows_of(analysis, truth)) for analysis in analyses],
         classes=[
             (name, CLASS_NAMES[name], CLASS_RULES[name], CLASS_WORDS[name]) for name in CLASSES
         ],
@@ -121,7 +133,13 @@ def as_json(value: Any) -> str:
 # ---- the data -----------------------------------------------------------------------------------
 
 
-def page_data(analyses: Sequence[Analysis], sweep: SweepFigures | None, seed: int) -> Json:
+def rows_of(analysis: Analysis, truth: Sequence[Json]) -> list[Json]:
+    return [row for row in truth if row["run"] == analysis.name]
+
+
+def page_data(
+    analyses: Sequence[Analysis], sweep: SweepFigures | None, truth: Sequence[Json], seed: int
+) -> Json:
     most = min(MAX_TOKENS, MAX_ALL_TOKENS // max(1, len(analyses)))
     samples: dict[str, Sample] = {}
     for analysis in analyses:
@@ -132,7 +150,10 @@ def page_data(analyses: Sequence[Analysis], sweep: SweepFigures | None, seed: in
             {"key": name, "name": CLASS_NAMES[name], "word": CLASS_WORDS[name]} for name in CLASSES
         ],
         "windows": set_windows(analyses, samples),
-        "runs": [run_data(analysis, samples[set_key(analysis)], seed) for analysis in analyses],
+        "runs": [
+            run_data(analysis, samples[set_key(analysis)], rows_of(analysis, truth), seed)
+            for analysis in analyses
+        ],
         "compared": compared(analyses) if len(analyses) > 1 else {},
         "sweep": sweep_figures(sweep) if sweep else {"ratios": [], "tokens": []},
     }
@@ -151,7 +172,7 @@ def set_windows(analyses: Sequence[Analysis], samples: dict[str, Sample]) -> Jso
     }
 
 
-def run_data(analysis: Analysis, sample: Sample, seed: int) -> Json:
+def run_data(analysis: Analysis, sample: Sample, truth: Sequence[Json], seed: int) -> Json:
     shown = shown_targets(analysis.tokens, sample)
     groups = draw_examples(analysis.trajectories.label, EXAMPLES, seed)
     chosen = np.concatenate(groups)
@@ -165,7 +186,7 @@ def run_data(analysis: Analysis, sample: Sample, seed: int) -> Json:
         "mean_loss": round(analysis.mean_loss, 3),
         "columns": token_columns(analysis, shown),
         "paths": loss_paths(analysis.losses, shown),
-        "figures": run_figures(analysis),
+        "figures": run_figures(analysis) | ({"truth": truth_figure(truth)} if truth else {}),
         "excess": excess_panels(analysis),
         "trajectories": [
             trajectories(analysis, name, group, top)
@@ -186,7 +207,7 @@ def sweep_figures(sweep: SweepFigures) -> Json:
 # ---- what the template writes -------------------------------------------------------------------
 
 
-def summary(analysis: Analysis) -> Json:
+def summary(analysis: Analysis, truth: Sequence[Json]) -> Json:
     """One run's facts and the table of its classes."""
     return {
         "name": analysis.name,
@@ -202,6 +223,8 @@ def summary(analysis: Analysis) -> Json:
         "has_references": "reference_loss" in analysis.tokens.columns,
         "kept": analysis.kept is not None,
         "classes": [class_row(analysis, index) for index in range(len(CLASSES))],
+        "truth": truth_table(truth),
+        "truth_ratios": truth_ratios(truth),
     }
 
 

@@ -319,16 +319,18 @@ def analysis_name(run: Path, folder: Path, stores: Sequence[tuple[Path, Path]]) 
     return f"{run.name}, {folder.name}" if several else run.name
 
 
-def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Run]) -> None:
-    """The paper's figures, and how well scores tell signal from noise."""
+def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Run]) -> list[Json]:
+    """Write the paper's figures and how well scores tell signal from noise; returns its rows."""
     out = Path(config.out)
     name = chosen_sets(runs, config.sets)[0] if runs else ""
     curves = [run.curves[name]._replace(label=run.folder.name) for run in runs]
     paper_figures(analyses, out / "figures", curves, name)
-    for name, rows_of in (("truth", truth_rows), ("truth_kept", kept_rows)):
-        rows = [row for analysis in analyses for row in rows_of(analysis)]
+    truth = [row for analysis in analyses for row in truth_rows(analysis)]
+    rule = [row for analysis in analyses for row in kept_rows(analysis)]
+    for stem, rows in (("truth", truth), ("truth_kept", rule)):
         if rows:
-            write_csv(out / f"{name}.csv", rows)
+            write_csv(out / f"{stem}.csv", rows)
+    return truth
 
 
 # ---- all of it ----------------------------------------------------------------------------------
@@ -347,10 +349,9 @@ def report(config: Any) -> list[Json]:
             "losses (`slm dynamics`)"
         )
     sweep = sweep_report(config, runs, left_out) if runs else None
-    if analyses:
-        dynamics_report(config, analyses, runs)
+    truth = dynamics_report(config, analyses, runs) if analyses else []
     title = ", ".join(Path(folder).name for folder in folders)
-    write_page(Path(config.out) / "report.html", title, analyses, sweep)
+    write_page(Path(config.out) / "report.html", title, analyses, sweep, truth)
     return list(sweep.rows) if sweep else []
 
 

@@ -23,6 +23,7 @@ from slm.classes import CLASSES
 from slm.page import SweepFigures, as_json, sweep_table, write_page
 from slm.plots import Curve, RatioPanel, TokensPanel
 from slm.report import control_losses, ratio_panel, table_rows, tokens_panels
+from test_page_truth import rows as truth_rows_of
 
 EVIL = [
     b"</script><img src=x onerror=window.hit=1>",
@@ -297,7 +298,8 @@ def browser() -> Iterator[Browser]:
 def page_file(tmp_path_factory, evil) -> Path:
     folder = tmp_path_factory.mktemp("page")
     runs = [make_analysis(folder / n, prose(30, 129), f"run {n}", dead=9) for n in "ab"]
-    write_page(folder / "page.html", "A page", [*runs, evil], make_sweep())
+    truth = truth_rows_of("run a")
+    write_page(folder / "page.html", "A page", [*runs, evil], make_sweep(), truth)
     return folder / "page.html"
 
 
@@ -547,3 +549,17 @@ def test_a_page_with_one_part_works(open_page, tmp_path):
     assert page.locator("#run").is_hidden() and page.locator("input[value=excess]").is_hidden()
     assert page.locator("[data-figure=kept_loss]").is_hidden()
     assert page.locator("text=The store has no reference losses").is_visible()
+
+
+@pytest.mark.slow
+def test_signal_and_noise_are_shown_of_runs_that_have_labels(open_page):
+    page = open_page()
+    table = page.locator("table:visible", has_text="kept by")
+    assert table.count() == 1
+    cells = [row.split("\t") for row in table.inner_text().splitlines()]
+    assert cells[1] == "all\thigh excess loss\t0.800\t90.0%\t80.0%\t75.0%\t40".split("\t")
+    assert cells[3][0] == "<web>"
+    assert page.locator("[data-figure=truth] .main-svg").count() > 0
+    page.select_option("#run", "1")
+    assert page.locator("table:visible", has_text="kept by").count() == 0
+    assert not page.locator("[data-figure=truth]").is_visible()
