@@ -116,7 +116,7 @@ function showRun(index) {
   state.place = 0;
   const run = page.runs[index];
   for (const part of document.querySelectorAll("[data-run]")) part.hidden = Number(part.dataset.run) !== index;
-  const has = { kept: "times" in run.columns, excess: run.excess.length > 0, truth: "truth" in run.figures };
+  const has = { kept: "times" in run.columns, excess: run.excess.length > 0, truth: "truth" in run.figures, truth_kept: "truth_kept" in run.figures };
   for (const part of document.querySelectorAll("[data-has]")) part.hidden = !has[part.dataset.has];
   for (const part of document.querySelectorAll("[data-needs]")) part.hidden = has[part.dataset.needs];
   if ((state.mode === "excess" && !has.excess) || (state.mode === "times" && !has.kept)) setMode("class");

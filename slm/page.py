@@ -39,7 +39,7 @@ from slm.page_figures import (
     trajectories,
 )
 from slm.page_sweep import ratio_figure, tokens_figures
-from slm.page_truth import truth_figure, truth_ratios, truth_table
+from slm.page_truth import truth_figures, truth_ratios, truth_table
 from slm.plots import RatioPanel, TokensPanel
 from slm.shards import Json, atomic_file
 
@@ -186,7 +186,7 @@ def run_data(analysis: Analysis, sample: Sample, truth: Sequence[Json], seed: in
         "mean_loss": round(analysis.mean_loss, 3),
         "columns": token_columns(analysis, shown),
         "paths": loss_paths(analysis.losses, shown),
-        "figures": run_figures(analysis) | ({"truth": truth_figure(truth)} if truth else {}),
+        "figures": run_figures(analysis) | truth_figures(analysis, truth),
         "excess": excess_panels(analysis),
         "trajectories": [
             trajectories(analysis, name, group, top)

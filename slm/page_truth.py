@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slm.page_figures import MARKS, SEEN_AXIS, colour, figure, line, titled
+from slm.analysis import Analysis
+from slm.page_figures import MARKS, SEEN_AXIS, SHARE, colour, figure, line, titled
 from slm.shards import Json
 
 SCORES = {  # in the order of the legend
@@ -20,6 +21,14 @@ SCORES = {  # in the order of the legend
 CHANCE = 0.5
 
 
+def truth_figures(analysis: Analysis, rows: Sequence[Json]) -> Json:
+    """Name -> figure; none without labels."""
+    if not rows:
+        return {}
+    kept = {} if analysis.kept is None else {"truth_kept": kept_figure(analysis)}
+    return {"truth": truth_figure(rows)} | kept
+
+
 def truth_figure(rows: Sequence[Json]) -> Json:
     """AUC over training, of all labelled tokens: a line a score."""
     traces = []
@@ -30,6 +39,18 @@ def truth_figure(rows: Sequence[Json]) -> Json:
             values = np.array([row["auc"] for row in mine])
             traces.append(line(label, seen, values, colour(index), MARKS[index]))
     return figure(traces, SEEN_AXIS, titled("AUC", range=[0, 1]))
+
+
+def kept_figure(analysis: Analysis) -> Json:
+    """What the run's rule keeps of signal and of noise."""
+    assert analysis.kept is not None, "only where the rule can be asked"
+    noise, signal = analysis.kept.by_signal.T
+    seen = analysis.tokens_seen
+    lines = [
+        line("signal", seen, signal, colour(0), MARKS[0]),
+        line("noise", seen, noise, colour(1), MARKS[1]),
+    ]
+    return figure(lines, SEEN_AXIS, titled("share selected", **SHARE))
 
 
 def truth_table(rows: Sequence[Json]) -> list[Json]:

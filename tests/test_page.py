@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -249,14 +248,11 @@ def test_a_page_that_is_too_large_is_said(tmp_path, evil, monkeypatch, caplog):
 
 
 @pytest.mark.slow
-def test_320_000_tokens_at_64_checkpoints(tmp_path):
+def test_the_page_of_320_000_tokens_at_64_checkpoints_is_small(tmp_path):
     analysis = make_analysis(tmp_path / "d", prose(160, 2001), checkpoints=64)
     assert analysis.tokens.num_targets == 319_999
-    start = time.perf_counter()
     write_page(tmp_path / "page.html", "t", [analysis])
-    seconds, size = time.perf_counter() - start, (tmp_path / "page.html").stat().st_size
-    print(f"{seconds:.1f} s, {size / 1e6:.2f} MB")
-    assert seconds < 30 and size < 8_000_000
+    assert (tmp_path / "page.html").stat().st_size < 8_000_000
 
 
 # ---- in a browser -------------------------------------------------------------------------------

@@ -1,6 +1,11 @@
 """The page's figure and table of signal and noise against rows made by hand."""
 
-from slm.page_truth import truth_figure, truth_ratios, truth_table
+from dataclasses import replace
+
+import numpy as np
+
+from page_helpers import make_analysis, prose
+from slm.page_truth import truth_figure, truth_figures, truth_ratios, truth_table
 
 
 def rows(run: str = "a") -> list[dict]:
@@ -49,3 +54,15 @@ def test_the_table_is_of_the_last_checkpoint():
 
 def test_without_labels_there_is_nothing():
     assert truth_table([]) == truth_ratios([]) == []
+
+
+def test_what_is_kept_of_signal_and_noise_is_the_analysis_own(tmp_path):
+    analysis = make_analysis(tmp_path / "a", prose(4, 9), "a")
+    assert analysis.kept is not None and truth_figures(analysis, []) == {}
+    by_signal = np.linspace(0, 1, 2 * len(analysis.tokens_seen)).reshape(-1, 2)
+    analysis = replace(analysis, kept=replace(analysis.kept, by_signal=by_signal))
+    found = truth_figures(analysis, rows())["truth_kept"]["data"]
+    assert [trace["name"] for trace in found] == ["signal", "noise"]
+    np.testing.assert_allclose(found[0]["y"], by_signal[:, 1], atol=1e-4)
+    np.testing.assert_allclose(found[1]["y"], by_signal[:, 0], atol=1e-4)
+    assert truth_figures(replace(analysis, kept=None), rows()).keys() == {"truth"}

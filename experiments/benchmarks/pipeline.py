@@ -461,6 +461,10 @@ def bench_dynamics(rows: Rows, folder: Path, small: bool) -> None:
     found = [run_json(CLASSIFY, str(folder / "columns")) for _ in range(1 if small else 5)]
     rows.add("dynamics", "classes", "s", [row["seconds"] for row in found], "< 10")
     rows.add("dynamics", "peak memory of it", "MB", [row["peak_mb"] for row in found], "< 1000")
+    store_of_lines(folder / "run", *((2_000, 4) if small else (320_000, 64)))
+    seconds, sizes = zip(*(page_cost(folder) for _ in range(1 if small else 5)), strict=True)
+    rows.add("dynamics", "slm report of 320,000 tokens x 64", "s", list(seconds), "< 30")
+    rows.add("dynamics", "its page", "MB", list(sizes), "< 8")
     corpus = make_corpus(folder, 0.5 if small else 3)
     steps, targets = (6, 500) if small else (192, 32_768)
     added = [
@@ -468,6 +472,41 @@ def bench_dynamics(rows: Rows, folder: Path, small: bool) -> None:
         for repeat in range(1 if small else 3)
     ]
     rows.add("dynamics", "share added by the callback", "1", added, "< 0.01")
+
+
+def store_of_lines(run: Path, tokens: int, checkpoints: int) -> None:
+    """A run's folder with the losses of windows of 128, references and a rule."""
+    import json
+
+    from slm.token_set import TokenSet
+    from slm.trajectories import TrajectoryStore
+
+    rng = np.random.default_rng(0)
+    shape = (tokens // 128, 129)
+    ids, live = rng.integers(0, 200, shape).astype(np.uint32), np.ones((shape[0], 128), bool)
+    reference = rng.uniform(0, 8, live.sum()).astype(np.float32)
+    columns = {"source": np.zeros(live.sum(), np.uint16), "reference_loss": reference}
+    pieces = {index: f" word{index}".encode() for index in range(200)}
+    drawn = TokenSet(np.arange(shape[0]), ids, live, columns, pieces)
+    rule = {"_target_": "slm.selection.Excess", "select_ratio": 0.6, "scope": "batch"}
+    plan = {
+        "kind": "dynamics", "corpus_fingerprint": "", "windows_sha256": "", "sources": ["text"],
+        "run": {"selection": rule, "selection_start": 0, "micro_batch_size": 32},
+    }  # fmt: skip
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({}))
+    store = TrajectoryStore.create(run / "dynamics" / "tokens", plan, drawn)
+    for index in range(checkpoints):
+        noise = rng.normal(0, 0.3, live.sum())
+        store.append(index, np.abs(reference + rng.normal(0, 1) + noise))
+
+
+def page_cost(folder: Path) -> tuple[float, float]:
+    """(seconds, MB of the page) of a whole `slm report`."""
+    words = [f"runs='{folder / 'run'}'", f"out='{folder / 'report'}'"]
+    command = [sys.executable, "-m", "slm.report", *words]
+    seconds = timed(lambda: subprocess.run(command, check=True, stderr=subprocess.DEVNULL))
+    return seconds, (folder / "report" / "report.html").stat().st_size / 1e6
 
 
 def write_columns(folder: Path, tokens: int, checkpoints: int) -> None:
