@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from slm.shards import fingerprint
 from slm.train import train
 from slm.trajectories import TrajectoryStore, token_losses
 from slm.verify import verify
-from test_train import compose_train, crash_at, same_results
+from test_train import command, compose_train, crash_at, same_results
+from wandb_helpers import media_file, wandb_history
 
 SETTINGS = ["num_targets=100", "name=c"]
 
@@ -387,3 +390,57 @@ def test_every_flipped_byte_of_the_store_is_found(run):
 def test_a_run_is_verified_with_its_store(run):
     found = {path.name: whole for path, whole, _ in verify(run)}
     assert found["tokens"] and found["model"] and found["run"]
+
+
+# ---- W&B and two processes ------------------------------------------------------------------
+
+
+def test_wandb_has_what_the_store_has(tmp_path, text_corpus, make_references):
+    scores = [np.full(len(text_corpus.column("tokens", i)), -2.0) for i in range(2)]
+    references = f"'{make_references(tmp_path / 'r', text_corpus, scores).folder}'"
+    words = ["selection=excess", "selection.select_ratio=0.3", f"data.references={references}"]
+    words += during(text_corpus, f"callbacks.dynamics.references={references}")
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words, "logger=default"))
+    store = TrajectoryStore(tmp_path / "run" / "dynamics" / "tokens")
+    found = analyse(store, "run")
+    history = wandb_history(tmp_path / "run")
+    rows = {row["data/tokens_seen"]: row for row in history if "dynamics/loss" in row}
+    assert list(rows) == found.tokens_seen.tolist()
+    assert found.kept is not None
+    for index, row in enumerate(rows.values()):
+        assert row["dynamics/loss"] == pytest.approx(found.mean_losses[index])
+        assert row["dynamics/loss_selected"] == pytest.approx(found.kept.loss_selected[index])
+        for number, name in enumerate(CLASSES):
+            if index < 2:
+                assert f"dynamics/share/{name}" not in row
+                continue
+            share = found.share_history[index, number]
+            assert row[f"dynamics/share/{name}"] == pytest.approx(share)
+    last = [row for row in history if "dynamics/by_class/path" in row]
+    assert len(last) == 1
+    table = json.loads(media_file(tmp_path / "run", last[0], "dynamics/by_class"))
+    assert len(table["data"]) == 7 * 4
+    histograms = [row for row in history if "dynamics/excess_loss/values" in row]
+    assert len(histograms) == 7
+    assert sum(histograms[0]["dynamics/excess_loss/values"]) == 112
+    with open(tmp_path / "run" / "dynamics.csv", newline="") as file:
+        logged = list(csv.DictReader(file))
+    assert [float(row["dynamics/loss"]) for row in logged] == pytest.approx(found.mean_losses)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_store_of_one(tmp_path, text_corpus):
+    words = during(text_corpus, "data.micro_batch_size=2", "optimizer.adamw.lr=1e-4")
+    for folder, more in (
+        ("one", []),
+        ("two", ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]),
+    ):
+        line = command(tmp_path / folder, text_corpus.folder, "max_tokens=1536", *words, *more)
+        line = [word for word in line if "attention_dropout" not in word]
+        subprocess.run(line, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = (TrajectoryStore(tmp_path / name / "dynamics" / "tokens") for name in ("one", "two"))
+    assert [c.tokens_seen for c in one.checkpoints] == [c.tokens_seen for c in two.checkpoints]
+    for mine, theirs in zip(one.losses(), two.losses(), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-3)
+    np.testing.assert_allclose(one.losses()[0], two.losses()[0], rtol=1e-5)
+    assert not np.array_equal(one.losses()[0], one.losses()[-1])
