@@ -82,7 +82,7 @@ def fit_block(
     size = len(losses[0][rows])
     fit, passes, squares = RunningFit(threshold, level), Passes(size, level), np.zeros(size)
     for number, column in enumerate(losses):
-        block = finite(column[rows], number, rows.start)
+        block = finite(column[rows], place_of(column, number), rows.start)
         fit.add(block)
         passes.add(block)
         squares += block * block
@@ -115,13 +115,17 @@ class Passes:
         self.count += 1
 
 
-def finite(column: np.ndarray, number: int, start: int) -> np.ndarray:  # (m,) float64
+def place_of(column: np.ndarray, number: int) -> str:
+    """The file of a mapped column."""
+    return str(column.filename) if isinstance(column, np.memmap) else f"checkpoint {number}"
+
+
+def finite(column: np.ndarray, place: str, start: int) -> np.ndarray:  # (m,) float64
     block = np.array(column, np.float64)
     if not np.isfinite(block).all():
         token = int(np.argmin(np.isfinite(block)))
         raise UserError(
-            f"checkpoint {number} has loss {block[token]} at token {start + token}, finite "
-            "numbers are needed"
+            f"{place}: loss {block[token]} at token {start + token}, finite numbers are needed"
         )
     return block
 

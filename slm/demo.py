@@ -7,7 +7,8 @@ Modules are split, so that neither the docstrings nor the source of a held-out m
 nearly every docstring stands verbatim in its source. As in the paper, one base model is shared: the
 reference is the base tuned on the curated text, the targets continue the base on the raw corpus
 with all, random and excess selection. Two baselines stand beside them: the reference model itself,
-and all tokens of a corpus with the curated text mixed in, at the same number of tokens.
+and all tokens of a corpus with the curated text mixed in, at the same number of tokens. While the
+targets train, the loss of every token of some held-out source is kept: see dynamics.py.
 
 Every stage is a command, printed before it runs; a demo that was stopped goes on where it was.
 """
@@ -42,6 +43,7 @@ HELDOUT_SHARE = 0.12
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 SKIPPED |= {"idlelib", "tkinter", "turtledemo", "distutils", "lib2to3"}  # for time, or gone since
 RULES = ("all", "random", "excess")
+HELDOUT_RAW_SIZE = 200_000  # characters
 HELDOUT = "docstrings of held-out modules"
 
 
@@ -87,14 +89,18 @@ def is_topic(node: ast.AST) -> bool:
 
 
 def write_texts(folder: Path) -> None:
-    """raw.jsonl, curated.jsonl and heldout.jsonl, with `name` and `text`."""
-    rows: dict[str, list[dict[str, str]]] = {"raw": [], "curated": [], "heldout": []}
+    """raw, curated, heldout_raw (some source of held-out modules) and heldout, as .jsonl files
+    with `name` and `text`."""
+    kinds = ("raw", "curated", "heldout_raw", "heldout")
+    rows: dict[str, list[dict[str, str]]] = {kind: [] for kind in kinds}
     for name, path in source_files():
         source = path.read_text(encoding="utf-8", errors="replace").replace("\0", " ")
         kind = "heldout" if is_heldout(name) else "curated"
         rows[kind] += [{"name": name, "text": text} for text in docstrings(name, source)]
-        if kind == "curated" and name != "pydoc_data/topics.py" and source.strip():
-            rows["raw"].append({"name": name, "text": source})
+        if name != "pydoc_data/topics.py" and source.strip():
+            side = "raw" if kind == "curated" else "heldout_raw"
+            rows[side].append({"name": name, "text": source})
+    rows["heldout_raw"] = some_of(rows["heldout_raw"], HELDOUT_RAW_SIZE)
     folder.mkdir(parents=True, exist_ok=True)
     for kind, records in rows.items():
         if not records:
@@ -105,6 +111,13 @@ def write_texts(folder: Path) -> None:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         size = sum(len(record["text"]) for record in records) / 1e6
         log.info("%s: %d documents, %.1f MB", kind, len(records), size)
+
+
+def some_of(records: list[dict[str, str]], size: int) -> list[dict[str, str]]:
+    """As many as have so many characters, in an order that has nothing to do with their names."""
+    mixed = sorted(records, key=lambda record: hashlib.sha256(record["name"].encode()).digest())
+    sizes = np.cumsum([len(record["text"]) for record in mixed])
+    return mixed[: int(np.searchsorted(sizes, size)) + 1]
 
 
 # ---- stages -----------------------------------------------------------------------------------
@@ -128,7 +141,7 @@ def quoted(path: Path | str) -> str:
 
 
 def prepare(out: Path, config: Any) -> None:
-    """Three corpora with one tokenizer (raw, curated, both mixed) and the held-out set."""
+    """Three corpora with one tokenizer (raw, curated, both mixed) and two held-out sets."""
     text, corpora = out / "text", out / "corpora"
 
     def make(name: str, files: list[str], *more: str) -> None:
@@ -142,6 +155,7 @@ def prepare(out: Path, config: Any) -> None:
     make("curated", ["curated"], same, "heldout_ratio=0")
     make("mixed", ["raw", "curated"], same, "heldout_ratio=0")
     make("docs", ["heldout"], same, "heldout_ratio=1")
+    make("code", ["heldout_raw"], same, "heldout_ratio=1")
 
 
 def train(out: Path, name: str, corpus: str, tokens: int, config: Any, *more: str) -> None:
@@ -163,19 +177,34 @@ def train(out: Path, name: str, corpus: str, tokens: int, config: Any, *more: st
 def stages(out: Path, config: Any) -> None:
     base = f"model.init_from={quoted(out / 'runs' / 'base' / 'model')}"
     seeds = f"seed={','.join(str(seed) for seed in range(config.seeds))}"
-    raw, references = out / "corpora" / "raw" / "train", out / "references"
+    references = out / "references"
     rate, ratio = f"optimizer.adamw.lr={config.continue_lr}", config.select_ratio
     tokens = config.target_tokens
     train(out, "base", "raw", config.base_tokens, config, "selection=all",
           f"optimizer.adamw.lr={config.base_lr}")  # fmt: skip
     train(out, "reference", "curated", tokens, config, "selection=all", base, rate)
     model = f"reference_model={quoted(out / 'runs' / 'reference' / 'model')}"
-    run("score", f"corpus={quoted(raw)}", model, f"out={quoted(references)}")
+    for name, side in (("raw", "train"), ("code", "heldout")):
+        corpus = quoted(out / "corpora" / name / side)
+        run("score", f"corpus={corpus}", model, f"out={quoted(references / name)}")
     for rule in RULES:
         extra = () if rule == "all" else (f"selection.select_ratio={ratio}",)
         train(out, rule, "raw", tokens, config, f"selection={rule}", seeds, base, rate,
-              f"data.references={quoted(references)}", *extra, "-m")  # fmt: skip
+              f"data.references={quoted(references / 'raw')}", *dynamics(out, config), *extra,
+              "-m")  # fmt: skip
     train(out, "mixed", "mixed", tokens, config, "selection=all", seeds, base, rate, "-m")
+
+
+def dynamics(out: Path, config: Any) -> list[str]:
+    """The loss of every token of some source of held-out modules, 16 times in a run."""
+    words = {
+        "corpus": quoted(out / "corpora" / "code" / "heldout"),
+        "references": quoted(out / "references" / "code"),
+        "num_targets": config.dynamics_targets,
+        "every_tokens": config.target_tokens // 16,
+    }
+    named = [f"callbacks.dynamics.{name}={value}" for name, value in words.items()]
+    return ["callbacks=dynamics", *named]
 
 
 def run_folders(out: Path) -> dict[str, list[Path]]:
@@ -200,7 +229,7 @@ def results(out: Path, config: Any) -> None:
         f"sets={{docs: {quoted(out / 'corpora' / 'docs' / 'heldout')}}}")  # fmt: skip
     print_table(out, config)
     figure(out)
-    page(out, config)
+    report(out)
 
 
 def labels(ratio: float) -> dict[str, str]:
@@ -253,47 +282,13 @@ def figure(out: Path) -> None:
     loss_figure(curves, {"reference model": reference}, f"Loss on {HELDOUT}", out / "figure.png")
 
 
-def page(out: Path, config: Any) -> None:
-    """Windows of the raw corpus with the tokens that the excess run's model selects in them."""
-    from slm.model import SelectiveLM, load_model
-    from slm.plots import marked_page
-    from slm.selection import Excess
-    from slm.shards import Corpus, References
-
-    corpus = Corpus.open(out / "corpora" / "raw" / "train")
-    lm = SelectiveLM(load_model(run_folders(out)["excess"][0] / "model")).eval()
-    windows = marked_windows(lm, corpus, References.open(out / "references"),
-                             Excess(config.select_ratio), out / "text" / "raw.jsonl")  # fmt: skip
-    lead = (
-        f"Windows of the raw corpus. Marked: the {config.select_ratio:.0%} of the tokens with the "
-        "highest excess loss, ranked over all windows shown, under the model trained with excess "
-        "selection. Hover over a token for its numbers (nats)."
-    )
-    marked_page(windows, "Selected tokens", lead, out / "selected.html")
-
-
-def marked_windows(lm: Any, corpus: Any, references: Any, rule: Any, texts: Path) -> list[Any]:
-    from slm.data import Windows, spread
-    from slm.plots import MarkedWindow, token_pieces
-    from slm.tokenizer import load_tokenizer
-
-    windows = Windows(corpus, [references])
-    numbers = spread(len(windows), 32)
-    batch = windows.batch(numbers)
-    token_loss = lm(batch).loss
-    selected = rule.choose(batch, token_loss, tokens_seen=0).selected
-    names = [json.loads(line)["name"] for line in texts.read_text().splitlines()]
-    decode: Any = load_tokenizer(corpus.tokenizer_folder).decode
-    return [
-        MarkedWindow(
-            names[windows.document(number)[2]],
-            token_pieces(batch["targets"][row].tolist(), decode),
-            selected[row].numpy(),
-            token_loss[row].numpy(),
-            -batch["reference_logprob"][row].numpy(),
-        )
-        for row, number in enumerate(numbers)
-    ]
+def report(out: Path) -> None:
+    """All of it on one page, with real text and every token's class in it."""
+    runs = out / "runs"
+    lines = {"base before": "base", "reference model": "reference", "curated mixed in": "mixed"}
+    named = ", ".join(f"{label}: {quoted(runs / name)}" for label, name in lines.items())
+    run("report", f"runs=[{', '.join(quoted(runs / name) for name in RULES)}]",
+        f"baselines={{{named}}}", f"out={quoted(out / 'report')}")  # fmt: skip
 
 
 @command("demo")
@@ -305,7 +300,7 @@ def main(config: Any) -> None:
     stages(out, config)
     results(out, config)
     minutes = (time.perf_counter() - start) / 60
-    print(f"\nDone in {minutes:.1f} minutes. Look at {out}/figure.png and {out}/selected.html.")
+    print(f"\nDone in {minutes:.1f} minutes. Look at {out}/report/report.html.")
 
 
 if __name__ == "__main__":

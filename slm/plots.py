@@ -1,14 +1,13 @@
-"""Figures from stored tables, and one page of text with its selected tokens marked.
+"""Figures from stored tables.
 
-Nothing here looks at a live run: the input is heldout.csv of each run, or arrays of token ids.
+Nothing here looks at a live run: the input is heldout.csv of each run.
 """
 
 import csv
-import html
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -266,72 +265,3 @@ def pyplot() -> Any:
     import matplotlib.pyplot
 
     return matplotlib.pyplot
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root {{ color-scheme: light dark;
-  --mark: #ffb347; --ink: #1a1a1a; --paper: #ffffff; --quiet: #666; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --mark: #8a4b00; --ink: #e8e8e8; --paper: #161616; --quiet: #9a9a9a; }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem;
-  color: var(--ink); background: var(--paper); }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.65 ui-monospace, monospace;
-  border-left: 3px solid var(--mark); padding-left: 1rem; }}
-pre span.s {{ background: var(--mark); border-radius: 2px; }}
-p, .q {{ color: var(--quiet); }}
-</style></head><body>
-<h1>{title}</h1>
-<p>{lead}</p>
-{body}
-</body></html>
-"""
-
-
-class MarkedWindow(NamedTuple):
-    """One window of text with what was selected in it."""
-
-    name: str
-    pieces: Sequence[str]  # (T,) the text of each target
-    selected: np.ndarray  # (T,) bool
-    token_loss: np.ndarray  # (T,) nats
-    reference_loss: np.ndarray  # (T,) nats
-
-
-def marked_window(window: MarkedWindow) -> str:
-    """HTML of one window: selected tokens on a coloured ground, numbers as tooltips."""
-    spans = []
-    columns = (window.pieces, window.selected, window.token_loss, window.reference_loss)
-    for piece, selected, loss, reference in zip(*columns, strict=True):
-        numbers = f"loss {loss:.2f}, reference {reference:.2f}, excess {loss - reference:+.2f}"
-        mark = ' class="s"' if selected else ""
-        spans.append(f'<span{mark} title="{numbers}">{html.escape(piece)}</span>')
-    share = f"{100 * np.mean(window.selected):.0f}% selected"
-    return (
-        f'<h2>{html.escape(window.name)} <span class="q">{share}</span></h2>\n'
-        f"<pre>{''.join(spans)}</pre>"
-    )
-
-
-def marked_page(windows: Sequence[MarkedWindow], title: str, lead: str, path: Path) -> None:
-    """One self-contained HTML page."""
-    body = "\n".join(marked_window(window) for window in windows)
-    page = PAGE.format(title=html.escape(title), lead=html.escape(lead), body=body)
-    path.write_text(page, encoding="utf-8")
-
-
-def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """Text of each token such that their concatenation is the whole text.
-
-    A character whose bytes are split over tokens is shown at the token that completes it. Decodes
-    every prefix: quadratic, for windows and not for corpora.
-    """
-    pieces, shown = [], 0
-    for end in range(1, len(ids) + 1):
-        text = decode(ids[:end])
-        complete = len(text if end == len(ids) else text.rstrip("\ufffd"))
-        pieces.append(text[shown:complete])
-        shown = max(shown, complete)
-    return pieces

@@ -289,9 +289,10 @@ def read_analyses(folders: Sequence[str], most: int) -> list[Analysis]:
             "%d runs have token losses, the first %d are shown (max_dynamics)", len(whole), most
         )
     with progress("token dynamics", len(whole[:most]), "runs") as advance:
+        names = analysis_names(whole[:most])
         return [
-            read_analysis(folder, analysis_name(run, folder, whole), advance)
-            for run, folder in whole[:most]
+            read_analysis(folder, name, advance)
+            for (_, folder), name in zip(whole, names, strict=False)
         ]
 
 
@@ -313,17 +314,39 @@ def read_analysis(folder: Path, name: str, advance: Callable[[int], None]) -> An
     return found
 
 
-def analysis_name(run: Path, folder: Path, stores: Sequence[tuple[Path, Path]]) -> str:
-    """The run's, with the store's where it has several."""
-    several = [other for other, _ in stores].count(run) > 1
-    return f"{run.name}, {folder.name}" if several else run.name
+def analysis_names(stores: Sequence[tuple[Path, Path]]) -> list[str]:
+    """Of (run, store): the run's name, with the store's where the run has several."""
+    runs = [run for run, _ in stores]
+    names = short_paths(runs)
+    return [
+        f"{names[run]}, {folder.name}" if runs.count(run) > 1 else names[run]
+        for run, folder in stores
+    ]
+
+
+def short_paths(folders: Sequence[Path]) -> dict[Path, str]:
+    """The last names of each path, as many as tell it from the others."""
+    found, depth = {}, 0
+    todo = list(dict.fromkeys(folders))
+    while todo:
+        depth += 1
+        ends = {folder: "/".join(folder.parts[-depth:]) for folder in todo}
+        taken = list(ends.values())
+        found |= {folder: end for folder, end in ends.items() if taken.count(end) == 1}
+        todo = [folder for folder in todo if folder not in found]
+    return found
 
 
 def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Run]) -> list[Json]:
     """Write the paper's figures and how well scores tell signal from noise; returns its rows."""
     out = Path(config.out)
     name = chosen_sets(runs, config.sets)[0] if runs else ""
-    curves = [run.curves[name]._replace(label=run.folder.name) for run in runs]
+    of_run = {run.folder: run for run in runs}
+    curves = [
+        of_run[folder].curves[name]._replace(label=analysis.name)
+        for analysis in analyses
+        if (folder := analysis.store.folder.parents[1]) in of_run
+    ]
     paper_figures(analyses, out / "figures", curves, name)
     truth = [row for analysis in analyses for row in truth_rows(analysis)]
     rule = [row for analysis in analyses for row in kept_rows(analysis)]

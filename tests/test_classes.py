@@ -108,7 +108,7 @@ def test_mean_loss_of_each_class():
         ([np.ones(0)] * 3, r"losses of \[0\] tokens"),
         (
             [np.ones(3), np.array([1, np.nan, 1]), np.ones(3)],
-            "checkpoint 1 has loss nan at token 1",
+            "checkpoint 1: loss nan at token 1",
         ),
     ],
 )

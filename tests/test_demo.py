@@ -42,10 +42,13 @@ def test_a_module_is_held_out_whole():
 def test_no_held_out_module_is_in_the_training_text(tmp_path):
     write_texts(tmp_path)
     names = {}
-    for kind in ("raw", "curated", "heldout"):
+    for kind in ("raw", "curated", "heldout_raw", "heldout"):
         lines = (tmp_path / f"{kind}.jsonl").read_text().splitlines()
         names[kind] = {json.loads(line)["name"] for line in lines}
-    assert names["heldout"] and all(is_heldout(name) for name in names["heldout"])
+    for kind in ("heldout_raw", "heldout"):
+        assert names[kind] and all(is_heldout(name) for name in names[kind])
+    size = (tmp_path / "heldout_raw.jsonl").stat().st_size
+    assert 200_000 < size < 1_000_000
     assert not [name for name in names["raw"] | names["curated"] if is_heldout(name)]
     assert "pydoc_data/topics.py" not in names["raw"]  # it is the curated text, word for word
 
@@ -78,7 +81,7 @@ def write_less_text(folder: Path) -> None:
 def test_the_whole_demo_runs_from_another_folder(tmp_path):
     write_less_text(tmp_path / "a b,c=d" / "text")
     words = ['out="a b,c=d"', "base_tokens=16384", "target_tokens=8192", "seeds=2"]
-    more = ['train=["logger=csv"]', "vocab_size=512"]
+    more = ['train=["logger=csv"]', "vocab_size=512", "dynamics_targets=500"]
     command = [sys.executable, "-m", "slm.demo", *words, *more]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
@@ -98,6 +101,11 @@ def test_the_whole_demo_runs_from_another_folder(tmp_path):
     runs = sorted(path.name for path in (out / "runs" / "excess").iterdir() if path.is_dir())
     assert runs == ["seed=0", "seed=1"]
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
-    page = (out / "selected.html").read_text()
-    share = page.count('<span class="s"') / page.count("<span")
-    assert 0.55 < share < 0.62  # the headings have a span of their own
+    stores = sorted(out.glob("runs/*/seed=*/dynamics/tokens"))
+    assert [store.parts[-4] for store in stores] == ["all"] * 2 + ["excess"] * 2 + ["random"] * 2
+    page = (out / "report" / "report.html").read_text()
+    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("<")[0])
+    assert [run["name"] for run in data["runs"]] == [
+        f"{rule}/seed={seed}" for rule in ("all", "random", "excess") for seed in (0, 1)
+    ]
+    assert data["sweep"]["ratios"] and (out / "report" / "figures").is_dir()

@@ -1,7 +1,5 @@
 """The figure holds the numbers it was given; the page shows text as it is and runs none of it."""
 
-import html
-import re
 from typing import Any
 
 import numpy as np
@@ -9,17 +7,13 @@ import pytest
 
 from slm.plots import (
     Curve,
-    MarkedWindow,
     RatioPanel,
     TokensPanel,
     final_losses,
     loss_figure,
-    marked_page,
-    marked_window,
     mean_curve,
     ratio_figure,
     read_curve,
-    token_pieces,
     tokens_figure,
 )
 
@@ -166,37 +160,3 @@ def test_long_labels_are_wrapped_and_not_cut(tmp_path, kept, number):
         assert_nothing_is_cut(figure)
         texts = [text.get_text() for text in figure.legends[0].get_texts()]
         assert texts[0].replace("\n", " ").startswith(names[0])
-
-
-@pytest.fixture
-def window() -> MarkedWindow:
-    pieces = ["<script>alert('x')</script>", "a & b", ' "q"', "\n"]
-    selected = np.array([True, False, True, False])
-    return MarkedWindow("<b>.py", pieces, selected, np.array([3.0, 1.0, 2.5, 0.5]), np.ones(4))
-
-
-def test_page_escapes_text_and_marks_exactly_the_selected(window, tmp_path):
-    found = marked_window(window)
-    assert "<script>" not in found and "<b>" not in found
-    spans = re.findall(r'<span( class="s")? title="([^"]*)">(.*?)</span>', found, re.DOTALL)
-    assert [bool(mark) for mark, _, _ in spans] == window.selected.tolist()
-    assert [html.unescape(text) for _, _, text in spans] == list(window.pieces)
-    assert spans[0][1] == "loss 3.00, reference 1.00, excess +2.00"
-    assert "50% selected" in found
-    marked_page([window], "T", "lead", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert "http" not in page and page.count("<pre>") == 1
-
-
-def test_pieces_join_to_the_text_even_where_a_character_is_split():
-    text = "a\u00e9\U0001f600b"
-    data = text.encode()
-    parts = [data[:2], data[2:4], data[4:6], data[6:]]
-
-    def decode(ids) -> str:
-        return b"".join(parts[i] for i in ids).decode(errors="replace")
-
-    pieces = token_pieces([0, 1, 2, 3], decode)
-    assert "".join(pieces) == text
-    assert pieces == ["a", "\u00e9", "", "\U0001f600b"]
-    assert token_pieces([1], decode) == [data[2:4].decode(errors="replace")]

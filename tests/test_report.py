@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from page_helpers import make_analysis, prose
 from run_helpers import BUDGET, make_run
 from slm import report as report_module
+from slm.analysis import analyse
 from slm.cli import conf_folder
 from slm.errors import UserError
 from slm.plots import Curve
 from slm.report import report, tokens_to_reach
+from slm.trajectories import TrajectoryStore
+from slm.truth import truth_rows
 
 
 def config(runs: Any, out: Path, **more: Any) -> Any:
@@ -264,3 +269,94 @@ def test_settings_of_the_wrong_shape_are_refused(tmp_path, key, value, message):
     settings[key] = value
     with pytest.raises(UserError, match=message):
         report(settings)
+
+
+# ---- token dynamics -----------------------------------------------------------------------------
+
+
+def data_of(page: Path) -> Any:
+    text = page.read_text().split('<script type="application/json" id="data">')[1]
+    return json.loads(text.split("</script>")[0])
+
+
+def test_runs_with_token_losses_are_shown_beside_the_sweep(tmp_path, sweep):
+    folder = sweep / "Excess0half"
+    analysis = make_analysis(folder / "dynamics" / "tokens", prose(6, 9))
+    analysis.store.write_trajectories(analysis.trajectories, 0.7, 2.5)
+    report(config(sweep, tmp_path / "out"))
+    data = data_of(tmp_path / "out" / "report.html")
+    assert [run["name"] for run in data["runs"]] == ["Excess0half"]
+    assert data["runs"][0]["mean_loss"] == 2.5  # what the classes were made with
+    assert len(data["sweep"]["ratios"]) == 2
+    with open(tmp_path / "out" / "figures" / "selection-Excess0half.csv", newline="") as file:
+        panels = {row["panel"] for row in csv.DictReader(file)}
+    assert len(panels) == 3  # selected, held out, unselected
+    assert not (tmp_path / "out" / "truth.csv").exists()
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    for name in ("all", "excess"):
+        make_analysis(tmp_path / "runs" / name / "seed=0" / "dynamics" / "tokens", prose(4, 9))
+        make_run(tmp_path / "runs" / name / "seed=0", identity={"x": name})
+    make_analysis(tmp_path / "runs" / "all" / "seed=0" / "dynamics" / "other", prose(4, 9))
+    report(config(tmp_path / "runs", tmp_path / "out"))
+    data = data_of(tmp_path / "out" / "report.html")
+    expected = ["all/seed=0, other", "all/seed=0, tokens", "excess/seed=0"]
+    assert [run["name"] for run in data["runs"]] == expected
+
+
+def test_a_run_that_still_trains_shows_what_it_has(tmp_path, caplog):
+    make_analysis(tmp_path / "run" / "dynamics" / "tokens", prose(4, 9))
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert report(config(tmp_path / "run", tmp_path / "out")) == []
+    assert [run["name"] for run in data_of(tmp_path / "out" / "report.html")["runs"]] == ["run"]
+    assert "run: not complete" in caplog.text
+    assert not (tmp_path / "out" / "table.csv").exists()
+
+
+def test_too_short_trajectories_are_named(tmp_path, caplog):
+    folder = make_run(tmp_path / "run")
+    analysis = make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
+    analysis.store.forget_after(1000)
+    report(config(folder, tmp_path / "out"))
+    assert "tokens has 2 checkpoints, a trajectory needs 3" in caplog.text
+    assert data_of(tmp_path / "out" / "report.html")["runs"] == []
+
+
+def test_a_loss_that_is_no_number_is_named_with_its_file(tmp_path):
+    folder = make_run(tmp_path / "run")
+    analysis = make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
+    path = analysis.store.path(2000)
+    column = np.load(path)
+    column[5] = np.nan
+    np.save(path, column)
+    message = r"losses-000000000002000.npy: loss nan at token 5, finite numbers are needed"
+    with pytest.raises(UserError, match=message):
+        report(config(folder, tmp_path / "out"))
+
+
+def test_at_most_so_many_runs_are_shown(tmp_path, caplog):
+    for seed in range(3):
+        folder = make_run(tmp_path / "runs" / f"r{seed}", seed=seed)
+        make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
+    report(config(tmp_path / "runs", tmp_path / "out", max_dynamics=2))
+    assert "3 runs have token losses, the first 2 are shown (max_dynamics)" in caplog.text
+    data = data_of(tmp_path / "out" / "report.html")
+    assert [run["name"] for run in data["runs"]] == ["r0", "r1"]
+
+
+def test_labelled_tokens_give_a_table(tmp_path):
+    folder = make_run(tmp_path / "run")
+    plain = make_analysis(tmp_path / "plain", prose(4, 9))
+    label = (np.arange(plain.tokens.num_targets) % 3 > 0).astype(np.int8)
+    tokens = replace(plain.tokens, columns={**plain.tokens.columns, "signal": label})
+    store = TrajectoryStore.create(folder / "dynamics" / "tokens", plain.store.plan, tokens)
+    for seen, column in zip(plain.tokens_seen, plain.losses, strict=True):
+        store.append(int(seen), column)
+    report(config(folder, tmp_path / "out"))
+    with open(tmp_path / "out" / "truth.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    expected = truth_rows(analyse(store, "run"))
+    assert [float(row["auc"]) for row in found] == [row["auc"] for row in expected]
+    assert (tmp_path / "out" / "truth_kept.csv").exists()
+    assert "truth" in data_of(tmp_path / "out" / "report.html")["runs"][0]["figures"]
