@@ -154,8 +154,13 @@ class Analysis:
 
     @cached_property
     def uneven(self) -> bool:
-        """The paper's x is the checkpoint's index: are they evenly spaced in tokens?"""
+        """The paper's x is the checkpoint's index: are they evenly spaced in tokens?
+
+        The last gap may be shorter: the end of a run is always looked at.
+        """
         gaps = np.diff(self.tokens_seen)
+        if gaps[-1] < gaps[-2]:
+            gaps = gaps[:-1]
         return bool(gaps.max() > 1.5 * gaps.min())
 
 

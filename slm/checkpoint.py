@@ -100,7 +100,7 @@ class Checkpoints(Callback):
     """Saves every `every_tokens` tokens and at the end; keeps the last `keep` and the best.
 
     every_tokens: null for ten times in the run
-    keep:         null for all of them
+    keep:         null for all of them, and one before the first step
     best_of:      the held-out set whose loss decides which one is best; null keeps none
     """
 
@@ -111,6 +111,10 @@ class Checkpoints(Callback):
             raise UserError(f"callbacks.checkpoints.keep is {keep}, it must be at least 1")
         self.folder, self.every_tokens, self.keep = Path(folder), every_tokens, keep
         self.best_of, self.best_loss = best_of, float("inf")
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.keep is None and trainer.global_step == 0:
+            self.save(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from slm.analysis import Analysis, analyse, run_chooser
+from slm.analysis import Analysis, Chooser, analyse, rule_name, run_chooser
 from slm.arms import folders_of, run_folders
 from slm.checkpoint import check_checkpoint, is_due, sidecar, step_ended
 from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit, check_threshold
@@ -31,13 +31,14 @@ from slm.model import SelectiveLM
 from slm.panels import dynamics_metrics, excess_histograms, final_media, final_summary
 from slm.progress import send
 from slm.score import DTYPES, check_count, pick_device
-from slm.shards import Corpus, Json, hash_json, read_json, write_csv
+from slm.shards import Corpus, Json, hash_json, nested, read_json, write_csv
 from slm.token_set import TokenSet, draw_windows, read_windows
 from slm.tokenizer import load_tokenizer
 from slm.tracking import WandbLog
 from slm.trajectories import TrajectoryStore, make_plan, token_losses
 
 log = logging.getLogger("slm.dynamics")
+PARTS = 32  # of a run: how often the callback looks
 PRECISIONS = {"32-true": "float32", "bf16-mixed": "bf16-mixed"}  # as the command names them
 
 
@@ -66,8 +67,8 @@ def draw(windows: Windows, num_targets: int, seed: int, by_source: bool) -> Toke
     return tokens
 
 
-def store_folder(run: Path, name: str) -> Path:
-    if not name or Path(name).name != name:
+def store_folder(run: Path, name: Any) -> Path:
+    if not isinstance(name, str) or not name or Path(name).name != name:
         raise UserError(f"name is {name!r}, it must be one folder's name")
     return run / "dynamics" / name
 
@@ -81,19 +82,6 @@ def run_record(run: Path) -> Json:
         "selection_start": identity["selection_start"] if "selection_start" in identity else 0,
         "micro_batch_size": identity["data.micro_batch_size"],
     }
-
-
-def nested(flat: Json, prefix: str) -> Json:
-    """{"selection.a.b": 1} -> {"a": {"b": 1}}"""
-    tree: Json = {}
-    for key, value in flat.items():
-        if key.startswith(prefix):
-            *parents, last = key.removeprefix(prefix).split(".")
-            branch = tree
-            for name in parents:
-                branch = branch.setdefault(name, {})
-            branch[last] = value
-    return tree
 
 
 def classify_run(store: TrajectoryStore, name: str, threshold: float, mean_loss: Any) -> Analysis:
@@ -153,6 +141,8 @@ class TokenDynamics(Callback):
         mean_loss: float | None,
     ):
         check_count("callbacks.dynamics.num_targets", num_targets)
+        if every_tokens is not None:
+            check_count("callbacks.dynamics.every_tokens", every_tokens)
         check_threshold(threshold, mean_loss)
         self.run_dir, self.folder = Path(run_dir), store_folder(Path(run_dir), name)
         self.windows = open_windows(corpus, references, combine, "size", "callbacks.dynamics.")
@@ -161,16 +151,30 @@ class TokenDynamics(Callback):
         self.threshold, self.mean_loss = threshold, mean_loss
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        check_same_tokenizer(self.windows.corpus, trainer.datamodule.corpus)  # type: ignore[attr-defined]
+        training: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
+        check_same_tokenizer(self.windows.corpus, training)
+        self.every_tokens = self.every_tokens or even_part(trainer)
         has_it = False
         if trainer.is_global_zero:
+            self._warn(trainer, training.fingerprint)
             self.store = self._open(
                 trainer.global_step == 0, pl_module.tokens_seen, PRECISIONS[str(trainer.precision)]
             )
             has_it = self.store.has(pl_module.tokens_seen)
-        starts = trainer.global_step == 0 or is_due(trainer, self.every_tokens, parts=32)
+        starts = trainer.global_step == 0 or is_due(trainer, self.every_tokens, PARTS)
         if starts and not trainer.strategy.broadcast(has_it):
             self._evaluate(trainer, pl_module)
+
+    def _warn(self, trainer: Trainer, fingerprint: str) -> None:
+        """Of what would be noticed when it is too late."""
+        warn_of_training_text(self.windows.corpus, fingerprint)
+        every, total = self.every_tokens or 1, tokens_of(trainer)
+        if total // every + 1 < MIN_CHECKPOINTS:
+            log.warning(
+                "callbacks.dynamics.every_tokens is %d in a run of %d tokens: fewer than %d times, "
+                "so there will be no classes",
+                *(every, total, MIN_CHECKPOINTS),
+            )
 
     def _open(self, is_new: bool, tokens_seen: int, precision: str) -> TrajectoryStore:
         """A run that starts anew has no trajectories; one that goes on forgets what came later."""
@@ -180,6 +184,7 @@ class TokenDynamics(Callback):
         store = TrajectoryStore.create(self.folder, plan, self.tokens)
         store.forget_after(tokens_seen)
         self.fit, self.chooser = RunningFit(self.threshold, self.mean_loss), run_chooser(store)
+        warn_of_missing_scores(store, self.chooser)
         for column in store.losses():
             self.fit.add(column)
         return store
@@ -187,7 +192,7 @@ class TokenDynamics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if step_ended(trainer, batch_idx) and is_due(trainer, self.every_tokens, parts=32):
+        if step_ended(trainer, batch_idx) and is_due(trainer, self.every_tokens, PARTS):
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, pl_module: Any) -> None:
@@ -239,6 +244,30 @@ class TokenDynamics(Callback):
 
 def wandb_logs(trainer: Trainer) -> list[WandbLog]:
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLog)]
+
+
+def even_part(trainer: Trainer) -> int:
+    """Tokens of whole steps, about 1/32 of the run: the fit takes the checkpoints as even."""
+    return max(1, trainer.max_steps // PARTS) * (tokens_of(trainer) // trainer.max_steps)
+
+
+def tokens_of(trainer: Trainer) -> int:
+    """Of the whole run."""
+    return trainer.max_steps * trainer.datamodule.tokens_per_step  # type: ignore[attr-defined]
+
+
+def warn_of_training_text(corpus: Corpus, fingerprint: str) -> None:
+    if corpus.fingerprint == fingerprint:
+        log.warning("%s is what the run trains on: its tokens are not held out", corpus.folder)
+
+
+def warn_of_missing_scores(store: TrajectoryStore, chooser: Chooser | None) -> None:
+    if chooser is None:
+        log.warning(
+            "%s: no references are given, so there will be no excess losses, and nothing on what "
+            "%s selects",
+            *(store.folder, rule_name(store.plan["run"]["selection"])),
+        )
 
 
 def check_same_tokenizer(mine: Corpus, training: Corpus) -> None:
@@ -300,6 +329,7 @@ def evaluate_runs(runs: Sequence[Path], windows: Windows, tokens: TokenSet, conf
         for run, store in zip(runs, stores, strict=True)
         for path in missing(run, store)
     ]
+    warn_of_new_classes([store for store, _ in todo])
     device, dtype = pick_device(config.device), DTYPES[config.dtype]
     with progress("token losses", len(todo) * tokens.num_targets, "tokens") as advance:
         for store, path in todo:
@@ -315,7 +345,17 @@ def evaluate_runs(runs: Sequence[Path], windows: Windows, tokens: TokenSet, conf
 
 def open_store(run: Path, windows: Windows, tokens: TokenSet, config: Any) -> TrajectoryStore:
     plan = make_plan(windows, tokens.windows, run_record(run), config.dtype)
-    return TrajectoryStore.create(store_folder(run, config.name), plan, tokens)
+    warn_of_training_text(windows.corpus, read_json(run / "run.json")["corpus"])
+    folder = store_folder(run, config.name)
+    store = TrajectoryStore.create(folder, plan, tokens, config.check)
+    warn_of_missing_scores(store, run_chooser(store))
+    return store
+
+
+def warn_of_new_classes(stores: Sequence[TrajectoryStore]) -> None:
+    for folder in dict.fromkeys(store.folder for store in stores):
+        if (folder / "trajectories.npy").exists():
+            log.warning("%s has classes already: with more checkpoints they are others", folder)
 
 
 def analyse_stores(

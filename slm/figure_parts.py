@@ -13,7 +13,8 @@ from slm.plots import COLOURS, TOKENS_AXIS, dress, pyplot, save_figure, token_ti
 from slm.shards import write_csv
 
 WIDTH = 6.8  # inches: the text of a page
-CLASS_COLOURS = dict(zip(CLASSES, (COLOURS[1], COLOURS[3], COLOURS[2], COLOURS[0]), strict=True))
+# As on the page: H→L blue, L→L green.
+CLASS_COLOURS = dict(zip(CLASSES, (COLOURS[1], COLOURS[3], COLOURS[0], COLOURS[2]), strict=True))
 LOSS_AXIS = "loss (nats per token)"
 MIN_LATE = 8  # points of a line that show its course without its start
 

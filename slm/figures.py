@@ -47,6 +47,7 @@ MOST_POINTS = 48  # of a single token's loss: more are a block of colour
 
 # ---- classes ------------------------------------------------------------------------------------
 
+KINDS = ("classes", "text-classes", "text-selected", "selection", "perplexity")  # file names
 CLASS_PANELS = {"classes": "class means", "LL": "tokens of L→L", "HH": "tokens of H→H"}
 
 
@@ -308,7 +309,7 @@ def selects(analysis: Analysis) -> bool:
         return False
     everything = takes_all_tokens(analysis.store.plan["run"]["selection"])
     if everything or isinstance(chooser.rule, (Random, Soft)):
-        log.info("%s: no figures of what is selected by %s", analysis.name, chooser.name)
+        log.info("%s: figures of what is selected do not apply to %s", analysis.name, chooser.name)
         return False
     return True
 

@@ -14,12 +14,14 @@ import numpy as np
 from slm.analysis import Analysis
 from slm.classes import CLASSES
 from slm.shards import Json
+from slm.spans import NOISE, SIGNAL, UNKNOWN
 from slm.token_set import TokenSet
 from slm.token_texts import whole_characters
 
 DIGITS = 3  # of a loss in nats: finer than any checkpoint's noise
 PATH_POINTS = 16  # checkpoints of the small curve
 CONTEXT = 12  # tokens on either side of an example
+LABEL_WORDS = {SIGNAL: "signal", NOISE: "noise", UNKNOWN: "neither"}
 
 
 class Sample(NamedTuple):
@@ -35,7 +37,7 @@ def draw_sample(tokens: TokenSet, most_windows: int, most_tokens: int, seed: int
     width = min(length, most_tokens)
     count = min(num_windows, most_windows, most_tokens // width)
     rows = np.random.default_rng(seed).choice(num_windows, count, replace=False)
-    return Sample(np.sort(rows), width)
+    return Sample(rows, width)  # not sorted: windows beside each other are of one source
 
 
 def shown_targets(tokens: TokenSet, sample: Sample) -> np.ndarray:  # (n,) indices into M
@@ -117,6 +119,8 @@ def token_columns(analysis: Analysis, chosen: np.ndarray) -> Json:  # (n,) indic
         reference = tokens.columns["reference_loss"][chosen]
         columns["reference"] = numbers(reference)
         columns["excess"] = numbers(found.last[chosen] - reference)
+    if "signal" in tokens.columns:
+        columns["label"] = [LABEL_WORDS[int(k)] for k in tokens.columns["signal"][chosen]]
     if analysis.kept is not None:
         columns["times"] = analysis.kept.times[chosen].tolist()
     return columns

@@ -310,6 +310,7 @@ function facts(entry) {
     ["first below the mean", below < 0 ? "never" : `after ${run.tokens_seen[below].toLocaleString("en")} tokens`],
   ];
   if (columns.excess) found.push(["reference loss", nats(of("reference"))], ["excess loss, last", signed(of("excess"))]);
+  if (columns.label) found.push(["labelled as", of("label")]);
   if (columns.times) found.push(["times selected", `${of("times")} of ${run.tokens_seen.length}`]);
   return found;
 }

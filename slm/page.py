@@ -118,6 +118,7 @@ def render(
         table=sweep and sweep_table(sweep),
         notes=sweep.notes if sweep else [],
         compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
+        compares_fits=len({fit_key(analysis) for analysis in analyses}) > 1,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
@@ -163,6 +164,11 @@ def set_key(analysis: Analysis) -> str:
     """Runs on the same tokens share their text."""
     plan = analysis.store.plan
     return f"{plan['corpus_fingerprint']} {plan['windows_sha256']}"
+
+
+def fit_key(analysis: Analysis) -> str:
+    """Classes that can be compared are of the same checkpoints and thresholds."""
+    return f"{analysis.tokens_seen.tolist()} {analysis.threshold}"
 
 
 def set_windows(analyses: Sequence[Analysis], samples: dict[str, Sample]) -> Json:

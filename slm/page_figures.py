@@ -287,7 +287,14 @@ def compared(analyses: Sequence[Analysis]) -> Json:
 
 def compared_losses(analyses: Sequence[Analysis]) -> Json:
     traces = [
-        line(found.name, found.tokens_seen, found.mean_losses, colour(i), MARKS[i % len(MARKS)])
+        line(
+            found.name,
+            found.tokens_seen,
+            found.mean_losses,
+            colour(i),
+            MARKS[i % len(MARKS)],
+            line={"color": colour(i), "width": 2, "dash": dash(i)},
+        )
         for i, found in enumerate(analyses)
     ]
     return figure(traces, SEEN_AXIS, NATS)
@@ -310,6 +317,11 @@ def compared_classes(analyses: Sequence[Analysis], bar: Any, y: Json) -> Json:
 def pattern(index: int) -> str:
     """Beyond the seven colours bars are hatched."""
     return ("", "/", ".", "x", "-", "|", "+")[index // NUM_COLOURS % 7]
+
+
+def dash(index: int) -> str:
+    """And lines are dashed."""
+    return ("solid", "dash", "dot", "dashdot")[index // NUM_COLOURS % 4]
 
 
 def share_bar(analysis: Analysis) -> Json:

@@ -27,7 +27,7 @@ from slm.tracking import Media
 
 EXCESS_BINS, EXCESS_LIMIT_NATS = 64, 8.0  # a quarter of a nat each, 0 is an edge
 CONTEXT_TOKENS = 12
-COLORS = {"HH": "#f6c08a", "LH": "#e6a5d0", "HL": "#9ccbf2", "LL": "#dfe3e8"}
+COLORS = {"HH": "#f6c08a", "LH": "#e6a5d0", "HL": "#9ccbf2", "LL": "#a9dcc9"}
 MEANING = {"HH": "not learned", "LH": "forgotten", "HL": "learned", "LL": "easy from the start"}
 Ends = tuple[np.ndarray, np.ndarray]  # losses (M,) at the first and at the last checkpoint
 STYLE = """

@@ -16,14 +16,14 @@ named and left out of the tables; their token losses so far are shown.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 
-from slm.analysis import Analysis, analyse, store_folders
+from slm.analysis import Analysis, analyse, rule_name, store_folders
 from slm.arms import (
     Arm,
     Run,
@@ -39,7 +39,7 @@ from slm.arms import (
 from slm.classes import MIN_CHECKPOINTS
 from slm.cli import command, progress
 from slm.errors import UserError
-from slm.figures import paper_figures
+from slm.figures import KINDS, paper_figures
 from slm.page import SweepFigures, write_page
 from slm.plots import (
     Curve,
@@ -49,7 +49,7 @@ from slm.plots import (
     tokens_figure,
 )
 from slm.score import check_count
-from slm.shards import Json, atomic_file, write_csv
+from slm.shards import Json, atomic_file, nested, read_json, write_csv
 from slm.trajectories import TrajectoryStore
 from slm.truth import kept_rows, truth_rows
 
@@ -75,7 +75,11 @@ def read_baselines(folders: dict[str, str], sets: Sequence[str]) -> list[Arm]:
         found = arms_of(runs)
         if len(found) != 1:
             names = [arm.label for arm in found]
-            raise UserError(f"baseline {label!r} must be one finished arm, {folder} has {names}")
+            reasons = "; ".join(left_out.values())
+            raise UserError(
+                f"baseline {label!r} must be one finished arm, {folder} has {names or 'none'}"
+                + (f" ({reasons})" if reasons else "")
+            )
         arms.append(Arm(label, label, runs, is_baseline=True))
     check_sets(arms, sets)
     return arms
@@ -280,8 +284,8 @@ def sweep_report(config: Any, runs: Sequence[Run], left_out: dict[Path, str]) ->
 # ---- token dynamics -----------------------------------------------------------------------------
 
 
-def read_analyses(folders: Sequence[str], most: int) -> list[Analysis]:
-    """Of all stores of the runs, finished or not; those with too few checkpoints are named."""
+def read_analyses(folders: Sequence[str], most: int, check: str) -> list[Analysis]:
+    """Of all stores of the runs, finished or not; too short or damaged ones are named."""
     stores = [(run, store) for run in run_folders(folders) for store in store_folders(run)]
     whole = [(run, folder) for run, folder in stores if is_long_enough(folder)]
     if len(whole) > most:
@@ -289,11 +293,14 @@ def read_analyses(folders: Sequence[str], most: int) -> list[Analysis]:
             "%d runs have token losses, the first %d are shown (max_dynamics)", len(whole), most
         )
     with progress("token dynamics", len(whole[:most]), "runs") as advance:
-        names = analysis_names(whole[:most])
-        return [
-            read_analysis(folder, name, advance)
-            for (_, folder), name in zip(whole, names, strict=False)
-        ]
+        found = []
+        for (_, folder), name in zip(whole, analysis_names(whole[:most]), strict=False):
+            try:
+                found.append(read_analysis(folder, name, check))
+            except UserError as error:
+                log.warning("left out: the token losses of %s: %s", name, error)
+            advance(1)
+        return found
 
 
 def is_long_enough(folder: Path) -> bool:
@@ -306,22 +313,32 @@ def is_long_enough(folder: Path) -> bool:
     return count >= MIN_CHECKPOINTS
 
 
-def read_analysis(folder: Path, name: str, advance: Callable[[int], None]) -> Analysis:
+def read_analysis(folder: Path, name: str, check: str) -> Analysis:
     """With the threshold and the level that the classes were made with."""
-    store = TrajectoryStore(folder)
-    found = analyse(store, name, **store.settings)
-    advance(1)
-    return found
+    store = TrajectoryStore(folder, check)
+    return analyse(store, name, **store.settings)
 
 
 def analysis_names(stores: Sequence[tuple[Path, Path]]) -> list[str]:
     """Of (run, store): the run's name, with the store's where the run has several."""
     runs = [run for run, _ in stores]
-    names = short_paths(runs)
+    names = short_paths(runs) | job_names(runs)
     return [
         f"{names[run]}, {folder.name}" if runs.count(run) > 1 else names[run]
         for run, folder in stores
     ]
+
+
+def job_names(runs: Sequence[Path]) -> dict[Path, str]:
+    """excess 0.4, seed 0 for the jobs of a sweep, where that tells them apart."""
+    names = {run: job_name(run) for run in dict.fromkeys(runs) if "=" in run.name}
+    taken = list(names.values())
+    return {run: name for run, name in names.items() if taken.count(name) == 1}
+
+
+def job_name(run: Path) -> str:
+    identity = read_json(run / "run.json")
+    return f"{rule_name(nested(identity, 'selection.'))}, seed {identity['seed']}"
 
 
 def short_paths(folders: Sequence[Path]) -> dict[Path, str]:
@@ -340,6 +357,7 @@ def short_paths(folders: Sequence[Path]) -> dict[Path, str]:
 def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Run]) -> list[Json]:
     """Write the paper's figures and how well scores tell signal from noise; returns its rows."""
     out = Path(config.out)
+    remove_figures(out / "figures")
     name = chosen_sets(runs, config.sets)[0] if runs else ""
     of_run = {run.folder: run for run in runs}
     curves = [
@@ -356,6 +374,14 @@ def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Ru
     return truth
 
 
+def remove_figures(folder: Path) -> None:
+    """Of an earlier report into the same folder, maybe of other runs."""
+    for kind in KINDS:
+        for suffix in (".png", ".svg", ".csv"):
+            for path in folder.glob(f"{kind}-*{suffix}"):
+                path.unlink()
+
+
 # ---- all of it ----------------------------------------------------------------------------------
 
 
@@ -365,7 +391,7 @@ def report(config: Any) -> list[Json]:
     folders = folders_of(config.runs)
     runs, left_out = read_runs(folders)
     report_left_out(left_out)
-    analyses = read_analyses(folders, config.max_dynamics)
+    analyses = read_analyses(folders, config.max_dynamics, config.check)
     if not runs and not analyses:
         raise UserError(
             f"none of the {len(left_out)} runs in {config.runs} is complete, and none has token "

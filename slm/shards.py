@@ -112,6 +112,19 @@ def read_json(path: Path) -> Json:
     return value
 
 
+def nested(flat: Json, prefix: str) -> Json:
+    """{"selection.a.b": 1} -> {"a": {"b": 1}}"""
+    tree: Json = {}
+    for key, value in flat.items():
+        if key.startswith(prefix):
+            *parents, last = key.removeprefix(prefix).split(".")
+            branch = tree
+            for name in parents:
+                branch = branch.setdefault(name, {})
+            branch[last] = value
+    return tree
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """One line a row, all with the keys of the first."""
     text = io.StringIO()
@@ -266,7 +279,9 @@ def claim(path: Path) -> Iterator[bool]:
         path.unlink(missing_ok=True)
 
 
-def adopt_plan(folder: Path, plan: Json) -> None:
+def adopt_plan(
+    folder: Path, plan: Json, what: str = "another run", advice: str = "another output folder"
+) -> None:
     """Write plan.json, or check that the one already there says the same thing."""
     path = folder / "plan.json"
     if not path.exists():
@@ -280,8 +295,8 @@ def adopt_plan(folder: Path, plan: Json) -> None:
         before, now = found.get(field), plan.get(field)
         if before != now:
             raise UserError(
-                f"{folder} holds another run: {field} is {before!r} in plan.json, {now!r} now; "
-                "choose another output folder"
+                f"{folder} holds {what}: {field} is {before!r} in plan.json, {now!r} now; "
+                f"choose {advice}"
             )
 
 

@@ -27,6 +27,7 @@ from slm.shards import (
     FORMAT,
     Json,
     adopt_plan,
+    hash_file,
     hash_json,
     map_array,
     read_json,
@@ -86,19 +87,30 @@ def make_plan(windows: Windows, numbers: np.ndarray, run: Json, dtype: str) -> J
 class TrajectoryStore:
     """The losses of one token set at the checkpoints of one run."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, check: str = "size"):
+        """check: "full" compares the hash of every column's file"""
         self.folder = Path(folder)
         self.plan = read_plan(self.folder)
         self.tokens = read_token_set(self.folder)
+        if check == "full":
+            self.check_hashes()
 
     @classmethod
-    def create(cls, folder: str | Path, plan: Json, tokens: TokenSet) -> Any:
+    def create(cls, folder: str | Path, plan: Json, tokens: TokenSet, check: str = "size") -> Any:
         """Open or begin a store; another run's, or one of other tokens, is refused."""
         folder = Path(folder)
-        adopt_plan(folder, plan)
+        adopt_plan(folder, plan, "other losses", "another name")
         if not (folder / "token_set.json").exists():
             write_token_set(folder, tokens)
-        return cls(folder)
+        return cls(folder, check)
+
+    def check_hashes(self) -> None:
+        for checkpoint in self.checkpoints:
+            path = self.path(checkpoint.tokens_seen)
+            if (found := hash_file(path)) != checkpoint.sha256:
+                raise UserError(
+                    f"{path} is damaged: sha256 {found}, its .json says {checkpoint.sha256}"
+                )
 
     @property
     def sources(self) -> list[str]:

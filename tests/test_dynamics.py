@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from slm.analysis import analyse
 from slm.classes import CLASSES, classify
 from slm.cli import conf_folder
 from slm.data import Windows
-from slm.dynamics import TokenDynamics, dynamics, load_checkpoint, main, nested
+from slm.dynamics import TokenDynamics, dynamics, even_part, load_checkpoint, main
 from slm.errors import NonFiniteError, UserError
-from slm.shards import fingerprint
+from slm.shards import fingerprint, nested
 from slm.train import train
 from slm.trajectories import TrajectoryStore, token_losses
 from slm.verify import verify
@@ -156,8 +157,6 @@ def test_a_broken_model_stops_the_training(tmp_path, text_corpus, monkeypatch):
 @pytest.mark.parametrize("count", [1, 3, 4, 5])
 def test_ranks_share_the_windows(text_corpus, tokenizer, count, monkeypatch):
     """Each rank's part, gathered, is what one process finds; all make as many forwards."""
-    from types import SimpleNamespace
-
     from slm.token_set import read_windows
     from test_trajectories import make_lm
 
@@ -198,8 +197,8 @@ def test_checkpoints_give_the_losses_that_the_callback_saw(text_corpus, run):
     analyses = dynamics(compose_dynamics(run, text_corpus.folder))
     later, live = TrajectoryStore(run / "dynamics" / "c"), TrajectoryStore(run / "dynamics/tokens")
     seen = [c.tokens_seen for c in later.checkpoints]
-    assert seen == [c.tokens_seen for c in live.checkpoints][1:]
-    for one, other in zip(later.losses(), live.losses()[1:], strict=True):
+    assert seen == [c.tokens_seen for c in live.checkpoints]
+    for one, other in zip(later.losses(), live.losses(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert [analysis.name for analysis in analyses] == ["run"]
 
@@ -257,6 +256,48 @@ def test_references_give_excess_losses_and_keep_rates(tmp_path, text_corpus, mak
     np.testing.assert_allclose(excess_loss, store.losses()[0] - 2.0)
 
 
+def test_what_would_be_noticed_too_late_is_said_at_the_start(
+    tmp_path, text_corpus, make_corpus, make_references, caplog
+):
+    words = during(text_corpus, "selection=excess", "callbacks.dynamics.every_tokens=100_000")
+    scores = [np.full(len(text_corpus.column("tokens", i)), -2.0) for i in range(2)]
+    words += [f"data.references='{make_references(tmp_path / 'r', text_corpus, scores).folder}'"]
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    assert "is what the run trains on: its tokens are not held out" in caplog.text
+    assert "no excess losses, and nothing on what excess 0.6 selects" in caplog.text
+    assert "every_tokens is 100000 in a run of 1536 tokens: fewer than 3 times" in caplog.text
+    caplog.clear()
+    other = make_corpus(tmp_path / "other", [np.arange(161) % 290], 16)
+    train(compose_train(tmp_path / "fine", text_corpus.folder, *during(other)))
+    assert "held out" not in caplog.text and "no classes" not in caplog.text
+
+
+def test_the_default_is_even_in_whole_steps():
+    for steps, expected in ((100, 3), (64, 2), (31, 1), (1000, 31)):
+        data = SimpleNamespace(tokens_per_step=4096)
+        trainer: Any = SimpleNamespace(max_steps=steps, datamodule=data)
+        assert even_part(trainer) == expected * 4096
+
+
+def test_a_flipped_byte_is_found_when_asked_for(text_corpus, run):
+    dynamics(compose_dynamics(run, text_corpus.folder))
+    path = run / "dynamics" / "c" / "losses-000000000000768.npy"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    dynamics(compose_dynamics(run, text_corpus.folder))
+    with pytest.raises(UserError, match="000768.npy is damaged: sha256"):
+        dynamics(compose_dynamics(run, text_corpus.folder, "check=full"))
+
+
+def test_new_checkpoints_make_other_classes_and_it_is_said(text_corpus, run, caplog):
+    dynamics(compose_dynamics(run, text_corpus.folder))
+    assert "has classes already" not in caplog.text
+    (run / "dynamics" / "c" / "losses-000000000000768.json").unlink()
+    dynamics(compose_dynamics(run, text_corpus.folder))
+    assert "has classes already: with more checkpoints they are others" in caplog.text
+
+
 def test_words_of_a_run_become_a_tree():
     flat = {"seed": 1, "selection._target_": "x", "selection.select_ratio.points": [[0, 1]]}
     expected = {"_target_": "x", "select_ratio": {"points": [[0, 1]]}}
@@ -267,7 +308,7 @@ def test_words_of_a_run_become_a_tree():
 
 
 def test_too_few_checkpoints(text_corpus, run):
-    for path in sorted((run / "checkpoints").glob("step-*"))[4:]:
+    for path in sorted((run / "checkpoints").glob("step-*"))[4:]:  # two are left, with their .json
         path.unlink()
     with pytest.raises(UserError, match="none of the 1 runs has 3 checkpoints: train with"):
         dynamics(compose_dynamics(run, text_corpus.folder))
@@ -312,7 +353,10 @@ def test_another_tokenizer_is_refused(tmp_path, text_corpus, make_corpus, run, m
 
 def test_another_token_set_under_the_same_name_is_refused(text_corpus, run):
     dynamics(compose_dynamics(run, text_corpus.folder))
-    with pytest.raises(UserError, match="holds another run: num_windows is 7 in plan.json, 13 now"):
+    with pytest.raises(
+        UserError,
+        match="holds other losses: num_windows is 7 in plan.json, 13 now; choose another name",
+    ):
         dynamics(compose_dynamics(run, text_corpus.folder, "num_targets=200"))
     with pytest.raises(UserError, match="windows_sha256 is"):
         dynamics(compose_dynamics(run, text_corpus.folder, "seed=1"))
@@ -340,6 +384,7 @@ def test_an_empty_folder_is_no_run(tmp_path, text_corpus):
         ("threshold=-1", "threshold is -1, it must be a number of nats, 0 or more"),
         ("mean_loss=high", "mean_loss is 'high', it must be a number of nats, or null"),
         ("name=a/b", "name is 'a/b', it must be one folder's name"),
+        ("name=2024", "name is 2024, it must be one folder's name"),
         ("dtype=float16", "dtype is 'float16', it must be one of"),
         ("device=tpu9", "device 'tpu9' cannot be used here"),
         ("combine=mean", r"combine is 'mean' for 0 reference\(s\); it is one of"),

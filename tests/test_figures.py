@@ -24,6 +24,7 @@ from figure_helpers import (
 from slm.classes import CLASSES
 from slm.errors import UserError
 from slm.figures import (
+    KINDS,
     class_figure,
     file_names,
     paper_figures,
@@ -226,14 +227,18 @@ def test_all_figures_that_can_be_drawn_are_written(make, tmp_path, caplog, kept)
     every = {f"{kind}-{name}.png" for kind in ("classes", "text-classes") for name in NAMES}
     selecting = {f"{kind}-excess_0.5.png" for kind in ("text-selected", "selection", "perplexity")}
     assert {path.name for path in found} == every | selecting
+    assert {kind for kind in KINDS if any(path.name.startswith(f"{kind}-") for path in found)} == {
+        *KINDS
+    }
     for path in found:
+        assert path.name.startswith(KINDS)
         assert_files(path)
         assert rows_of(path)
     panels = {key for key in lines_of(tmp_path / "out" / "selection-excess_0.5.png")}
     assert ("selected", "a/b $c$") in panels and ("heldout", "excess 0.5") in panels
     text = caplog.text
     assert "other is no control of excess 0.5" in text and "windows_sha256 is w0 and w1" in text
-    assert "random: no figures of what is selected by random 0.5" in text
+    assert "random: figures of what is selected do not apply to random 0.5" in text
     assert "blind: no figures of what is selected" in text and "needs them" in text
     assert all("\n" not in record.message for record in caplog.records)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slm import page as page_module
 from slm.analysis import Analysis
 from slm.arms import arms_of, read_runs
 from slm.classes import CLASSES
+from slm.heat_map import draw_sample, shown_targets
 from slm.page import SweepFigures, as_json, sweep_table, write_page
 from slm.plots import Curve, RatioPanel, TokensPanel
 from slm.report import control_losses, ratio_panel, table_rows, tokens_panels
@@ -132,9 +134,11 @@ def test_the_data_are_the_analysis(tmp_path, evil):
     write_page(tmp_path / "page.html", "t", [evil], seed=3)
     run = embedded((tmp_path / "page.html").read_text(encoding="utf-8"))["runs"][0]
     columns, found = run["columns"], evil.trajectories
-    assert columns["class"] == found.label.tolist()  # three windows: all are shown
-    assert columns["last"] == pytest.approx(found.last, abs=6e-4)
-    assert evil.kept is not None and columns["times"] == evil.kept.times.tolist()
+    shown = shown_targets(evil.tokens, draw_sample(evil.tokens, 24, 12_000, 3))
+    assert sorted(shown) == list(range(evil.tokens.num_targets))  # three windows: all are shown
+    assert columns["class"] == found.label[shown].tolist()
+    assert columns["last"] == pytest.approx(found.last[shown], abs=6e-4)
+    assert evil.kept is not None and columns["times"] == evil.kept.times[shown].tolist()
     assert run["tokens_seen"] == evil.tokens_seen.tolist()
     assert run["sources"] == [EVIL_NAME, "b"]
     losses = {trace["name"]: trace["y"] for trace in run["figures"]["losses"]["data"]}
@@ -246,6 +250,17 @@ def test_a_page_that_is_too_large_is_said(tmp_path, evil, monkeypatch, caplog):
     monkeypatch.setattr(page_module, "MAX_BYTES", 1_000_000)
     write_page(tmp_path / "page.html", "t", [evil])
     assert "MB, browsers will be slow: show fewer runs" in caplog.text
+
+
+def test_classes_of_other_checkpoints_are_not_compared_unsaid(tmp_path):
+    runs = [make_analysis(tmp_path / n, prose(4, 9), n) for n in "ab"]
+    write_page(tmp_path / "page.html", "t", runs)
+    said = "scored at different checkpoints"
+    assert said not in (tmp_path / "page.html").read_text()
+    for other in (make_analysis(tmp_path / "c", prose(4, 9), "c", checkpoints=5),
+                  replace(runs[1], threshold=0.5)):  # fmt: skip
+        write_page(tmp_path / "page.html", "t", [runs[0], other])
+        assert said in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.slow

@@ -323,16 +323,48 @@ def test_too_short_trajectories_are_named(tmp_path, caplog):
     assert data_of(tmp_path / "out" / "report.html")["runs"] == []
 
 
-def test_a_loss_that_is_no_number_is_named_with_its_file(tmp_path):
+def test_a_damaged_store_is_named_and_left_out(tmp_path, caplog):
     folder = make_run(tmp_path / "run")
     analysis = make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
     path = analysis.store.path(2000)
     column = np.load(path)
     column[5] = np.nan
     np.save(path, column)
-    message = r"losses-000000000002000.npy: loss nan at token 5, finite numbers are needed"
-    with pytest.raises(UserError, match=message):
+    assert report(config(folder, tmp_path / "out"))
+    message = "losses-000000000002000.npy: loss nan at token 5, finite numbers are needed"
+    assert "left out: the token losses of run: " in caplog.text and message in caplog.text
+    column[5] = 1.25
+    np.save(path, column)  # a number again, but another one than was written
+    caplog.clear()
+    report(config(folder, tmp_path / "out"))
+    assert len(data_of(tmp_path / "out" / "report.html")["runs"]) == 1
+    report(config(folder, tmp_path / "out", check="full"))
+    assert "losses-000000000002000.npy is damaged: sha256" in caplog.text
+    assert data_of(tmp_path / "out" / "report.html")["runs"] == []
+    path.write_bytes(path.read_bytes()[:-3])
+    caplog.clear()
+    report(config(folder, tmp_path / "out"))
+    assert "losses-000000000002000.npy" in caplog.text and "left out" in caplog.text
+
+
+def test_jobs_of_a_sweep_have_short_names(tmp_path):
+    for seed in range(2):
+        folder = tmp_path / "sweep" / f"selection=excess,selection.select_ratio=0.4,seed={seed}"
+        make_run(folder, "Excess", 0.4, seed)
+        make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
+    report(config(tmp_path / "sweep", tmp_path / "out"))
+    data = data_of(tmp_path / "out" / "report.html")
+    assert [run["name"] for run in data["runs"]] == ["excess 0.4, seed 0", "excess 0.4, seed 1"]
+
+
+def test_figures_of_an_earlier_report_go(tmp_path):
+    for name in ("one", "two"):
+        folder = make_run(tmp_path / name)
+        make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
         report(config(folder, tmp_path / "out"))
+        (tmp_path / "out" / "figures" / "mine.png").touch()
+    names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert "classes-two.svg" in names and "classes-one.svg" not in names and "mine.png" in names
 
 
 def test_at_most_so_many_runs_are_shown(tmp_path, caplog):
@@ -360,3 +392,11 @@ def test_labelled_tokens_give_a_table(tmp_path):
     assert [float(row["auc"]) for row in found] == [row["auc"] for row in expected]
     assert (tmp_path / "out" / "truth_kept.csv").exists()
     assert "truth" in data_of(tmp_path / "out" / "report.html")["runs"][0]["figures"]
+
+
+def test_a_baseline_without_heldout_losses_is_told_why(tmp_path, sweep):
+    (make_run(tmp_path / "reference") / "heldout.csv").unlink()
+    lines = {"reference model": str(tmp_path / "reference")}
+    message = r"must be one finished arm, .*reference has none \(has no heldout.csv"
+    with pytest.raises(UserError, match=message):
+        report(config(sweep, tmp_path / "out", baselines=lines))
