@@ -48,8 +48,12 @@ train reference curated selection=all "$base" max_tokens=819_200 logger=csv
 for side in train heldout; do
     slm score corpus="corpora/noisy/$side" reference_model=runs/reference/model out="references/$side"
 done
-train targets noisy experiment=sweep_k selection.select_ratio=0.4,1.0 seed="$seeds" "$base" \
-    data.references=references/train max_tokens="$tokens" \
-    "${frozen[@]}" callbacks.dynamics.references=references/heldout \
-    hydra/launcher=joblib hydra.launcher.n_jobs="$jobs"
-slm report 'runs=[runs/base, runs/targets]' out=report
+target=("$base" data.references=references/train max_tokens="$tokens" seed="$seeds"
+    "${frozen[@]}" callbacks.dynamics.references=references/heldout
+    hydra/launcher=joblib hydra.launcher.n_jobs="$jobs")
+# k = 1.0 trains on all tokens: the control.
+train excess noisy selection=excess selection.select_ratio=0.4,1.0 "${target[@]}" -m
+train random noisy selection=random selection.select_ratio=0.4 "${target[@]}" -m
+
+slm report 'runs=[runs/excess, runs/random]' out=report
+slm report runs=runs/base out=report_base
