@@ -27,7 +27,7 @@ from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit, check_thre
 from slm.cli import command, progress
 from slm.data import Windows, open_references
 from slm.errors import NonFiniteError, UserError
-from slm.model import SelectiveLM
+from slm.model import SelectiveLM, check_length
 from slm.panels import dynamics_metrics, excess_histograms, final_media, final_summary
 from slm.progress import send
 from slm.score import DTYPES, check_count, pick_device
@@ -153,6 +153,7 @@ class TokenDynamics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         training: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         check_same_tokenizer(self.windows.corpus, training)
+        check_length(pl_module.lm.model.config, self.windows.corpus.seq_len)
         self.every_tokens = self.every_tokens or even_part(trainer)
         has_it = False
         if trainer.is_global_zero:
@@ -295,6 +296,7 @@ def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
         )
     fields = json.loads(about["config"])
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    check_length(config, corpus.seq_len)
     lm = SelectiveLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     prefix = "lm."
     lm.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items()})

@@ -362,6 +362,14 @@ def test_another_token_set_under_the_same_name_is_refused(text_corpus, run):
         dynamics(compose_dynamics(run, text_corpus.folder, "seed=1"))
 
 
+def test_longer_windows_than_the_model_has_positions(tmp_path, text_corpus, make_corpus, run):
+    other = make_corpus(tmp_path / "long", [np.arange(8193) % 290], 4096)
+    with pytest.raises(UserError, match="seq_len is 4096, model max_position_embeddings is 2048"):
+        dynamics(compose_dynamics(run, other.folder))
+    with pytest.raises(UserError, match="seq_len is 4096, model max_position_embeddings is 2048"):
+        train(compose_train(tmp_path / "new", text_corpus.folder, *during(other)))
+
+
 def test_an_older_checkpoint_says_too_little(text_corpus, run):
     record = run / "checkpoints" / "step-00000004.ckpt.json"
     found = json.loads(record.read_text())
