@@ -447,7 +447,7 @@ byId("theme").addEventListener("click", () => { chosen = isDark() ? "light" : "d
 system.addEventListener("change", showTheme);
 showTheme();
 if (byId("sweep")) {
-  panels(byId("ratios"), page.sweep.ratios);
+  if (page.sweep.ratios.length > 0) panels(byId("ratios"), page.sweep.ratios);
   panels(byId("tokens"), page.sweep.tokens);
 }
 if (page.runs.length) {

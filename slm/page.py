@@ -116,6 +116,7 @@ def render(
             (name, CLASS_NAMES[name], CLASS_RULES[name], CLASS_WORDS[name]) for name in CLASSES
         ],
         table=sweep and sweep_table(sweep),
+        against_k=bool(sweep and sweep.ratio_panels),
         notes=sweep.notes if sweep else [],
         compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
         compares_fits=len({fit_key(analysis) for analysis in analyses}) > 1,

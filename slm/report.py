@@ -278,7 +278,8 @@ def sweep_report(config: Any, runs: Sequence[Run], left_out: dict[Path, str]) ->
     tokens_figures(sets, arms, out)
     rows_of_panels = [tokens_panels(name, arms) for name in sets]
     notes = [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]
-    return SweepFigures(panels, rows_of_panels, sets, rows, [REACH_NOTE, *notes])
+    against_k = [panel for panel in panels if panel.rules or panel.flat]
+    return SweepFigures(against_k, rows_of_panels, sets, rows, [REACH_NOTE, *notes])
 
 
 # ---- token dynamics -----------------------------------------------------------------------------

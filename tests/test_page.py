@@ -263,6 +263,14 @@ def test_classes_of_other_checkpoints_are_not_compared_unsaid(tmp_path):
         assert said in (tmp_path / "page.html").read_text()
 
 
+def test_without_a_ratio_there_is_no_empty_figure(tmp_path):
+    sweep = make_sweep()
+    for panels, shown in ((sweep.ratio_panels, True), ([], False)):
+        write_page(tmp_path / "page.html", "t", [], sweep._replace(ratio_panels=panels))
+        page = (tmp_path / "page.html").read_text()
+        assert ("Final loss against select_ratio" in page) == shown
+
+
 @pytest.mark.slow
 def test_the_page_of_320_000_tokens_at_64_checkpoints_is_small(tmp_path):
     analysis = make_analysis(tmp_path / "d", prose(160, 2001), checkpoints=64)
