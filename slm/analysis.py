@@ -28,7 +28,7 @@ from slm.classes import (
 )
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
-from slm.selection import All, Selection, rule_word
+from slm.selection import All, Selection, rule_word, takes_all_tokens
 from slm.shards import Json
 from slm.spans import UNKNOWN
 from slm.token_set import TokenSet
@@ -103,7 +103,9 @@ def run_chooser(store: TrajectoryStore) -> Chooser | None:
 
 
 def rule_name(selection: Json) -> str:
-    """excess 0.6"""
+    """excess 0.6; all tokens, also where a rule keeps them all"""
+    if takes_all_tokens(selection):
+        return "all tokens"
     name = rule_word(selection)
     ratio = selection["select_ratio"] if "select_ratio" in selection else None
     return f"{name} {ratio:g}" if isinstance(ratio, int | float) else name

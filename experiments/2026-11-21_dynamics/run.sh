@@ -57,3 +57,11 @@ train random noisy selection=random selection.select_ratio=0.4 "${target[@]}" -m
 
 slm report 'runs=[runs/excess, runs/random]' out=report
 slm report runs=runs/base out=report_base
+
+python "$here/collect.py" "$out"
+figures=report/figures
+cp "$figures/selection-excess_0.4_seed_0.png" "$here/figure.png"
+for kind in classes perplexity text-selected; do
+    cp "$figures/$kind-excess_0.4_seed_0.png" "$here/$kind.png"
+done
+cp "$figures/classes-all_tokens_seed_0.png" "$here/classes_of_all_tokens.png"
