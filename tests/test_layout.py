@@ -106,6 +106,21 @@ def test_readme_shows_the_results_of_the_experiment():
         assert [float(cell) for cell in rows[label]] == pytest.approx(expected, abs=5.1e-4), label
 
 
+def test_the_account_of_dynamics_shows_its_results():
+    folder = ROOT / "experiments" / "2026-11-21_dynamics"
+    with open(folder / "results.csv", newline="") as file:
+        found = {
+            (row["run"], row["part"]): row for row in csv.DictReader(file) if row["seed"] == "0"
+        }
+    rows = readme_rows(folder / "README.md")
+    labels = [(run, "all") for run in ("all tokens", "random 0.4", "excess 0.4")]
+    labels += [(run, part) for run in ("all tokens", "excess 0.4") for part in ("signal", "noise")]
+    for run, part in [*labels, ("excess 0.4", "gsm8k")]:
+        expected = [float(found[run, part][name]) for name in ("HH", "LH", "HL", "LL")]
+        label = run if part == "all" else f"{run}: {part}"
+        assert [float(cell) for cell in rows[label]] == pytest.approx(expected, abs=5.1e-4), label
+
+
 def test_the_sweeps_account_shows_its_results():
     folder = ROOT / "experiments" / "2026-11-21_sweep_k"
     with open(folder / "results.csv", newline="") as file:
