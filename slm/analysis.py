@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
 
 from slm.classes import (
     CLASSES,
@@ -31,7 +32,7 @@ from slm.errors import UserError
 from slm.selection import All, Selection, rule_word, takes_all_tokens
 from slm.shards import Json
 from slm.spans import UNKNOWN
-from slm.token_set import TokenSet
+from slm.token_set import TokenSet, parts
 from slm.trajectories import TrajectoryStore
 
 BATCH_COLUMNS = ("reference_logprob", "reference_entropy")
@@ -43,6 +44,9 @@ BATCH_COLUMNS = ("reference_logprob", "reference_entropy")
 class Chooser:
     """A rule asked about the frozen tokens, `batch_size` windows ranked together.
 
+    The windows of a batch are drawn as in training: stored beside each other they are of one
+    source, and a rule that ranks within a batch would keep as much of each source.
+
     name:  of the rule, for legends
     """
 
@@ -53,6 +57,7 @@ class Chooser:
         # A global ranking needs the other ranks; every rank would have these very windows.
         self.rule: Any = replace(rule, scope="batch") if rule.scope == "global" else rule  # type: ignore[type-var]
         self.batch = as_batch(tokens)
+        self.order = np.random.Generator(np.random.PCG64(0)).permutation(len(tokens.windows))
         missing = [column for column in rule.needs if column not in self.batch]
         if missing:
             raise UserError(f"selection {name} needs {', '.join(missing)}, the store has none")
@@ -60,12 +65,11 @@ class Chooser:
     def selected(self, losses: np.ndarray, tokens_seen: int) -> np.ndarray:  # (M,), -> (M,) bool
         rule = self.rule if tokens_seen >= self.start else All()
         grid = torch.from_numpy(self.tokens.spread(np.asarray(losses, np.float32), 0.0))
-        found = []
-        for start in range(0, len(grid), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        found = np.empty(self.tokens.live.shape, bool)
+        for rows in parts(self.order, self.batch_size):
             batch = {name: column[rows] for name, column in self.batch.items()}
-            found.append(rule.choose(batch, grid[rows], tokens_seen).selected)
-        return torch.cat(found).numpy()[self.tokens.live]
+            found[rows] = rule.choose(batch, grid[rows], tokens_seen).selected.numpy()
+        return found[self.tokens.live]
 
 
 def as_batch(tokens: TokenSet) -> Batch:
@@ -89,7 +93,9 @@ def as_batch(tokens: TokenSet) -> Batch:
 def run_chooser(store: TrajectoryStore) -> Chooser | None:
     """The rule that the run trained with; None where the store lacks the scores it needs."""
     run = store.plan["run"]
-    rule: Selection = instantiate(run["selection"])
+    rule = known_rule(run["selection"])
+    if rule is None:
+        return None
     try:
         return Chooser(
             rule_name(run["selection"]),
@@ -99,6 +105,16 @@ def run_chooser(store: TrajectoryStore) -> Chooser | None:
             run["micro_batch_size"],
         )
     except UserError:
+        return None
+
+
+def known_rule(selection: Json) -> Selection | None:
+    """None for a rule that is not installed here, and for what is no rule at all."""
+    try:
+        if not issubclass(get_class(selection["_target_"]), Selection):
+            return None
+        return instantiate(selection)
+    except (ImportError, ValueError, InstantiationException):
         return None
 
 
@@ -174,9 +190,10 @@ def analyse(
     advance: Callable[[int], None] = lambda count: None,
 ) -> Analysis:
     """`advance` is told 1 after each checkpoint."""
-    losses = store.losses()
+    checkpoints = store.checkpoints  # once: a run that still trains adds to them
+    losses = store.losses(checkpoints)
     found = classify(losses, threshold, mean_loss)
-    tokens_seen = np.array([checkpoint.tokens_seen for checkpoint in store.checkpoints])
+    tokens_seen = np.array([checkpoint.tokens_seen for checkpoint in checkpoints])
     chooser = run_chooser(store)
     return Analysis(
         name=name,

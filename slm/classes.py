@@ -13,6 +13,7 @@ the change alone, not by the level. Costs one pass over the losses; memory is a 
 of one block, whatever the number of checkpoints.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 from slm.errors import UserError
 
 CLASSES = ("HH", "LH", "HL", "LL")
+MEANING = {"HH": "not learned", "LH": "forgotten", "HL": "learned", "LL": "easy from the start"}
 ARROWS = {"HH": "H\u2192H", "LH": "L\u2192H", "HL": "H\u2192L", "LL": "L\u2192L"}
 THRESHOLD = 0.2  # nats, the paper's
 BLOCK = 1 << 20  # tokens at a time: about 100 MB
@@ -59,10 +61,14 @@ def classify(
 
 
 def check_threshold(threshold: Any, mean_loss: Any) -> None:
-    if not isinstance(threshold, int | float) or not threshold >= 0:
+    if not is_number(threshold) or threshold < 0:
         raise UserError(f"threshold is {threshold!r}, it must be a number of nats, 0 or more")
-    if mean_loss is not None and not isinstance(mean_loss, int | float):
+    if mean_loss is not None and not is_number(mean_loss):
         raise UserError(f"mean_loss is {mean_loss!r}, it must be a number of nats, or null")
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_losses(losses: Sequence[np.ndarray]) -> None:

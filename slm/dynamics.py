@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from slm.trajectories import TrajectoryStore, make_plan, token_losses
 log = logging.getLogger("slm.dynamics")
 PARTS = 32  # of a run: how often the callback looks
 PRECISIONS = {"32-true": "float32", "bf16-mixed": "bf16-mixed"}  # as the command names them
+WAYS = DTYPES | {"bf16-mixed": torch.float32}  # dtype: that of the weights
 
 
 # ---- what both ways share -----------------------------------------------------------------------
@@ -121,7 +123,7 @@ class TokenDynamics(Callback):
     by then, their losses and what the rule in force keeps of them. At the end the classes are
     made anew from all checkpoints. It draws no random number and reads no training sample.
 
-    every_tokens: null for 32 times in the run
+    every_tokens: null for about 32 times in the run, in whole steps
     batch_size:   windows of one forward
     """
 
@@ -207,6 +209,8 @@ class TokenDynamics(Callback):
             self.store.append(pl_module.tokens_seen, losses)
             self.fit.add(losses)
             self._log(trainer, losses, pl_module.tokens_seen)
+            if trainer.global_step == trainer.max_steps:
+                self._finish(trainer, pl_module.tokens_seen)
 
     def _log(self, trainer: Trainer, losses: np.ndarray, seen: int) -> None:
         label = self.fit.labels() if self.fit.is_ready else None
@@ -230,17 +234,16 @@ class TokenDynamics(Callback):
         grid = gathered.reshape(-1, found.shape[1])[: len(numbers)].cpu().numpy()
         return grid[self.tokens.live]
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero and self.fit.is_ready:
-            name = self.run_dir.name
-            analysis = classify_run(self.store, name, self.threshold, self.mean_loss)
-            for logger in wandb_logs(trainer):
-                logger.log_media(final_media(analysis), trainer.global_step, pl_module.tokens_seen)
-                logger.log_summary(final_summary(analysis))
-                manifest = self.store.folder / "manifest.json"
-                logger.log_folder(
-                    manifest, name=f"dynamics-{name}", kind="dynamics", is_input=False
-                )
+    def _finish(self, trainer: Trainer, seen: int) -> None:
+        """At the last step and before its checkpoint, so that a run killed here does it again."""
+        if not self.fit.is_ready:
+            return
+        name, manifest = self.run_dir.name, self.store.folder / "manifest.json"
+        analysis = classify_run(self.store, name, self.threshold, self.mean_loss)
+        for logger in wandb_logs(trainer):
+            logger.log_media(final_media(analysis), trainer.global_step, seen)
+            logger.log_summary(final_summary(analysis))
+            logger.log_folder(manifest, name=f"dynamics-{name}", kind="dynamics", is_input=False)
 
 
 def wandb_logs(trainer: Trainer) -> list[WandbLog]:
@@ -249,7 +252,7 @@ def wandb_logs(trainer: Trainer) -> list[WandbLog]:
 
 def even_part(trainer: Trainer) -> int:
     """Tokens of whole steps, about 1/32 of the run: the fit takes the checkpoints as even."""
-    return max(1, trainer.max_steps // PARTS) * (tokens_of(trainer) // trainer.max_steps)
+    return max(1, round(trainer.max_steps / PARTS)) * (tokens_of(trainer) // trainer.max_steps)
 
 
 def tokens_of(trainer: Trainer) -> int:
@@ -319,29 +322,46 @@ def tokens_seen_by(path: Path) -> int:
     return record["tokens_seen"]
 
 
-def missing(run: Path, store: TrajectoryStore) -> list[Path]:
-    return [path for path in checkpoints_of(run) if not store.has(tokens_seen_by(path))]
+def missing(run: Path, store: TrajectoryStore) -> list[tuple[Path, int]]:
+    """(checkpoint, tokens seen) of what the store lacks; a live run may remove one meanwhile."""
+    found = []
+    for path in checkpoints_of(run):
+        with suppress(FileNotFoundError):
+            found.append((path, tokens_seen_by(path)))
+    return [(path, seen) for path, seen in found if not store.has(seen)]
+
+
+def load_if_there(path: Path, corpus: Corpus) -> SelectiveLM | None:
+    try:
+        return load_checkpoint(path, corpus)
+    except (UserError, OSError):
+        if path.exists() and sidecar(path).exists():
+            raise
+    log.warning("%s is gone: its run goes on and keeps fewer checkpoints", path)
+    return None
 
 
 def evaluate_runs(runs: Sequence[Path], windows: Windows, tokens: TokenSet, config: Any) -> list:
     """Append what each run's store lacks."""
     stores = [open_store(run, windows, tokens, config) for run in runs]
     todo = [
-        (store, path)
+        (store, path, seen)
         for run, store in zip(runs, stores, strict=True)
-        for path in missing(run, store)
+        for path, seen in missing(run, store)
     ]
-    warn_of_new_classes([store for store, _ in todo])
-    device, dtype = pick_device(config.device), DTYPES[config.dtype]
+    warn_of_new_classes([store for store, _, _ in todo])
+    device = pick_device(config.device)
     with progress("token losses", len(todo) * tokens.num_targets, "tokens") as advance:
-        for store, path in todo:
-            if not path.exists():
-                log.warning("%s is gone: its run goes on and keeps fewer checkpoints", path)
-                continue
-            lm = load_checkpoint(path, windows.corpus).to(device, dtype)
-            grid = token_losses(lm, windows, tokens.windows, config.batch_size)
-            store.append(tokens_seen_by(path), grid[tokens.live])
-            advance(tokens.num_targets)
+        for store, path, seen in todo:
+            lm = load_if_there(path, windows.corpus)
+            if lm is not None:
+                lm.to(device, WAYS[config.dtype])
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=config.dtype == "bf16-mixed"
+                ):
+                    grid = token_losses(lm, windows, tokens.windows, config.batch_size)
+                store.append(seen, grid[tokens.live])
+                advance(tokens.num_targets)
     return stores
 
 
@@ -386,8 +406,8 @@ def check_settings(config: Any) -> None:
     for key in ("num_targets", "batch_size"):
         check_count(key, config[key])
     check_threshold(config.threshold, config.mean_loss)
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype is {config.dtype!r}, it must be one of {tuple(DTYPES)}")
+    if config.dtype not in WAYS:
+        raise UserError(f"dtype is {config.dtype!r}, it must be one of {tuple(WAYS)}")
 
 
 def dynamics(config: Any) -> list[Analysis]:

@@ -21,11 +21,6 @@ MIN_LATE = 8  # points of a line that show its course without its start
 Row = dict[str, Any]
 
 
-def arrow(name: str) -> str:
-    """HL -> H→L"""
-    return f"{name[0]}\u2192{name[1]}"
-
-
 def amounts(numbers: Sequence[int]) -> list[str]:
     """13.1M; in full where that does not tell them apart."""
     from matplotlib.ticker import EngFormatter

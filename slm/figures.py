@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from slm.analysis import Analysis, mean_or_nan
-from slm.classes import CLASSES
+from slm.classes import ARROWS, CLASSES
 from slm.errors import UserError
 from slm.excerpts import FONT, legend_text
 from slm.figure_parts import (
@@ -29,7 +29,6 @@ from slm.figure_parts import (
     WIDTH,
     Line,
     amounts,
-    arrow,
     chooser_of,
     draw_panel,
     finish,
@@ -78,8 +77,8 @@ def class_lines(analysis: Analysis) -> list[Line]:
     found = []
     for index, name in enumerate(CLASSES):
         share, values = analysis.shares[name], analysis.class_losses[:, index]
-        label = f"{arrow(name)} ({100 * share.share:.0f}% of tokens)"
-        if share.count:
+        label = f"{ARROWS[name]} ({100 * share.share:.0f}% of tokens)"
+        if share.num_tokens:
             colour = CLASS_COLOURS[name]
             found.append(Line("classes", name, label, colour, analysis.tokens_seen, values))
     return found

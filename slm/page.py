@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from slm.analysis import Analysis, rule_name
-from slm.classes import CLASSES
+from slm.classes import ARROWS, CLASSES, MEANING
 from slm.heat_map import (
     Sample,
     draw_examples,
@@ -31,7 +31,6 @@ from slm.heat_map import (
     window_texts,
 )
 from slm.page_figures import (
-    CLASS_NAMES,
     compared,
     excess_panels,
     highest,
@@ -52,7 +51,6 @@ MAX_BYTES = 8_000_000
 EXAMPLES = 5  # tokens of each class
 # Of a JSON text inside of <script>: no tag can end it, and every parser reads the same lines.
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
-CLASS_WORDS = {"HH": "not learned", "LH": "forgotten", "HL": "learned", "LL": "easy from the start"}
 CLASS_RULES = {
     "HH": "no such change, the last loss above the mean",
     "LH": "the line rises by more than the threshold",
@@ -112,9 +110,7 @@ def render(
     return environment.get_template("page.html").render(
         title=title,
         runs=[summary(analysis, rows_of(analysis, truth)) for analysis in analyses],
-        classes=[
-            (name, CLASS_NAMES[name], CLASS_RULES[name], CLASS_WORDS[name]) for name in CLASSES
-        ],
+        classes=[(name, ARROWS[name], CLASS_RULES[name], MEANING[name]) for name in CLASSES],
         table=sweep and sweep_table(sweep),
         against_k=bool(sweep and sweep.ratio_panels),
         notes=sweep.notes if sweep else [],
@@ -148,9 +144,7 @@ def page_data(
         if set_key(analysis) not in samples:
             samples[set_key(analysis)] = draw_sample(analysis.tokens, MAX_WINDOWS, most, seed)
     return {
-        "classes": [
-            {"key": name, "name": CLASS_NAMES[name], "word": CLASS_WORDS[name]} for name in CLASSES
-        ],
+        "classes": [{"key": name, "name": ARROWS[name], "word": MEANING[name]} for name in CLASSES],
         "windows": set_windows(analyses, samples),
         "runs": [
             run_data(analysis, samples[set_key(analysis)], rows_of(analysis, truth), seed)
@@ -168,8 +162,10 @@ def set_key(analysis: Analysis) -> str:
 
 
 def fit_key(analysis: Analysis) -> str:
-    """Classes that can be compared are of the same checkpoints and thresholds."""
-    return f"{analysis.tokens_seen.tolist()} {analysis.threshold}"
+    """Classes that can be compared are of the same checkpoints, threshold and level."""
+    settings = analysis.store.settings
+    level = settings["mean_loss"] if settings else None
+    return f"{analysis.tokens_seen.tolist()} {analysis.threshold} {level}"
 
 
 def set_windows(analyses: Sequence[Analysis], samples: dict[str, Sample]) -> Json:
@@ -227,8 +223,6 @@ def summary(analysis: Analysis, truth: Sequence[Json]) -> Json:
         "threshold": analysis.threshold,
         "mean_loss": analysis.mean_loss,
         "uneven": analysis.uneven,
-        "has_references": "reference_loss" in analysis.tokens.columns,
-        "kept": analysis.kept is not None,
         "classes": [class_row(analysis, index) for index in range(len(CLASSES))],
         "truth": truth_table(truth),
         "truth_ratios": truth_ratios(truth),
@@ -239,7 +233,7 @@ def class_row(analysis: Analysis, index: int) -> Json:
     found = analysis.shares[CLASSES[index]]
     return {
         "key": CLASSES[index],
-        "name": CLASS_NAMES[CLASSES[index]],
+        "name": ARROWS[CLASSES[index]],
         "share": found,
         "first": analysis.class_losses[0, index],
         "last": analysis.class_losses[-1, index],

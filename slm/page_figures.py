@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slm.analysis import Analysis
-from slm.classes import CLASSES
+from slm.classes import ARROWS, CLASSES
 from slm.heat_map import numbers
 from slm.plots import TOKENS_AXIS
 from slm.shards import Json
@@ -19,7 +19,6 @@ from slm.shards import Json
 MAX_POINTS = 200  # of a line
 MAX_SOURCES = 10  # lines of sources: the largest
 BINS = 60
-CLASS_NAMES = {"HH": "H→H", "LH": "L→H", "HL": "H→L", "LL": "L→L"}
 # Up and down as the loss goes: a second cue beside the colour.
 CLASS_MARKS = {"HH": "square", "LH": "triangle-up", "HL": "triangle-down", "LL": "circle"}
 MARKS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x")
@@ -100,7 +99,7 @@ def shares(analysis: Analysis) -> Json:
     """Provisional shares thin, the final ones as points with their intervals."""
     traces = []
     for index, name in enumerate(CLASSES):
-        shade, label = f"var(--{name})", CLASS_NAMES[name]
+        shade, label = f"var(--{name})", ARROWS[name]
         style = {"line": {"color": shade, "width": 1.5}, "legendgroup": name}
         history = analysis.share_history[:, index]
         traces.append(line(label, analysis.tokens_seen, history, shade, CLASS_MARKS[name], **style))
@@ -113,7 +112,7 @@ def final_share(analysis: Analysis, name: str) -> Json:
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": f"{CLASS_NAMES[name]}, final",
+        "name": f"{ARROWS[name]}, final",
         "showlegend": False,
         "x": [int(analysis.tokens_seen[-1])],
         "y": [round(found.share, 4)],
@@ -134,7 +133,7 @@ def interval(share: float, low: float, high: float) -> Json:
 def losses(analysis: Analysis) -> Json:
     seen = analysis.tokens_seen
     traces = [
-        line(CLASS_NAMES[name], seen, column, f"var(--{name})", CLASS_MARKS[name])
+        line(ARROWS[name], seen, column, f"var(--{name})", CLASS_MARKS[name])
         for name, column in zip(CLASSES, analysis.class_losses.T, strict=True)
     ]
     dashed = {"color": "var(--ink)", "width": 2, "dash": "dash"}
@@ -145,7 +144,7 @@ def losses(analysis: Analysis) -> Json:
 def kept_class(analysis: Analysis) -> Json:
     assert analysis.kept is not None
     traces = [
-        line(CLASS_NAMES[name], analysis.tokens_seen, column, f"var(--{name})", CLASS_MARKS[name])
+        line(ARROWS[name], analysis.tokens_seen, column, f"var(--{name})", CLASS_MARKS[name])
         for name, column in zip(CLASSES, analysis.kept.by_class.T, strict=True)
     ]
     return figure(traces, SEEN_AXIS, titled("share selected", **SHARE))
@@ -306,7 +305,7 @@ def compared_classes(analyses: Sequence[Analysis], bar: Any, y: Json) -> Json:
         | {
             "type": "bar",
             "name": plain(found.name),
-            "x": list(CLASS_NAMES.values()),
+            "x": list(ARROWS.values()),
             "marker": {"color": colour(i), "pattern": {"shape": pattern(i)}},
         }
         for i, found in enumerate(analyses)

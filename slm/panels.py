@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.analysis import Analysis
-from slm.classes import CLASSES
+from slm.classes import ARROWS, CLASSES, MEANING
 from slm.token_set import TokenSet
 from slm.token_texts import whole_characters
 from slm.tracking import Media
@@ -28,7 +28,6 @@ from slm.tracking import Media
 EXCESS_BINS, EXCESS_LIMIT_NATS = 64, 8.0  # a quarter of a nat each, 0 is an edge
 CONTEXT_TOKENS = 12
 COLORS = {"HH": "#f6c08a", "LH": "#e6a5d0", "HL": "#9ccbf2", "LL": "#a9dcc9"}
-MEANING = {"HH": "not learned", "LH": "forgotten", "HL": "learned", "LL": "easy from the start"}
 Ends = tuple[np.ndarray, np.ndarray]  # losses (M,) at the first and at the last checkpoint
 STYLE = """
 body{font:13px/1.7 ui-monospace,monospace;color:#111;background:#fff}
@@ -270,7 +269,7 @@ def heat_map(
 
 def class_text(name: str) -> str:
     """H→L learned"""
-    return f"{name[0]}\u2192{name[1]} {MEANING[name]}"
+    return f"{ARROWS[name]} {MEANING[name]}"
 
 
 def window_html(analysis: Analysis, ends: Ends, row: int, start: int, num_tokens: int) -> str:

@@ -16,7 +16,7 @@ named and left out of the tables; their token losses so far are shown.
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,24 +288,28 @@ def sweep_report(config: Any, runs: Sequence[Run], left_out: dict[Path, str]) ->
 def read_analyses(folders: Sequence[str], most: int, check: str) -> list[Analysis]:
     """Of all stores of the runs, finished or not; too short or damaged ones are named."""
     stores = [(run, store) for run in run_folders(folders) for store in store_folders(run)]
-    whole = [(run, folder) for run, folder in stores if is_long_enough(folder)]
+    whole = [(run, folder) for run, folder in stores if can_be_shown(folder)]
     if len(whole) > most:
         log.warning(
-            "%d runs have token losses, the first %d are shown (max_dynamics)", len(whole), most
+            "%d stores of token losses, the first %d are shown (max_dynamics)", len(whole), most
         )
-    with progress("token dynamics", len(whole[:most]), "runs") as advance:
+    total = sum(len(TrajectoryStore(folder).checkpoints) for _, folder in whole[:most])
+    with progress("token dynamics", total, "checkpoints") as advance:
         found = []
         for (_, folder), name in zip(whole, analysis_names(whole[:most]), strict=False):
             try:
-                found.append(read_analysis(folder, name, check))
+                found.append(read_analysis(folder, name, check, advance))
             except UserError as error:
                 log.warning("left out: the token losses of %s: %s", name, error)
-            advance(1)
         return found
 
 
-def is_long_enough(folder: Path) -> bool:
-    count = len(TrajectoryStore(folder).checkpoints)
+def can_be_shown(folder: Path) -> bool:
+    try:
+        count = len(TrajectoryStore(folder).checkpoints)
+    except UserError as error:
+        log.warning("left out: %s", error)
+        return False
     if count < MIN_CHECKPOINTS:
         log.warning(
             "left out: %s has %d checkpoints, a trajectory needs %d",
@@ -314,10 +318,10 @@ def is_long_enough(folder: Path) -> bool:
     return count >= MIN_CHECKPOINTS
 
 
-def read_analysis(folder: Path, name: str, check: str) -> Analysis:
+def read_analysis(folder: Path, name: str, check: str, advance: Callable[[int], None]) -> Analysis:
     """With the threshold and the level that the classes were made with."""
     store = TrajectoryStore(folder, check)
-    return analyse(store, name, **store.settings)
+    return analyse(store, name, **store.settings, advance=advance)
 
 
 def analysis_names(stores: Sequence[tuple[Path, Path]]) -> list[str]:
@@ -358,7 +362,6 @@ def short_paths(folders: Sequence[Path]) -> dict[Path, str]:
 def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Run]) -> list[Json]:
     """Write the paper's figures and how well scores tell signal from noise; returns its rows."""
     out = Path(config.out)
-    remove_figures(out / "figures")
     name = chosen_sets(runs, config.sets)[0] if runs else ""
     of_run = {run.folder: run for run in runs}
     curves = [
@@ -375,12 +378,12 @@ def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Ru
     return truth
 
 
-def remove_figures(folder: Path) -> None:
-    """Of an earlier report into the same folder, maybe of other runs."""
-    for kind in KINDS:
-        for suffix in (".png", ".svg", ".csv"):
-            for path in folder.glob(f"{kind}-*{suffix}"):
-                path.unlink()
+def remove_earlier(out: Path) -> None:
+    """What an earlier report wrote into the same folder, maybe of other runs."""
+    names = [f"figures/{kind}-*{suffix}" for kind in KINDS for suffix in (".png", ".svg", ".csv")]
+    for name in [*names, "table.*", "truth*.csv", "loss_vs_*", "report.html"]:
+        for path in out.glob(name):
+            path.unlink()
 
 
 # ---- all of it ----------------------------------------------------------------------------------
@@ -398,9 +401,10 @@ def report(config: Any) -> list[Json]:
             f"none of the {len(left_out)} runs in {config.runs} is complete, and none has token "
             "losses (`slm dynamics`)"
         )
+    remove_earlier(Path(config.out))
     sweep = sweep_report(config, runs, left_out) if runs else None
     truth = dynamics_report(config, analyses, runs) if analyses else []
-    title = ", ".join(Path(folder).name for folder in folders)
+    title = ", ".join(Path(folder).resolve().name for folder in folders)
     write_page(Path(config.out) / "report.html", title, analyses, sweep, truth)
     return list(sweep.rows) if sweep else []
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.analysis import Analysis
-from slm.classes import CLASSES
+from slm.classes import ARROWS, CLASSES
 from slm.errors import UserError
 from slm.excerpts import GREY, columns_in, draw_segments, size_of, wrap
-from slm.figure_parts import CLASS_COLOURS, WIDTH, Row, amounts, arrow, chooser_of, finish, plain
+from slm.figure_parts import CLASS_COLOURS, WIDTH, Row, amounts, chooser_of, finish, plain
 from slm.plots import COLOURS, LEGEND_SIZE, TITLE_SIZE, dress, legend_columns, pyplot
 from slm.token_texts import whole_characters
 
@@ -118,7 +118,7 @@ def selected_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
 
 def class_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
     grounds = [light(CLASS_COLOURS[row["class"]]) if row["class"] else None for row in rows]
-    labels = {arrow(name): light(colour) for name, colour in CLASS_COLOURS.items()}
+    labels = {ARROWS[name]: light(colour) for name, colour in CLASS_COLOURS.items()}
     title = f"{analysis.name}, {len(analysis.losses)} checkpoints"
     return TextLook(title, grounds, labels)
 

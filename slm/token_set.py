@@ -92,8 +92,11 @@ def live_targets(windows: Windows, numbers: np.ndarray) -> np.ndarray:  # (B, T)
 
 
 def main_sources(windows: Windows, numbers: np.ndarray) -> np.ndarray:  # (B,)
-    found = [windows.sources(part) for part in parts(numbers)]
-    return np.array([np.bincount(row).argmax() for rows in found for row in rows])
+    found: list[int] = []
+    for part in parts(numbers):
+        rows = zip(windows.sources(part), live_targets(windows, part), strict=True)
+        found += [int(np.bincount(row[live], minlength=1).argmax()) for row, live in rows]
+    return np.array(found)
 
 
 def in_turn(numbers: np.ndarray, source: np.ndarray) -> np.ndarray:

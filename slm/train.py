@@ -212,6 +212,8 @@ def build_trainer(config: DictConfig, data: TokenData) -> Trainer:
     loggers = [build(node) for node in config.logger.values()]
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
     checkpoints = next(item for item in callbacks if isinstance(item, Checkpoints))
+    # Saved last, so that a run that goes on from it lacks nothing that was made at its step.
+    callbacks.sort(key=lambda item: isinstance(item, Checkpoints))
     clocks = [StepClock(item) for item in callbacks if isinstance(item, Metrics)]
     trainer: Trainer = build(
         config.trainer,

@@ -102,15 +102,18 @@ class TrajectoryStore:
         adopt_plan(folder, plan, "other losses", "another name")
         if not (folder / "token_set.json").exists():
             write_token_set(folder, tokens)
-        return cls(folder, check)
+        store = cls(folder, check)
+        if store.checkpoints:
+            store.write_manifest()  # a kill may have come between it and the last column
+        return store
 
     def check_hashes(self) -> None:
-        for checkpoint in self.checkpoints:
-            path = self.path(checkpoint.tokens_seen)
-            if (found := hash_file(path)) != checkpoint.sha256:
-                raise UserError(
-                    f"{path} is damaged: sha256 {found}, its .json says {checkpoint.sha256}"
-                )
+        recorded = read_json(self.folder / "token_set.json")["sha256"]
+        expected = {self.folder / name: digest for name, digest in recorded.items()}
+        expected |= {self.path(c.tokens_seen): c.sha256 for c in self.checkpoints}
+        for path, digest in expected.items():
+            if (found := hash_file(path)) != digest:
+                raise UserError(f"{path} is damaged: sha256 {found}, its .json says {digest}")
 
     @property
     def sources(self) -> list[str]:
@@ -159,10 +162,10 @@ class TrajectoryStore:
         path = self.folder / "classes.json"
         return read_json(path) if path.exists() else {}
 
-    def losses(self) -> "LossColumns":
-        return LossColumns(
-            [self.path(c.tokens_seen) for c in self.checkpoints], self.tokens.num_targets
-        )
+    def losses(self, checkpoints: Sequence[Checkpoint] | None = None) -> "LossColumns":
+        """Of these checkpoints; None: of all that are there now."""
+        chosen = self.checkpoints if checkpoints is None else checkpoints
+        return LossColumns([self.path(c.tokens_seen) for c in chosen], self.tokens.num_targets)
 
     def forget_after(self, tokens_seen: int) -> None:
         """Of a run that goes on from an earlier checkpoint: what came later is made again."""

@@ -25,6 +25,7 @@ from slm.spans import NOISE, SIGNAL, UNKNOWN
 from slm.token_set import TokenSet
 
 RATIOS = (0.2, 0.4, 0.6, 0.8)
+MOST_CHECKPOINTS = 64  # evenly spread, the first and the last among them: each costs sorts
 
 Row = dict[str, Any]
 
@@ -75,7 +76,8 @@ def truth_rows(analysis: Analysis, ratios: Sequence[float] = RATIOS, seed: int =
     fixed, rows = fixed_scores(analysis.tokens, seed), []
     for part, (known, signal) in labelled_parts(analysis).items():
         still = {name: separation(score[known], signal, ratios) for name, score in fixed.items()}
-        for seen, losses in zip(analysis.tokens_seen, analysis.losses, strict=True):
+        for index in shown_checkpoints(len(analysis.tokens_seen)):
+            seen, losses = analysis.tokens_seen[index], analysis.losses[index]
             moving = {
                 name: separation(score[known], signal, ratios)
                 for name, score in moving_scores(analysis.tokens, losses)
@@ -84,6 +86,11 @@ def truth_rows(analysis: Analysis, ratios: Sequence[float] = RATIOS, seed: int =
                 start = {"run": analysis.name, "part": part, "tokens_seen": int(seen)}
                 rows.append(start | {"score": name} | separation_columns(found, signal, ratios))
     return rows
+
+
+def shown_checkpoints(count: int) -> list[int]:
+    places = np.linspace(0, count - 1, min(count, MOST_CHECKPOINTS))
+    return np.unique(places.round().astype(int)).tolist()
 
 
 def labelled_parts(analysis: Analysis) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -128,7 +135,7 @@ def separation_columns(found: Separation, signal: np.ndarray, ratios: Sequence[f
 
 
 def kept_rows(analysis: Analysis) -> list[Row]:
-    """What the run's rule keeps of signal and of noise at each checkpoint, all tokens ranked.
+    """What the run's rule keeps of signal and of noise at each checkpoint; every token is ranked.
 
     None where there are no labels of both kinds, or the store lacks scores that the rule needs.
     """

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from slm.analysis import analyse, run_chooser, shares_of
+from slm.analysis import Chooser, analyse, run_chooser, shares_of
 from slm.classes import CLASSES, RunningFit, classify
 from slm.data import Windows
 from slm.errors import UserError
-from slm.token_set import read_windows
+from slm.selection import Excess
+from slm.token_set import TokenSet, read_windows
 from slm.trajectories import TrajectoryStore, make_plan
 
 EXCESS = {"_target_": "slm.selection.Excess", "select_ratio": 0.5, "scope": "batch"}
@@ -82,7 +83,10 @@ def test_every_number_is_counted_by_hand(make_store):
     for index, column in enumerate(losses):
         excess = column.astype(np.float64) - reference
         mask = np.zeros(32, bool)
-        for rows in (slice(0, 16), slice(16, 32)):  # two windows of 8 are ranked together
+        order = np.random.Generator(np.random.PCG64(0)).permutation(4)
+        assert order.tolist() != [0, 1, 2, 3]
+        for pair in (order[:2], order[2:]):  # two windows of 8 are ranked together
+            rows = (pair[:, None] * 8 + np.arange(8)).ravel()
             mask[rows] = excess[rows] > np.sort(excess[rows])[7]
         assert mask.sum() == 16
         times += mask
@@ -102,6 +106,47 @@ def test_every_number_is_counted_by_hand(make_store):
     excess_loss = found.excess_loss(2)
     assert excess_loss is not None
     np.testing.assert_allclose(excess_loss, losses[2] - reference, rtol=1e-5, atol=1e-6)
+
+
+def test_sources_beside_each_other_are_ranked_together_as_in_training(tmp_path):
+    """Batches in the stored order would be of one source each, and keep half of both."""
+    windows, length = 64, 16
+    live = np.ones((windows, length), bool)
+    source = np.repeat([0, 1], windows * length // 2).astype(np.uint16)
+    rng = np.random.default_rng(0)
+    excess_loss = rng.normal(0, 1, len(source)) + 1.5 * source
+    tokens = TokenSet(
+        np.arange(windows),
+        np.zeros((windows, length + 1), np.uint32),
+        live,
+        {"source": source, "reference_loss": np.full(len(source), 5, np.float32)},
+        {0: b"a"},
+    )
+    mask = Chooser("excess", tokens, Excess(0.5), batch_size=16).selected(excess_loss + 5, 0)
+    assert mask.mean() == 0.5
+    together = excess_loss > np.sort(excess_loss)[len(source) // 2 - 1]
+    for index in (0, 1):
+        expected = together[source == index].mean()
+        assert mask[source == index].mean() == pytest.approx(expected, abs=0.06)
+        assert abs(expected - 0.5) > 0.2
+
+
+@pytest.mark.parametrize("target", ["os.getcwd", "not_installed.Rule", "slm.selection.Nothing"])
+def test_a_rule_that_is_none_is_not_called(make_store, target):
+    found = analyse(filled(make_store({"_target_": target}), losses_of(3)), "run")
+    assert found.kept is None and found.chooser is None
+
+
+def test_a_run_that_goes_on_meanwhile_does_no_harm(make_store, monkeypatch):
+    store, losses = make_store(), losses_of(4)
+    filled(store, losses[:3])
+
+    def slow(columns, *rest):
+        store.append(300, losses[3])  # while the others are classified
+        return classify(columns, *rest)
+
+    monkeypatch.setattr("slm.analysis.classify", slow)
+    assert analyse(store, "run").tokens_seen.tolist() == [0, 100, 200]
 
 
 def test_the_shares_so_far_are_those_of_the_checkpoints_so_far(make_store):

@@ -15,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from slm.analysis import analyse
+from slm.checkpoint import sidecar
 from slm.classes import CLASSES, classify
 from slm.cli import conf_folder
 from slm.data import Windows
@@ -273,7 +274,7 @@ def test_what_would_be_noticed_too_late_is_said_at_the_start(
 
 
 def test_the_default_is_even_in_whole_steps():
-    for steps, expected in ((100, 3), (64, 2), (31, 1), (1000, 31)):
+    for steps, expected in ((100, 3), (64, 2), (63, 2), (31, 1), (1000, 31)):
         data = SimpleNamespace(tokens_per_step=4096)
         trainer: Any = SimpleNamespace(max_steps=steps, datamodule=data)
         assert even_part(trainer) == expected * 4096
@@ -284,10 +285,68 @@ def test_a_flipped_byte_is_found_when_asked_for(text_corpus, run):
     path = run / "dynamics" / "c" / "losses-000000000000768.npy"
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
+    before = path.read_bytes()
     path.write_bytes(data)
     dynamics(compose_dynamics(run, text_corpus.folder))
     with pytest.raises(UserError, match="000768.npy is damaged: sha256"):
         dynamics(compose_dynamics(run, text_corpus.folder, "check=full"))
+    path.write_bytes(before)
+    other = path.with_name("source.npy")
+    data = bytearray(other.read_bytes())
+    data[-2] ^= 1
+    other.write_bytes(data)
+    with pytest.raises(UserError, match="source.npy is damaged: sha256"):
+        dynamics(compose_dynamics(run, text_corpus.folder, "check=full"))
+
+
+def test_a_kill_before_the_manifest_is_mended_by_the_next_run(text_corpus, run):
+    dynamics(compose_dynamics(run, text_corpus.folder))
+    manifest = run / "dynamics" / "c" / "manifest.json"
+    whole = manifest.read_bytes()
+    found = json.loads(whole)
+    del found["checkpoints"][-1]
+    manifest.write_text(json.dumps(found))
+    dynamics(compose_dynamics(run, text_corpus.folder))
+    assert manifest.read_bytes() == whole
+
+
+@pytest.mark.parametrize("cut", [12])  # the last step: after its checkpoint
+def test_a_run_stopped_at_its_end_has_its_classes(tmp_path, text_corpus, run, monkeypatch, cut):
+    words = during(text_corpus, "callbacks.checkpoints.keep=null")
+    config = compose_train(tmp_path / "cut", text_corpus.folder, *words)
+    crash_at(monkeypatch, cut)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    crash_at(monkeypatch, None)
+    train(config)
+    assert files(run / "dynamics" / "tokens") == files(tmp_path / "cut" / "dynamics" / "tokens")
+
+
+def test_a_run_killed_before_its_last_checkpoint_has_its_classes(
+    tmp_path, text_corpus, run, monkeypatch
+):
+    """Killed while the last token losses are taken: the checkpoint of that step must not exist."""
+    words = during(text_corpus, "callbacks.checkpoints.keep=null")
+    config = compose_train(tmp_path / "cut", text_corpus.folder, *words)
+
+    def killed(self: Any, trainer: Any, seen: int) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenDynamics, "_finish", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config)
+    train(config)
+    assert files(run / "dynamics" / "tokens") == files(tmp_path / "cut" / "dynamics" / "tokens")
+    same_results(run, tmp_path / "cut")
+
+
+def test_bf16_mixed_can_be_taken_from_checkpoints_too(text_corpus, run):
+    dynamics(compose_dynamics(run, text_corpus.folder, "dtype=bf16-mixed", "name=half"))
+    half, full = (TrajectoryStore(run / "dynamics" / n) for n in ("half", "tokens"))
+    for mine, theirs in zip(half.losses(), full.losses(), strict=True):
+        assert not np.array_equal(mine, theirs)
+        np.testing.assert_allclose(mine, theirs, atol=0.1)
 
 
 def test_new_checkpoints_make_other_classes_and_it_is_said(text_corpus, run, caplog):
@@ -321,6 +380,7 @@ def test_a_checkpoint_that_a_live_run_removed_is_passed_over(text_corpus, run, m
         second = first.with_name("step-00000004.ckpt")
         if path == first:
             second.unlink()
+            sidecar(second).unlink()
         return load_checkpoint(path, corpus)
 
     monkeypatch.setattr("slm.dynamics.load_checkpoint", load)
@@ -390,6 +450,8 @@ def test_an_empty_folder_is_no_run(tmp_path, text_corpus):
     [
         ("num_targets=0", "num_targets is 0, it must be a whole number of at least 1"),
         ("threshold=-1", "threshold is -1, it must be a number of nats, 0 or more"),
+        ("mean_loss=nan", "mean_loss is nan, it must be a number of nats, or null"),
+        ("threshold=true", "threshold is True, it must be a number of nats, 0 or more"),
         ("mean_loss=high", "mean_loss is 'high', it must be a number of nats, or null"),
         ("name=a/b", "name is 'a/b', it must be one folder's name"),
         ("name=2024", "name is 2024, it must be one folder's name"),

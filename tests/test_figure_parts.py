@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from slm.figure_parts import Line, amounts, arrow, draw_panel, line_rows, plain
+from slm.figure_parts import Line, amounts, draw_panel, line_rows, plain
 from slm.plots import pyplot
 
 
@@ -12,9 +12,8 @@ def test_amounts_are_told_apart():
     assert amounts([13_107_200, 13_107_300]) == ["13,107,200", "13,107,300"]
 
 
-def test_names_are_plain_and_arrows_arrows():
+def test_names_are_plain():
     assert plain(r"a $\x$ \$") == r"a \$\x\$ \\$"
-    assert arrow("HL") == "H\u2192L"
 
 
 def line(values: list[float], **more) -> Line:

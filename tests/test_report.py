@@ -372,7 +372,7 @@ def test_at_most_so_many_runs_are_shown(tmp_path, caplog):
         folder = make_run(tmp_path / "runs" / f"r{seed}", seed=seed)
         make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
     report(config(tmp_path / "runs", tmp_path / "out", max_dynamics=2))
-    assert "3 runs have token losses, the first 2 are shown (max_dynamics)" in caplog.text
+    assert "3 stores of token losses, the first 2 are shown (max_dynamics)" in caplog.text
     data = data_of(tmp_path / "out" / "report.html")
     assert [run["name"] for run in data["runs"]] == ["r0", "r1"]
 
