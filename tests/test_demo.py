@@ -106,6 +106,8 @@ def test_the_whole_demo_runs_from_another_folder(tmp_path):
     page = (out / "report" / "report.html").read_text()
     data = json.loads(page.split('<script type="application/json" id="data">')[1].split("<")[0])
     assert [run["name"] for run in data["runs"]] == [
-        f"{rule}/seed={seed}" for rule in ("all", "random", "excess") for seed in (0, 1)
+        f"{rule}, seed {seed}"
+        for rule in ("all tokens", "random 0.6", "excess 0.6")
+        for seed in (0, 1)
     ]
     assert data["sweep"]["ratios"] and (out / "report" / "figures").is_dir()
