@@ -257,8 +257,8 @@ def paper_figures(
 ) -> list[Path]:
     """Write the figures that can be drawn of the runs; the log says why others cannot.
 
-    The control is the first run of the same tokens that trains on all of them. Returns the PNGs;
-    SVG and CSV stand beside them under the same name.
+    The control is a run of the same tokens that trains on all of them, of the same seed where
+    there is one. Returns the PNGs; SVG and CSV stand beside them under the same name.
     """
     written = []
     for analysis, stem in zip(analyses, file_names(analyses), strict=True):
@@ -313,8 +313,14 @@ def selects(analysis: Analysis) -> bool:
     return True
 
 
+def seed_of(analysis: Analysis) -> int | None:
+    """Of the order of its samples; None where the store does not say."""
+    run = analysis.store.plan["run"]
+    return run["seed"] if "seed" in run else None
+
+
 def control_of(run: Analysis, analyses: Sequence[Analysis]) -> Analysis | None:
-    for other in analyses:
+    for other in sorted(analyses, key=lambda other: seed_of(other) != seed_of(run)):
         if takes_all_tokens(other.store.plan["run"]["selection"]):
             try:
                 common_checkpoints(run, other)

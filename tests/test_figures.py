@@ -26,6 +26,7 @@ from slm.errors import UserError
 from slm.figures import (
     KINDS,
     class_figure,
+    control_of,
     file_names,
     paper_figures,
     perplexity_figure,
@@ -214,6 +215,15 @@ def test_checkpoints_are_spread_over_those_at_which_the_rule_selects(make):
 
 
 # ---- all of them --------------------------------------------------------------------------------
+
+
+def test_the_control_has_the_runs_own_seed(make):
+    runs = [make("all 0", ALL), make("all 1", ALL), make("excess 0.5")]
+    for analysis, seed in zip(runs, (0, 1, 1), strict=True):
+        analysis.store.plan["run"] = analysis.store.plan["run"] | {"seed": seed}
+    assert control_of(runs[2], runs) is runs[1]
+    runs[2].store.plan["run"]["seed"] = 7
+    assert control_of(runs[2], runs) is runs[0]
 
 
 def test_all_figures_that_can_be_drawn_are_written(make, tmp_path, caplog, kept):
