@@ -26,6 +26,7 @@ from slm.classes import (
     class_losses,
     class_shares,
     classify,
+    level_of,
 )
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
@@ -210,10 +211,6 @@ def analyse(
         chooser=chooser,
         kept=kept(chooser, found.label, losses, tokens_seen, store, advance) if chooser else None,
     )
-
-
-def level_of(losses: Sequence[np.ndarray], mean_loss: float | None) -> float:
-    return float(np.mean(losses[-1], dtype=np.float64)) if mean_loss is None else mean_loss
 
 
 def share_history(

@@ -52,12 +52,17 @@ def classify(
 ) -> Trajectories:
     """Fit, count and label every token; `mean_loss`: None takes the last checkpoint's."""
     check_losses(losses)
-    level = float(np.mean(losses[-1], dtype=np.float64)) if mean_loss is None else mean_loss
+    level = level_of(losses, mean_loss)
     parts = [
         fit_block(losses, slice(start, start + BLOCK), threshold, level)
         for start in range(0, len(losses[0]), BLOCK)
     ]
     return Trajectories(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def level_of(losses: Sequence[np.ndarray], mean_loss: float | None) -> float:
+    """Between L->L and H->H, nats: what was asked for, else the mean of the last checkpoint."""
+    return float(np.mean(losses[-1], dtype=np.float64)) if mean_loss is None else mean_loss
 
 
 def check_threshold(threshold: Any, mean_loss: Any) -> None:
