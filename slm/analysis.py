@@ -274,6 +274,11 @@ def mean_or_nan(values: np.ndarray) -> float:
     return float(values.mean(dtype=np.float64)) if len(values) else float("nan")
 
 
+def histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:  # (n,), (B + 1,) -> (B,)
+    """Counts; what lies outside is counted in the outermost bins."""
+    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+
+
 # ---- the stores of runs -------------------------------------------------------------------------
 
 

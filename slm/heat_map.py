@@ -82,7 +82,7 @@ def window_text(tokens: TokenSet, row: int, width: int) -> Json:
 
 def in_context(tokens: TokenSet, target: int) -> Json:
     """A target with the text around it, from its own window."""
-    row, position = np.argwhere(tokens.live)[target]
+    row, position = tokens.places[target]
     place = int(position) + 1  # among the window's T + 1 tokens
     ids = tokens.tokens[row].tolist()
     pieces = [tokens.pieces[token] for token in ids]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slm.analysis import Analysis
+from slm.analysis import Analysis, histogram
 from slm.classes import ARROWS, CLASSES
 from slm.heat_map import numbers
 from slm.plots import TOKENS_AXIS
@@ -254,11 +254,6 @@ def excess_panel(analysis: Analysis, excess: np.ndarray, index: int, edges: np.n
         bargap=0,
     )
     return found | {"title": f"after {seen:,} tokens"}
-
-
-def histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:  # (BINS,)
-    """What lies outside is counted in the outermost bins."""
-    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
 
 
 def bars(name: str, edges: np.ndarray, share: np.ndarray, shade: str) -> Json:

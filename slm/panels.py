@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slm.analysis import Analysis
+from slm.analysis import Analysis, histogram
 from slm.classes import ARROWS, CLASSES, MEANING
+from slm.heat_map import draw_examples
 from slm.token_set import TokenSet
 from slm.token_texts import whole_characters
 from slm.tracking import Media
@@ -134,8 +135,7 @@ def excess_histograms(
 
 def excess_histogram(values: np.ndarray) -> Histogram:
     edges = np.linspace(-EXCESS_LIMIT_NATS, EXCESS_LIMIT_NATS, EXCESS_BINS + 1)
-    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
-    return Histogram(counts, edges)
+    return Histogram(histogram(values, edges), edges)
 
 
 # ---- the whole run ------------------------------------------------------------------------------
@@ -201,13 +201,9 @@ def class_lines(analysis: Analysis, what: str, values: np.ndarray) -> Lines:  # 
 
 def examples(analysis: Analysis, per_class: int = 25, seed: int = 0) -> Rows:
     """Tokens drawn from each class, with what surrounds them."""
-    rng, drawn = np.random.default_rng(seed), []
-    for index in range(len(CLASSES)):
-        mine = np.flatnonzero(analysis.trajectories.label == index)
-        drawn.append(np.sort(rng.choice(mine, min(per_class, len(mine)), replace=False)))
-    index = np.concatenate(drawn)
-    window, place = (axis[index] for axis in np.nonzero(analysis.tokens.live))
-    texts = [context(analysis.tokens, *at) for at in zip(window, place + 1, strict=True)]
+    index = np.concatenate(draw_examples(analysis.trajectories.label, per_class, seed))
+    places = analysis.tokens.places[index]
+    texts = [context(analysis.tokens, row, position + 1) for row, position in places]
     columns = {
         "class": [CLASSES[label] for label in analysis.trajectories.label[index]],
         **dict(zip(("token", "before", "after"), map(list, zip(*texts, strict=True)), strict=True)),

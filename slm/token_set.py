@@ -53,6 +53,10 @@ class TokenSet:
     def targets(self) -> np.ndarray:  # (M,) token ids
         return self.tokens[:, 1:][self.live]
 
+    @cached_property
+    def places(self) -> np.ndarray:  # (M, 2): row and position of each target in `live`
+        return np.argwhere(self.live)
+
     def spread(self, values: np.ndarray, missing: float = np.nan) -> np.ndarray:
         """(M,) -> (W, T), with `missing` where there is no target."""
         grid = np.full(self.live.shape, missing, values.dtype)
