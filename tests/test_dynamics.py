@@ -41,6 +41,14 @@ def during(corpus: Any, *overrides: str) -> list[str]:
     ]
 
 
+def crash_and_go_on(config: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    crash_at(monkeypatch, step)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    crash_at(monkeypatch, None)
+    train(config)
+
+
 def compose_dynamics(runs: Path, corpus: Path, *overrides: str) -> Any:
     words = [f"runs='{runs}'", f"corpus='{corpus}'", *SETTINGS, *overrides]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -82,18 +90,14 @@ def test_losses_are_taken_from_step_0_to_the_end(run):
     assert shares == [np.mean(expected.label == number) for number in range(4)]
 
 
-@pytest.mark.parametrize("cut", [4, 5])  # at a checkpoint and token losses; after both
+@pytest.mark.parametrize("cut", [4, 5, 12])  # at a checkpoint and losses; after; at the end
 def test_a_resumed_run_leaves_the_same_store(tmp_path, text_corpus, run, monkeypatch, cut):
     config = compose_train(
         tmp_path / "cut",
         text_corpus.folder,
         *during(text_corpus, "callbacks.checkpoints.keep=null"),
     )
-    crash_at(monkeypatch, cut)
-    with pytest.raises(RuntimeError, match="crash"):
-        train(config)
-    crash_at(monkeypatch, None)
-    train(config)
+    crash_and_go_on(config, monkeypatch, cut)
     same_results(run, tmp_path / "cut")
     assert files(run / "dynamics" / "tokens") == files(tmp_path / "cut" / "dynamics" / "tokens")
 
@@ -308,18 +312,6 @@ def test_a_kill_before_the_manifest_is_mended_by_the_next_run(text_corpus, run):
     manifest.write_text(json.dumps(found))
     dynamics(compose_dynamics(run, text_corpus.folder))
     assert manifest.read_bytes() == whole
-
-
-@pytest.mark.parametrize("cut", [12])  # the last step: after its checkpoint
-def test_a_run_stopped_at_its_end_has_its_classes(tmp_path, text_corpus, run, monkeypatch, cut):
-    words = during(text_corpus, "callbacks.checkpoints.keep=null")
-    config = compose_train(tmp_path / "cut", text_corpus.folder, *words)
-    crash_at(monkeypatch, cut)
-    with pytest.raises(RuntimeError, match="crash"):
-        train(config)
-    crash_at(monkeypatch, None)
-    train(config)
-    assert files(run / "dynamics" / "tokens") == files(tmp_path / "cut" / "dynamics" / "tokens")
 
 
 def test_a_run_killed_before_its_last_checkpoint_has_its_classes(
