@@ -370,7 +370,11 @@ def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Ru
         if (folder := analysis.store.folder.parents[1]) in of_run
     ]
     paper_figures(analyses, out / "figures", curves, name)
-    truth = [row for analysis in analyses for row in truth_rows(analysis)]
+    truth: list[Json] = []
+    with progress("signal and noise", len(analyses), "runs") as advance:
+        for analysis in analyses:
+            truth += truth_rows(analysis)
+            advance(1)
     rule = [row for analysis in analyses for row in kept_rows(analysis)]
     for stem, rows in (("truth", truth), ("truth_kept", rule)):
         if rows:
@@ -381,7 +385,8 @@ def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Ru
 def remove_earlier(out: Path) -> None:
     """What an earlier report wrote into the same folder, maybe of other runs."""
     names = [f"figures/{kind}-*{suffix}" for kind in KINDS for suffix in (".png", ".svg", ".csv")]
-    for name in [*names, "table.*", "truth*.csv", "loss_vs_*", "report.html"]:
+    names += ["table.csv", "table.md", "truth.csv", "truth_kept.csv", "report.html"]
+    for name in [*names, "loss_vs_*.png", "loss_vs_*.svg"]:
         for path in out.glob(name):
             path.unlink()
 
