@@ -1,0 +1,1 @@
+"""Selective language modeling in other people's trainers: one file a framework, imported lazily."""
