@@ -14,10 +14,9 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
+from slm.head import check_head, head_arguments, hidden_states
 from slm.shards import hash_file, hash_json, sync_folder
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
 from slm_kernels import (
@@ -41,22 +41,9 @@ from slm_kernels import (
     weighted_cross_entropy,
 )
 
-# How model families name the two things that change logits after the head.
-SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2 and 3; RecurrentGemma
-SCALE_FIELDS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon H1; Muse
-DIVISOR_FIELDS = ("logits_scaling",)  # Granite
-HEAD_TOLERANCE = 1e-3  # of the largest loss, or nats where that is below 1
-PROBE_LOGIT = 60.0  # a soft cap does not show in the small logits of a new model
 CHECK_TOKENS = 128  # of a window, for the checks that need the model's own logits
 LEAK_TOLERANCE = 1e-5  # of the largest hidden state
 ROPE_FIELDS = ("rope_theta", "rope_scaling")  # accepted by every config with rotary positions
-
-
-class Head(NamedTuple):
-    """What the logits are made of beyond the head's weight and bias."""
-
-    logit_scale: float
-    softcap: float | None
 
 
 def build_lm(
@@ -192,23 +179,6 @@ def set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) 
             config.pad_token_id = pad
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    fields = model.config.get_text_config().to_dict()
-    present = {name: value for name, value in fields.items() if value is not None}
-    scale = 1.0
-    for name in present.keys() & set(SCALE_FIELDS):
-        scale *= present[name]
-    for name in present.keys() & set(DIVISOR_FIELDS):
-        scale /= present[name]
-    caps = [present[name] for name in SOFTCAP_FIELDS if name in present]
-    return Head(scale, caps[0] if caps else None)
-
-
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    names = [name for name in ("input_ids", "position_ids") if name in batch]
-    return {name: batch[name] for name in names} | {"use_cache": False}
-
-
 class SelectiveLM(nn.Module):
     """Backbone, head and loss in one forward: the module that DDP or FSDP wraps.
 
@@ -220,27 +190,9 @@ class SelectiveLM(nn.Module):
         super().__init__()
         self.logits_cache_bytes = logits_cache_bytes
         self.model = model
-        self.head = head_of(model)
-
-    @property
-    def projection(self) -> nn.Module:
-        """The output layer: a weight (V, D) and a bias (V,) or None."""
-        layer = self.model.get_output_embeddings()
-        assert layer is not None, f"{type(self.model).__name__} has no output embeddings"
-        return layer
 
     def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
-        output = self.model.base_model(**model_inputs(batch))
-        return output.last_hidden_state
-
-    def head_arguments(self) -> dict[str, Any]:
-        """The head as the losses of `slm_kernels` take it."""
-        return {
-            "weight": self.projection.weight,
-            "bias": self.projection.bias,
-            "logit_scale": self.head.logit_scale,
-            "softcap": self.head.softcap,
-        }
+        return hidden_states(self.model, batch)
 
     def forward(
         self,
@@ -252,7 +204,7 @@ class SelectiveLM(nn.Module):
         want_entropy: bool = False,
     ) -> WeightedCrossEntropy | TokenCrossEntropy:
         """The weighted loss with `token_weight`; without it the loss per token, no gradient."""
-        hidden, head = self.hidden(batch), self.head_arguments()
+        hidden, head = self.hidden(batch), head_arguments(self.model)
         if token_weight is None:
             return token_cross_entropy(
                 hidden, targets=batch["targets"], want_entropy=want_entropy, **head
@@ -282,7 +234,7 @@ def check_model(lm: SelectiveLM, batch: Batch) -> None:
     few["targets"] = torch.where(no_target, few["input_ids"], few["targets"])
     training = lm.training
     lm.eval()
-    check_head(lm, few)
+    check_head(lm.model, few)
     if "position_ids" in few:
         check_documents(lm, few)
     lm.train(training)
@@ -295,41 +247,6 @@ def check_length(config: PreTrainedConfig, seq_len: int) -> None:
 
 
 @torch.no_grad()
-def check_head(lm: SelectiveLM, batch: Batch) -> None:
-    """Refuse a model whose logits our loss does not reproduce: as they are, and made large."""
-    largest = compare_head(lm, batch, gain=1.0)
-    compare_head(lm, batch, gain=PROBE_LOGIT / max(largest, 1e-6))
-
-
-def compare_head(lm: SelectiveLM, batch: Batch, gain: float) -> float:
-    """Our loss against the model's own with the head's output times `gain`; the largest logit."""
-    arguments = lm.head_arguments()
-    arguments["logit_scale"] *= gain
-    ours = token_cross_entropy(lm.hidden(batch), targets=batch["targets"], **arguments).loss
-    logits = amplified_logits(lm, batch, gain).flatten(0, 1)
-    theirs = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
-    difference = (ours.flatten() - theirs).abs().max().item()
-    if not difference <= HEAD_TOLERANCE * max(1.0, theirs.abs().max().item()):
-        raise UserError(
-            f"{type(lm.model).__name__}: its logits are not its head applied to its hidden states; "
-            f"the loss differs by {difference:.3g} nats on one batch, the head's output times "
-            f"{gain:.3g} (understood: {lm.head}); a softcap or scale under another name?"
-        )
-    return logits.abs().max().item()
-
-
-def amplified_logits(lm: SelectiveLM, batch: Batch, gain: float) -> Tensor:  # (B, T, V)
-    def amplify(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return gain * output
-
-    handle = lm.projection.register_forward_hook(amplify)
-    try:
-        return lm.model(**model_inputs(batch)).logits.float()
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
 def check_documents(lm: SelectiveLM, batch: Batch) -> None:
     """Refuse a model that looks back past a restart of position_ids, which packing=documents needs.
 
@@ -338,7 +255,7 @@ def check_documents(lm: SelectiveLM, batch: Batch) -> None:
     ids = batch["input_ids"]
     index, half = torch.arange(ids.shape[1], device=ids.device), ids.shape[1] // 2
     restarted = torch.where(index < half, index, index - half).expand_as(ids)
-    others = torch.where(index < half, (ids + 1) % len(lm.head_arguments()["weight"]), ids)
+    others = torch.where(index < half, (ids + 1) % len(head_arguments(lm.model)["weight"]), ids)
     one, other = (
         lm.hidden({"input_ids": tokens, "position_ids": restarted})[:, half:]
         for tokens in (ids, others)

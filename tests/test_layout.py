@@ -75,6 +75,12 @@ def test_every_module_has_its_test_file():
     assert tested - modules <= {"layout", "conf", "pipeline", "benchmarks"}
 
 
+def test_every_adapter_has_its_test_file():
+    adapters = {path.stem for path in (ROOT / "slm" / "integrations").glob("[!_]*.py")}
+    tests = (ROOT / "tests" / "integrations").glob("test_*.py")
+    assert adapters == {path.stem.removeprefix("test_") for path in tests}
+
+
 def test_nothing_names_a_folder_of_one_machine():
     private = ("/" + "home/", "/" + "root/", "/" + "work/", "/" + "Users/")
     files = [path for folder in ("slm", "conf", "kernels") for path in (ROOT / folder).rglob("*.*")]

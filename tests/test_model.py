@@ -20,98 +20,32 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import slm.model as model_module
+from model_helpers import (
+    APART,
+    ARCHITECTURES,
+    LENGTH,
+    LLAMA,
+    RECURRENT_OR_BLIND,
+    REFUSED,
+    TRAINABLE,
+    VOCAB,
+    make_batch,
+    make_lm,
+)
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
+from slm.head import head_arguments
 from slm.model import (
     SelectiveLM,
     build_lm,
-    check_head,
     check_model,
     load_model,
     model_sha256,
-    new_model,
     save_model,
 )
 from slm.module import norm_of, scale_gradients
 from slm.tokenizer import train_tokenizer
 from slm_kernels import select_top_k
-
-VOCAB, LENGTH = 61, 12
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-LLAMA = SIZES | {"model_type": "llama", "num_key_value_heads": 2}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": LLAMA,
-    "llama tied": LLAMA | {"tie_word_embeddings": True},
-    "qwen2": LLAMA | {"model_type": "qwen2"},
-    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 8},
-    "gemma2": LLAMA | {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.5},
-    "cohere": LLAMA | {"model_type": "cohere", "logit_scale": 0.25},
-    "granite": LLAMA | {"model_type": "granite", "logits_scaling": 4.0},
-    "mistral": LLAMA | {"model_type": "mistral", "sliding_window": 4},
-    "gpt2": {
-        "model_type": "gpt2",
-        "n_embd": 16,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 32,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    },
-    "gpt_neox": SIZES | {"model_type": "gpt_neox"},
-    "phi": LLAMA | {"model_type": "phi"},  # its head has a bias
-    "opt": {
-        "model_type": "opt",
-        "hidden_size": 16,
-        "word_embed_proj_dim": 8,
-        "ffn_dim": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 32,
-        "dropout": 0.0,
-    },
-    "mamba": {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
-    # Stock classes whose logits are something else: times, not over, logits_scaling; a layer more.
-    "hyperclovax": LLAMA | {"model_type": "hyperclovax", "logits_scaling": 4.0},
-    "modernbert": SIZES
-    | {"model_type": "modernbert-decoder", "cls_token_id": 1, "sep_token_id": 1},
-}
-REFUSED = ("hyperclovax", "modernbert")
-RECURRENT_OR_BLIND = ("opt", "mamba")  # they ignore position_ids where documents restart
-TRAINABLE = [name for name in ARCHITECTURES if name not in REFUSED]
-APART = [name for name in TRAINABLE if name not in RECURRENT_OR_BLIND]
-
-
-def make_lm(name: str, seed: int = 0, **fields: Any) -> SelectiveLM:
-    """A model with weights larger than at initialisation, and no bias that is zero."""
-    torch.manual_seed(seed)
-    model = new_model(ARCHITECTURES[name] | fields, VOCAB, None)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape)
-    return SelectiveLM(model).train()
-
-
-def make_batch(seed: int = 0, documents: bool = False) -> Batch:
-    """Two windows, one target ignored; with `documents`, new ones begin at positions 5 and 9."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, VOCAB, (2, LENGTH + 1), generator=generator)
-    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:].clone()}
-    batch["targets"][1, 3] = IGNORE_INDEX
-    if documents:
-        positions = [*range(5), *range(4), *range(LENGTH - 9)]
-        batch["position_ids"] = torch.tensor([positions, positions])
-        batch["targets"][:, [4, 8]] = IGNORE_INDEX
-    return batch
 
 
 def own_losses(model: PreTrainedModel, batch: Batch) -> Tensor:  # (B, T)
@@ -213,7 +147,7 @@ def test_autocast_selects_by_float32_scores_of_its_own_operands():
     with torch.autocast("cpu", torch.bfloat16):
         output = lm(batch, top_excess(batch, reference, 0.5))
         hidden = lm.hidden(batch)
-    weight = lm.head_arguments()["weight"]
+    weight = head_arguments(lm.model)["weight"]
     logits = hidden.bfloat16().float() @ weight.bfloat16().float().T
     exact = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
     assert output.token_loss.dtype == torch.float32
@@ -258,59 +192,12 @@ def test_a_model_that_mixes_documents_is_refused_where_they_are_apart(name):
 # ---- refusal --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_stock_model_with_other_logits_is_refused_by_name(name):
-    lm = make_lm(name)
-    with pytest.raises(UserError, match=f"{type(lm.model).__name__}: its logits are not its head"):
-        check_head(lm, make_batch())
-
-
-@pytest.mark.parametrize(
-    "alter",
-    [
-        lambda z: 1.01 * z,
-        lambda z: z + 0.01 * torch.arange(VOCAB),
-        lambda z: 30 * torch.tanh(z / 30),
-        lambda z: z.clamp(max=40),
-        lambda z: z * torch.nan,
-    ],
-    ids=["scale", "bias", "softcap", "clamp", "nan"],
-)
-def test_altered_logits_are_refused_even_where_they_are_small(alter, monkeypatch):
-    lm = SelectiveLM(new_model(LLAMA, VOCAB, None))  # as new: no logit reaches 1
-    forward = lm.model.forward
-
-    def altered(*arguments: Any, **named: Any) -> Any:
-        output = forward(*arguments, **named)
-        output.logits = alter(output.logits)
-        return output
-
-    check_head(lm, make_batch())
-    monkeypatch.setattr(lm.model, "forward", altered)
-    with pytest.raises(UserError, match=r"LlamaForCausalLM: its logits .* softcap or scale under"):
-        check_head(lm, make_batch())
-
-
 def test_windows_of_prompts_alone_do_not_hide_other_logits():
     batch = make_batch()
     batch["targets"] = torch.full_like(batch["targets"], IGNORE_INDEX)
     check_model(make_lm("llama"), batch)
     with pytest.raises(UserError, match="its logits are not its head"):
         check_model(make_lm(REFUSED[0]), batch)
-
-
-@pytest.mark.parametrize(
-    ("name", "known", "fields"),
-    [
-        ("gemma2", "SOFTCAP_FIELDS", {"final_logit_softcapping": 30.0}),
-        ("cohere", "SCALE_FIELDS", {}),
-        ("granite", "DIVISOR_FIELDS", {}),
-    ],
-)
-def test_field_under_another_name_is_refused(name, known, fields, monkeypatch):
-    monkeypatch.setattr(model_module, known, ("a_name_of_tomorrow",))
-    with pytest.raises(UserError, match="head understood|understood: Head"):
-        check_head(make_lm(name, **fields), make_batch())
 
 
 def test_check_puts_the_mode_back_and_leaves_no_hook():
@@ -368,7 +255,7 @@ def test_new_model_is_float32_and_knows_the_special_ids(build, tokenizer):
 def test_vocabulary_smaller_than_the_tokenizers_is_refused_and_a_padded_one_is_not(build):
     with pytest.raises(UserError, match="vocab_size is 299, the tokenizer has 300 tokens"):
         build(fields={"vocab_size": 299})
-    assert build(fields={"vocab_size": 304}).head_arguments()["weight"].shape[0] == 304
+    assert head_arguments(build(fields={"vocab_size": 304}).model)["weight"].shape[0] == 304
 
 
 def test_a_typing_error_in_the_architecture_is_refused(build):

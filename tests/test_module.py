@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import NonFiniteError, UserError
+from slm.head import head_arguments
 from slm.model import SelectiveLM, new_model
 from slm.module import SUMS, SelectiveModule, StepResult
 from slm.selection import All, Excess, Mixture, Random, Relu, Selection, Sigmoid, Softmax
@@ -442,7 +443,7 @@ def test_broken_weights_stop_before_the_update(value, rule):
     lm = make_lm()
     with torch.no_grad():
         # One token of the vocabulary that is never an input: its logit alone is broken.
-        lm.head_arguments()["weight"][VOCAB - 1, 0] = value
+        head_arguments(lm.model)["weight"][VOCAB - 1, 0] = value
     rows = make_rows()
     rows["input_ids"] = rows["input_ids"].clamp(max=VOCAB - 2)
     before = weights_of(lm)

@@ -11,8 +11,8 @@ def check_parameters(function: Callable[..., Any], names: tuple[str, ...], made_
     missing = [name for name in names if name not in found]
     if missing:
         raise ImportError(
-            f"{function.__module__}.{function.__qualname__} has no parameter "
-            f"{', '.join(missing)} (it has {', '.join(found)}); this adapter was made for {made_for}"
+            f"{function.__module__}.{function.__qualname__} has no parameter {missing[0]} "
+            f"(it has {', '.join(found)}); this adapter was made for {made_for}"
         )
 
 
