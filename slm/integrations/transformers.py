@@ -1,0 +1,310 @@
+"""Selective language modeling in Hugging Face's `Trainer` (made for transformers 5.23).
+
+    class MyTrainer(SelectiveTrainerMixin, Trainer): ...     # or SelectiveTrainer, which is that
+
+    trainer = SelectiveTrainer(model, args, train_dataset=dataset, select_ratio=0.6)
+
+`train_dataset` has a column `reference_logprob` beside `input_ids`: one log-prob (natural log) a
+token, NaN where there is none; slm.integrations.datasets makes it. The mixin
+
+    keeps the column    which `remove_unused_columns` would drop without a word
+    wraps the collator  so that scores are padded with NaN exactly where its tokens went
+    replaces the loss   inside the model's forward, which DDP and FSDP wrap, without any logits
+    divides once        by the tokens selected in all micro-batches of the step on all ranks
+
+Evaluation stays plain cross-entropy over every target, which is comparable across select ratios;
+so is `loss_all`, logged beside `loss`. A batch without scores raises; it never falls back.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from slm.head import check_head, head_arguments, projection_of
+from slm.integrations.loss import COLUMN, IGNORE_INDEX, SelectiveLoss, SelectiveOutput, shifted
+from slm.integrations.signatures import check_attributes, check_parameters
+
+MADE_FOR = "transformers 5.23"
+check_parameters(Trainer.compute_loss, ("inputs", "return_outputs", "num_items_in_batch"), MADE_FOR)
+check_parameters(Trainer.get_batch_samples, ("epoch_iterator", "num_batches", "device"), MADE_FOR)
+check_parameters(Trainer.log, ("logs", "start_time"), MADE_FOR)
+check_attributes(Trainer, ("_set_signature_columns_if_needed", "training_step"), MADE_FOR)
+
+FIRST_MARK = 2**40  # above every token id
+PROBE_TOKENS = 8
+LIGER_LOSS = "fused_linear_cross_entropy"
+SUMS = ("loss_all", "loss_selected", "num_valid", "num_selected", "num_scored")
+
+
+# ---- the batch ----------------------------------------------------------------------------------
+
+
+class ReferenceCollator:
+    """Any collator, with `reference_logprob` (B, T) beside what it makes, NaN where it pads.
+
+    Where a token went is asked of the collator itself: it collates the examples once more, with
+    marks in place of `input_ids`. So padding on either side, padding to a multiple, flattening and
+    truncation need no code here. A collator that draws random numbers or looks at the ids would
+    not answer truly.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        having = [COLUMN in example for example in examples]
+        if not any(having):
+            return self.collator(list(examples))
+        if not all(having):
+            raise ValueError(f"example {having.index(False)} of the batch has no {COLUMN}")
+        rest = [{k: v for k, v in example.items() if k != COLUMN} for example in examples]
+        batch: Any = self.collator(rest)
+        batch[COLUMN] = self._placed(rest, [example[COLUMN] for example in examples])
+        return batch
+
+    def _placed(self, examples: list[dict[str, Any]], columns: list[Any]) -> Tensor:  # (B, T)
+        lengths = [len(example["input_ids"]) for example in examples]
+        for row, (column, length) in enumerate(zip(columns, lengths, strict=True)):
+            if len(column) != length:
+                raise ValueError(
+                    f"example {row} of the batch has {length} input_ids and {len(column)} {COLUMN}"
+                )
+        starts = np.cumsum([FIRST_MARK, *lengths])
+        marked = [
+            example | {"input_ids": marks_like(example["input_ids"], int(start))}
+            for example, start in zip(examples, starts[:-1], strict=True)
+        ]
+        marks = torch.as_tensor(self.collator(marked)["input_ids"])
+        scores = torch.cat([torch.as_tensor(column, dtype=torch.float32) for column in columns])
+        found = scores[(marks - FIRST_MARK).clamp(min=0)]
+        return found.masked_fill(marks < FIRST_MARK, torch.nan)
+
+
+def marks_like(ids: Any, first: int) -> Any:
+    """first, first + 1, ... in the container of `ids`."""
+    marks = np.arange(first, first + len(ids))
+    if isinstance(ids, Tensor):
+        return torch.from_numpy(marks)
+    return marks if isinstance(ids, np.ndarray) else marks.tolist()
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The model of transformers inside, without PEFT's wrapper."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
+        raise ValueError(f"{type(inner).__name__} is no causal LM of transformers")
+    return inner
+
+
+def check_causal_lm(model: Any) -> None:
+    """Refuse what the loss would compute wrongly without a word."""
+    inner = causal_lm(model)
+    projection: Any = projection_of(inner)
+    if type(projection) is not nn.Linear:  # of an adapter the loss would see the base weight alone
+        raise ValueError(
+            f"the output layer is a {type(projection).__name__}, it must be a plain Linear: leave "
+            "it out of target_modules and modules_to_save"
+        )
+    if projection.weight.numel() == 0:
+        raise ValueError("the output layer is empty: DeepSpeed ZeRO-3 is not supported")
+    if getattr(model, "active_peft_config", None) and model.active_peft_config.is_prompt_learning:
+        raise ValueError("prompt learning moves the tokens away from their scores; use LoRA")
+    if getattr(inner.config.get_text_config(), "output_router_logits", False):
+        raise ValueError("output_router_logits is true, its auxiliary loss would be left out")
+    if not projection.weight.is_meta:
+        probe_head(inner)
+
+
+def probe_head(model: PreTrainedModel) -> None:
+    training = model.training
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None]
+    check_head(model.eval(), {"input_ids": ids, "targets": ids.roll(-1, 1)})
+    model.train(training)
+
+
+def attach(model: nn.Module, loss: SelectiveLoss) -> None:
+    """`model(..., labels=, reference_logprob=, denominator=)` returns a SelectiveOutput.
+
+    Without reference_logprob the forward is what it was. It is called through whatever wraps the
+    model, so that DDP and FSDP see one forward, and the backbone is looked up then, since FSDP and
+    PEFT replace it later.
+    """
+    check_causal_lm(model)
+    inner = causal_lm(model)
+    bound: Any = inner.forward
+    original = bound.__func__  # not the bound method: a deep copy of the model must call itself
+
+    def forward(
+        self: Any,
+        *args: Any,
+        reference_logprob: Tensor | None = None,
+        denominator: Tensor | float = 1.0,
+        **kwargs: Any,
+    ) -> Any:
+        if reference_logprob is None:
+            return original(self, *args, **kwargs)
+        labels = kwargs.pop("labels")
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        targets, scores = shifted(labels, reference_logprob)
+        return loss(hidden, head_arguments(self), targets, scores, denominator)
+
+    # What inspects the signature must find the model's; __wrapped__ would lead accelerate past us.
+    forward.__signature__ = inspect.signature(type(inner).forward)  # type: ignore[attr-defined]
+    inner.forward = MethodType(forward, inner)
+
+
+# ---- the trainer --------------------------------------------------------------------------------
+
+
+class SelectiveTrainerMixin:
+    """Before a `Trainer` among the bases. Takes the fields of SelectiveLoss as keywords more."""
+
+    def __init__(
+        self,
+        *args: Any,
+        select_ratio: float,
+        scope: str = "batch",
+        selection: str = "excess",
+        **kwargs: Any,
+    ):
+        self.selective = SelectiveLoss(select_ratio, scope, selection)
+        super().__init__(*args, **kwargs)
+        me: Any = self
+        check_trainer(me)
+        me.data_collator = ReferenceCollator(me.data_collator)
+        me.loss_is_scaled_for_ga = True
+        attach(me.model, self.selective)
+        self._sums = torch.zeros(len(SUMS), device=me.args.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        me: Any = super()
+        me._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # type: ignore[attr-defined]
+        if COLUMN not in columns:
+            columns.append(COLUMN)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The step's micro-batches, and how many tokens they select on all ranks."""
+        me: Any = super()
+        batches, _ = me.get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = [shifted(batch["labels"], scores_of(batch)) for batch in batches]
+        count = self.selective.num_selected(pairs, self._sum_over_ranks)
+        if batches and count == 0:
+            check_scored(pairs)
+        return batches, count
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        me: Any = self
+        return me.accelerator.reduce(values.to(me.args.device), "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """In training the selective loss; in evaluation what the trainer computes without us."""
+        me: Any = super()
+        if not model.training:
+            rest = {key: value for key, value in inputs.items() if key != COLUMN}
+            return me.compute_loss(model, rest, return_outputs, num_items_in_batch)
+        scores_of(inputs)
+        output = model(**inputs, denominator=num_items_in_batch)
+        self._add(inputs, output)
+        # The denominator counts every rank's tokens, and data-parallel wrappers average gradients.
+        loss = output.loss * self.accelerator.num_processes  # type: ignore[attr-defined]
+        return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def _add(self, inputs: Mapping[str, Any], output: SelectiveOutput) -> None:
+        targets, scores = shifted(inputs["labels"], inputs[COLUMN])
+        valid = targets != IGNORE_INDEX
+        terms = [
+            output.token_loss.sum(),
+            output.token_loss.masked_fill(~output.selected, 0.0).sum(),
+            *(mask.sum() for mask in (valid, output.selected, valid & ~scores.isnan())),
+        ]
+        self._sums += torch.stack([term.float() for term in terms])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Beside `loss`, of every step since the last log; `loss_all` compares select ratios."""
+        if "loss" in logs:
+            logs |= means(self._sum_over_ranks(self._sums).tolist())
+            self._sums.zero_()
+        me: Any = super()
+        me.log(logs, start_time)
+
+
+class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
+    """`Trainer(..., select_ratio=, scope=, selection=)`."""
+
+
+def means(sums: list[float]) -> dict[str, float]:
+    """loss_all, loss_selected, loss_unselected; kept_frac, scored_frac: shares of the targets."""
+    total, selected, valid, kept, scored = sums
+    return {
+        "loss_all": total / max(1.0, valid),
+        "loss_selected": selected / max(1.0, kept),
+        "loss_unselected": (total - selected) / max(1.0, valid - kept),
+        "kept_frac": kept / max(1.0, valid),
+        "scored_frac": scored / max(1.0, valid),
+    }
+
+
+def scores_of(batch: Mapping[str, Any]) -> Tensor:  # (B, T)
+    if COLUMN not in batch:
+        raise ValueError(
+            f"the batch has no {COLUMN} (it has {', '.join(sorted(batch))}), and without scores "
+            "nothing can be selected; slm.integrations.datasets.score_dataset adds the column"
+        )
+    return batch[COLUMN]
+
+
+def check_scored(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Nothing was selected: is that because there is no target, or because no score is there?"""
+    num_valid = sum(int((targets != IGNORE_INDEX).sum()) for targets, _ in pairs)
+    if num_valid:
+        raise ValueError(
+            f"all of the step's {num_valid} targets on this rank have NaN as their {COLUMN}"
+        )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse what would change the loss behind its back."""
+    args = trainer.args
+    sizes = {"tp": trainer.get_tp_size(), "cp": trainer.get_cp_size(), "sp": trainer.get_sp_size()}
+    for name, size in sizes.items():
+        if size != 1:
+            raise ValueError(f"{name}_size is {size}: only data parallelism is supported")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: use torchrun or "
+            "accelerate launch, or show it one with CUDA_VISIBLE_DEVICES"
+        )
+    for name, value in (
+        ("label_smoothing_factor", args.label_smoothing_factor),
+        ("compute_loss_func", trainer.compute_loss_func),
+        ("model_init", trainer.model_init),  # would put another model in place of the one we know
+    ):
+        if value:
+            raise ValueError(f"{name} is {value}, which the selective loss does not use")
+    if args.use_liger_kernel and (args.liger_kernel_config or {}).get(LIGER_LOSS, True):
+        raise ValueError(
+            f"use_liger_kernel would replace the model's forward; its other kernels may be used: "
+            f"liger_kernel_config={{{LIGER_LOSS!r}: False}}"
+        )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices is False, but the loss is divided once by the tokens "
+            "selected on all devices"
+        )

@@ -1,0 +1,421 @@
+"""A step of `Trainer` with the mixin is the step that float64 and a sorted list define."""
+
+import copy
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from door_helpers import (
+    Recorder,
+    Row,
+    assert_gradients,
+    dataset_of,
+    expected_gradients,
+    gradients_of,
+    group_losses,
+    make_model,
+    make_rows,
+    make_tokenizer,
+    run_python,
+    top,
+)
+from slm.errors import UserError
+from slm.integrations import transformers as door
+from slm.integrations.transformers import ReferenceCollator, SelectiveTrainer
+
+LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
+
+
+def arguments(folder: Path, **fields: Any) -> TrainingArguments:
+    fixed: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+    }
+    return TrainingArguments(str(folder), **(fixed | fields))
+
+
+def padding(side: str = "right", **fields: Any) -> Any:
+    """Pads ids and labels, as a collator with a tokenizer does."""
+    return DataCollatorForSeq2Seq(make_tokenizer(side), label_pad_token_id=-100, **fields)
+
+
+def train(folder: Path, rows: list[Row], model: Any = None, collator: Any = None, **fields: Any):
+    loss = {key: fields.pop(key) for key in ("scope", "selection") if key in fields}
+    recorder, model = Recorder(), model or make_model()
+    trainer = SelectiveTrainer(
+        model,
+        arguments(folder, **fields),
+        data_collator=collator or padding(),
+        train_dataset=dataset_of(rows),
+        callbacks=[recorder],
+        select_ratio=0.4,
+        **loss,
+    )
+    trainer.train()
+    return trainer, recorder
+
+
+# ---- the batch ----------------------------------------------------------------------------------
+
+
+def tagged(lengths: list[int]) -> list[Row]:
+    """Scores that say which token they belong to: minus its id."""
+    ids = iter(range(2, 61))
+    rows = []
+    for length in lengths:
+        row = [next(ids) for _ in range(length)]
+        scores = [float("nan"), *(-float(i) for i in row[1:])]
+        rows.append({"input_ids": row, "labels": list(row), "reference_logprob": scores})
+    return rows
+
+
+@pytest.mark.parametrize(
+    "collator",
+    [
+        padding("right"),
+        padding("left"),
+        padding("left", pad_to_multiple_of=8),
+        DataCollatorWithFlattening(),
+        DataCollatorForLanguageModeling(make_tokenizer("left"), mlm=False),
+    ],
+    ids=["right", "left", "multiple", "flattening", "language modeling"],
+)
+def test_scores_go_where_their_tokens_go(collator):
+    rows = tagged([3, 7, 1, 5])
+    if isinstance(collator, DataCollatorForLanguageModeling):
+        rows = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    plain = collator([{k: v for k, v in r.items() if k != "reference_logprob"} for r in rows])
+    batch = ReferenceCollator(collator)(rows)
+    assert {key for key in batch if key != "reference_logprob"} == set(plain)
+    assert all(
+        torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(plain[key])) for key in plain
+    )
+    firsts = torch.isin(batch["input_ids"], torch.tensor([row["input_ids"][0] for row in rows]))
+    tokens = (batch["input_ids"] >= 2) & ~firsts
+    scores = batch["reference_logprob"]
+    assert scores.shape == batch["input_ids"].shape and scores.dtype == torch.float32
+    assert torch.equal(-scores[tokens], batch["input_ids"][tokens].float())
+    assert scores[~tokens].isnan().all()
+
+
+def test_tensors_and_arrays_are_collated_as_lists_are():
+    rows = tagged([4, 4])
+    expected = ReferenceCollator(default_data_collator)(rows)["reference_logprob"]
+    for kind in (torch.tensor, lambda values: torch.tensor(values).numpy()):
+        same = [{key: kind(value) for key, value in row.items()} for row in rows]
+        found = ReferenceCollator(default_data_collator)(same)["reference_logprob"]
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_examples_without_scores_are_left_alone_and_half_of_them_refused():
+    rows = tagged([3, 4])
+    without = [{k: v for k, v in row.items() if k != "reference_logprob"} for row in rows]
+    assert "reference_logprob" not in ReferenceCollator(padding())(without)
+    with pytest.raises(ValueError, match="example 1 of the batch has no reference_logprob"):
+        ReferenceCollator(padding())([rows[0], without[1]])
+    rows[1]["reference_logprob"].append(-1.0)
+    with pytest.raises(ValueError, match="example 1 .* has 4 input_ids and 5 reference_logprob"):
+        ReferenceCollator(padding())(rows)
+
+
+# ---- the step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "gpt2"])
+def test_gradients_are_those_of_the_definition(tmp_path, name):
+    rows, model = make_rows(LENGTHS[:4], prompt=2, unscored=1), make_model(name)
+    expected, loss, _ = expected_gradients(model, [rows], 0.4)
+    _, recorder = train(tmp_path, rows, model, per_device_train_batch_size=4)
+    assert_gradients(recorder.gradients[0], expected)
+    assert recorder.logs[0]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "global"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_accumulated_micro_batches_are_divided_once(tmp_path, scope, side):
+    """Micro-batches of very different numbers of targets: a mean of their means differs."""
+    rows = make_rows(LENGTHS, prompt=3)
+    groups = (
+        [[row] for row in rows] if scope == "sequence" else [rows[i : i + 2] for i in (0, 2, 4, 6)]
+    )
+    expected, loss, count = expected_gradients(make_model(), groups, 0.4)
+    _, recorder = train(
+        tmp_path, rows, collator=padding(side), gradient_accumulation_steps=4, scope=scope
+    )
+    assert_gradients(recorder.gradients[0], expected)
+    assert recorder.logs[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert recorder.logs[0]["kept_frac"] == pytest.approx(count / sum(n - 3 for n in LENGTHS))
+
+
+def test_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
+    rows = make_rows(LENGTHS[:6])
+    _, recorder = train(
+        tmp_path, rows, gradient_accumulation_steps=2, max_steps=2, learning_rate=0.0
+    )
+    for found, group in zip(recorder.gradients, ([rows[:2], rows[2:4]], [rows[4:6]]), strict=True):
+        assert_gradients(found, expected_gradients(make_model(), group, 0.4)[0])
+
+
+def test_documents_that_a_collator_flattens_are_ranked_together(tmp_path):
+    """One row of several documents, kept apart by position_ids."""
+    rows = make_rows(LENGTHS[:4])
+    expected, _, _ = expected_gradients(make_model(), [rows], 0.4)
+    _, recorder = train(
+        tmp_path, rows, collator=DataCollatorWithFlattening(), per_device_train_batch_size=4
+    )
+    assert_gradients(recorder.gradients[0], expected)
+
+
+def test_losses_of_both_sets_are_logged_of_all_steps_since_the_last_log(tmp_path):
+    rows = make_rows(LENGTHS[:4], prompt=1, unscored=2)
+    _, recorder = train(tmp_path, rows, max_steps=2, logging_steps=2, learning_rate=0.0)
+    exact = make_model().double()
+    totals = torch.zeros(5, dtype=torch.float64)
+    for group in (rows[:2], rows[2:]):
+        losses, excess = group_losses(exact, group)
+        live, selected, scored = losses.detach() > 0, top(excess, 0.4), ~excess.isnan()
+        sums = (losses.sum(), losses[selected].sum(), live.sum(), selected.sum(), scored.sum())
+        totals += torch.stack([value.detach().double() for value in sums])
+    total, kept, valid, count, scored = totals.tolist()
+    log = recorder.logs[0]
+    assert log["loss_all"] == pytest.approx(total / valid, rel=1e-4)
+    assert log["loss_selected"] == pytest.approx(kept / count, rel=1e-4)
+    assert log["loss_unselected"] == pytest.approx((total - kept) / (valid - count), rel=1e-4)
+    assert (log["kept_frac"], log["scored_frac"]) == pytest.approx((count / valid, scored / valid))
+
+
+def test_random_takes_as_many_of_the_same_candidates(tmp_path):
+    rows = make_rows(LENGTHS[:4], prompt=2, unscored=1)
+    chosen = []
+    for seed in (0, 1):
+        _, recorder = train(tmp_path, rows, selection="random", seed=seed, learning_rate=0.0)
+        chosen.append(recorder)
+    counts = [round(recorder.logs[0]["kept_frac"] * 1e6) for recorder in chosen]
+    _, excess = train(tmp_path, rows, learning_rate=0.0)
+    assert counts[0] == counts[1] == round(excess.logs[0]["kept_frac"] * 1e6)
+    assert chosen[0].logs[0]["loss_selected"] != chosen[1].logs[0]["loss_selected"]
+
+
+def test_all_tokens_are_the_trainers_own_loss(tmp_path):
+    """select_ratio 1 with every token scored."""
+    rows = make_rows(LENGTHS[:4])
+    own, recorder = make_model(), Recorder()
+    plain = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+    Trainer(
+        own,
+        arguments(tmp_path, gradient_accumulation_steps=2),
+        data_collator=padding(),
+        train_dataset=dataset_of(plain),
+        callbacks=[recorder],
+    ).train()
+    ours, found = make_model(), Recorder()
+    SelectiveTrainer(
+        ours,
+        arguments(tmp_path, gradient_accumulation_steps=2),
+        data_collator=padding(),
+        train_dataset=dataset_of(rows),
+        callbacks=[found],
+        select_ratio=1.0,
+    ).train()
+    assert_gradients(found.gradients[0], {k: g.double() for k, g in recorder.gradients[0].items()})
+    assert found.logs[0]["loss"] == pytest.approx(recorder.logs[0]["loss"], rel=1e-5)
+
+
+def test_bfloat16_autocast_selects_by_float32_scores(tmp_path):
+    rows = make_rows(LENGTHS[:4])
+    expected, loss, _ = expected_gradients(make_model(), [rows], 0.4)
+    _, recorder = train(tmp_path, rows, per_device_train_batch_size=4, bf16=True)
+    assert recorder.logs[0]["loss"] == pytest.approx(loss, rel=0.05)
+    for name, gradient in expected.items():
+        similarity = torch.cosine_similarity(
+            recorder.gradients[0][name].double().flatten(), gradient.flatten(), dim=0
+        )
+        assert similarity > 0.95, name
+
+
+def test_evaluation_is_plain_cross_entropy_with_scores_or_without(tmp_path):
+    rows = make_rows(LENGTHS[:4], prompt=2)
+    trainer, _ = train(tmp_path, rows, learning_rate=0.0)
+    losses = [expected_gradients(make_model(), [[row]], 1.0) for row in make_rows(LENGTHS[:4], 2)]
+    total = sum(loss * count for _, loss, count in losses)
+    plain = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+    for data in (rows, plain):
+        found = trainer.evaluate(dataset_of(data))["eval_loss"]
+        assert found == pytest.approx(total / sum(n for *_, n in losses), rel=0.05)
+    same = trainer.evaluate(dataset_of(rows))["eval_loss"]
+    assert same == pytest.approx(trainer.evaluate(dataset_of(plain))["eval_loss"], rel=1e-6)
+
+
+def test_evaluating_in_between_does_not_change_the_next_step(tmp_path):
+    rows = make_rows(LENGTHS)
+    found = []
+    for fields in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        recorder, model = Recorder(), make_model()
+        SelectiveTrainer(
+            model,
+            arguments(tmp_path, max_steps=3, **fields),
+            data_collator=padding(),
+            train_dataset=dataset_of(rows),
+            eval_dataset=dataset_of(rows[:2]),
+            callbacks=[recorder],
+            select_ratio=0.4,
+        ).train()
+        found.append(recorder.gradients)
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_saved_model_is_a_stock_one(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    trainer, _ = train(tmp_path, make_rows(LENGTHS[:4]))
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.arange(2, 12)[None]
+    model: Any = trainer.model
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_deep_copy_of_the_model_calls_itself():
+    model = make_model()
+    door.attach(model, door.SelectiveLoss(0.5))
+    other = copy.deepcopy(model)
+    ids = torch.arange(2, 12)[None]
+    other(ids, labels=ids).loss.backward()
+    other(ids, labels=ids, reference_logprob=-torch.ones(1, 10), denominator=1.0).loss.backward()
+    assert gradients_of(other) and not gradients_of(model)
+
+
+# ---- refusal ------------------------------------------------------------------------------------
+
+
+def test_missing_scores_never_become_plain_cross_entropy(tmp_path):
+    plain = [{k: row[k] for k in ("input_ids", "labels")} for row in make_rows(LENGTHS[:4])]
+    with pytest.raises(ValueError, match="the batch has no reference_logprob .*input_ids, labels"):
+        train(tmp_path, plain)
+
+
+def test_all_nan_scores_are_refused(tmp_path):
+    rows = make_rows(LENGTHS[:2], unscored=100)
+    with pytest.raises(ValueError, match="all of the step's 12 targets .* have NaN"):
+        train(tmp_path, rows)
+
+
+def test_positive_scores_are_refused(tmp_path):
+    rows = make_rows(LENGTHS[:2])
+    rows[1]["reference_logprob"][3] = 0.5
+    with pytest.raises(ValueError, match="reference_logprob holds 0.5, it must be"):
+        train(tmp_path, rows)
+
+
+def test_a_wrong_ratio_scope_or_selection_is_refused():
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"select_ratio": 0.0}, r"select_ratio must lie in \(0, 1\], got 0"),
+        ({"select_ratio": 1.5}, "got 1.5"),
+        ({"select_ratio": 0.5, "scope": "rank"}, "scope is 'rank'"),
+        ({"select_ratio": 0.5, "selection": "worst"}, "selection is 'worst'"),
+    ]
+    for fields, match in cases:
+        with pytest.raises(ValueError, match=match):
+            SelectiveTrainer(make_model(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
+        ({"n_gpu": 2}, "2 GPUs in one process"),
+        ({"liger": True}, "use_liger_kernel would replace the model's forward"),
+        ({"tp": 2}, "tp_size is 2"),
+        ({"average_tokens_across_devices": False, "world": 2}, "average_tokens_across_devices"),
+    ],
+)
+def test_settings_that_would_change_the_loss_are_refused(tmp_path, monkeypatch, fields, match):
+    known = {k: v for k, v in fields.items() if k.startswith(("label", "average"))}
+    trainer, _ = train(tmp_path, make_rows(LENGTHS[:2]))
+    trainer.args = arguments(tmp_path, **known)
+    if "n_gpu" in fields:
+        trainer.args._n_gpu = 2
+    trainer.args.use_liger_kernel = "liger" in fields
+    if "tp" in fields:
+        monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+    if "world" in fields:
+        monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match=match):
+        door.check_trainer(trainer)
+
+
+def test_models_that_the_loss_would_not_reproduce_are_refused(tmp_path):
+    with pytest.raises(UserError, match="its logits are not its head"):
+        train(tmp_path, make_rows([5, 5]), make_model("hyperclovax"))
+    with pytest.raises(ValueError, match="Linear is no causal LM"):
+        door.attach(torch.nn.Linear(2, 2), door.SelectiveLoss(0.5))
+
+
+def test_another_signature_is_refused_at_import(monkeypatch):
+    import importlib
+
+    monkeypatch.setattr(Trainer, "compute_loss", lambda self, model, batch: None)
+    with pytest.raises(ImportError, match="no parameter inputs .*made for transformers 5.23"):
+        importlib.reload(door)
+
+
+# ---- two processes ------------------------------------------------------------------------------
+
+
+def train_on_ranks(folder: str) -> None:
+    rank, rows, found = int(os.environ["RANK"]), make_rows(LENGTHS, prompt=2), {}
+    for scope in ("sequence", "batch", "global"):
+        _, recorder = train(
+            Path(folder), rows, scope=scope, gradient_accumulation_steps=2, ddp_backend="gloo"
+        )
+        found[scope] = (recorder.gradients[0], recorder.logs[0])
+    torch.save(found, Path(folder) / f"rank-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path):
+    launch = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    run_python(*launch, "--standalone", __file__, str(tmp_path))
+    rows = make_rows(LENGTHS, prompt=2)
+    pairs = [rows[i : i + 2] for i in (0, 2, 4, 6)]  # by turns for rank 0 and rank 1
+    groups = {
+        "sequence": [[row] for row in rows],
+        "batch": pairs,
+        "global": [pairs[0] + pairs[1], pairs[2] + pairs[3]],
+    }
+    for scope, ranked in groups.items():
+        expected, loss, count = expected_gradients(make_model(), ranked, 0.4)
+        for rank in (0, 1):
+            gradients, log = torch.load(tmp_path / f"rank-{rank}.pt")[scope]
+            named = {name.removeprefix("module."): value for name, value in gradients.items()}
+            assert_gradients(named, expected)
+            assert log["loss"] == pytest.approx(loss, rel=1e-4)
+            assert log["kept_frac"] == pytest.approx(count / sum(n - 2 for n in LENGTHS))
+
+
+if __name__ == "__main__":
+    train_on_ranks(sys.argv[1])

@@ -1,0 +1,272 @@
+"""A step of `SFTTrainer` with the mixin is the one that float64 defines on each document alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from trl.trainer.sft_config import SFTConfig
+
+from door_helpers import (
+    Recorder,
+    Row,
+    assert_gradients,
+    dataset_of,
+    expected_gradients,
+    gradients_of,
+    group_losses,
+    make_model,
+    make_rows,
+    make_tokenizer,
+    real_texts,
+    top,
+)
+from slm.errors import UserError
+from slm.integrations.trl import SelectiveSFTTrainer
+from text_helpers import needs_data
+
+pytestmark = [
+    # peft 0.21 asks transformers 5.23 by an old name
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # refused here, and soon gone there
+    pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning"),
+]
+LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
+
+
+def config(folder: Path, **fields: Any) -> SFTConfig:
+    fixed: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+    }
+    return SFTConfig(str(folder), **(fixed | fields))
+
+
+def sft(folder: Path, rows: list[Any], model: Any = None, eval_rows: Any = None, **fields: Any):
+    extra = {key: fields.pop(key) for key in ("peft_config", "selection") if key in fields}
+    recorder = Recorder()
+    trainer = SelectiveSFTTrainer(
+        model or make_model(),
+        config(folder, **fields),
+        train_dataset=dataset_of(rows),
+        eval_dataset=dataset_of(eval_rows) if eval_rows else None,
+        processing_class=make_tokenizer("right"),
+        callbacks=[recorder],
+        select_ratio=0.4,
+        **extra,
+    )
+    trainer.train()
+    return trainer, recorder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"padding_free": True, "max_length": None},
+        {"packing": True, "max_length": 80},
+    ],
+    ids=["padded", "accumulated", "padding free", "packed"],
+)
+def test_gradients_are_those_of_each_document_alone(tmp_path, fields):
+    rows = make_rows(LENGTHS, prompt=2, unscored=1)
+    size = 2 if "gradient_accumulation_steps" in fields else 8
+    groups = [rows[i : i + size] for i in range(0, 8, size)]
+    expected, loss, _ = expected_gradients(make_model(), groups, 0.4)
+    _, recorder = sft(tmp_path, rows, **fields)
+    assert_gradients(recorder.gradients[0], expected)
+    assert recorder.logs[0]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_several_packed_rows_hold_every_document_once(tmp_path):
+    """Bins of 24 tokens: documents change places, and their scores go with them."""
+    rows = make_rows(LENGTHS)
+    trainer, recorder = sft(tmp_path, rows, packing=True, max_length=24, learning_rate=0.0)
+    packed: Any = trainer.train_dataset
+    assert len(packed) > 1
+    expected, _, _ = expected_gradients(make_model(), [rows], 0.4)
+    assert_gradients(recorder.gradients[0], expected)
+    pairs = [set(zip(r["input_ids"], map(str, r["reference_logprob"]), strict=True)) for r in rows]
+    for row in packed:
+        found = set(zip(row["input_ids"], map(str, row["reference_logprob"]), strict=True))
+        assert found <= set().union(*pairs)
+
+
+def test_completion_masks_become_labels(tmp_path):
+    rows = make_rows(LENGTHS, prompt=4)
+    masked = [
+        {
+            "input_ids": row["input_ids"],
+            "completion_mask": [int(label != -100) for label in row["labels"]],
+            "reference_logprob": row["reference_logprob"],
+        }
+        for row in rows
+    ]
+    expected, _, _ = expected_gradients(make_model(), [rows], 0.4)
+    _, recorder = sft(tmp_path, masked, completion_only_loss=True)
+    assert_gradients(recorder.gradients[0], expected)
+
+
+def test_truncation_cuts_scores_with_tokens_and_drops_rows_without_a_target(tmp_path):
+    rows = make_rows(LENGTHS, prompt=5)
+    cut = [{name: column[:8] for name, column in row.items()} for row in rows]
+    kept = [row for row in cut if any(label != -100 for label in row["labels"])]
+    assert len(kept) == len(rows) - 1
+    expected, _, _ = expected_gradients(make_model(), [kept], 0.4)
+    _, recorder = sft(tmp_path, rows, max_length=8)
+    assert_gradients(recorder.gradients[0], expected)
+
+
+def test_rows_that_were_packed_before_they_were_scored(tmp_path):
+    rows = make_rows(LENGTHS[:4])
+    both = [
+        {name: rows[i][name] + rows[i + 1][name] for name in rows[0]}
+        | {"seq_lengths": [LENGTHS[i], LENGTHS[i + 1]]}
+        for i in (0, 2)
+    ]
+    expected, _, _ = expected_gradients(make_model(), [rows], 0.4)
+    _, recorder = sft(tmp_path, both, padding_free=True, max_length=None)
+    assert_gradients(recorder.gradients[0], expected)
+
+
+def lora(**fields: Any) -> LoraConfig:
+    fixed: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+    return LoraConfig(task_type=TaskType.CAUSAL_LM, init_lora_weights=False, **(fixed | fields))
+
+
+def lora_gradients(trainer: Any, groups: list[list[Row]]) -> dict[str, torch.Tensor]:
+    """Of the adapter's weights before the step: the learning rate was 0."""
+    exact: Any = get_peft_model(make_model(), lora())
+    exact.load_state_dict(trainer.model.state_dict())
+    exact = exact.double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for group in groups:
+        losses, excess = group_losses(exact, group)
+        selected = top(excess, 0.4)
+        total, count = total + losses[selected].sum(), count + int(selected.sum())
+    (total / count).backward()
+    return gradients_of(exact)
+
+
+def test_lora_trains_its_adapters_on_the_same_tokens(tmp_path):
+    rows = make_rows(LENGTHS, prompt=2)
+    trainer, recorder = sft(tmp_path, rows, peft_config=lora(), learning_rate=0.0)
+    assert recorder.gradients[0] and all("lora" in name for name in recorder.gradients[0])
+    assert_gradients(recorder.gradients[0], lora_gradients(trainer, [rows]))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "match"),
+    [
+        (lora(target_modules=["q_proj", "lm_head"]), "PEFT adapter to `lm_head`|output layer"),
+        (lora(modules_to_save=["lm_head"]), "the output layer is a ModulesToSaveWrapper"),
+        (
+            PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2),
+            "prompt learning moves the tokens",
+        ),
+    ],
+)
+def test_adapters_that_the_loss_would_not_see_are_refused(tmp_path, adapter, match):
+    with pytest.raises(ValueError, match=match):
+        sft(tmp_path, make_rows(LENGTHS), peft_config=adapter)
+
+
+def test_what_trl_logs_is_still_logged(tmp_path):
+    rows = make_rows(LENGTHS, prompt=2)
+    _, recorder = sft(tmp_path, rows, max_steps=2, logging_steps=2, learning_rate=0.0)
+    exact = make_model().double()
+    correct = entropy = count = 0.0
+    for row in rows:
+        logits = exact(torch.tensor([row["input_ids"]])).logits[0, :-1].detach()
+        labels = torch.tensor(row["labels"])[1:]
+        live = labels != -100
+        entropy += torch.special.entr(logits.softmax(-1)).sum(-1)[live].sum().item()
+        correct += (logits.argmax(-1) == labels)[live].sum().item()
+        count += live.sum().item()
+    log = recorder.logs[0]
+    assert log["entropy"] == pytest.approx(entropy / count, rel=1e-4)
+    assert log["mean_token_accuracy"] == pytest.approx(correct / count, rel=1e-4)
+    assert log["num_tokens"] == 2 * sum(LENGTHS)
+
+
+def test_evaluation_is_trls_own(tmp_path):
+    rows = make_rows(LENGTHS, prompt=2)
+    plain = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+    found = []
+    for data in (rows, plain):
+        trainer, _ = sft(tmp_path, rows, eval_rows=data, learning_rate=0.0)
+        found.append(trainer.evaluate()["eval_loss"])
+    _, loss, _ = expected_gradients(make_model(), [plain_as_scored(rows)], 1.0)
+    assert found == pytest.approx([loss, loss], rel=1e-4)
+
+
+def plain_as_scored(rows: list[Row]) -> list[Row]:
+    return [row | {"reference_logprob": [-1.0] * len(row["input_ids"])} for row in rows]
+
+
+# ---- refusal ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy is 'wrapped'"),
+        ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy is 'bfd_split'"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode is 'keep_end'"),
+        ({"packing": True, "max_length": None}, "max_length is None"),
+        ({"loss_type": "dft"}, "loss_type is 'dft'"),
+    ],
+)
+def test_preparations_that_move_tokens_away_from_their_context_are_refused(tmp_path, fields, match):
+    with pytest.raises(ValueError, match=match):
+        sft(tmp_path, make_rows(LENGTHS), **fields)
+
+
+def test_packed_rows_must_be_kept_apart(tmp_path):
+    rows = [row | {"seq_lengths": [4, len(row["input_ids"]) - 4]} for row in make_rows(LENGTHS)]
+    with pytest.raises(ValueError, match="several documents .* padding_free is False"):
+        sft(tmp_path, rows)
+    with pytest.raises(ValueError, match="packing is True, but the rows have seq_lengths"):
+        sft(tmp_path, rows, packing=True, max_length=80)
+
+
+def test_a_dataset_without_scores_or_tokens_is_refused_before_anything_is_loaded(tmp_path):
+    plain = [{k: row[k] for k in ("input_ids", "labels")} for row in make_rows(LENGTHS)]
+    with pytest.raises(ValueError, match="train_dataset has no reference_logprob .*input_ids"):
+        sft(tmp_path, plain)
+    with pytest.raises(ValueError, match="train_dataset has no input_ids .*tokenise before"):
+        sft(tmp_path, [{"text": "one", "reference_logprob": [-1.0]}])
+    with pytest.raises(UserError, match="its logits are not its head"):
+        sft(tmp_path, make_rows(LENGTHS), make_model("hyperclovax"))
+
+
+# ---- real text ----------------------------------------------------------------------------------
+
+
+@needs_data
+def test_real_text_trains_packed_and_its_loss_falls(tmp_path):
+    """Bytes as tokens; a uniform reference, so the highest losses are selected."""
+    rows = [
+        {"input_ids": ids, "labels": list(ids), "reference_logprob": [float("nan")] + [-4.0] * n}
+        for ids in ([byte % 59 + 2 for byte in text.encode()[:120]] for text in real_texts(40))
+        if (n := len(ids) - 1)
+    ]
+    model = make_model(max_position_embeddings=256)
+    fields: dict[str, Any] = {"packing": True, "max_length": 240, "per_device_train_batch_size": 2}
+    _, recorder = sft(tmp_path, rows, model, max_steps=12, learning_rate=0.5, **fields)
+    losses = [log["loss_all"] for log in recorder.logs if "loss_all" in log]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.3
