@@ -47,7 +47,7 @@ log = logging.getLogger("slm.harness")
 Json = dict[str, Any]
 Row = dict[str, Any]
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 VERSIONED = ("lm_eval", "transformers", "torch")
 BARE_PROMPT = "{question}"
 
@@ -323,7 +323,12 @@ def check_room(folder: str, max_new_tokens: int) -> None:
     """lm_eval gives the prompt what max_new_tokens leaves of the model's positions."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    from slm.tokenizer import first_line
+
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {folder} has a damaged config.json: {first_line(error)}") from None
     limit = getattr(config, "max_position_embeddings", None)  # models without positions have none
     if limit is not None and max_new_tokens >= limit:
         raise UserError(

@@ -416,8 +416,16 @@ def test_wrong_folders_are_refused_before_any_model_is_loaded(
 
 def test_a_damaged_model_is_one_sentence(model, problems):
     weights = Path(model) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
     with pytest.raises(UserError, match="model.safetensors is damaged"):
+        harness({"a": model}, settings(problems))
+    (Path(model) / "slm.json").unlink()  # as from elsewhere, without hashes
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        harness({"a": model}, settings(problems))
+    weights.write_bytes(whole)
+    (Path(model) / "config.json").write_text("{")
+    with pytest.raises(UserError, match="model .* has a damaged config.json: "):
         harness({"a": model}, settings(problems))
 
 
@@ -480,6 +488,7 @@ def test_a_trained_folder_goes_through_on_real_files_without_a_network(tmp_path)
     train = ["train", "out=run", "data.corpus=corpus/train", "selection=all", "logger=csv"]
     train += ["max_tokens=1024", "data.batch_size=8", "data.micro_batch_size=4", *TINY_MODEL]
     run_command(tmp_path, *train, "data.num_workers=0")
+    assert "NOT WHOLE" not in run_command(tmp_path, "verify", "run")
     words = ["models={a: run/model, b: run/model}", f"problems='{DATA}/eval'", "limit=4"]
     shown = run_command(tmp_path, "harness", *words, "max_new_tokens=16", "out=table.csv")
     assert not marker.exists(), marker.read_text()

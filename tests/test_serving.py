@@ -228,3 +228,13 @@ def test_a_model_of_another_origin_may_break_rules_and_is_told(folder):
     (folder / "slm.json").unlink()
     ((_, good, text),) = verify(folder)
     assert good and "generation_config.json is missing" in text
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path, tokenizer):
+    backend = tokenizer.backend_tokenizer
+    plain = type(tokenizer)(tokenizer_object=backend, eos_token="<|endoftext|>")
+    model = new_model({"model_type": "llama", "pad_token_id": 0} | SIZES, len(plain), None)
+    set_special_ids(model, plain)
+    save_model(tmp_path / "model", model, plain, "card", {})
+    assert special_ids(tmp_path / "model") == {"bos": None, "eos": 0, "pad": None}
+    assert broken_rules(tmp_path / "model") == []
