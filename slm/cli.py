@@ -37,6 +37,10 @@ COMMANDS = {  # name: (what it does, an example)
         "models -> loss and bits per byte on named sets",
         "'models={a: run/model}' 'sets={b: corpus/heldout}'",
     ),
+    "harness": (
+        "models -> accuracy and bits per byte by lm_eval, offline",
+        "'models={a: run/model}' problems=eval out=table.csv",
+    ),
     "dynamics": (
         "checkpoints + frozen tokens -> classes H->H, L->H, H->L, L->L",
         "runs=runs/slm corpus=corpus/heldout references=refs",

@@ -301,6 +301,7 @@ def save_model(
         path.chmod(0o644)  # save_pretrained writes 0600, which a serving account cannot read
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+    temporary.chmod(0o755)
     sync_folder(temporary)
     replace_folder(temporary, folder)
 

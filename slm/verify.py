@@ -2,8 +2,9 @@
 
 Knows corpora and references (manifest.json), what `slm prepare` made (train/, heldout/), runs
 (run.json), checkpoints, models and token losses (dynamics/), in the folder itself and in those
-below it. Every file is read and its hash compared: it costs about a second a gigabyte. Leftovers
-of killed processes are named; they do no harm.
+below it. Every file is read and its hash compared: it costs about a second a gigabyte. A model of
+ours must also be one that an inference engine can load (slm.serving). Leftovers of killed processes
+are named; they do no harm.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 
 from slm.cli import progress
 from slm.errors import UserError
+from slm.serving import broken_rules, notes
 from slm.shards import (
     Corpus,
     Json,
@@ -204,6 +206,15 @@ def check_tokenizer(corpus: Corpus) -> None:
 
 
 def verify_model(path: Path, advance: Advance) -> str:
+    """Its files are whole, and an inference engine finds in them what it needs (slm.serving)."""
+    about = verify_weights(path, advance)
+    broken = broken_rules(path)
+    if broken and (path / "slm.json").exists():
+        raise UserError("; ".join(broken))
+    return "; ".join([about, *broken, *notes(path)])
+
+
+def verify_weights(path: Path, advance: Advance) -> str:
     weights = sorted(path.glob("*.safetensors"))
     for item in weights:
         check_structure(item)

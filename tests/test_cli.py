@@ -24,7 +24,7 @@ import slm
 from slm import cli, evaluate, score, verify
 from slm.cli import COMMANDS, command, conf_folder, dispatch, duration, progress, reported
 from slm.errors import NonFiniteError, UserError
-from slm.model import save_model
+from slm.model import save_model, set_special_ids
 from slm.shards import References
 
 SLM = [sys.executable, "-m", "slm.cli"]
@@ -216,6 +216,7 @@ def awkward(tmp_path, tokenizer, make_corpus) -> Path:
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes, **heads))
+    set_special_ids(model, tokenizer)
     save_model(folder / "model", model, tokenizer, "card", {})
     return folder
 

@@ -364,6 +364,16 @@ def test_saved_folder_gives_the_same_logits_bit_for_bit(tmp_path, tokenizer, bui
     assert tied is ("lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors"))
 
 
+def test_saved_folder_is_open_to_others_whatever_the_umask(tmp_path, tokenizer, build):
+    before = os.umask(0o077)
+    try:
+        save_model(tmp_path / "m", build().model, tokenizer, "card", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {0o644}
+
+
 def test_saved_folder_is_readable_by_others_and_describes_itself(saved):
     for path in saved.iterdir():
         assert path.stat().st_mode & 0o777 == 0o644, path.name

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slm import verify as verification
 from slm.checkpoint import VerifiedCheckpointIO
 from slm.errors import UserError
-from slm.model import save_model
+from slm.model import save_model, set_special_ids
 from slm.shards import References, Shard, write_array, write_json, write_manifest, write_sidecar
 from slm.verify import verify
 
@@ -59,6 +59,7 @@ def saved(tmp_path_factory, tokenizer) -> Path:
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
     folder = tmp_path_factory.mktemp("saved") / "model"
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes, **heads))
+    set_special_ids(model, tokenizer)
     save_model(folder, model, tokenizer, "card", {})
     return folder
 
