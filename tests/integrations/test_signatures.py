@@ -19,7 +19,5 @@ def test_what_is_there_passes():
 def test_what_is_not_there_is_named_with_what_is():
     with pytest.raises(ImportError, match=r"step has no parameter inputs \(it has self, batch"):
         check_parameters(Trainer.step, ("batch", "inputs"), "frame 1.0")
-    with pytest.raises(
-        ImportError, match="Trainer has no run; .* made for frame 1.0"
-    ):
+    with pytest.raises(ImportError, match="Trainer has no run; .* made for frame 1.0"):
         check_attributes(Trainer, ("run",), "frame 1.0")

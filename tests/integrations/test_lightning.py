@@ -1,0 +1,170 @@
+"""A step of a LightningModule with the mixin is the step that float64 defines."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from door_helpers import (
+    Row,
+    assert_gradients,
+    expected_gradients,
+    gradients_of,
+    make_model,
+    make_rows,
+    run_python,
+)
+from slm.head import head_arguments
+from slm.integrations import lightning as door
+from slm.integrations.lightning import SelectiveMixin
+from slm.integrations.loss import SelectiveLoss, shifted
+
+LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
+NAN = float("nan")
+
+
+class Mine(SelectiveMixin, LightningModule):
+    def __init__(self, scope: str):
+        super().__init__()
+        self.model = make_model()
+        self.selective = SelectiveLoss(0.4, scope)
+        self.gradients: list[dict[str, Tensor]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        hidden = self.model.model(batch["input_ids"]).last_hidden_state
+        scores = batch["reference_logprob"]
+        return self.selective_loss(hidden, head_arguments(self.model), batch["targets"], scores)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        super().on_before_optimizer_step(optimizer)
+        self.gradients.append(gradients_of(self.model))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.logged.append({k: float(v) for k, v in self.trainer.callback_metrics.items()})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def batch_of(rows: list[Row]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, value: float) -> Tensor:
+        return torch.tensor([r[name] + [value] * (longest - len(r["input_ids"])) for r in rows])
+
+    targets, scores = shifted(padded("labels", -100), padded("reference_logprob", NAN))
+    return {"input_ids": padded("input_ids", 0), "targets": targets, "reference_logprob": scores}
+
+
+def fit(module: LightningModule, batches: Any, **fields: Any) -> Any:
+    fixed: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(**(fixed | fields))
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    return trainer
+
+
+def pairs(rows: list[Row]) -> list[list[Row]]:
+    return [rows[i : i + 2] for i in range(0, len(rows), 2)]
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+]
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "global"])
+def test_accumulated_micro_batches_are_divided_once(scope):
+    """Three to a step, so that the epoch ends with a step of one."""
+    rows = make_rows(LENGTHS, prompt=3, unscored=1)
+    module = Mine(scope)
+    fit(module, [batch_of(pair) for pair in pairs(rows)], accumulate_grad_batches=3)
+    assert len(module.gradients) == 2
+    for i, part in enumerate((rows[:6], rows[6:])):
+        groups = [[row] for row in part] if scope == "sequence" else pairs(part)
+        expected, loss, count = expected_gradients(make_model(), groups, 0.4)
+        assert_gradients(module.gradients[i], expected)
+        logged = module.logged[(2, 3)[i]]
+        assert logged["train/loss"] == pytest.approx(loss, rel=1e-4)
+        num_valid = sum(len(row["input_ids"]) - 3 for row in part)
+        assert logged["slm/kept_frac"] == pytest.approx(count / num_valid)
+
+
+def test_gradients_are_clipped_after_they_are_divided():
+    rows = make_rows(LENGTHS[:4])
+    expected, _, _ = expected_gradients(make_model(), pairs(rows), 0.4)
+    norm = torch.nn.utils.get_total_norm(expected.values()).item()
+
+    class Clipped(Mine):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            self.gradients.append(gradients_of(self.model))
+
+    module = Clipped("batch")
+    batches = [batch_of(pair) for pair in pairs(rows)]
+    fit(module, batches, accumulate_grad_batches=2, gradient_clip_val=norm / 2)
+    clipped = {name: gradient / 2 for name, gradient in expected.items()}
+    assert_gradients(module.gradients[-1], clipped)
+
+
+def test_a_module_that_forgets_super_is_stopped():
+    class Forgetful(Mine):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            pass
+
+    batches = [batch_of(pair) for pair in pairs(make_rows(LENGTHS[:4]))]
+    with pytest.raises(RuntimeError, match="step 0 were not divided: does Forgetful"):
+        fit(Forgetful("batch"), batches)
+
+
+def test_all_nan_scores_and_manual_optimization_are_refused():
+    with pytest.raises(ValueError, match="all of the step's 12 targets have NaN"):
+        fit(Mine("batch"), [batch_of(make_rows(LENGTHS[:2], unscored=100))])
+    module = Mine("batch")
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="automatic_optimization is False"):
+        fit(module, [batch_of(make_rows(LENGTHS[:2]))])
+
+
+def test_another_signature_is_refused_at_import(monkeypatch):
+    monkeypatch.setattr(LightningModule, "on_before_optimizer_step", lambda self, optim: None)
+    with pytest.raises(ImportError, match="no parameter optimizer .*made for lightning 2.6"):
+        importlib.reload(door)
+
+
+def train_on_ranks(folder: str) -> None:
+    """Lightning starts the second process by running the same command again."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    module = Mine("sequence")
+    batches = [batch_of(pair) for pair in pairs(make_rows(LENGTHS, prompt=2))[rank::2]]
+    fields: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    fit(module, batches, accumulate_grad_batches=2, **fields)
+    torch.save(module.gradients[0], Path(folder) / f"rank-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path):
+    run_python("-W", "ignore", __file__, str(tmp_path))
+    rows = make_rows(LENGTHS, prompt=2)
+    expected, _, _ = expected_gradients(make_model(), [[row] for row in rows], 0.4)
+    for rank in (0, 1):
+        assert_gradients(torch.load(tmp_path / f"rank-{rank}.pt"), expected)
+
+
+if __name__ == "__main__":
+    train_on_ranks(sys.argv[1])
