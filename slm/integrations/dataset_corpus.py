@@ -67,7 +67,8 @@ def from_hf_dataset(
     if seq_len < 2:
         raise ValueError(f"row 0 has {seq_len} tokens, at least 2 are needed: one predicts another")
     plan = corpus_plan(tokenizer_sha256(loaded), state, seq_len)
-    take_over(out, plan)
+    with naming(out):
+        take_over(out, plan)
     try:
         with naming(out):
             loaded.save_pretrained(out / "train" / "tokenizer")
@@ -122,12 +123,12 @@ def take_over(out: Path, plan: Json) -> None:
             if folder.exists():
                 raise ValueError(f"{folder} exists already; choose another folder than {out}")
     adopt_plan(train, plan)  # refuses what another command began
-    clear(out)
+    clear(out)  # a killed call may have had other rows
     adopt_plan(train, plan)
 
 
 def clear(out: Path) -> None:
-    for name in ("train", "references"):
+    for name in ("references", "train"):  # killed in between, train/plan.json still says whose
         shutil.rmtree(out / name, ignore_errors=True)
     if out.exists() and not any(out.iterdir()):
         out.rmdir()

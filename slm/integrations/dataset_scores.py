@@ -114,7 +114,7 @@ def with_format_of(dataset: Dataset, scored: Dataset) -> Dataset:
 
 
 def score_table(lm: SelectiveLM, table: pa.Table, number: int, batch_size: int) -> pa.Table:
-    """The new column alone; `number` is the first row's."""
+    """The table with the new column; `number` is the first row's."""
     rows = read_rows(table, number, vocabulary(lm))
     check_fit(rows, position_limit(lm))
     scores = score_rows(lm, rows, batch_size)
@@ -122,11 +122,15 @@ def score_table(lm: SelectiveLM, table: pa.Table, number: int, batch_size: int) 
     if len(wrong):
         at = wrong[0]
         raise ValueError(f"{rows.place('input_ids', at)}: the model's log-prob is {scores[at]}")
-    offsets = np.append(rows.starts, len(rows.ids))
-    kind = type(table.column("input_ids").combine_chunks())
-    whole = kind if kind is pa.LargeListArray else pa.ListArray
-    width = np.int64 if whole is pa.LargeListArray else np.int32
-    return pa.table({COLUMN: whole.from_arrays(offsets.astype(width), pa.array(scores))})
+    return table.append_column(COLUMN, lists_beside(table.column("input_ids"), rows, scores))
+
+
+def lists_beside(column: Any, rows: Rows, values: np.ndarray) -> pa.Array:
+    """The n values as lists of the rows' lengths, of the kind that `column` holds."""
+    large = pa.types.is_large_list(column.type)
+    kind, width = (pa.LargeListArray, np.int64) if large else (pa.ListArray, np.int32)
+    offsets = np.append(rows.starts, len(rows.ids)).astype(width)
+    return kind.from_arrays(offsets, pa.array(values))
 
 
 def check_fit(rows: Rows, limit: int | None) -> None:
