@@ -1,4 +1,4 @@
-"""Rows become windows: every value of every row is there once, and a row that is wrong leaves none."""
+"""Rows become windows: every value of a row is there once; a row that is wrong leaves nothing."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,9 @@ from slm.verify import verify
 
 X = IGNORE_INDEX
 LENGTH = 6
-ROWS = {  # of 6 tokens; prompts; documents inside; scores that say which token they are about
+ROWS: dict[
+    str, Any
+] = {  # of 6 tokens; prompts; documents inside; scores that say which token they are about
     "input_ids": [[10 * row + i for i in range(LENGTH)] for row in range(1, 8)],
     "seq_lengths": [[6], [2, 4], [5, 1], [1, 5], [3, 3], [6], [2, 2, 2]],
 }
@@ -182,11 +184,12 @@ def test_a_row_that_is_wrong_is_named_and_nothing_is_left(tmp_path, made_by, cha
 def test_what_is_no_dataset_of_rows_is_refused(tmp_path, made_by):
     none = rows().select([])
     one = Dataset.from_dict({"input_ids": [[1], [2]]})
-    for given, sentence in (
+    cases: list[tuple[Any, str]] = [
         ([[1, 2]], "a datasets.Dataset is needed, found list"),
         (none, "the dataset has 0 rows"),
         (one, "row 0 has 1 tokens, at least 2"),
-    ):
+    ]
+    for given, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
             from_hf_dataset(given, tmp_path / "out", made_by)
     assert not (tmp_path / "out").exists()
@@ -237,9 +240,8 @@ def test_a_killed_call_starts_over(tmp_path, made_by, monkeypatch):
     assert len([*out.rglob("*")]) == len([*whole.rglob("*")])
 
 
-@pytest.mark.slow
 def test_the_trainer_takes_it(tmp_path, made_by, tokenizer):
-    """Real text as rows of 16, a score a token; selection by excess, three steps."""
+    """Rows of 16 in five shards, a score a token; selection by excess, three steps."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, len(tokenizer), (48, 16))
     given = {

@@ -1,7 +1,9 @@
-"""The column against log-softmax of all logits, row by row, and against what TRL's packing moves."""
+"""The column against log-softmax of all logits, row by row; TRL's packing keeps it aligned."""
 
+import json
+import os
+import subprocess
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 from datasets import Dataset, LargeList, List, Value
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from trl import pack_dataset
+from trl.data_utils import pack_dataset
 
 from slm.errors import UserError
 from slm.integrations import dataset_scores
 from slm.integrations.datasets import score_dataset
+from text_helpers import DATA, needs_data
 
 VOCABULARY = 120
 LENGTHS = [5, 1, 17, 2, 0, 9, 30, 9, 12, 3]
@@ -120,8 +123,8 @@ def test_a_mode_and_a_format_stay_as_they_were(model, token_lists):
     assert model.training and dataset.format["columns"] == ["input_ids"]
     model.eval()
     assert scored.format == dataset.format | {"columns": ["input_ids", "reference_logprob"]}
-    assert scored[0]["reference_logprob"].dtype == torch.float32
-    rows = [row["reference_logprob"] for row in scored]
+    rows: list[Any] = [dict(row)["reference_logprob"] for row in scored]
+    assert rows[0].dtype == torch.float32
     assert_same(rows, [expected(model, ids) for ids in token_lists[2:4]])
 
 
@@ -178,7 +181,7 @@ def test_what_cannot_be_scored_is_refused(model, columns, sentence, monkeypatch)
 def test_scores_that_are_not_finite_are_refused(model, token_lists):
     broken = LlamaForCausalLM(model.config).eval()
     broken.load_state_dict(model.state_dict())
-    broken.get_input_embeddings().weight.data[77] = torch.nan  # of a token that the probe lacks
+    broken.model.embed_tokens.weight.data[77] = torch.nan  # of a token that the probe lacks
     dataset = Dataset.from_dict({"input_ids": [[1, 2, 3, 4], [5], [5, 77, 8]]})
     with pytest.raises(ValueError, match=r"row 2: input_ids\[1\]: the model's log-prob is nan"):
         score_dataset(dataset, broken)
@@ -191,3 +194,36 @@ def test_models_that_do_not_fit_are_refused(token_lists, tmp_path):
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=16)
     with pytest.raises(ValueError, match="row 6 has 30 tokens.*max_position_embeddings is 16"):
         score_dataset(dataset.remove_columns("seq_lengths"), GPT2LMHeadModel(config))
+
+
+@pytest.mark.slow
+@needs_data
+def test_the_example_prints_tokens_beside_their_scores(tmp_path, tokenizer):
+    """Of the longest of three questions, which the first packed row begins with."""
+    root = Path(__file__).resolve().parents[2]
+    torch.manual_seed(3)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=2048)
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "t")
+    script = root / "experiments" / "doors" / "score_own_dataset.py"
+    words = ["--tokenizer", str(tmp_path / "t"), "--model", str(tmp_path / "m"), "--rows", "3"]
+    paths = os.pathsep.join([str(root), str(root / "kernels")])
+    settings = {"PYTHONPATH": paths, "SLM_DATA": str(DATA), "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, script, *words],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ | settings,
+    )
+    assert done.returncode == 0, done.stderr
+    with open(DATA / "curated" / "gsm8k_train.jsonl") as file:
+        records = [json.loads(next(file)) for _ in range(3)]
+    texts = [f"{record['question']}\n{record['answer']}" for record in records]
+    ids = max((tokenizer.encode(text) for text in texts), key=len)[:512]
+    title, *lines = done.stdout.splitlines()
+    assert title.endswith("packed rows: input_ids, labels, reference_logprob, seq_lengths")
+    scores = expected(model, ids)[:12]
+    wanted = [f"{tokenizer.decode([t])!r:>16} {s:8.3f}" for t, s in zip(ids, scores, strict=False)]
+    assert lines == wanted

@@ -1,6 +1,5 @@
 """Folders as rows and as a torch dataset: every value is that of the batch of the same window."""
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,7 @@ from slm.integrations.datasets import WindowDataset, to_hf_dataset
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
