@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl.data_utils import pack_dataset
 
 from slm.integrations.datasets import score_dataset
@@ -26,14 +26,7 @@ DATA = Path(os.environ.get("SLM_DATA", HERE.parents[3] / "shared" / "data"))
 
 def small_model(vocab_size: int):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    return AutoModelForCausalLM.from_config(config)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=64, n_layer=2, n_head=4))
 
 
 def main() -> None:

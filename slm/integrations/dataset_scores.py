@@ -39,7 +39,9 @@ def score_dataset(
                  loaded one as it is, in its dtype on its device
     batch_size:  rows of one forward
 
-    No logits are kept. `datasets` caches the column under the hash of a folder's weights; what a
+    TRL's pack_dataset takes the column along. Its strategy "wrapped" forgets where documents begin,
+    so that their first tokens stay without a score: pack first, then score the packed rows.
+    `datasets` caches the column under the hash of a folder's weights; what a
     hub name or a loaded model gave is computed anew each time, since its weights have no such name.
     """
     rows = check_dataset(dataset)

@@ -115,17 +115,26 @@ def test_packed_rows_score_as_their_documents_did(model, token_lists):
     assert_same(before["reference_logprob"][:], after["reference_logprob"][:])
 
 
-def test_a_mode_and_a_format_stay_as_they_were(model, token_lists):
-    model.train()
+def test_a_format_stays_as_it_was(model, token_lists):
     plain = Dataset.from_dict({"input_ids": token_lists[2:4], "extra": [1, 2]})
     dataset = plain.with_format("torch", columns=["input_ids"])
     scored = score_dataset(dataset, model)
-    assert model.training and dataset.format["columns"] == ["input_ids"]
-    model.eval()
+    assert dataset.format["columns"] == ["input_ids"]
     assert scored.format == dataset.format | {"columns": ["input_ids", "reference_logprob"]}
     rows: list[Any] = [dict(row)["reference_logprob"] for row in scored]
     assert rows[0].dtype == torch.float32
     assert_same(rows, [expected(model, ids) for ids in token_lists[2:4]])
+
+
+def test_a_model_in_training_is_asked_without_dropout_and_goes_on(token_lists):
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config).train()
+    dataset = Dataset.from_dict({"input_ids": token_lists})
+    scored = score_dataset(dataset, model)
+    assert model.training and model.transformer.drop.training
+    assert_same(
+        scored["reference_logprob"][:], [expected(model.eval(), ids) for ids in token_lists]
+    )
 
 
 def test_chosen_and_shuffled_rows(model, token_lists):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import List, Value
 from torch.utils.data import DataLoader
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
@@ -66,6 +67,16 @@ def test_a_row_shifted_by_one_is_the_window(folders, packing, masked, combine):
     assert ("seq_lengths" in made.column_names) == (packing == "documents")
 
 
+def test_trl_restarts_positions_at_documents(folders):
+    """Its collator flattens rows and reads `seq_lengths`; the inputs are those of the windows."""
+    corpus, stores = folders("documents", True)
+    rows = [dict(row) for row in to_hf_dataset(corpus.folder, stores[0].folder)]
+    found = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
+    batch = Windows(corpus).batch(np.arange(5))
+    assert torch.equal(found["position_ids"].view(5, 5)[:, :-1], batch["position_ids"])
+    assert torch.equal(found["labels"].view(5, 5)[:, 1:], batch["targets"])
+
+
 def test_columns_are_typed_and_there_by_need(folders):
     corpus, stores = folders("documents", True)
     plain = to_hf_dataset(corpus.folder)
@@ -88,6 +99,10 @@ def test_the_cache_is_by_content(folders):
     other = to_hf_dataset(moved, stores[1].folder)
     first = [rows["reference_logprob"][0][1] for rows in (one, other)]
     assert first == pytest.approx([-1 / 7, -3 / 7])
+    both = [store.folder for store in stores]
+    lowest, highest = (to_hf_dataset(moved, both, combine=how) for how in ("max", "min"))
+    first = [rows["reference_logprob"][0][1] for rows in (lowest, highest)]
+    assert first == pytest.approx([-3 / 7, -1 / 7])
 
 
 def test_windows_of_many_batches_are_in_order(tmp_path, make_corpus, monkeypatch):
