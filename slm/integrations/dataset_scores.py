@@ -21,7 +21,7 @@ from slm.shards import hash_json
 from slm.tokenizer import looks_like_hub_name
 
 NEEDED = ("with_indices", "features", "new_fingerprint", "desc")
-check_parameters(Dataset.map, NEEDED, "datasets 4.3 to 5.2")
+check_parameters(Dataset.map, NEEDED, "datasets 5.2")
 
 BATCHES_AT_ONCE = 16  # rows of similar length are scored together, out of so many batches
 PROBE_TOKENS = 32

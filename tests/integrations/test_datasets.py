@@ -106,8 +106,7 @@ def test_the_cache_is_by_content(folders):
 
 
 def test_windows_of_many_batches_are_in_order(tmp_path, make_corpus, monkeypatch):
-    monkeypatch.setattr("slm.integrations.datasets.WINDOWS_AT_ONCE", 3)
-    monkeypatch.setattr("slm.integrations.datasets.TOKENS_AT_WRITING", 8)
+    monkeypatch.setattr("slm.integrations.dataset_windows.WINDOWS_AT_ONCE", 3)
     corpus = make_corpus(tmp_path / "c", [np.arange(41), np.arange(50, 71)], 4)
     rows = to_hf_dataset(corpus.folder)["input_ids"]
     assert [row[0] for row in rows] == [*range(0, 40, 4), *range(50, 70, 4)]
