@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, LargeList, List, Value
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 from trl.data_utils import pack_dataset
 
 from slm.errors import UserError
@@ -197,12 +205,22 @@ def test_scores_that_are_not_finite_are_refused(model, token_lists):
 
 
 def test_models_that_do_not_fit_are_refused(token_lists, tmp_path):
-    dataset = Dataset.from_dict({"input_ids": token_lists, "seq_lengths": [[n] for n in LENGTHS]})
+    dataset = Dataset.from_dict({"input_ids": token_lists})
     with pytest.raises(UserError, match="config.json is missing"):
         score_dataset(dataset, tmp_path / "no" / "model")
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=16)
     with pytest.raises(ValueError, match="row 6 has 30 tokens.*max_position_embeddings is 16"):
-        score_dataset(dataset.remove_columns("seq_lengths"), GPT2LMHeadModel(config))
+        score_dataset(dataset, GPT2LMHeadModel(config))
+
+
+def test_a_model_that_mixes_documents_scores_rows_but_no_packed_ones(token_lists):
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = MambaForCausalLM(config).eval()
+    whole = Dataset.from_dict({"input_ids": token_lists})
+    wanted = [expected(model, ids) for ids in token_lists]
+    assert_same(score_dataset(whole, model)["reference_logprob"][:], wanted)
+    with pytest.raises(UserError, match="MambaForCausalLM does not keep documents apart"):
+        score_dataset(whole.add_column("seq_lengths", [[n] if n else [] for n in LENGTHS]), model)
 
 
 @pytest.mark.slow
