@@ -35,8 +35,8 @@ def score_dataset(
 
     dataset:     input_ids, rows of any length; seq_lengths or position_ids where a row is several
                  documents (those of TRL's packing), which are then scored apart
-    model:       a causal LM in float32: a folder, a hub name (on the GPU where there is one); or a
-                 loaded one as it is, in its dtype on its device
+    model:       a causal LM: a folder or a hub name, on the GPU where there is one; or a loaded one
+                 in float32, on its device
     batch_size:  rows of one forward
 
     TRL's pack_dataset takes the column along. Its strategy "wrapped" forgets where documents begin,
@@ -48,6 +48,8 @@ def score_dataset(
     if COLUMN in dataset.column_names:
         raise ValueError(f"the dataset has a column {COLUMN} already; remove it to score it again")
     lm = SelectiveLM(model if isinstance(model, PreTrainedModel) else load_folder(model))
+    if lm.model.dtype != torch.float32:
+        raise ValueError(f"the model is in {lm.model.dtype}; scores are made in torch.float32")
     training = lm.model.training
     lm.eval()
     try:

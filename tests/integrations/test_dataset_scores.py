@@ -211,6 +211,8 @@ def test_models_that_do_not_fit_are_refused(token_lists, tmp_path):
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=16)
     with pytest.raises(ValueError, match="row 6 has 30 tokens.*max_position_embeddings is 16"):
         score_dataset(dataset, GPT2LMHeadModel(config))
+    with pytest.raises(ValueError, match="the model is in torch.bfloat16; scores are made in"):
+        score_dataset(dataset, GPT2LMHeadModel(config).bfloat16())
 
 
 def test_a_model_that_mixes_documents_scores_rows_but_no_packed_ones(token_lists):
