@@ -109,7 +109,7 @@ class Windows:
         ids = torch.from_numpy(self.tokens(windows))
         batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
         if self.corpus.manifest["packing"] == "documents":
-            first = self._document_starts(windows)
+            first = self.document_starts(windows)
             batch["targets"] = ids[:, 1:].masked_fill(torch.from_numpy(first[:, 1:]), IGNORE_INDEX)
             batch["position_ids"] = torch.from_numpy(positions(first[:, :-1]))
         if self.corpus.has_masks:
@@ -188,7 +188,7 @@ class Windows:
         start, source, record, first = rows[np.searchsorted(rows[:, 0], begin, side="right") - 1]
         return int(start), int(source), int(record), int(first)
 
-    def _document_starts(self, windows: np.ndarray) -> np.ndarray:  # (B, T + 1) bool
+    def document_starts(self, windows: np.ndarray) -> np.ndarray:  # (B, T + 1) bool
         """True at the first token of a document."""
         length = self.corpus.seq_len
         first = np.zeros((len(windows), length + 1), dtype=bool)
