@@ -11,8 +11,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from slm.data import positions
-
-COLUMN = "reference_logprob"
+from slm.integrations.loss import COLUMN
 
 
 class Rows(NamedTuple):

@@ -1,0 +1,79 @@
+"""The examples under experiments/doors run as they stand, and their losses fall."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+from door_helpers import ROOT, run_python
+from slm_kernels import selective_cross_entropy
+from text_helpers import needs_data
+
+DOORS = ROOT / "experiments" / "doors"
+EXAMPLES = sorted(path.stem for path in DOORS.glob("*.py") if path.stem != "stand_in")
+PRINTS_SCORES = {"score_own_dataset"}
+OWN_TRAINER = {"litgpt_loop", "torchtitan_loss", "axolotl_run"}  # installed beside us
+
+pytestmark = [pytest.mark.slow, needs_data]
+
+
+def losses_of(output: str, name: str = "loss") -> list[float]:
+    return [float(value) for value in re.findall(rf"\b{name}'?:? '?(\d+\.\d+)", output)]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs_and_its_loss_falls(name):
+    output = run_python("-W", "ignore", str(DOORS / f"{name}.py"), doors=name in OWN_TRAINER)
+    if name in PRINTS_SCORES:
+        return
+    losses = losses_of(output)
+    assert len(losses) >= 10 and losses[-1] < losses[0] - 0.2, output
+
+
+@pytest.mark.parametrize("path", sorted(DOORS.glob("*.py")), ids=lambda path: path.stem)
+def test_example_is_short(path):
+    assert len(path.read_text().splitlines()) <= 60
+
+
+def expected_losses(steps: int, per_step: int) -> list[float]:
+    """Of a loop that sees all processes' micro-batches of a step, by the definition."""
+    sys.path.insert(0, str(DOORS))
+    import stand_in
+
+    model, losses = stand_in.model(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    micro_batches = stand_in.batches(per_step * steps, rows=4, length=64)
+    kept = int(0.6 * 4 * 64 + 0.5)
+    for step in range(steps):
+        total = 0.0
+        for batch in micro_batches[per_step * step : per_step * (step + 1)]:
+            out = selective_cross_entropy(
+                model.model(batch["input_ids"]).last_hidden_state,
+                model.lm_head.weight,
+                batch["targets"],
+                -batch["reference_logprob"],
+                select_ratio=0.6,
+                denominator=per_step * kept,
+                implementation="reference",
+            )
+            out.loss.backward()
+            total += out.loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_takes_the_steps_of_one_process(processes):
+    """Losses after an update say that the gradients were right, the whole step's."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    output = run_python("-W", "ignore", *launch, str(DOORS / "accelerate_loop.py"), "5")
+    found = losses_of(output)
+    assert found == pytest.approx(expected_losses(5, 2 * processes), abs=2e-3)
+
+
+def test_plain_torch_takes_the_steps_of_the_definition():
+    found = losses_of(run_python("-W", "ignore", str(DOORS / "plain_torch.py"), "5"))
+    assert found == pytest.approx(expected_losses(5, 2), abs=2e-3)
