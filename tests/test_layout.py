@@ -81,6 +81,13 @@ def test_every_adapter_has_its_test_file():
     assert adapters == {path.stem.removeprefix("test_") for path in tests}
 
 
+@pytest.mark.parametrize("name", ["transformers", "trl"])
+def test_an_adapter_needs_its_framework_and_not_our_trainers(name):
+    """People install us without dependencies beside frameworks that pin others."""
+    blocked = "import sys\nfor n in ('hydra', 'omegaconf', 'lightning', 'plotly', 'rich'):\n"
+    python(f"{blocked}    sys.modules[n] = None\nimport slm.integrations.{name}")
+
+
 def test_nothing_names_a_folder_of_one_machine():
     private = ("/" + "home/", "/" + "root/", "/" + "work/", "/" + "Users/")
     files = [path for folder in ("slm", "conf", "kernels") for path in (ROOT / folder).rglob("*.*")]

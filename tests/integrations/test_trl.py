@@ -23,7 +23,10 @@ from door_helpers import (
     top,
 )
 from slm.errors import UserError
+from slm.integrations.datasets import score_dataset
+from slm.integrations.loss import shifted
 from slm.integrations.trl import SelectiveSFTTrainer
+from slm_kernels import token_cross_entropy
 from text_helpers import needs_data
 
 pytestmark = [
@@ -216,6 +219,29 @@ def test_evaluation_is_trls_own(tmp_path):
 
 def plain_as_scored(rows: list[Row]) -> list[Row]:
     return [row | {"reference_logprob": [-1.0] * len(row["input_ids"])} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"padding_free": True, "max_length": None}, {"packing": True, "max_length": 24}],
+    ids=["padded", "padding free", "packed"],
+)
+def test_scores_of_the_model_itself_are_its_losses_in_every_batch(tmp_path, fields):
+    """From score_dataset through preparation and collator to the forward that trains."""
+    plain = [{"input_ids": row["input_ids"]} for row in make_rows(LENGTHS)]
+    scored = score_dataset(dataset_of(plain), make_model())
+    trainer, _ = sft(tmp_path, list(scored), learning_rate=0.0, **fields)
+    model: Any = trainer.model
+    compared = 0
+    for batch in trainer.get_train_dataloader():
+        scores = batch.pop("reference_logprob")
+        targets, moved = shifted(batch.pop("labels"), scores)
+        hidden = model.model(**batch).last_hidden_state.detach()
+        losses = token_cross_entropy(hidden, model.lm_head.weight, targets).loss
+        live = (targets != -100) & ~moved.isnan()
+        torch.testing.assert_close(losses[live], -moved[live], rtol=1e-5, atol=1e-5)
+        compared += int(live.sum())
+    assert compared == sum(length - 1 for length in LENGTHS)
 
 
 # ---- refusal ------------------------------------------------------------------------------------
