@@ -62,7 +62,7 @@ def test_a_step_of_several_micro_batches_and_ranks_has_one_denominator():
 
 
 def test_random_draws_as_many_candidates_without_looking_at_losses():
-    _, ids, labels, scores = batch_of([9, 5, 12], prompt=2, unscored=1)
+    _, ids, labels, scores = batch_of([9, 5, 12], prompt=2, unscored=3)
     model, one = make_model(), SelectiveLoss(0.4, "sequence", "random")
     targets, moved = shifted(labels, scores)
     hidden, drawn = model.model(ids).last_hidden_state.detach(), []

@@ -170,6 +170,24 @@ def test_accumulated_micro_batches_are_divided_once(tmp_path, scope, side):
     assert recorder.logs[0]["kept_frac"] == pytest.approx(count / sum(n - 3 for n in LENGTHS))
 
 
+def test_models_that_take_no_loss_arguments_are_not_divided_again(tmp_path, monkeypatch):
+    """Trainer would divide what it did not hand num_items_in_batch to."""
+    rows = make_rows(LENGTHS[:4])
+    monkeypatch.setattr(SelectiveTrainer, "model_accepts_loss_kwargs", False, raising=False)
+    monkeypatch.setattr(Trainer, "__setattr__", ignoring("model_accepts_loss_kwargs"))
+    expected, _, _ = expected_gradients(make_model(), [rows[:2], rows[2:]], 0.4)
+    _, recorder = train(tmp_path, rows, gradient_accumulation_steps=2)
+    assert_gradients(recorder.gradients[0], expected)
+
+
+def ignoring(name: str) -> Any:
+    def set_others(self: Any, key: str, value: Any) -> None:
+        if key != name:
+            object.__setattr__(self, key, value)
+
+    return set_others
+
+
 def test_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
     rows = make_rows(LENGTHS[:6])
     _, recorder = train(
@@ -192,6 +210,7 @@ def test_documents_that_a_collator_flattens_are_ranked_together(tmp_path):
 def test_losses_of_both_sets_are_logged_of_all_steps_since_the_last_log(tmp_path):
     rows = make_rows(LENGTHS[:4], prompt=1, unscored=2)
     _, recorder = train(tmp_path, rows, max_steps=2, logging_steps=2, learning_rate=0.0)
+    _, each = train(tmp_path, rows, max_steps=2, logging_steps=1, learning_rate=0.0)
     exact = make_model().double()
     totals = torch.zeros(5, dtype=torch.float64)
     for group in (rows[:2], rows[2:]):
@@ -205,6 +224,10 @@ def test_losses_of_both_sets_are_logged_of_all_steps_since_the_last_log(tmp_path
     assert log["loss_selected"] == pytest.approx(kept / count, rel=1e-4)
     assert log["loss_unselected"] == pytest.approx((total - kept) / (valid - count), rel=1e-4)
     assert (log["kept_frac"], log["scored_frac"]) == pytest.approx((count / valid, scored / valid))
+    sizes = [sum(len(row["input_ids"]) - 1 for row in rows[i : i + 2]) for i in (0, 2)]
+    apart = sum(n * log["loss_all"] for n, log in zip(sizes, each.logs, strict=False)) / sum(sizes)
+    assert apart == pytest.approx(log["loss_all"], rel=1e-4)
+    assert each.logs[0]["loss_all"] != pytest.approx(each.logs[1]["loss_all"], rel=1e-3)
 
 
 def test_random_takes_as_many_of_the_same_candidates(tmp_path):
