@@ -1,29 +1,29 @@
 """Selective language modeling in torchtitan 0.3: two losses, and the trainer that feeds them.
 
-B batch, L sequence, D width, V vocabulary, K selected tokens. In a function of your config registry::
+B batch, L sequence, D width, V vocabulary, K selected tokens. In your config registry::
 
     SelectiveTrainer.Config(
         loss=SelectiveChunkedLoss.Config(select_ratio=0.6, num_chunks=8),
-        dataloader=...,  # yields ({"input": (B, L), "reference_logprob": (B, L) float32, ...}, labels)
+        dataloader=...,  # yields ({"input": (B, L), "reference_logprob": (B, L)}, labels)
         ...
     )
 
 or, of a configuration that exists, `selective(llama3_8b(), SelectiveChunkedLoss.Config(...))`.
 
 `labels` are already shifted, as everywhere in torchtitan, and entry i of `reference_logprob` is the
-score of label i: natural log, <= 0, NaN where there is none. A validation loader yields no
+score of label i: float32, natural log, <= 0, NaN where there is none. A validation loader yields no
 `reference_logprob`: validation is cross-entropy over every valid token, comparable across ratios.
 
 The loss that is minimised and logged is the mean over the selected tokens of the whole optimizer
-step, all micro-batches and data-parallel ranks: their number is known before the first forward pass.
-`SelectiveChunkedLoss` scores all tokens without their logits, then lets torchtitan's own chunked loss
-run over the selected rows. `SelectiveLoss` is slower: the logits of every token exist, and the
-scores have their precision (bfloat16 logits change about one selection in a hundred).
+step, all micro-batches and data-parallel ranks: their number is known before the first forward
+pass. `SelectiveChunkedLoss` scores all tokens without their logits, then lets torchtitan's own
+chunked loss run over the selected rows. `SelectiveLoss` is slower: the logits of every token exist,
+and scores have their precision (bfloat16 logits change about one selection in a hundred). The
+"global_max_loss" that torchtitan logs is exact where every rank has the same share of candidates.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -80,8 +80,8 @@ Batch = tuple[dict[str, Tensor], Tensor]  # what a dataloader yields: named inpu
 class _Selective:
     """What both losses share: their selection, and the scores of the batch that comes next.
 
-    The scores are bound to the loss, not passed to it, because a wrapper that splits the batch would
-    split them alike: then K tokens of every part would be selected, and nobody would notice.
+    The scores are bound to the loss, not passed to it: a wrapper that splits the batch would split
+    them alike, then K tokens of every part would be selected, and nobody would notice.
     """
 
     def __init__(self, select_ratio: float, scope: str):
@@ -146,12 +146,7 @@ class SelectiveLoss(_Selective, BaseLoss):
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         _Selective.__init__(self, config.select_ratio, config.scope)
-        self.fn = partial(
-            selective_cross_entropy_from_logits,
-            select_ratio=config.select_ratio,
-            scope=config.scope,
-            ignore_index=IGNORE_INDEX,
-        )
+        self.fn = self._over_selected
         self._maybe_compile(compile_config)
         self._over_all = CrossEntropyLoss.Config().build(compile_config=compile_config)
 
@@ -165,10 +160,25 @@ class SelectiveLoss(_Selective, BaseLoss):
         reference_loss = self._reference_loss(pred, labels, kwargs)
         if reference_loss is None:
             return self._over_all(pred, labels, global_valid_tokens)
-        out = self.fn(
-            pred, labels, reference_loss, group=self.group, denominator=global_valid_tokens
-        )
-        return out.loss, {}
+        return self.fn(pred, labels, reference_loss, global_valid_tokens), {}
+
+    def _over_selected(
+        self,
+        logits: Tensor,  # (B, L, V)
+        labels: Tensor,  # (B, L)
+        reference_loss: Tensor,  # (B, L)
+        denominator: Tensor | None,  # ()
+    ) -> Tensor:  # ()
+        return selective_cross_entropy_from_logits(
+            logits,
+            labels,
+            reference_loss,
+            select_ratio=self.select_ratio,
+            scope=self.scope,
+            group=self.group,
+            denominator=denominator,
+            ignore_index=IGNORE_INDEX,
+        ).loss
 
 
 class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
@@ -341,8 +351,9 @@ def selective(
     loss: SelectiveLoss.Config | SelectiveChunkedLoss.Config,
 ) -> SelectiveTrainer.Config:
     """The same run, trained on a selection; only the loss differs."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return SelectiveTrainer.Config(**(values | {"loss": loss}))
+    values: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
+    values["loss"] = loss
+    return SelectiveTrainer.Config(**values)
 
 
 def check_config(config: SelectiveTrainer.Config) -> None:

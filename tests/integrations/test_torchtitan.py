@@ -1,4 +1,4 @@
-"""The losses beside the definition, then torchtitan's own Trainer with them (see titan_helpers.py)."""
+"""The losses beside the definition, then torchtitan's own Trainer with them (titan_helpers.py)."""
 
 import importlib
 import json
@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from door_helpers import DOORS, door, run_example
 from slm_kernels import selective_cross_entropy
 from text_helpers import DATA, needs_data
 
 HERE = Path(__file__).resolve()
-DOORS = Path(sys.prefix) / "doors"
 TEXT = DATA / "curated" / "gsm8k_train.jsonl"
 IGNORED = -100
 SCOPES = ("batch", "sequence")
+ON_A_CPU = f"""
+import sys
+sys.path += [{str(DOORS)!r}, {str(HERE.parent)!r}]
+import torch._utils
+torch._utils._get_available_device_type = lambda: "cpu"
+import titan_helpers
+titan_helpers.main()
+"""
 
 
 @pytest.fixture(scope="module")
 def titan() -> Iterator[Any]:
-    """slm.integrations.torchtitan; other tests do not see what was imported for it."""
-    assert DOORS.is_dir(), f"{DOORS} is missing: `make .venv/.installed` makes it"
-    sys.path.append(str(DOORS))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch of itself, as torchtitan imports it
-        module = importlib.import_module("slm.integrations.torchtitan")
-    yield module
-    sys.path.remove(str(DOORS))
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) or ""
-        if file.startswith(str(DOORS)) or name == "slm.integrations.torchtitan":
-            del sys.modules[name]
+    with door("torchtitan") as module:
+        yield module
 
 
 class Case:
@@ -109,7 +106,7 @@ def test_chunked_loss_is_the_definition(titan, scope, denominator, num_chunks):
 
 
 def test_every_token_can_be_selected_or_none(titan):
-    """45 rows are no multiple of 8 chunks; without a candidate the loss is 0 with zero gradients."""
+    """45 rows are no multiple of 8 chunks; without a candidate loss and gradients are zero."""
     case = Case()
     case.hidden = case.hidden[:, :15].detach().requires_grad_()
     case.labels, case.logprob = case.labels[:, :15].contiguous(), case.logprob[:, :15]
@@ -259,7 +256,7 @@ def start(settings: dict[str, Any], rank: int, ranks: int, port: int) -> subproc
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(HERE.with_name("titan_helpers.py")), json.dumps(settings)]
+    command = [sys.executable, "-c", ON_A_CPU, json.dumps(settings)]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -280,13 +277,17 @@ def said(ranks: int = 1, **settings: Any) -> tuple[int, str]:
 
 
 def train(folder: Path, ranks: int = 1, **settings: Any) -> dict[str, Any]:
-    out = folder / f"{len(list(folder.iterdir()))}.pt"
+    if ranks > 1:  # FSDP of torch 2.13 knows no parameters with SPMD types, a nightly torch does
+        settings["spmd_backend"] = "partial_dtensor"
+    out = folder / f"{len(list(folder.glob('*.pt')))}.pt"
+    if (folder / "0.pt").exists():
+        settings["start"] = str(folder / "0.pt")
     code, text = said(ranks, text=str(TEXT), out=str(out), **settings)
     assert code == 0, text
     return torch.load(out)
 
 
-def by_hand(titan: Any, weights: dict[str, Tensor], select_ratio: float) -> tuple[float, float]:
+def by_hand(titan: Any, weights: list[Tensor], select_ratio: float) -> tuple[float, float]:
     """Loss and gradient norm of the first step, from the model, the text and the definition."""
     spec = stock_config().model_spec
     attention = importlib.import_module("torchtitan.models.common.attention")
@@ -294,7 +295,9 @@ def by_hand(titan: Any, weights: dict[str, Tensor], select_ratio: float) -> tupl
         layer.attention.inner_attention = attention.ScaledDotProductAttention.Config()
     model = spec.model.build()
     model.init_weights(buffer_device=None)
-    model.load_state_dict(weights)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(value)
     model._skip_lm_head = True
     ids = torch.tensor(list(TEXT.read_bytes()[: 100 * 33]))
     shares = torch.tensor([(ids == byte).double().mean() for byte in range(256)])
@@ -325,20 +328,21 @@ def test_the_trainer_trains_the_debug_model(titan, tmp_path, loss):
 
 
 def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for (loss, _, norm), (other_loss, _, other_norm) in zip(
-        one["logged"], other["logged"], strict=True
-    ):
-        assert (loss, norm) == pytest.approx((other_loss, other_norm), rel=1e-5)
-    torch.testing.assert_close(one["after"], other["after"], rtol=1e-4, atol=2e-6)
+    """The norms agree less well: torch's sum of half a million squares on a CPU is that rough."""
+    losses, norms = ([[step[i] for step in run["logged"]] for run in (one, other)] for i in (0, 2))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert norms[0] == pytest.approx(norms[1], rel=3e-4)
+    for mine, theirs in zip(one["gradients"], other["gradients"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 
 
 @needs_data
 @pytest.mark.slow
 def test_split_the_step_as_you_like(tmp_path):
     """4 rows at once, 2 micro-batches of 2, 2 ranks with 2: one division by one number."""
-    whole = train(tmp_path, scope="sequence")
-    assert_same_run(train(tmp_path, scope="sequence", rows=2), whole)
-    assert_same_run(train(tmp_path, ranks=2, scope="sequence", rows=2), whole)
+    whole = train(tmp_path, scope="sequence", steps=2)
+    assert_same_run(train(tmp_path, scope="sequence", steps=2, rows=2), whole)
+    assert_same_run(train(tmp_path, ranks=2, scope="sequence", steps=2, rows=2), whole)
 
 
 @needs_data
@@ -346,8 +350,8 @@ def test_split_the_step_as_you_like(tmp_path):
 @pytest.mark.parametrize("loss", ["chunked", "logits"])
 def test_the_scope_may_be_all_ranks(tmp_path, loss):
     """Two FSDP ranks that rank their tokens together select what one process selects."""
-    whole = train(tmp_path, loss=loss, num_chunks=2)
-    assert_same_run(train(tmp_path, ranks=2, loss=loss, scope="global", rows=2), whole)
+    whole = train(tmp_path, loss=loss, steps=2)
+    assert_same_run(train(tmp_path, ranks=2, loss=loss, scope="global", steps=2, rows=2), whole)
 
 
 @needs_data
@@ -366,3 +370,10 @@ def test_the_trainer_does_not_train_without_scores(tmp_path, settings, message):
     code, text = said(text=str(TEXT), out=str(out), **settings)
     assert code == 1 and f"ValueError: {message}" in text, text
     assert not out.exists()
+
+
+@needs_data
+@pytest.mark.slow
+def test_example():
+    losses = [float(line.rsplit(" ", 1)[1]) for line in run_example("torchtitan_loss", "4")]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 1

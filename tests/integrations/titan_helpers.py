@@ -1,10 +1,11 @@
-"""torchtitan's own Trainer on a CPU, as a script of its own: `python titan_helpers.py '{"out": ...}'`.
+"""torchtitan's own Trainer on a CPU, for a process of its own: see ON_A_CPU in test_torchtitan.py.
 
 torchtitan asks torch for an accelerator and takes "cuda" where there is none. Told that it is the
-CPU, everything runs but three things, which are replaced here: the memory statistics (torch.cpu has
-none), the barrier that names devices (gloo has none) and FlexAttention (no backward pass on a CPU).
-Model, FSDP, optimizer, training loop and validator are torchtitan's. The scores are the unigram
-log-probs of the text's bytes, with NaN where a byte is a line's last.
+CPU, everything runs but four things, which are replaced here: the memory statistics (torch.cpu has
+none), the barrier that names devices and the scaled sum of gradients (gloo has neither; the scale
+is 1) and FlexAttention (no backward pass on a CPU). Model, FSDP, optimizer, training loop and
+validator are torchtitan's. The scores are the unigram log-probs of the text's bytes, with NaN where
+a byte is a line's last.
 """
 
 import json
@@ -12,19 +13,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-sys.path += [str(Path(sys.prefix) / "doors"), str(Path(__file__).resolve().parents[1])]
+from typing import Any, cast
 
 import torch
-import torch._utils
-from torch import Tensor
-
-torch._utils._get_available_device_type = lambda: "cpu"
-
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.components import metrics
 from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -123,9 +119,10 @@ def trainer_config(
     scored: bool = True,
     sign: float = 1.0,
     validate: bool = False,
+    spmd_backend: str = "spmd_types",
 ) -> Trainer.Config:
     chosen = LOSSES[loss](select_ratio=select_ratio, scope=scope)
-    if isinstance(chosen, ChunkedLossWrapper.Config):
+    if isinstance(chosen, SelectiveChunkedLoss.Config):
         chosen.num_chunks = num_chunks
     config = selective(llama3_debugmodel(), chosen)
     assert config.model_spec is not None
@@ -141,35 +138,47 @@ def trainer_config(
     config.checkpoint.enable = False  # type: ignore[attr-defined]
     config.validator.enable, config.validator.steps = validate, 2
     config.validator.dataloader = Windows.Config(dataset_path=text, scored=False)
+    config.parallelism.spmd_backend = spmd_backend  # type: ignore[assignment]
     config.debug.seed, config.debug.enable_structured_logging = 0, False
     return config
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+def whole(values: list[Tensor]) -> list[Tensor]:
+    return [(v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for v in values]
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: list[Tensor]) -> None:
+    for parameter, value in zip(model.parameters(), weights, strict=True):
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
 
 
 def main() -> None:
-    """Train, and save the logged losses and norms, and the weights before and after."""
+    """Train, and save what was logged, the first weights and the last gradients (clipped).
+
+    `start`: the file of another run, whose weights before training are taken
+    """
     settings = json.loads(sys.argv[1])
-    config = trainer_config(**settings)
-    trainer = config.build()
+    start = settings.pop("start", None)
+    trainer = trainer_config(**settings).build()
     model, logged, validated = trainer.model_parts[0], [], []
-    before = {name: whole(value).clone() for name, value in model.state_dict().items()}
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_force_sum_reduction_for_comms(True)
+    if start is not None:  # ranks draw other weights than one process does
+        set_weights(model, torch.load(start)["before"])
+    weights: list[Tensor] = list(model.parameters())
+    before = whole(weights)
     trainer.metrics_processor.log = lambda step, mean, largest, norm, **others: logged.append(
         (mean, largest, norm)
     )
     trainer.metrics_processor.log_validation = lambda loss, step: validated.append(loss)
     trainer.train()
-    after = {name: whole(value) for name, value in model.state_dict().items()}
+    run = {"before": before, "logged": logged, "validated": validated}
+    run["gradients"] = whole([cast(Tensor, weight.grad) for weight in weights])
     if torch.distributed.get_rank() == 0:
-        torch.save(
-            {"before": before, "after": after, "logged": logged, "validated": validated},
-            settings["out"],
-        )
+        torch.save(run, settings["out"])
     trainer.close()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
