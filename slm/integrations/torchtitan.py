@@ -19,7 +19,10 @@ step, all micro-batches and data-parallel ranks: their number is known before th
 pass. `SelectiveChunkedLoss` scores all tokens without their logits, then lets torchtitan's own
 chunked loss run over the selected rows. `SelectiveLoss` is slower: the logits of every token exist,
 and scores have their precision (bfloat16 logits change about one selection in a hundred). The
-"global_max_loss" that torchtitan logs is exact where every rank has the same share of candidates.
+"global_max_loss" that torchtitan logs is exact where every rank has the same share of candidates;
+"slm/loss_all" beside it is the mean over every valid token.
+
+    torchrun ... -m torchtitan.train --module my.registry --config mine --loss.select_ratio 0.4
 """
 
 from collections.abc import Iterator
@@ -39,6 +42,7 @@ from torchtitan.components.loss import (
     ChunkedLossWrapper,
     CrossEntropyLoss,
 )
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.utils import dist_sum_tensor
@@ -59,7 +63,6 @@ MADE_FOR = "torchtitan 0.3.0"
 REFERENCE = "reference_logprob"
 _CALL = ("pred", "labels", "global_valid_tokens")
 check_parameters(BaseLoss.__call__, _CALL, MADE_FOR)
-check_parameters(BaseLoss._maybe_compile, ("compile_config",), MADE_FOR)
 check_parameters(ChunkedLossWrapper.__call__, (*_CALL, "loss_inputs"), MADE_FOR)
 check_parameters(ChunkedLossWrapper.set_lm_head, ("lm_head",), MADE_FOR)
 check_parameters(Trainer.post_dataloading_process, ("input_dict", "labels"), MADE_FOR)
@@ -73,6 +76,8 @@ check_parameters(
 )
 check_parameters(Trainer.train_step, ("data_iterator",), MADE_FOR)
 check_attributes(Validator, ("validate",), MADE_FOR)
+check_parameters(MetricsProcessor.should_log, ("step",), MADE_FOR)
+check_parameters(BaseLogger.log, ("metrics", "step"), MADE_FOR)
 
 Batch = tuple[dict[str, Tensor], Tensor]  # what a dataloader yields: named inputs, labels
 
@@ -91,6 +96,7 @@ class _Selective:
         self.select_ratio, self.scope = select_ratio, scope
         self.group: ProcessGroup | None = None  # whose tokens are ranked, with scope "global"
         self._bound: Tensor | None = None
+        self.sum_over_all = torch.tensor(0.0)  # (), loss of every valid token of the last batch
 
     def bind(
         self,
@@ -146,8 +152,7 @@ class SelectiveLoss(_Selective, BaseLoss):
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         _Selective.__init__(self, config.select_ratio, config.scope)
-        self.fn = self._over_selected
-        self._maybe_compile(compile_config)
+        # The selection's operators are opaque to a compiler; what validation runs is not.
         self._over_all = CrossEntropyLoss.Config().build(compile_config=compile_config)
 
     def __call__(
@@ -160,25 +165,18 @@ class SelectiveLoss(_Selective, BaseLoss):
         reference_loss = self._reference_loss(pred, labels, kwargs)
         if reference_loss is None:
             return self._over_all(pred, labels, global_valid_tokens)
-        return self.fn(pred, labels, reference_loss, global_valid_tokens), {}
-
-    def _over_selected(
-        self,
-        logits: Tensor,  # (B, L, V)
-        labels: Tensor,  # (B, L)
-        reference_loss: Tensor,  # (B, L)
-        denominator: Tensor | None,  # ()
-    ) -> Tensor:  # ()
-        return selective_cross_entropy_from_logits(
-            logits,
+        out = selective_cross_entropy_from_logits(
+            pred,
             labels,
             reference_loss,
             select_ratio=self.select_ratio,
             scope=self.scope,
             group=self.group,
-            denominator=denominator,
+            denominator=global_valid_tokens,
             ignore_index=IGNORE_INDEX,
-        ).loss
+        )
+        self.sum_over_all = out.token_loss.sum()
+        return out.loss, {}
 
 
 class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
@@ -251,6 +249,7 @@ class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
             )
         with torch.no_grad():
             token_loss = token_cross_entropy(hidden, head.weight, labels, bias=head.bias).loss
+            self.sum_over_all = token_loss.sum()
             candidates = (labels != IGNORE_INDEX) & ~reference_loss.isnan()
             scores = token_loss - reference_loss
             return select_top_k(
@@ -289,9 +288,14 @@ class SelectiveTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         self._num_selected = self._count_selected(batches)
+        self._sum_over_all = torch.zeros((), device=self.device)
         mine = iter(batches)
         super().train_step(mine)
         assert next(mine, None) is None, f"{MADE_FOR} reads every micro-batch of a step"
+        if self.metrics_processor.should_log(self.step):
+            self._log_over_all(
+                torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in batches])
+            )
 
     def forward_backward_step(
         self,
@@ -301,9 +305,11 @@ class SelectiveTrainer(Trainer):
         global_valid_tokens: Tensor,
     ) -> Tensor:
         """The sum is over selected tokens, and so is the number that it is divided by."""
-        return super().forward_backward_step(
+        loss = super().forward_backward_step(
             input_dict=input_dict, labels=labels, global_valid_tokens=self._num_selected
         )
+        self._sum_over_all += self.loss_fn.sum_over_all
+        return loss
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
@@ -338,6 +344,15 @@ class SelectiveTrainer(Trainer):
         if not candidates.any() and int(total) == 0:
             raise ValueError(f"step {self.step}: no token has a label and a {REFERENCE}")
         return total
+
+    def _log_over_all(
+        self,
+        num_valid: Tensor,  # (micro-batches,)
+    ) -> None:
+        """To TensorBoard and W&B: comparable across ratios, as the selected tokens' loss is not."""
+        mean = self._over_ranks(self._sum_over_all) / self._over_ranks(num_valid.sum())
+        metrics = {"slm/loss_all": mean.item(), "slm/num_selected": int(self._num_selected)}
+        self.metrics_processor.logger.log(metrics, self.step)
 
     def _over_ranks(self, counts: Tensor) -> Tensor:
         counts = counts.to(self.device)

@@ -213,6 +213,21 @@ def test_what_cannot_be_selected_from_is_refused_by_name(titan, field, value):
         titan.check_config(config)
 
 
+def test_torchtitans_command_line_takes_it(titan, tmp_path, monkeypatch):
+    """As `python -m torchtitan.train` reads it: a registry of one's own, fields on the way."""
+    (tmp_path / "registry_of_mine.py").write_text(
+        "from torchtitan.models.llama3.config_registry import llama3_debugmodel\n"
+        "from slm.integrations.torchtitan import SelectiveChunkedLoss, selective\n"
+        "def mine():\n"
+        "    return selective(llama3_debugmodel(), SelectiveChunkedLoss.Config(num_chunks=4))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--module", "registry_of_mine", "--config", "mine", "--loss.select_ratio", "0.4"]
+    config = importlib.import_module("torchtitan.config").ConfigManager().parse_args(words)
+    assert type(config) is titan.SelectiveTrainer.Config
+    assert config.loss == titan.SelectiveChunkedLoss.Config(num_chunks=4, select_ratio=0.4)
+
+
 def test_other_losses_and_cuda_graphs_are_refused(titan):
     stock = stock_config()
     with pytest.raises(ValueError, match="got ChunkedLossWrapper.Config"):
@@ -287,8 +302,8 @@ def train(folder: Path, ranks: int = 1, **settings: Any) -> dict[str, Any]:
     return torch.load(out)
 
 
-def by_hand(titan: Any, weights: list[Tensor], select_ratio: float) -> tuple[float, float]:
-    """Loss and gradient norm of the first step, from the model, the text and the definition."""
+def by_hand(weights: list[Tensor], select_ratio: float) -> tuple[float, float, float]:
+    """Loss, gradient norm and loss over all of the first step, by the definition."""
     spec = stock_config().model_spec
     attention = importlib.import_module("torchtitan.models.common.attention")
     for layer in spec.model.layers:
@@ -310,7 +325,7 @@ def by_hand(titan: Any, weights: list[Tensor], select_ratio: float) -> tuple[flo
     )  # fmt: skip
     out.loss.backward()
     norms = [parameter.grad.norm() for parameter in model.parameters()]
-    return out.loss.item(), math.hypot(*norms)
+    return out.loss.item(), math.hypot(*norms), out.token_loss.mean().item()
 
 
 @needs_data
@@ -320,9 +335,10 @@ def test_the_trainer_trains_the_debug_model(titan, tmp_path, loss):
     """The first step is the definition's, then the loss falls; validation is over all tokens."""
     run = train(tmp_path, loss=loss, select_ratio=0.4, steps=10, validate=True)
     (first, largest, norm), last = run["logged"][0], run["logged"][-1]
-    wanted, wanted_norm = by_hand(titan, run["before"], 0.4)
+    wanted, wanted_norm, over_all = by_hand(run["before"], 0.4)
     assert first == largest == pytest.approx(wanted, rel=1e-5)
     assert norm == pytest.approx(wanted_norm, rel=1e-4)
+    assert run["over_all"][0]["slm/loss_all"] == pytest.approx(over_all, rel=1e-5)
     assert last[0] < first - 2
     assert run["validated"][-1] < run["validated"][0]
 
@@ -331,6 +347,11 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
     """The norms agree less well: torch's sum of half a million squares on a CPU is that rough."""
     losses, norms = ([[step[i] for step in run["logged"]] for run in (one, other)] for i in (0, 2))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert [step["slm/num_selected"] for step in one["over_all"]] == [
+        step["slm/num_selected"] for step in other["over_all"]
+    ]
+    means = [[step["slm/loss_all"] for step in run["over_all"]] for run in (one, other)]
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
     assert norms[0] == pytest.approx(norms[1], rel=3e-4)
     for mine, theirs in zip(one["gradients"], other["gradients"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())

@@ -175,8 +175,11 @@ def main() -> None:
         (mean, largest, norm)
     )
     trainer.metrics_processor.log_validation = lambda loss, step: validated.append(loss)
+    over_all: list[dict[str, float]] = []
+    trainer.metrics_processor.logger.log = lambda metrics, step: over_all.append(metrics)
     trainer.train()
     run = {"before": before, "logged": logged, "validated": validated}
+    run["over_all"] = over_all
     run["gradients"] = whole([cast(Tensor, weight.grad) for weight in weights])
     if torch.distributed.get_rank() == 0:
         torch.save(run, settings["out"])
