@@ -43,12 +43,11 @@ from torchtitan.components.loss import (
     CrossEntropyLoss,
 )
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
-from torchtitan.components.validate import Validator
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.utils import dist_sum_tensor
 from torchtitan.trainer import Trainer
 
-from slm.integrations.signatures import check_attributes, check_parameters
+from slm.integrations.signatures import check_parameters
 from slm_kernels import (
     max_selected,
     select_count,
@@ -75,7 +74,6 @@ check_parameters(
     Trainer.forward_backward_step, ("input_dict", "labels", "global_valid_tokens"), MADE_FOR
 )
 check_parameters(Trainer.train_step, ("data_iterator",), MADE_FOR)
-check_attributes(Validator, ("validate",), MADE_FOR)
 check_parameters(MetricsProcessor.should_log, ("step",), MADE_FOR)
 check_parameters(BaseLogger.log, ("metrics", "step"), MADE_FOR)
 

@@ -156,7 +156,7 @@ def set_weights(model: nn.Module, weights: list[Tensor]) -> None:
 
 
 def main() -> None:
-    """Train, and save what was logged, the first weights and the last gradients (clipped).
+    """Train, and save what was logged, the weights before and after, the last gradients (clipped).
 
     `start`: the file of another run, whose weights before training are taken
     """
@@ -179,7 +179,7 @@ def main() -> None:
     trainer.metrics_processor.logger.log = lambda metrics, step: over_all.append(metrics)
     trainer.train()
     run = {"before": before, "logged": logged, "validated": validated}
-    run["over_all"] = over_all
+    run["over_all"], run["after"] = over_all, whole(weights)
     run["gradients"] = whole([cast(Tensor, weight.grad) for weight in weights])
     if torch.distributed.get_rank() == 0:
         torch.save(run, settings["out"])
