@@ -7,12 +7,12 @@ replaced while `selective_pretraining` lasts; nothing else of LitGPT is touched:
     from litgpt import pretrain
 
     with selective_pretraining(select_ratio=0.6):
-        pretrain.setup("pythia-160m", data=SelectiveData("corpus/train", "references"), train=...)
+        data = SelectiveData("corpus/train", "references", "corpus/heldout")
+        pretrain.setup("pythia-160m", data=data, train=TrainArgs(max_seq_length=2048, ...))
 
-(LitGPT parses sys.argv again as it saves: `python train.py pythia-160m`, without other words.)
-Any other data module will do whose training batches are {"tokens": (B, L + 1) int64,
-"reference_logprob": (B, L) float32}, the scores of tokens[:, 1:]: natural log, <= 0.
-The scores travel with their tokens from the loader to the step that trains on them, however many
+LitGPT parses sys.argv again as it saves: `python train.py pythia-160m`, without other words. Any
+other data module will do whose training batches are {"tokens": (B, L + 1) int64, "reference_logprob":
+(B, L) float32}, the scores of tokens[:, 1:]: natural log, <= 0. The scores travel with their tokens from the loader to the step that trains on them, however many
 batches are read ahead. Validation stays cross-entropy over every token.
 
 fit averages the losses of its micro-batches and ranks. That is the mean over all selected tokens
@@ -171,8 +171,8 @@ class SelectiveData(DataModule):
     check:                        "size", or "full" to compare every file's hash
 
     Raises UserError where references and corpus do not belong together, ValueError where LitGPT
-    cannot train on the corpus. The order is drawn from `seed`, and starts again when LitGPT resumes:
-    give another seed then.
+    cannot train on the corpus. The order is drawn from `seed`, and starts again where LitGPT
+    resumes: give another seed then.
     """
 
     def __init__(

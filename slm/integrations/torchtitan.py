@@ -183,7 +183,8 @@ class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
     The first pass goes through `slm_kernels`: no logits, and float32 scores from bfloat16 operands.
     The second is ChunkedLossWrapper with CrossEntropyLoss over (1, K, D), so that FSDP and
     gradient accumulation are torchtitan's own, and unselected rows cost no backward arithmetic.
-    The batch's length need not be a multiple of `num_chunks`, except for validation.
+    The batch's length need not be a multiple of `num_chunks`, except for validation. It asks the
+    device nothing, but nobody has run it within a CUDA graph yet (training.disable_cuda_graphs).
     """
 
     @dataclass(kw_only=True, slots=True)
