@@ -45,9 +45,8 @@ def main(steps: int) -> None:
     loss_fn.set_lm_head(model.lm_head)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(steps):
-        start = step * ROWS * LENGTH
-        inputs = corpus[start : start + ROWS * LENGTH].view(ROWS, LENGTH)
-        labels = corpus[start + 1 : start + 1 + ROWS * LENGTH].view(ROWS, LENGTH)
+        bytes_read = corpus[step * ROWS * LENGTH :][: ROWS * LENGTH + 1]
+        inputs, labels = bytes_read[:-1].view(ROWS, LENGTH), bytes_read[1:].view(ROWS, LENGTH)
         loss_fn.bind(reference[inputs, labels])  # you would read it from your shards
         loss, _ = loss_fn(model(inputs), labels)
         loss.backward()

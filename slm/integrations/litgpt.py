@@ -11,9 +11,10 @@ replaced while `selective_pretraining` lasts; nothing else of LitGPT is touched:
         pretrain.setup("pythia-160m", data=data, train=TrainArgs(max_seq_length=2048, ...))
 
 LitGPT parses sys.argv again as it saves: `python train.py pythia-160m`, without other words. Any
-other data module will do whose training batches are {"tokens": (B, L + 1) int64, "reference_logprob":
-(B, L) float32}, the scores of tokens[:, 1:]: natural log, <= 0. The scores travel with their tokens from the loader to the step that trains on them, however many
-batches are read ahead. Validation stays cross-entropy over every token.
+other data module will do whose training batches are {"tokens": (B, L + 1) int64,
+"reference_logprob": (B, L) float32}, the scores of tokens[:, 1:]: natural log, <= 0. The scores
+travel with their tokens from the loader to the step that trains on them, however many batches are
+read ahead. Validation stays cross-entropy over every token.
 
 fit averages the losses of its micro-batches and ranks. That is the mean over all selected tokens
 where every micro-batch selects as many as the others, which it does where every token has a score;

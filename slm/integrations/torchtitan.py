@@ -36,12 +36,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtitan.components.loss import (
-    IGNORE_INDEX,
-    BaseLoss,
-    ChunkedLossWrapper,
-    CrossEntropyLoss,
-)
+from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.utils import dist_sum_tensor
@@ -61,21 +56,19 @@ from slm_kernels.selection import SCOPES, check_select_ratio
 MADE_FOR = "torchtitan 0.3.0"
 REFERENCE = "reference_logprob"
 _CALL = ("pred", "labels", "global_valid_tokens")
-check_parameters(BaseLoss.__call__, _CALL, MADE_FOR)
-check_parameters(ChunkedLossWrapper.__call__, (*_CALL, "loss_inputs"), MADE_FOR)
-check_parameters(ChunkedLossWrapper.set_lm_head, ("lm_head",), MADE_FOR)
-check_parameters(Trainer.post_dataloading_process, ("input_dict", "labels"), MADE_FOR)
-check_parameters(
-    Trainer._forward_backward_body,
-    ("inputs", "labels", "global_valid_tokens", "extra_kwargs"),
-    MADE_FOR,
-)
-check_parameters(
-    Trainer.forward_backward_step, ("input_dict", "labels", "global_valid_tokens"), MADE_FOR
-)
-check_parameters(Trainer.train_step, ("data_iterator",), MADE_FOR)
-check_parameters(MetricsProcessor.should_log, ("step",), MADE_FOR)
-check_parameters(BaseLogger.log, ("metrics", "step"), MADE_FOR)
+_STEP = ("labels", "global_valid_tokens")
+for _function, _names in (
+    (BaseLoss.__call__, _CALL),
+    (ChunkedLossWrapper.__call__, (*_CALL, "loss_inputs")),
+    (ChunkedLossWrapper.set_lm_head, ("lm_head",)),
+    (Trainer.post_dataloading_process, ("input_dict", "labels")),
+    (Trainer._forward_backward_body, ("inputs", *_STEP, "extra_kwargs")),
+    (Trainer.forward_backward_step, ("input_dict", *_STEP)),
+    (Trainer.train_step, ("data_iterator",)),
+    (MetricsProcessor.should_log, ("step",)),
+    (BaseLogger.log, ("metrics", "step")),
+):
+    check_parameters(_function, _names, MADE_FOR)
 
 Batch = tuple[dict[str, Tensor], Tensor]  # what a dataloader yields: named inputs, labels
 
@@ -120,13 +113,13 @@ class _Selective:
                 f"{pred.placements}: parallelism.tensor_parallel_degree must be 1"
             )
         if bound is None:
-            if torch.is_grad_enabled():
-                raise ValueError(
-                    f"{type(self).__name__} got labels {tuple(labels.shape)} to train on and no "
-                    f"{REFERENCE}: SelectiveTrainer binds it, and ChunkedLossWrapper cannot hold "
-                    "this loss (use SelectiveChunkedLoss)"
-                )
-            return None
+            if not torch.is_grad_enabled():
+                return None
+            raise ValueError(
+                f"{type(self).__name__} got labels {tuple(labels.shape)} to train on and no "
+                f"{REFERENCE}: SelectiveTrainer binds it, and ChunkedLossWrapper cannot hold this "
+                "loss (use SelectiveChunkedLoss)"
+            )
         if bound.shape != labels.shape:
             raise ValueError(
                 f"{type(self).__name__} was called with labels {tuple(labels.shape)} of a batch "
@@ -335,11 +328,10 @@ class SelectiveTrainer(Trainer):
         candidates = torch.stack(
             [num_candidates(inputs, labels, axis, self.step) for inputs, labels in batches]
         )
-        if self.loss_fn.scope == "global":
-            candidates = self._over_ranks(candidates)
-            total = select_count(candidates, self.loss_fn.select_ratio).sum()
-        else:
-            total = self._over_ranks(select_count(candidates, self.loss_fn.select_ratio).sum())
+        together = self.loss_fn.scope == "global"
+        ranked = self._over_ranks(candidates) if together else candidates
+        total = select_count(ranked, self.loss_fn.select_ratio).sum()
+        total = total if together else self._over_ranks(total)
         if not candidates.any() and int(total) == 0:
             raise ValueError(f"step {self.step}: no token has a label and a {REFERENCE}")
         return total
