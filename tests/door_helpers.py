@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from door_folder import DOORS
 from model_helpers import ARCHITECTURES, VOCAB
 from slm.model import new_model
 from text_helpers import DATA
@@ -135,9 +136,8 @@ def run_python(*arguments: str, doors: bool = False, timeout: int = 120) -> str:
     """A new process from the repository root; `doors`: with the trainers of tests/doors.txt."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
     if doors:
-        folder = Path(sys.prefix) / "doors"
-        assert folder.is_dir(), f"{folder} is missing: make {folder.parent.name}/.installed"
-        paths.append(str(folder))
+        assert DOORS.is_dir(), f"{DOORS} is missing: `make .venv/.installed` makes it"
+        paths.append(str(DOORS))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SLM_DATA": str(DATA)}
     command = [sys.executable, *arguments]
     done = subprocess.run(
