@@ -11,6 +11,7 @@ import stand_in
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from slm_kernels import select_count, selective_cross_entropy
 
@@ -18,7 +19,7 @@ RATIO, ACCUMULATE = 0.6, 2
 
 
 class WithLoss(nn.Module):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: LlamaForCausalLM):
         super().__init__()
         self.model = model
 

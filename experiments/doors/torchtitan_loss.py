@@ -8,6 +8,7 @@ and `reference_logprob` in your dataloader are all that changes. A minute.
 
 import sys
 
+import stand_in
 import torch
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3 import Llama3Model, model_registry

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from slm.integrations.trl import SelectiveSFTTrainer
 
