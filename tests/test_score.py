@@ -530,7 +530,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(many_shards):
     course = """
         random.seed(0)
         killed, found = 0, set()
-        while killed < 12:
+        while killed < 12 or (len(found) < 3 and killed < 60):  # a busy machine starts late
             pid = work()
             time.sleep(random.uniform(0.05, 0.6))
             os.kill(pid, signal.SIGKILL)
