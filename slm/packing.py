@@ -12,6 +12,7 @@ torch nor transformers.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -251,9 +252,16 @@ def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Iter
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
+        unblock(pool)
         raise UserError("a worker process died (out of memory? try fewer: num_proc=1)") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def unblock(pool: Any) -> None:
+    """Early releases of Python 3.11 wait forever for a write that nobody reads (gh-94777)."""
+    if sys.version_info < (3, 11, 5):
+        pool._call_queue._reader.close()
 
 
 def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:

@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["help", "data", "prepare", "score", "train", "dynamics"])
+@pytest.mark.parametrize("name", ["help", "data", "prepare", "score", "train", "dynamics", "doors"])
 def test_benchmark_of_the_pipeline_at_toy_size(tmp_path, name):
     command = [sys.executable, str(BENCHMARKS / "pipeline.py"), name, "--small"]
     out = tmp_path / "rows.csv"

@@ -579,6 +579,59 @@ print(json.dumps(spent))
 """
 
 
+def bench_doors(rows: Rows, folder: Path, small: bool) -> None:
+    """What other people's trainers pay: the import of the loss, and a step of `Trainer`."""
+    command = [sys.executable, "-c", IMPORT]
+    run = lambda: float(subprocess.run(command, check=True, capture_output=True).stdout)  # noqa: E731
+    run()
+    imports = [run() for _ in range(2 if small else 9)]
+    rows.add("doors", "import slm_kernels, beyond torch", "s", imports, "< 0.1")
+    steps, length = (1, 16) if small else (4, 256)
+    ids = torch.randint(16_384, (8 * steps, length), generator=torch.Generator().manual_seed(0))
+    scores = torch.full(ids.shape, -5.0).tolist()
+    seconds = in_turn(
+        1 if small else 7,
+        warm=lambda: trainer_run(folder, ids.tolist(), None, 1.0),
+        stock=lambda: trainer_run(folder, ids.tolist(), None, 1.0),
+        k60=lambda: trainer_run(folder, ids.tolist(), scores, 0.6),
+        k30=lambda: trainer_run(folder, ids.tolist(), scores, 0.3),
+    )
+    for name, ratio in (("k60", 0.6), ("k30", 0.3)):
+        relative = ratios(seconds[name], seconds["stock"])
+        rows.add("doors", f"SelectiveTrainer at k = {ratio} / Trainer", "1", relative, "")
+
+
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+import slm_kernels
+print(time.perf_counter() - start)
+"""
+
+
+def trainer_run(folder: Path, ids: list[Any], scores: list[Any] | None, ratio: float) -> None:
+    """An epoch of steps of eight rows; without `scores` it is transformers' own Trainer."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    from slm.integrations.transformers import SelectiveTrainer
+
+    columns = {"input_ids": ids, "labels": ids}
+    fields: dict[str, Any] = {
+        "model": small_lm(16_384).model,
+        "args": TrainingArguments(
+            str(folder), report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+            num_train_epochs=1, per_device_train_batch_size=8,
+        ),
+        "data_collator": default_data_collator,
+    }  # fmt: skip
+    if scores is None:
+        Trainer(train_dataset=Dataset.from_dict(columns), **fields).train()
+    else:
+        data = Dataset.from_dict(columns | {"reference_logprob": scores})
+        SelectiveTrainer(train_dataset=data, select_ratio=ratio, **fields).train()
+
+
 def bench_help(rows: Rows, folder: Path, small: bool) -> None:
     """Time until a person has read access to help."""
     program = str(Path(sys.executable).parent / "slm")
@@ -598,6 +651,7 @@ BENCHMARKS = {
     "train": bench_train,
     "selection": bench_selection,
     "dynamics": bench_dynamics,
+    "doors": bench_doors,
 }
 
 
