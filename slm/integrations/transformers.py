@@ -181,6 +181,8 @@ class SelectiveTrainerMixin:
         me: Any = self
         check_trainer(me)
         me.data_collator = ReferenceCollator(me.data_collator)
+        if not hasattr(me, "loss_is_scaled_for_ga"):  # transformers 5.16 asks this instead
+            me.model_accepts_loss_kwargs = True
         me.loss_is_scaled_for_ga = True
         attach(me.model, self.selective)
         self._sums = torch.zeros(len(SUMS), device=me.args.device)
