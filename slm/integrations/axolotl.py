@@ -18,6 +18,7 @@ What the plugin adds to SelectiveTrainerMixin (slm/integrations/transformers.py)
 
     the config     refuses, before the model is loaded, what would cut, move or lose the scores, or
                    show a token other documents than it was scored behind
+    the model      refused with sample_packing if it looks back past the beginning of a document
     the collators  scores go where sample packing puts their tokens, in training and evaluation; the
                    first token of a document is never selected, since what stands before it in the
                    packed row is another document
@@ -40,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 try:
     from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
@@ -48,7 +50,7 @@ try:
 
     from slm.integrations.loss import COLUMN, SelectiveLoss
     from slm.integrations.signatures import check_attributes, check_parameters
-    from slm.integrations.transformers import ReferenceCollator, SelectiveTrainerMixin
+    from slm.integrations.transformers import ReferenceCollator, SelectiveTrainerMixin, causal_lm
 
     MADE_FOR = "axolotl 0.19"
     check_parameters(BasePlugin.get_trainer_cls, ("cfg",), MADE_FOR)
@@ -70,6 +72,7 @@ REFUSED = {
     "streaming": NO_SCORES,
     "use_pose": "puts tokens at other positions than they were scored at",
 }
+PROBE_TOKENS, LEAK_TOLERANCE = 8, 1e-3
 OWN_FILES = ("cache-", "tmp")  # what datasets writes beside the files of a dataset that it reads
 
 
@@ -172,7 +175,7 @@ class SelectivePlugin(BasePlugin):
     def get_training_args_mixin(self) -> str:
         return f"{__name__}.{SelectiveTrainingArgs.__name__}"
 
-    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+    def get_training_args(self, cfg: Any) -> Any:
         return {
             "slm_select_ratio": cfg.slm_select_ratio,
             "slm_scope": cfg.slm_scope,
@@ -213,6 +216,8 @@ def make_trainer_class() -> type:
             # What transformers 5.16, which axolotl asks for, reads in place of
             # loss_is_scaled_for_ga; axolotl sets it to False for most models.
             self.model_accepts_loss_kwargs = True
+            if args.sample_packing:
+                check_isolation(causal_lm(self.model))
             inner: Any = self.data_collator
             self.data_collator: Any = PackedCollator(inner.collator)
             self.eval_data_collator = PackedCollator(self.eval_data_collator)
@@ -226,4 +231,27 @@ def check_columns(dataset: Any) -> None:
             f"the prepared dataset has no {COLUMN} (it has {', '.join(dataset.column_names)}): "
             "give axolotl one with input_ids, attention_mask, labels and "
             f"{COLUMN}, and leave its type: empty"
+        )
+
+
+@torch.no_grad()
+def check_isolation(model: Any) -> None:
+    """Refuse a model that looks back past a restart of position_ids, as recurrent ones do."""
+    if next(model.parameters()).is_meta:
+        return
+    training = model.training
+    index = torch.arange(2 * PROBE_TOKENS, device=model.device)[None]
+    others = torch.where(index < PROBE_TOKENS, index + PROBE_TOKENS, index)
+    one, other = (
+        model.eval()
+        .base_model(input_ids=ids, position_ids=index % PROBE_TOKENS, use_cache=False)
+        .last_hidden_state[:, PROBE_TOKENS:]
+        for ids in (index, others)
+    )
+    model.train(training)
+    leak = (one - other).abs().max().item()
+    if not leak <= LEAK_TOLERANCE * one.abs().max().item():
+        raise ValueError(
+            f"sample_packing is true, but {type(model).__name__} does not keep packed documents "
+            f"apart: a token of one changes the hidden states of the next by {leak:.3g}"
         )

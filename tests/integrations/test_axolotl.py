@@ -5,6 +5,7 @@ collators, samplers and trainer are its own. The functions up to `main` run ther
 """
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -27,10 +28,11 @@ from door_helpers import (
     run_python,
 )
 
-HERE = Path(__file__)
+HERE = Path(__file__).parent
 PLUGIN = "slm.integrations.axolotl.SelectivePlugin"
 LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
 PACKED = [13, 8, 10, 6, 9, 11, 12, 7] * 3
+pytestmark = pytest.mark.slow  # importing axolotl takes seconds
 
 
 def rows_of(name: str) -> list[Row]:
@@ -83,9 +85,8 @@ def write_config(folder: Path, **fields: Any) -> Path:
 
 def make_trainer(folder: Path, **fields: Any) -> Any:
     sys.path.insert(0, str(ROOT / "experiments" / "doors"))
-    import axolotl_run
-
-    return axolotl_run.make_trainer(write_config(folder, **fields), make_model())
+    example = importlib.import_module("axolotl_run")
+    return example.make_trainer(write_config(folder, **fields), make_model())
 
 
 def train(trainer: Any) -> dict[str, Any]:
@@ -182,7 +183,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "sample_packing is true, but with attn_implementation None packed documents see each other",
     ),
     "stream": ({"streaming": True}, "streaming is True: it tokenises text on the way"),
-    "pretraining": ({"pretraining_dataset": "text"}, "pretraining_dataset is 'text': it tokenises"),
+    "pretraining": (
+        {"pretraining_dataset": [{"path": "text"}]},
+        "it tokenises text on the way, where it has no scores, leave SelectivePlugin or it",
+    ),
     "rl": ({"rl": "dpo"}, "it has a trainer and a loss of its own, leave SelectivePlugin or it"),
     "trainer": ({"trainer_cls": "a.B"}, "trainer_cls is 'a.B': it has a trainer"),
     "eaft": ({"use_eaft": True}, "use_eaft is True: it has a trainer and a loss of its own"),
@@ -200,7 +204,18 @@ def run_refusals(folder: Path) -> dict[str, Any]:
             load_cfg(str(write_config(folder, **fields)))
         except ValueError as error:
             found[name] = str(error)
-    return found | {"columns": refused_columns(), "import": refused_import()}
+    models = {name: refused_model(name) for name in ("llama", "gemma2", "opt", "mamba")}
+    return found | models | {"columns": refused_columns(), "import": refused_import()}
+
+
+def refused_model(name: str) -> str:
+    from slm.integrations.axolotl import check_isolation
+
+    try:
+        check_isolation(make_model(name))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def refused_columns() -> str:
@@ -248,9 +263,8 @@ def found(tmp_path_factory):
     def run(name: str) -> Any:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            paths = [str(HERE.parent), str(ROOT / "tests")]
-            code = f"import sys; sys.path[:0] = {paths!r}; import test_axolotl"
-            call = f"{code}; test_axolotl.main({name!r}, {str(folder)!r})"
+            code = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import test_axolotl as here"
+            call = f"{code}; here.main({name!r}, {str(folder)!r})"
             run_python("-W", "ignore", "-c", call, doors=True, timeout=300)
             made[name] = torch.load(folder / "found.pt", weights_only=False)
         return made[name]
@@ -258,7 +272,6 @@ def found(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
 def test_accumulated_rows_take_the_step_of_the_definition(found):
     run, rows = found("rows"), rows_of("rows")
     gradients, loss, count = expected_gradients(make_model(), [rows[:2], rows[2:4]], 0.4)
@@ -270,14 +283,15 @@ def test_accumulated_rows_take_the_step_of_the_definition(found):
 def documents_of(batch: dict[str, Any], rows: list[Row]) -> list[Row]:
     """Those rows that the packed rows of a batch hold, by where positions start again."""
     known, found = {tuple(row["input_ids"]): row for row in rows}, []
-    for ids, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist()):
+    for ids, positions in zip(
+        batch["input_ids"].tolist(), batch["position_ids"].tolist(), strict=True
+    ):
         starts = [i for i, position in enumerate(positions) if position == 0]
         pieces = [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
         found += [known[tuple(piece)] for piece in pieces if any(piece)]
     return found
 
 
-@pytest.mark.slow
 def test_packed_documents_take_the_step_of_documents_alone(found):
     """Two micro-batches of two rows of several documents, each trained as if it stood alone."""
     run, rows = found("packed"), rows_of("packed")
@@ -288,7 +302,6 @@ def test_packed_documents_take_the_step_of_documents_alone(found):
     assert run["log"]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_the_column_survives_and_the_trainer_is_axolotls(found):
     run = found("rows")
     assert set(run["columns"]) == {"input_ids", "labels", "attention_mask", "reference_logprob"}
@@ -297,14 +310,12 @@ def test_the_column_survives_and_the_trainer_is_axolotls(found):
     assert run["across"] and run["scaled"]  # the latter divides once in transformers 5.16
 
 
-@pytest.mark.slow
 def test_evaluation_is_plain_cross_entropy_with_scores_or_without(found):
     rows = [row | {"reference_logprob": [-1.0] * len(row["labels"])} for row in rows_of("rows")]
     expected = expected_gradients(make_model(), [rows[:2]], 1.0)[1]
     assert found("rows")["eval"] == pytest.approx([expected, expected], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_new_scores_at_the_same_path_are_read(found):
     """axolotl's own name of a prepared dataset does not change with what is in it."""
     assert all(set(column) == {-7.0} for column in found("rows")["again"])
@@ -328,6 +339,13 @@ def test_scores_go_where_axolotls_collators_put_their_tokens(found):
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_would_lose_scores_or_move_tokens_is_refused(found, name):
     assert REFUSALS[name][1] in found("refusals")[name]
+
+
+def test_a_model_that_looks_past_the_beginning_of_a_document_is_refused(found):
+    messages = found("refusals")
+    assert messages["llama"] == messages["gemma2"] == ""
+    assert "OPTForCausalLM does not keep packed documents apart" in messages["opt"]
+    assert "MambaForCausalLM does not keep packed documents apart" in messages["mamba"]
 
 
 def test_a_dataset_that_lost_its_scores_is_refused(found):
