@@ -213,9 +213,6 @@ def make_trainer_class() -> type:
                 selection=args.slm_selection,
                 **kwargs,
             )
-            # What transformers 5.16, which axolotl asks for, reads in place of
-            # loss_is_scaled_for_ga; axolotl sets it to False for most models.
-            self.model_accepts_loss_kwargs = True
             if args.sample_packing:
                 check_isolation(causal_lm(self.model))
             inner: Any = self.data_collator

@@ -112,7 +112,7 @@ def run_rows(folder: Path) -> dict[str, Any]:
     losses = [trainer.evaluate(dataset_of(data))["eval_loss"] for data in (rows[:2], plain)]
     settings = {
         "columns": trainer.train_dataset.column_names,
-        "scaled": trainer.model_accepts_loss_kwargs,
+        "scaled": trainer.loss_is_scaled_for_ga,
         "across": trainer.args.average_tokens_across_devices,
         "bases": [kind.__name__ for kind in type(trainer).__mro__],
     }
@@ -307,7 +307,7 @@ def test_the_column_survives_and_the_trainer_is_axolotls(found):
     assert set(run["columns"]) == {"input_ids", "labels", "attention_mask", "reference_logprob"}
     bases = run["bases"]
     assert bases.index("SelectiveTrainerMixin") < bases.index("AxolotlTrainer")
-    assert run["across"] and run["scaled"]  # the latter divides once in transformers 5.16
+    assert run["across"] and run["scaled"]
 
 
 def test_evaluation_is_plain_cross_entropy_with_scores_or_without(found):
