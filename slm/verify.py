@@ -312,7 +312,7 @@ def verify(path: Path, advance: Advance = lambda count: None) -> Iterator[tuple[
             yield part, False, str(error)
         except OSError as error:
             yield part, False, f"{error.filename or part} cannot be read: {error.strerror}"
-        except (KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             yield part, False, f"{part}: a JSON file in it is damaged ({error!r})"
 
 

@@ -11,7 +11,9 @@
 Lightning averages the losses of accumulated micro-batches and the gradients of ranks; the selective
 loss is a sum over all of them, divided once by the number of tokens selected. So each micro-batch
 leaves the gradient of its sum, and `on_before_optimizer_step` divides, before gradients are
-clipped. `targets` and `reference_logprob` are shifted, as batches of slm.data are.
+clipped. It divides all gradients, so another term cannot be added to the loss: that is refused.
+`targets` and `reference_logprob` are shifted, as batches of slm.data are. For validation take
+slm_kernels.token_cross_entropy over every target.
 """
 
 from collections.abc import Mapping
@@ -21,14 +23,13 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from slm.integrations.loss import COLUMN, IGNORE_INDEX, SelectiveLoss, SelectiveOutput
+from slm.integrations.loss import COLUMN, SUMS, SelectiveLoss, means, step_sums
 from slm.integrations.signatures import check_parameters
 
 MADE_FOR = "lightning 2.6"
 check_parameters(LightningModule.on_before_optimizer_step, ("optimizer",), MADE_FOR)
 # Denominator until the step's is known: keeps 16-bit gradients in range, and is that of every rank.
 PROVISIONAL = 1024.0
-SUMS = ("loss_selected", "loss_all", "num_selected", "num_valid")
 
 
 class SelectiveMixin:
@@ -52,10 +53,16 @@ class SelectiveMixin:
         me: Any = self
         if not me.automatic_optimization:
             raise ValueError("automatic_optimization is False: nobody would divide the gradients")
+        if not me.trainer.training:
+            raise ValueError(
+                "selective_loss is for training_step; evaluate every target with "
+                "slm_kernels.token_cross_entropy"
+            )
         self._begin(me.trainer.global_step, targets.device)
         output = self.selective(hidden, head, targets, reference_logprob, PROVISIONAL)
-        self._sums += step_sums(output, targets)
-        return output.loss * me.trainer.accumulate_grad_batches
+        self._sums += step_sums(output, targets, reference_logprob)
+        self._returned = output.loss * me.trainer.accumulate_grad_batches
+        return self._returned
 
     def _begin(self, step: int, device: torch.device) -> None:
         if self._open_step == step:
@@ -67,32 +74,44 @@ class SelectiveMixin:
             )
         self._open_step, self._sums = step, torch.zeros(len(SUMS), device=device)
 
+    def on_fit_start(self) -> None:
+        """A step that an earlier fit left unfinished has no gradients any more."""
+        me: Any = super()
+        me.on_fit_start()
+        self._open_step = None
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        check_alone(loss, self._returned)
+        me: Any = super()
+        me.backward(loss, *args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Divide the gradients by the tokens selected in all micro-batches on all ranks."""
         me: Any = super()
         me.on_before_optimizer_step(optimizer)
         module: Any = self
         sums = torch.as_tensor(module.trainer.strategy.reduce(self._sums, reduce_op="sum"))
-        selected, everything, kept, valid = sums.tolist()
+        _, _, valid, kept, _ = values = sums.tolist()
         if valid and not kept:
             raise ValueError(f"all of the step's {valid:.0f} targets have NaN as their {COLUMN}")
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         factor = PROVISIONAL * module.trainer.world_size / max(1.0, kept)
-        torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as torch's clipping
+        if gradients:
+            torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as in clipping
         self._open_step = None
-        means = {
-            "train/loss": selected / max(1.0, kept),
-            "train/loss_all": everything / max(1.0, valid),
-            "slm/kept_frac": kept / max(1.0, valid),
-        }
-        module.log_dict(means, rank_zero_only=True)
+        found = means(values)
+        logged = {"train/loss": found["loss_selected"], "train/loss_all": found["loss_all"]}
+        module.log_dict(logged | {"slm/kept_frac": found["kept_frac"]}, rank_zero_only=True)
 
 
-def step_sums(output: SelectiveOutput, targets: Tensor) -> Tensor:  # (len(SUMS),)
-    terms = (
-        output.token_loss.masked_fill(~output.selected, 0.0).sum(),
-        output.token_loss.sum(),
-        output.selected.sum(),
-        (targets != IGNORE_INDEX).sum(),
-    )
-    return torch.stack([term.detach().float() for term in terms])
+def check_alone(loss: Tensor, returned: Tensor) -> None:
+    """Refuse a loss that is more than what selective_loss returned, scaled by Lightning."""
+    node = loss.grad_fn
+    while node is not None and node is not returned.grad_fn:
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        node = parents[0] if len(parents) == 1 else None
+    if node is None and loss.grad_fn is not None:
+        raise ValueError(
+            "training_step did not return what selective_loss gave it: the step is divided by the "
+            "number of selected tokens, and another term would be with it"
+        )

@@ -27,6 +27,7 @@ from slm_kernels import (
 from slm_kernels.selection import SCOPES, check_select_ratio
 
 COLUMN = "reference_logprob"
+SUMS = ("loss_all", "loss_selected", "num_valid", "num_selected", "num_scored")
 IGNORE_INDEX = -100
 SELECTIONS = ("excess", "random")
 
@@ -135,6 +136,32 @@ class SelectiveLoss:
         return candidates.sum(-1) if self.scope == "sequence" else candidates.sum()
 
 
+@torch.no_grad()
+def step_sums(
+    output: SelectiveOutput, targets: Tensor, reference_logprob: Tensor
+) -> Tensor:  # (len(SUMS),)
+    """What a trainer adds up over the micro-batches of a step, on this rank."""
+    valid = targets != IGNORE_INDEX
+    terms = [
+        output.token_loss.sum(),
+        output.token_loss.masked_fill(~output.selected, 0.0).sum(),
+        *(mask.sum() for mask in (valid, output.selected, valid & ~reference_logprob.isnan())),
+    ]
+    return torch.stack([term.float() for term in terms])
+
+
+def means(sums: list[float]) -> dict[str, float]:
+    """loss_all, loss_selected, loss_unselected; kept_frac, scored_frac: shares of the targets."""
+    total, selected, valid, kept, scored = sums
+    return {
+        "loss_all": total / max(1.0, valid),
+        "loss_selected": selected / max(1.0, kept),
+        "loss_unselected": (total - selected) / max(1.0, valid - kept),
+        "kept_frac": kept / max(1.0, valid),
+        "scored_frac": scored / max(1.0, valid),
+    }
+
+
 def is_candidate(targets: Tensor, reference_logprob: Tensor) -> Tensor:  # (B, T), bool
     return (targets != IGNORE_INDEX) & ~reference_logprob.isnan()
 
@@ -149,10 +176,13 @@ def check_shapes(targets: Tensor, reference_logprob: Tensor) -> None:
 
 def check_signs(reference_logprob: Tensor) -> None:
     """Where it costs nothing; elsewhere the loss has an assertion on the device."""
-    if reference_logprob.device.type == "cpu" and (reference_logprob > 0).any():
+    if reference_logprob.device.type != "cpu":
+        return
+    wrong = reference_logprob[(reference_logprob > 0) | reference_logprob.isneginf()]
+    if len(wrong):
         raise ValueError(
-            f"{COLUMN} holds {reference_logprob.nan_to_num(0).max().item()}, it must be a natural "
-            "log of a probability, <= 0, or NaN"
+            f"{COLUMN} holds {wrong[0].item()}, it must be a natural log of a probability: finite "
+            "and <= 0, or NaN where there is no score"
         )
 
 

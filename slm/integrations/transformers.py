@@ -27,19 +27,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from slm.head import check_head, head_arguments, projection_of
-from slm.integrations.loss import COLUMN, IGNORE_INDEX, SelectiveLoss, SelectiveOutput, shifted
+from slm.integrations.loss import (
+    COLUMN,
+    IGNORE_INDEX,
+    SUMS,
+    SelectiveLoss,
+    means,
+    shifted,
+    step_sums,
+)
 from slm.integrations.signatures import check_attributes, check_parameters
 
 MADE_FOR = "transformers 5.23"
 check_parameters(Trainer.compute_loss, ("inputs", "return_outputs", "num_items_in_batch"), MADE_FOR)
 check_parameters(Trainer.get_batch_samples, ("epoch_iterator", "num_batches", "device"), MADE_FOR)
 check_parameters(Trainer.log, ("logs", "start_time"), MADE_FOR)
-check_attributes(Trainer, ("_set_signature_columns_if_needed", "training_step"), MADE_FOR)
+check_attributes(
+    Trainer,
+    ("_set_signature_columns_if_needed", "_inner_training_loop", "training_step"),
+    MADE_FOR,
+)
 
 FIRST_MARK = 2**40  # above every token id
 PROBE_TOKENS = 8
 LIGER_LOSS = "fused_linear_cross_entropy"
-SUMS = ("loss_all", "loss_selected", "num_valid", "num_selected", "num_scored")
 
 
 # ---- the batch ----------------------------------------------------------------------------------
@@ -50,8 +61,8 @@ class ReferenceCollator:
 
     Where a token went is asked of the collator itself: it collates the examples once more, with
     marks in place of `input_ids`. So padding on either side, padding to a multiple, flattening and
-    truncation need no code here. A collator that draws random numbers or looks at the ids would
-    not answer truly.
+    truncation need no code here. A collator that does not answer the same twice, because it draws
+    random numbers or looks at the ids, is refused.
     """
 
     def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]):
@@ -65,10 +76,12 @@ class ReferenceCollator:
             raise ValueError(f"example {having.index(False)} of the batch has no {COLUMN}")
         rest = [{k: v for k, v in example.items() if k != COLUMN} for example in examples]
         batch: Any = self.collator(rest)
-        batch[COLUMN] = self._placed(rest, [example[COLUMN] for example in examples])
+        batch[COLUMN] = self._placed(rest, [example[COLUMN] for example in examples], batch)
         return batch
 
-    def _placed(self, examples: list[dict[str, Any]], columns: list[Any]) -> Tensor:  # (B, T)
+    def _placed(
+        self, examples: list[dict[str, Any]], columns: list[Any], batch: Mapping[str, Any]
+    ) -> Tensor:  # (B, T)
         lengths = [len(example["input_ids"]) for example in examples]
         for row, (column, length) in enumerate(zip(columns, lengths, strict=True)):
             if len(column) != length:
@@ -81,9 +94,17 @@ class ReferenceCollator:
             for example, start in zip(examples, starts[:-1], strict=True)
         ]
         marks = torch.as_tensor(self.collator(marked)["input_ids"])
+        tokens = torch.cat([torch.as_tensor(example["input_ids"]) for example in examples])
         scores = torch.cat([torch.as_tensor(column, dtype=torch.float32) for column in columns])
-        found = scores[(marks - FIRST_MARK).clamp(min=0)]
-        return found.masked_fill(marks < FIRST_MARK, torch.nan)
+        padding, places = marks < FIRST_MARK, (marks - FIRST_MARK).clamp(min=0)
+        ids = torch.as_tensor(batch["input_ids"])
+        if ids.shape != marks.shape or not (padding | (tokens[places] == ids)).all():
+            raise ValueError(
+                f"{type(self.collator).__name__} does not put tokens at the same places twice, so "
+                "nobody knows where their scores belong; make it deterministic, without a look at "
+                "the ids"
+            )
+        return scores[places].masked_fill(padding, torch.nan)
 
 
 def marks_like(ids: Any, first: int) -> Any:
@@ -180,12 +201,26 @@ class SelectiveTrainerMixin:
         super().__init__(*args, **kwargs)
         me: Any = self
         check_trainer(me)
+        self.check_rows(names_of(me.train_dataset))
         me.data_collator = ReferenceCollator(me.data_collator)
         if not hasattr(me, "loss_is_scaled_for_ga"):  # transformers 5.16 asks this instead
             me.model_accepts_loss_kwargs = True
         me.loss_is_scaled_for_ga = True
         attach(me.model, self.selective)
         self._sums = torch.zeros(len(SUMS), device=me.args.device)
+
+    def check_rows(self, names: list[str]) -> None:
+        """Refuse columns that the trainer would drop, and with them what scores depend on."""
+        if "seq_lengths" in names:
+            raise ValueError(
+                "the rows hold several documents (seq_lengths), which Trainer would join: use "
+                "SelectiveSFTTrainer with padding_free=True, or a row for each document"
+            )
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._sums.zero_()  # of another training, or of one that began with too large a batch
+        me: Any = super()
+        return me._inner_training_loop(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         me: Any = super()
@@ -197,10 +232,12 @@ class SelectiveTrainerMixin:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The step's micro-batches, and how many tokens they select on all ranks."""
         me: Any = super()
-        batches, _ = me.get_batch_samples(epoch_iterator, num_batches, device)
+        batches, count = me.get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # the epoch of an iterable dataset has ended
+            return batches, count
         pairs = [shifted(batch["labels"], scores_of(batch)) for batch in batches]
         count = self.selective.num_selected(pairs, self._sum_over_ranks)
-        if batches and count == 0:
+        if count == 0:
             check_scored(pairs)
         return batches, count
 
@@ -222,21 +259,11 @@ class SelectiveTrainerMixin:
             return me.compute_loss(model, rest, return_outputs, num_items_in_batch)
         scores_of(inputs)
         output = model(**inputs, denominator=num_items_in_batch)
-        self._add(inputs, output)
+        targets, scores = shifted(inputs["labels"], inputs[COLUMN])
+        self._sums += step_sums(output, targets, scores)
         # The denominator counts every rank's tokens, and data-parallel wrappers average gradients.
         loss = output.loss * self.accelerator.num_processes  # type: ignore[attr-defined]
         return (loss, output) if return_outputs else loss
-
-    @torch.no_grad()
-    def _add(self, inputs: Mapping[str, Any], output: SelectiveOutput) -> None:
-        targets, scores = shifted(inputs["labels"], inputs[COLUMN])
-        valid = targets != IGNORE_INDEX
-        terms = [
-            output.token_loss.sum(),
-            output.token_loss.masked_fill(~output.selected, 0.0).sum(),
-            *(mask.sum() for mask in (valid, output.selected, valid & ~scores.isnan())),
-        ]
-        self._sums += torch.stack([term.float() for term in terms])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside `loss`, of every step since the last log; `loss_all` compares select ratios."""
@@ -247,20 +274,14 @@ class SelectiveTrainerMixin:
         me.log(logs, start_time)
 
 
+def names_of(dataset: Any) -> list[str]:
+    """Columns of a dataset of `datasets`; a streamed one may have to be looked at."""
+    known = getattr(dataset, "column_names", [])  # others have none to drop
+    return list(next(iter(dataset))) if known is None else list(known)
+
+
 class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
     """`Trainer(..., select_ratio=, scope=, selection=)`."""
-
-
-def means(sums: list[float]) -> dict[str, float]:
-    """loss_all, loss_selected, loss_unselected; kept_frac, scored_frac: shares of the targets."""
-    total, selected, valid, kept, scored = sums
-    return {
-        "loss_all": total / max(1.0, valid),
-        "loss_selected": selected / max(1.0, kept),
-        "loss_unselected": (total - selected) / max(1.0, valid - kept),
-        "kept_frac": kept / max(1.0, valid),
-        "scored_frac": scored / max(1.0, valid),
-    }
 
 
 def scores_of(batch: Mapping[str, Any]) -> Tensor:  # (B, T)

@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from slm.integrations.loss import COLUMN
 from slm.integrations.signatures import check_attributes, check_parameters
-from slm.integrations.transformers import SelectiveTrainerMixin
+from slm.integrations.transformers import SelectiveTrainerMixin, names_of
 
 MADE_FOR = "trl 1.16"
 check_parameters(
@@ -47,6 +47,15 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         if loss_type != "nll":
             raise ValueError(f"loss_type is {loss_type!r}, which the selective loss does not use")
 
+    def check_rows(self, names: list[str]) -> None:
+        """Of the dataset as it is trained on, prepared by TRL or not."""
+        check_columns(names)
+        if "seq_lengths" in names and not self.padding_free:
+            raise ValueError(
+                "the rows hold several documents (seq_lengths), but padding_free is False, so "
+                "that they would see each other: set padding_free=True and max_length=None"
+            )
+
     def _prepare_dataset(
         self,
         dataset: Any,
@@ -60,18 +69,18 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
 
         TRL itself would leave the column out where it packs, and whole where it truncates.
         """
-        names = dataset.column_names or list(next(iter(dataset)))
+        names = names_of(dataset)
         prepare = super()._prepare_dataset
         if dataset_name != "train" and COLUMN not in names:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         check_columns(names)
-        check_contexts(args, packing, "seq_lengths" in names, self.padding_free)
+        check_contexts(args, packing, "seq_lengths" in names)
         uncut = copy.copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
         dataset = prepare(dataset, processing_class, uncut, False, None, dataset_name)
-        dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+        dataset = dataset.select_columns(COLUMNS if "seq_lengths" in names else COLUMNS[:3])
         if packing:
-            dataset = pack(dataset.select_columns(COLUMNS[:3]), args)
+            dataset = pack(dataset, args)
         elif args.max_length is not None:
             dataset = truncate(dataset, args.max_length)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
@@ -100,9 +109,14 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
 
     @torch.no_grad()
     def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Entropy and accuracy over every target, by TRL's own pass."""
+        """Entropy and accuracy over every target, by TRL's own pass, without dropout.
+
+        So no random number is drawn: how often is logged does not change what is trained.
+        """
         rest = {key: value for key, value in inputs.items() if key != COLUMN}
+        model.eval()
         found = model(**rest, use_cache=False, fused_lm_head=True)
+        model.train()
         sums = torch.stack([found.label_mask.sum(), found.entropy.sum(), found.is_top1.sum()])
         count, entropy, correct = self._sum_over_ranks(sums.float()).tolist()
         self._metrics["train"]["entropy"].append(entropy / max(1.0, count))
@@ -116,9 +130,14 @@ def check_columns(names: list[str]) -> None:
     ):
         if name not in names:
             raise ValueError(f"train_dataset has no {name} (it has {', '.join(names)}): {advice}")
+    if "position_ids" in names:
+        raise ValueError(
+            "train_dataset has position_ids, which SFTTrainer drops; where a row is several "
+            "documents give their lengths as seq_lengths"
+        )
 
 
-def check_contexts(args: Any, packing: bool, is_packed: bool, padding_free: bool) -> None:
+def check_contexts(args: Any, packing: bool, is_packed: bool) -> None:
     """Refuse what puts a token behind other tokens than it was scored behind."""
     if packing and args.packing_strategy != "bfd":
         raise ValueError(
@@ -127,11 +146,6 @@ def check_contexts(args: Any, packing: bool, is_packed: bool, padding_free: bool
         )
     if packing and is_packed:
         raise ValueError("packing is True, but the rows have seq_lengths: they are packed already")
-    if is_packed and not padding_free:
-        raise ValueError(
-            "the rows hold several documents (seq_lengths), but padding_free is False, so that "
-            "they would see each other: set padding_free=True and max_length=None"
-        )
     if not packing and args.max_length is not None and args.truncation_mode != "keep_start":
         raise ValueError(
             f"truncation_mode is {args.truncation_mode!r}, which cuts off what tokens were scored "

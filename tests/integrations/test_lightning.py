@@ -63,7 +63,7 @@ def batch_of(rows: list[Row]) -> dict[str, Tensor]:
     return {"input_ids": padded("input_ids", 0), "targets": targets, "reference_logprob": scores}
 
 
-def fit(module: LightningModule, batches: Any, **fields: Any) -> Any:
+def fit(module: LightningModule, batches: Any, held: Any = None, **fields: Any) -> Any:
     fixed: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -74,7 +74,10 @@ def fit(module: LightningModule, batches: Any, **fields: Any) -> Any:
         "enable_model_summary": False,
     }
     trainer = Trainer(**(fixed | fields))
-    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(
+        module, loader, torch.utils.data.DataLoader(held, batch_size=None) if held else None
+    )
     return trainer
 
 
@@ -130,6 +133,45 @@ def test_a_module_that_forgets_super_is_stopped():
     batches = [batch_of(pair) for pair in pairs(make_rows(LENGTHS[:4]))]
     with pytest.raises(RuntimeError, match="step 0 were not divided: does Forgetful"):
         fit(Forgetful("batch"), batches)
+
+
+def test_validation_does_not_count_into_the_step():
+    class Validating(Mine):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx)
+
+    batches = [batch_of(make_rows(LENGTHS[:2]))]
+    with pytest.raises(ValueError, match="selective_loss is for training_step"):
+        fit(Validating("batch"), batches, held=batches)
+
+
+def test_another_term_in_the_loss_is_refused():
+    """It would be multiplied by what the gradients are divided by."""
+
+    class WithTerm(Mine):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            weight: Any = self.model.lm_head.weight
+            return super().training_step(batch, batch_idx) + 0.01 * weight.square().sum()
+
+    with pytest.raises(ValueError, match="did not return what selective_loss gave it"):
+        fit(WithTerm("batch"), [batch_of(make_rows(LENGTHS[:2]))])
+
+
+def test_a_fit_that_stopped_within_a_step_leaves_nothing_for_the_next():
+    class Stopping(Mine):
+        stop = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.trainer.should_stop = self.stop
+            return super().training_step(batch, batch_idx)
+
+    rows = make_rows(LENGTHS[:4])
+    module, batches = Stopping("batch"), [batch_of(pair) for pair in pairs(rows)]
+    fit(module, batches, accumulate_grad_batches=2, min_steps=0)
+    module.stop = False
+    fit(module, batches, accumulate_grad_batches=2)
+    expected, _, _ = expected_gradients(make_model(), pairs(rows), 0.4)
+    assert_gradients(module.gradients[-1], expected)
 
 
 def test_all_nan_scores_and_manual_optimization_are_refused():

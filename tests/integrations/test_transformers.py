@@ -141,6 +141,19 @@ def test_examples_without_scores_are_left_alone_and_half_of_them_refused():
         ReferenceCollator(padding())(rows)
 
 
+def test_a_collator_that_does_not_answer_the_same_twice_is_refused():
+    def crop(examples: list[Any]) -> Any:
+        start = int(torch.randint(3, ()))
+        return default_data_collator(
+            [{k: v[start : start + 3] for k, v in e.items()} for e in examples]
+        )
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="function does not put tokens at the same places twice"):
+        for _ in range(20):
+            ReferenceCollator(crop)(tagged([7, 7]))
+
+
 # ---- the step -----------------------------------------------------------------------------------
 
 
@@ -207,6 +220,32 @@ def test_documents_that_a_collator_flattens_are_ranked_together(tmp_path):
     assert_gradients(recorder.gradients[0], expected)
 
 
+def test_a_streamed_dataset_that_ends_begins_again(tmp_path):
+    rows = make_rows(LENGTHS[:4])
+    recorder = Recorder()
+    SelectiveTrainer(
+        make_model(),
+        arguments(tmp_path, max_steps=3, learning_rate=0.0),
+        data_collator=padding(),
+        train_dataset=dataset_of(rows).to_iterable_dataset(),
+        callbacks=[recorder],
+        select_ratio=0.4,
+    ).train()
+    assert len(recorder.gradients) == 3
+    for name, gradient in recorder.gradients[0].items():
+        assert torch.equal(gradient, recorder.gradients[2][name])
+
+
+def test_a_second_training_logs_its_own_steps(tmp_path):
+    """The first stops between two logs."""
+    rows = make_rows(LENGTHS[:6])
+    fields: dict[str, Any] = {"max_steps": 3, "logging_steps": 2, "learning_rate": 0.0}
+    trainer, recorder = train(tmp_path, rows, **fields)
+    trainer.train()
+    first, second = (log["loss_all"] for log in recorder.logs if "loss_all" in log)
+    assert first == second
+
+
 def test_losses_of_both_sets_are_logged_of_all_steps_since_the_last_log(tmp_path):
     rows = make_rows(LENGTHS[:4], prompt=1, unscored=2)
     _, recorder = train(tmp_path, rows, max_steps=2, logging_steps=2, learning_rate=0.0)
@@ -267,16 +306,30 @@ def test_all_tokens_are_the_trainers_own_loss(tmp_path):
     assert found.logs[0]["loss"] == pytest.approx(recorder.logs[0]["loss"], rel=1e-5)
 
 
-def test_bfloat16_autocast_selects_by_float32_scores(tmp_path):
-    rows = make_rows(LENGTHS[:4])
+def test_bfloat16_autocast_selects_by_float32_scores(tmp_path, monkeypatch):
+    rows, seen = make_rows(LENGTHS[:4]), []
+    own = door.SelectiveLoss.__call__
+
+    def call(self: Any, *args: Any) -> Any:
+        seen.append((*args, own(self, *args)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(door.SelectiveLoss, "__call__", call)
     expected, loss, _ = expected_gradients(make_model(), [rows], 0.4)
-    _, recorder = train(tmp_path, rows, per_device_train_batch_size=4, bf16=True)
+    fields: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 0.0}
+    _, recorder = train(tmp_path, rows, bf16=True, **fields)
     assert recorder.logs[0]["loss"] == pytest.approx(loss, rel=0.05)
     for name, gradient in expected.items():
         similarity = torch.cosine_similarity(
             recorder.gradients[0][name].double().flatten(), gradient.flatten(), dim=0
         )
         assert similarity > 0.95, name
+    hidden, head, targets, _, _, output = seen[0]
+    weight = head["weight"].detach().bfloat16().float()
+    logits = hidden.detach().bfloat16().float() @ weight.T  # of the operands; never rounded itself
+    losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+    assert (logits - logits.bfloat16().float()).abs().max() > 1e-3
+    torch.testing.assert_close(output.token_loss, losses, rtol=1e-5, atol=1e-5)
 
 
 def test_evaluation_is_plain_cross_entropy_with_scores_or_without(tmp_path):
@@ -287,7 +340,7 @@ def test_evaluation_is_plain_cross_entropy_with_scores_or_without(tmp_path):
     plain = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
     for data in (rows, plain):
         found = trainer.evaluate(dataset_of(data))["eval_loss"]
-        assert found == pytest.approx(total / sum(n for *_, n in losses), rel=0.05)
+        assert found == pytest.approx(total / sum(n for *_, n in losses), rel=1e-4)
     same = trainer.evaluate(dataset_of(rows))["eval_loss"]
     assert same == pytest.approx(trainer.evaluate(dataset_of(plain))["eval_loss"], rel=1e-6)
 
@@ -347,10 +400,17 @@ def test_all_nan_scores_are_refused(tmp_path):
         train(tmp_path, rows)
 
 
-def test_positive_scores_are_refused(tmp_path):
+@pytest.mark.parametrize("value", [0.5, float("-inf")])
+def test_numbers_that_are_no_scores_are_refused(tmp_path, value):
     rows = make_rows(LENGTHS[:2])
-    rows[1]["reference_logprob"][3] = 0.5
-    with pytest.raises(ValueError, match="reference_logprob holds 0.5, it must be"):
+    rows[1]["reference_logprob"][3] = value
+    with pytest.raises(ValueError, match=f"reference_logprob holds {value}, it must be"):
+        train(tmp_path, rows)
+
+
+def test_rows_of_several_documents_are_refused(tmp_path):
+    rows = [row | {"seq_lengths": [2, len(row["input_ids"]) - 2]} for row in make_rows([6, 6])]
+    with pytest.raises(ValueError, match="several documents .seq_lengths., which Trainer would"):
         train(tmp_path, rows)
 
 

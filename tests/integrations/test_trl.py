@@ -207,6 +207,34 @@ def test_what_trl_logs_is_still_logged(tmp_path):
     assert log["num_tokens"] == 2 * sum(LENGTHS)
 
 
+def test_how_often_is_logged_changes_nothing(tmp_path):
+    """With dropout, whose random numbers a measurement could take away."""
+    rows, found = make_rows(LENGTHS), []
+    for every in (1, 4):
+        _, recorder = sft(
+            tmp_path, rows, make_model(attention_dropout=0.5), max_steps=3, logging_steps=every
+        )
+        found.append(recorder.gradients[-1])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_without_labels_is_prepared_with_its_scores(tmp_path, packing):
+    rows = make_rows(LENGTHS)
+    plain = [{k: row[k] for k in ("input_ids", "reference_logprob")} for row in rows]
+    recorder = Recorder()
+    SelectiveSFTTrainer(
+        make_model(),
+        config(tmp_path, packing=packing, max_length=80),
+        train_dataset=dataset_of(plain).to_iterable_dataset(),
+        processing_class=make_tokenizer("right"),
+        callbacks=[recorder],
+        select_ratio=0.4,
+    ).train()
+    expected, _, _ = expected_gradients(make_model(), [rows], 0.4)
+    assert_gradients(recorder.gradients[0], expected)
+
+
 def test_evaluation_is_trls_own(tmp_path):
     rows = make_rows(LENGTHS, prompt=2)
     plain = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
@@ -269,6 +297,12 @@ def test_packed_rows_must_be_kept_apart(tmp_path):
         sft(tmp_path, rows)
     with pytest.raises(ValueError, match="packing is True, but the rows have seq_lengths"):
         sft(tmp_path, rows, packing=True, max_length=80)
+    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(ValueError, match="several documents .* padding_free is False"):
+        sft(tmp_path, rows, **prepared)
+    positions = [row | {"position_ids": [*range(len(row["input_ids"]))]} for row in make_rows([6])]
+    with pytest.raises(ValueError, match="train_dataset has position_ids, which SFTTrainer drops"):
+        sft(tmp_path, positions)
 
 
 def test_a_dataset_without_scores_or_tokens_is_refused_before_anything_is_loaded(tmp_path):
