@@ -86,6 +86,10 @@ def build_lm(
 
 def check_model_folder(key: str, name: str) -> None:
     """A mistyped path must not be looked for on a hub, with minutes of retries."""
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{key} {name} is a PEFT adapter: merge it into its model (merge_and_unload)"
+        )
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{key} {name} is no model folder: config.json is missing")
 

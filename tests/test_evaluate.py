@@ -261,6 +261,12 @@ def test_a_mistyped_path_is_not_looked_for_on_a_hub(sets, name):
         evaluate({"a": name}, sets, settings())
 
 
+def test_an_adapter_is_no_model(sets, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a PEFT adapter: merge it into its model"):
+        evaluate({"a": str(tmp_path)}, sets, settings())
+
+
 def test_a_mistyped_name_in_a_folder_that_exists_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()

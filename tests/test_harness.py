@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from run_helpers import TINY_MODEL
@@ -424,8 +425,13 @@ def test_a_damaged_model_is_one_sentence(model, problems):
     with pytest.raises(UserError, match="model.safetensors is damaged"):
         harness({"a": model}, settings(problems))
     weights.write_bytes(whole)
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights of LlamaForCausalLM, .*model.norm.weight"):
+        harness({"a": model}, settings(problems))
     (Path(model) / "config.json").write_text("{")
-    with pytest.raises(UserError, match="model .* has a damaged config.json: "):
+    with pytest.raises(UserError, match="model .* has a damaged config.json: |no causal LM at"):
         harness({"a": model}, settings(problems))
 
 

@@ -61,6 +61,10 @@ def from_hf_dataset(
     byte-fallback vocabularies. A row that cannot be used is refused, and nothing is left; a killed
     call starts over when it is called again.
     """
+    if not isinstance(tokenizer, str | Path):
+        raise ValueError(
+            f"tokenizer is a {type(tokenizer).__name__}, it must be a folder or a name"
+        )
     rows, out = check_dataset(dataset), Path(out)
     loaded = load_tokenizer(tokenizer)
     state, seq_len = encoder_state(loaded), len(rows[:1]["input_ids"][0])

@@ -56,6 +56,8 @@ class SelectiveLoss:
     selection: str = "excess"
 
     def __post_init__(self) -> None:
+        if isinstance(self.select_ratio, bool) or not isinstance(self.select_ratio, int | float):
+            raise ValueError(f"select_ratio is {self.select_ratio!r}, it must be a number")
         check_select_ratio(self.select_ratio)
         for name, known in (("scope", SCOPES), ("selection", SELECTIONS)):
             if getattr(self, name) not in known:

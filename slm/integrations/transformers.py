@@ -69,13 +69,13 @@ class ReferenceCollator:
         self.collator = collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        having = [COLUMN in example for example in examples]
-        if not any(having):
-            return self.collator(list(examples))
-        if not all(having):
-            raise ValueError(f"example {having.index(False)} of the batch has no {COLUMN}")
         rest = [{k: v for k, v in example.items() if k != COLUMN} for example in examples]
+        having = [COLUMN in one and one[COLUMN] is not None for one in examples]
+        if any(having) and not all(having):
+            raise ValueError(f"example {having.index(False)} of the batch has no {COLUMN}")
         batch: Any = self.collator(rest)
+        if not any(having):
+            return batch
         batch[COLUMN] = self._placed(rest, [example[COLUMN] for example in examples], batch)
         return batch
 
@@ -132,8 +132,8 @@ def check_causal_lm(model: Any) -> None:
     projection: Any = projection_of(inner)
     if type(projection) is not nn.Linear:  # of an adapter the loss would see the base weight alone
         raise ValueError(
-            f"the output layer is a {type(projection).__name__}, it must be a plain Linear: leave "
-            "it out of target_modules and modules_to_save"
+            f"the output layer is a {type(projection).__module__}.{type(projection).__name__}, it "
+            "must be torch's Linear: leave it out of target_modules and modules_to_save"
         )
     if projection.weight.numel() == 0:
         raise ValueError("the output layer is empty: DeepSpeed ZeRO-3 is not supported")
@@ -235,7 +235,7 @@ class SelectiveTrainerMixin:
         batches, count = me.get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the epoch of an iterable dataset has ended
             return batches, count
-        pairs = [shifted(batch["labels"], scores_of(batch)) for batch in batches]
+        pairs = [shifted(column_of(batch, "labels"), scores_of(batch)) for batch in batches]
         count = self.selective.num_selected(pairs, self._sum_over_ranks)
         if count == 0:
             check_scored(pairs)
@@ -285,12 +285,16 @@ class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
 
 
 def scores_of(batch: Mapping[str, Any]) -> Tensor:  # (B, T)
-    if COLUMN not in batch:
-        raise ValueError(
-            f"the batch has no {COLUMN} (it has {', '.join(sorted(batch))}), and without scores "
-            "nothing can be selected; slm.integrations.datasets.score_dataset adds the column"
-        )
-    return batch[COLUMN]
+    advice = (
+        "; slm.integrations.datasets.score_dataset adds it, and nothing can be selected without"
+    )
+    return column_of(batch, COLUMN, advice)
+
+
+def column_of(batch: Mapping[str, Any], name: str, advice: str = "") -> Tensor:  # (B, T)
+    if name not in batch or batch[name] is None:  # some collators write None
+        raise ValueError(f"the batch has no {name} (it has {', '.join(sorted(batch))}){advice}")
+    return batch[name]
 
 
 def check_scored(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -2,12 +2,12 @@
 
     trainer = SelectiveSFTTrainer(model, args, train_dataset=dataset, select_ratio=0.6)
 
-`train_dataset` is tokenised (`input_ids`; `labels`, `completion_mask` or `assistant_masks` by need)
-and has a column `reference_logprob` that slm.integrations.datasets.score_dataset made, row by row.
-It may be packed (packing_strategy "bfd"), padding-free and trained with LoRA. A score depends on
-what stands before its token, so preparations that take that away are refused: packing across
-documents ("wrapped"), cutting them in the middle ("bfd_split") or at their beginning. For those,
-pack first, score the packed rows, and pass them without packing.
+`train_dataset` is tokenised (`input_ids`; by need `labels`, `assistant_masks`, or `completion_mask`
+with completion_only_loss=True) and has a column `reference_logprob`, made row by row by
+slm.integrations.datasets.score_dataset. It may be packed (packing_strategy "bfd"), padding-free and
+trained with LoRA. A score depends on what stands before its token, so preparations that take that
+away are refused: packing across documents ("wrapped"), cutting them in the middle ("bfd_split") or
+at their beginning. For those, pack first, score the packed rows, and pass them without packing.
 
 Everything else is SelectiveTrainerMixin's (slm/integrations/transformers.py); in training, entropy
 and accuracy are measured on the steps that are logged, since they cost a pass over the vocabulary.
@@ -75,6 +75,12 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         check_columns(names)
         check_contexts(args, packing, "seq_lengths" in names)
+        if "completion_mask" in names and "labels" not in names and not self.completion_only_loss:
+            raise ValueError(
+                "train_dataset has a completion_mask, but completion_only_loss is "
+                f"{args.completion_only_loss}, so that prompts would be trained on: set it to "
+                "True, or remove the column"
+            )
         uncut = copy.copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
         dataset = prepare(dataset, processing_class, uncut, False, None, dataset_name)

@@ -192,6 +192,9 @@ def test_what_is_no_dataset_of_rows_is_refused(tmp_path, made_by):
     for given, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
             from_hf_dataset(given, tmp_path / "out", made_by)
+    made: Any = object()
+    with pytest.raises(ValueError, match="tokenizer is a object, it must be a folder or a name"):
+        from_hf_dataset(rows(), tmp_path / "out", made)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="config.json cannot be written: Not a directory"):
         from_hf_dataset(rows(), made_by / "tokenizer_config.json", made_by)

@@ -136,6 +136,9 @@ def test_examples_without_scores_are_left_alone_and_half_of_them_refused():
     assert "reference_logprob" not in ReferenceCollator(padding())(without)
     with pytest.raises(ValueError, match="example 1 of the batch has no reference_logprob"):
         ReferenceCollator(padding())([rows[0], without[1]])
+    half: Any = [rows[0], rows[1] | {"reference_logprob": None}]  # as concatenated datasets have it
+    with pytest.raises(ValueError, match="example 1 of the batch has no reference_logprob"):
+        ReferenceCollator(padding())(half)
     rows[1]["reference_logprob"].append(-1.0)
     with pytest.raises(ValueError, match="example 1 .* has 4 input_ids and 5 reference_logprob"):
         ReferenceCollator(padding())(rows)
@@ -392,6 +395,9 @@ def test_missing_scores_never_become_plain_cross_entropy(tmp_path):
     plain = [{k: row[k] for k in ("input_ids", "labels")} for row in make_rows(LENGTHS[:4])]
     with pytest.raises(ValueError, match="the batch has no reference_logprob .*input_ids, labels"):
         train(tmp_path, plain)
+    unlabelled = [{k: v for k, v in row.items() if k != "labels"} for row in make_rows([5, 5])]
+    with pytest.raises(ValueError, match="the batch has no labels .it has .*input_ids"):
+        train(tmp_path, unlabelled)
 
 
 def test_all_nan_scores_are_refused(tmp_path):
@@ -418,6 +424,7 @@ def test_a_wrong_ratio_scope_or_selection_is_refused():
     cases: list[tuple[dict[str, Any], str]] = [
         ({"select_ratio": 0.0}, r"select_ratio must lie in \(0, 1\], got 0"),
         ({"select_ratio": 1.5}, "got 1.5"),
+        ({"select_ratio": "0.6"}, "select_ratio is '0.6', it must be a number"),
         ({"select_ratio": 0.5, "scope": "rank"}, "scope is 'rank'"),
         ({"select_ratio": 0.5, "selection": "worst"}, "selection is 'worst'"),
     ]

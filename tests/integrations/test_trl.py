@@ -125,6 +125,12 @@ def test_completion_masks_become_labels(tmp_path):
     assert_gradients(recorder.gradients[0], expected)
 
 
+def test_a_completion_mask_that_trl_would_ignore_is_refused(tmp_path):
+    row = {"input_ids": [5, 6], "completion_mask": [0, 1], "reference_logprob": [-1.0, -1.0]}
+    with pytest.raises(ValueError, match="completion_mask, but completion_only_loss is None"):
+        sft(tmp_path, [row])
+
+
 def test_truncation_cuts_scores_with_tokens_and_drops_rows_without_a_target(tmp_path):
     rows = make_rows(LENGTHS, prompt=5)
     cut = [{name: column[:8] for name, column in row.items()} for row in rows]
@@ -177,7 +183,7 @@ def test_lora_trains_its_adapters_on_the_same_tokens(tmp_path):
     ("adapter", "match"),
     [
         (lora(target_modules=["q_proj", "lm_head"]), "PEFT adapter to `lm_head`|output layer"),
-        (lora(modules_to_save=["lm_head"]), "the output layer is a ModulesToSaveWrapper"),
+        (lora(modules_to_save=["lm_head"]), "the output layer is a peft.*ModulesToSaveWrapper"),
         (
             PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2),
             "prompt learning moves the tokens",
