@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
+# Two processes of one thread each: half the time on two cores, and torch's threads do not compete.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 TRITON ?= 3.6.0
 RESULTS ?= gpu-results
 
@@ -13,10 +17,10 @@ demo: $(INSTALLED)
 	$(BIN)/slm demo
 
 test: $(INSTALLED) lint types
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
