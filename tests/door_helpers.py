@@ -24,6 +24,21 @@ from text_helpers import DATA
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, list[Any]]
+ONE_STEP: dict[
+    str, Any
+] = {  # of transformers' TrainingArguments, with nothing between loss and update
+    "max_steps": 1,
+    "logging_steps": 1,
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "train_sampling_strategy": "sequential",
+}
 
 
 def make_model(name: str = "llama", **fields: Any) -> Any:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from door_helpers import (
+    ONE_STEP,
     Recorder,
     Row,
     assert_gradients,
@@ -39,22 +40,9 @@ LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
 
 
 def arguments(folder: Path, **fields: Any) -> TrainingArguments:
-    fixed: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "train_sampling_strategy": "sequential",
-    }
-    return TrainingArguments(str(folder), **(fixed | fields))
+    return TrainingArguments(
+        str(folder), **(ONE_STEP | {"per_device_train_batch_size": 2} | fields)
+    )
 
 
 def padding(side: str = "right", **fields: Any) -> Any:

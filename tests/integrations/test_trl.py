@@ -9,6 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from trl.trainer.sft_config import SFTConfig
 
 from door_helpers import (
+    ONE_STEP,
     Recorder,
     Row,
     assert_gradients,
@@ -39,23 +40,8 @@ LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
 
 
 def config(folder: Path, **fields: Any) -> SFTConfig:
-    fixed: dict[str, Any] = {
-        "per_device_train_batch_size": 8,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "train_sampling_strategy": "sequential",
-    }
-    return SFTConfig(str(folder), **(fixed | fields))
+    fixed = {"per_device_train_batch_size": 8, "bf16": False, "activation_checkpointing": False}
+    return SFTConfig(str(folder), **(ONE_STEP | fixed | fields))
 
 
 def sft(folder: Path, rows: list[Any], model: Any = None, eval_rows: Any = None, **fields: Any):
