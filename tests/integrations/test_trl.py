@@ -40,7 +40,8 @@ LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
 
 
 def config(folder: Path, **fields: Any) -> SFTConfig:
-    fixed = {"per_device_train_batch_size": 8, "bf16": False, "activation_checkpointing": False}
+    fixed: dict[str, Any] = {"bf16": False, "activation_checkpointing": False}
+    fixed["per_device_train_batch_size"] = 8
     return SFTConfig(str(folder), **(ONE_STEP | fixed | fields))
 
 
