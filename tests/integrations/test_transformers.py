@@ -40,9 +40,8 @@ LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
 
 
 def arguments(folder: Path, **fields: Any) -> TrainingArguments:
-    return TrainingArguments(
-        str(folder), **(ONE_STEP | {"per_device_train_batch_size": 2} | fields)
-    )
+    batch: dict[str, Any] = {"per_device_train_batch_size": 2}
+    return TrainingArguments(str(folder), **(ONE_STEP | batch | fields))
 
 
 def padding(side: str = "right", **fields: Any) -> Any:
