@@ -33,7 +33,7 @@ def test_example_runs_and_its_loss_falls(name):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_is_short(name):
-    assert len((DOORS / f"{name}.py").read_text().splitlines()) <= 60
+    assert len((DOORS / f"{name}.py").read_text().splitlines()) < 60
 
 
 def expected_losses(steps: int, per_step: int) -> list[float]:
@@ -42,7 +42,7 @@ def expected_losses(steps: int, per_step: int) -> list[float]:
     import stand_in
 
     model, losses = stand_in.model(), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     micro_batches = stand_in.batches(per_step * steps, rows=4, length=64)
     kept = int(0.6 * 4 * 64 + 0.5)
     for step in range(steps):
@@ -67,7 +67,7 @@ def expected_losses(steps: int, per_step: int) -> list[float]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_takes_the_steps_of_one_process(processes):
-    """Losses after an update say that the gradients were right, the whole step's."""
+    """Losses after an update say that the gradients were right; SGD shows their scale as well."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     output = run_python("-W", "ignore", *launch, str(DOORS / "accelerate_loop.py"), "5")
     found = losses_of(output)

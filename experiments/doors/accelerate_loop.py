@@ -36,7 +36,7 @@ def main(steps: int) -> None:
     # By default Accelerate divides by the number of micro-batches: here the denominator does it.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model = WithLoss(stand_in.model())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = stand_in.batches(ACCUMULATE * ranks * steps, rows=4, length=64)[rank::ranks]
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -1,7 +1,7 @@
 """axolotl with the plugin: PYTHONPATH=.venv/doors python experiments/doors/axolotl_run.py
 
-What `axolotl train experiments/doors/axolotl.yaml` calls, in its order, on a CPU. Left out are the
-loader of models, which imports bitsandbytes, and a trainer that trl has no more since 1.16.
+What `axolotl train axolotl.yaml` calls, in its order, on a CPU, but for the loader of models, which
+imports bitsandbytes; a trainer that trl has no more since 1.16 is stubbed.
 """
 
 import os
@@ -19,9 +19,8 @@ def make_trainer(config: Path, model: Any, **fields: Any) -> Any:
     """axolotl's trainer of a YAML; `fields` in place of some of it."""
     from transformers import Trainer, TrainingArguments
 
-    absent: Any = ModuleType("trl.experimental.prm")
-    absent.PRMTrainer, absent.PRMConfig = Trainer, TrainingArguments
-    sys.modules["trl.experimental.prm"] = absent
+    sys.modules["trl.experimental.prm"] = absent = ModuleType("trl.experimental.prm")
+    vars(absent).update(PRMTrainer=Trainer, PRMConfig=TrainingArguments)
     from axolotl.cli.config import load_cfg
     from axolotl.integrations.base import PluginManager
     from axolotl.loaders.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ RATIO = 0.6
 
 def main(steps: int) -> None:
     model = stand_in.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     micro_batches = stand_in.batches(2 * steps, rows=4, length=64)
     for step in range(steps):
         pair = micro_batches[2 * step : 2 * step + 2]
