@@ -42,6 +42,7 @@ from torchtitan.config import CompileConfig
 from torchtitan.distributed.utils import dist_sum_tensor
 from torchtitan.trainer import Trainer
 
+from slm.integrations.loss import COLUMN, is_candidate
 from slm.integrations.signatures import check_parameters
 from slm_kernels import (
     max_selected,
@@ -54,7 +55,6 @@ from slm_kernels.ops import refuse
 from slm_kernels.selection import SCOPES, check_select_ratio
 
 MADE_FOR = "torchtitan 0.3.0"
-REFERENCE = "reference_logprob"
 _CALL = ("pred", "labels", "global_valid_tokens")
 _STEP = ("labels", "global_valid_tokens")
 for _function, _names in (
@@ -103,10 +103,8 @@ class _Selective:
         others: dict[str, Any],
     ) -> Tensor | None:  # (B, L); None for validation
         bound, self._bound = self._bound, None
-        if REFERENCE in others:
-            raise ValueError(
-                f"{REFERENCE} was passed to the loss: call its bind({REFERENCE}) first"
-            )
+        if COLUMN in others:
+            raise ValueError(f"{COLUMN} was passed to the loss: call its bind({COLUMN}) first")
         if isinstance(pred, DTensor):
             raise ValueError(
                 f"{type(self).__name__} ranks whole local tensors, got a DTensor with placements "
@@ -117,17 +115,17 @@ class _Selective:
                 return None
             raise ValueError(
                 f"{type(self).__name__} got labels {tuple(labels.shape)} to train on and no "
-                f"{REFERENCE}: SelectiveTrainer binds it, and ChunkedLossWrapper cannot hold this "
+                f"{COLUMN}: SelectiveTrainer binds it, and ChunkedLossWrapper cannot hold this "
                 "loss (use SelectiveChunkedLoss)"
             )
         if bound.shape != labels.shape:
             raise ValueError(
                 f"{type(self).__name__} was called with labels {tuple(labels.shape)} of a batch "
-                f"whose {REFERENCE} is {tuple(bound.shape)}: a selection needs the whole batch, so "
+                f"whose {COLUMN} is {tuple(bound.shape)}: a selection needs the whole batch, so "
                 "ChunkedLossWrapper cannot hold this loss (use SelectiveChunkedLoss)"
             )
         wrong = (labels != IGNORE_INDEX) & (bound > 0)
-        return -refuse(bound, wrong, bound, f"{REFERENCE} must be <= 0")
+        return -refuse(bound, wrong, bound, f"{COLUMN} must be <= 0")
 
 
 class SelectiveLoss(_Selective, BaseLoss):
@@ -306,9 +304,9 @@ class SelectiveTrainer(Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        others = {key: value for key, value in input_dict.items() if key != REFERENCE}
+        others = {key: value for key, value in input_dict.items() if key != COLUMN}
         inputs, labels, extra_kwargs = super().post_dataloading_process(others, labels)
-        return inputs, labels, extra_kwargs | {REFERENCE: input_dict[REFERENCE]}
+        return inputs, labels, extra_kwargs | {COLUMN: input_dict[COLUMN]}
 
     def _forward_backward_body(
         self,
@@ -318,8 +316,8 @@ class SelectiveTrainer(Trainer):
         extra_kwargs: dict[str, Any],
     ) -> Tensor:
         # Bound here and not earlier: what a CUDA graph replays reads its own copy of the arguments.
-        self.loss_fn.bind(extra_kwargs[REFERENCE])
-        others = {key: value for key, value in extra_kwargs.items() if key != REFERENCE}
+        self.loss_fn.bind(extra_kwargs[COLUMN])
+        others = {key: value for key, value in extra_kwargs.items() if key != COLUMN}
         return super()._forward_backward_body(inputs, labels, global_valid_tokens, others)
 
     def _count_selected(self, batches: list[Batch]) -> Tensor:  # (), int64, on self.device
@@ -333,7 +331,7 @@ class SelectiveTrainer(Trainer):
         total = select_count(ranked, self.loss_fn.select_ratio).sum()
         total = total if together else self._over_ranks(total)
         if not candidates.any() and int(total) == 0:
-            raise ValueError(f"step {self.step}: no token has a label and a {REFERENCE}")
+            raise ValueError(f"step {self.step}: no token has a label and a {COLUMN}")
         return total
 
     def _log_over_all(
@@ -397,19 +395,19 @@ def num_candidates(
     axis: int | None,
     step: int,
 ) -> Tensor:  # () or, with axis -1, (B,): labelled tokens that have a reference score
-    if REFERENCE not in inputs:
+    if COLUMN not in inputs:
         raise ValueError(
-            f"step {step}: the dataloader must yield {REFERENCE} beside the input, got "
+            f"step {step}: the dataloader must yield {COLUMN} beside the input, got "
             f"{', '.join(inputs)}"
         )
-    scores, valid = inputs[REFERENCE], labels != IGNORE_INDEX
+    scores, valid = inputs[COLUMN], labels != IGNORE_INDEX
     if scores.shape != labels.shape or scores.dtype != torch.float32:
         raise ValueError(
-            f"step {step}: {REFERENCE} must be float32 {tuple(labels.shape)} as the labels, got "
+            f"step {step}: {COLUMN} must be float32 {tuple(labels.shape)} as the labels, got "
             f"{scores.dtype} {tuple(scores.shape)}"
         )
     if (valid & (scores > 0)).any():
         raise ValueError(
-            f"step {step}: {REFERENCE} must be <= 0, got {float(scores[valid & (scores > 0)][0])}"
+            f"step {step}: {COLUMN} must be <= 0, got {float(scores[valid & (scores > 0)][0])}"
         )
-    return (valid & ~scores.isnan()).sum(axis)
+    return is_candidate(labels, scores).sum(axis)
