@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from slm_kernels.contracts import Head, HeadGradients, LogitsCache, TokenStats, compute_dtype
-from slm_kernels.rows import WeightedRows
+from slm_kernels.products import linear
+from slm_kernels.rows import WeightedRows, weighted_rows
 
 BLOCK_BYTES = 2**25  # of whole rows of logits, where the weights are known: 32 MiB
 LEAST_ROWS = 128  # of them: fewer make slow products
@@ -32,8 +33,8 @@ def cache_block(hidden: Tensor) -> int:
 
 
 def _tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and vocabulary entries of a tile. On a CPU it stays in the caches (4 MiB of float32)."""
-    return (1024, 1024) if device.type == "cpu" else (8192, 8192)
+    """Rows and vocabulary entries of a tile: 16 MiB of float32 on a CPU, 256 MiB elsewhere."""
+    return (4096, 1024) if device.type == "cpu" else (8192, 8192)
 
 
 def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
@@ -52,45 +53,39 @@ class _Slice(NamedTuple):
         return gradient[self.start : self.start + len(self.weight)]
 
 
-def _vocabulary_slices(head: Head, dtype: torch.dtype) -> Iterator[_Slice]:
-    _, columns = _tile_shape(head.weight.device)
+def _vocabulary_slices(
+    head: Head, dtype: torch.dtype, num_rows: int | None = None
+) -> Iterator[_Slice]:
+    """Of a tile's columns; of more where its rows are fewer and known."""
+    rows, columns = _tile_shape(head.weight.device)
+    if num_rows is not None:
+        columns *= max(1, rows // max(1, num_rows))
     for start in range(0, head.weight.shape[0], columns):
         stop = start + columns
         bias = None if head.bias is None else head.bias[start:stop].to(dtype)
         yield _Slice(start, head.weight[start:stop].to(dtype), bias)
 
 
-def _tile_buffer(head: Head, num_rows: int, dtype: torch.dtype) -> Tensor:
-    rows, columns = _tile_shape(head.weight.device)
-    size = min(rows, num_rows) * min(columns, head.weight.shape[0])
-    return torch.empty(size, dtype=dtype, device=head.weight.device)
-
-
 def _tile_logits(
     block: Tensor,  # (R, D)
     part: _Slice,
     head: Head,
-    buffer: Tensor,  # at least R * v elements
-) -> Tensor:  # (R, v), in the buffer
-    shape = (block.shape[0], part.weight.shape[0])
-    return _fill_logits(buffer[: shape[0] * shape[1]].view(shape), block, part, head)
-
-
-def _fill_logits(
-    z: Tensor,  # (R, v), overwritten
-    block: Tensor,  # (R, D)
-    part: _Slice,
-    head: Head,
 ) -> Tensor:  # (R, v)
-    # Only out= and in-place products in this file: autocast leaves those in float32.
-    scale = head.logit_scale
-    if part.bias is None:
-        torch.addmm(z, block, part.weight.T, beta=0, alpha=scale, out=z)
-    else:
-        torch.addmm(part.bias, block, part.weight.T, beta=scale, alpha=scale, out=z)
+    z = linear(block, part.weight, part.bias)
+    if head.logit_scale != 1.0:
+        z.mul_(head.logit_scale)
     if head.softcap is not None:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
     return z
+
+
+def _room(
+    buffer: Tensor,  # at least R * v elements
+    block: Tensor,  # (R, D)
+    part: _Slice,
+) -> Tensor:  # (R, v)
+    shape = (block.shape[0], part.weight.shape[0])
+    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 def _targets_inside(
@@ -104,18 +99,21 @@ def _targets_inside(
 
 
 def stats_of_tiles(
-    tiles: Iterable[tuple[int, Tensor]],  # (start, (R, v)) in vocabulary order; overwritten
+    tiles: Iterable[tuple[int, Tensor, Tensor]],  # start, logits (R, v), room (R, v); overwritten
     targets: Tensor,  # (R,), all valid
     dtype: torch.dtype,
     want_entropy: bool = False,
     want_correct: bool = False,
-    keep: Callable[[int, Tensor, Tensor], None] = lambda start, exps, offset: None,
+    keep: Callable[[int, Tensor, Tensor, Tensor], None] = lambda *tile: None,
 ) -> TokenStats:
-    """`keep` is shown exp(z - offset) of every tile."""
+    """Of tiles in the order of the vocabulary.
+
+    `keep` is given softmax(z), maximum and sum of exp(z - maximum) of every tile.
+    """
     row_max = torch.full_like(targets, torch.finfo(dtype).min, dtype=dtype)
     target_logit, sum_exp, sum_exp_z = (torch.zeros_like(row_max) for _ in range(3))
     correct = torch.ones_like(targets, dtype=torch.bool) if want_correct else None
-    for start, z in tiles:
+    for start, z, room in tiles:
         tile_max = z.amax(dim=1)
         rows, column = _targets_inside(targets, start, z.shape[1])
         target_logit[rows] = z[rows, column]
@@ -125,16 +123,22 @@ def stats_of_tiles(
             correct &= tile_max <= row_max
             correct[rows] = (z[rows].argmax(dim=1) == column) & (tile_max > row_max)[rows]
 
+        # softmax makes maximum, exponentials and sum in one pass; its maximum is 1 / sum.
+        probability = torch.softmax(z, dim=1, out=room)
+        tile_sum = probability.amax(dim=1).reciprocal()
+        impossible = (tile_max == -torch.inf).nonzero().squeeze(1)
+        probability[impossible], tile_sum[impossible] = 0, 0  # else NaN
         new_max = torch.maximum(row_max, tile_max)
-        drop = (row_max - new_max).clamp_(min=EXP_IS_ZERO)
-        z.sub_(new_max[:, None])
-        shifted = z.clamp(min=EXP_IS_ZERO) if want_entropy else None
-        z.exp_()
-        keep(start, z, new_max)
-        if shifted is not None:
-            sum_exp_z = (sum_exp_z + drop * sum_exp) * drop.exp() + shifted.mul_(z).sum(dim=1)
-        sum_exp = sum_exp * drop.exp() + z.sum(dim=1)
+        drop, tile_drop = ((one - new_max).clamp_(min=EXP_IS_ZERO) for one in (row_max, tile_max))
+        if want_entropy:
+            shifted = z.sub_(tile_max[:, None]).clamp_(min=EXP_IS_ZERO)
+            tile_sum_z = shifted.mul_(probability).sum(dim=1) * tile_sum
+            sum_exp_z = (sum_exp_z + drop * sum_exp) * drop.exp()
+            sum_exp_z += (tile_sum_z + tile_drop * tile_sum) * tile_drop.exp()
+        sum_exp = sum_exp * drop.exp() + tile_sum * tile_drop.exp()
         row_max = new_max
+        keep(start, probability, tile_max, tile_sum)
+        del z  # before the next tile is made
     log_sum = sum_exp.log()
     return TokenStats(
         loss=(row_max - target_logit) + log_sum,  # both terms >= 0
@@ -174,16 +178,18 @@ def token_stats(
 ) -> TokenStats:
     dtype = compute_dtype(hidden)
     stats = empty_stats(targets, dtype, want_entropy, want_correct)
-    buffer = _tile_buffer(head, len(targets), dtype)
     valid = (targets >= 0).nonzero().squeeze(1)
-    for mine in row_blocks(len(valid), _tile_shape(hidden.device)[0]):
+    rows_at_once, columns = _tile_shape(hidden.device)
+    size = min(rows_at_once, len(valid)) * min(columns, len(head.weight))
+    buffer = hidden.new_empty(size, dtype=dtype)
+    for mine in row_blocks(len(valid), rows_at_once):
         rows = valid[mine]
         block = hidden.index_select(0, rows).to(dtype)
         tiles = (
-            (part.start, _tile_logits(block, part, head, buffer))
+            (part.start, _tile_logits(block, part, head), _room(buffer, block, part))
             for part in _vocabulary_slices(head, dtype)
         )
-        keep = partial(_write_cache, cache, rows)
+        keep = partial(_write_cache, cache, mine if len(valid) == len(targets) else rows)
         found = stats_of_tiles(tiles, targets[rows], dtype, want_entropy, want_correct, keep)
         write_rows(stats, rows, found)
     return stats
@@ -191,15 +197,17 @@ def token_stats(
 
 def _write_cache(
     cache: LogitsCache,
-    rows: Tensor,  # (R,)
+    rows: Tensor | slice,  # R of the N
     start: int,
-    exps: Tensor,  # (R, v)
-    offset: Tensor,  # (R,)
+    probability: Tensor,  # (R, v), overwritten
+    tile_max: Tensor,  # (R,)
+    tile_sum: Tensor,  # (R,)
 ) -> None:
-    out = cache.exps[:, start : start + exps.shape[1]]
-    if out.shape[1]:
-        out.index_copy_(0, rows, exps[:, : out.shape[1]].to(out.dtype))
-        cache.offset[:, start // cache.block].index_copy_(0, rows, offset)
+    columns = slice(start, min(start + probability.shape[1], cache.exps.shape[1]))
+    if start < columns.stop:
+        exps = probability[:, : columns.stop - start].mul_(tile_sum[:, None])
+        cache.exps[rows, columns] = exps.to(cache.exps.dtype)
+        cache.offset[rows, start // cache.block] = tile_max
 
 
 def logit_gradient_(
@@ -235,7 +243,6 @@ def head_gradients(
     grad_bias = (
         head.bias.new_zeros(head.bias.shape) if head.bias is not None and wanted[2] else None
     )
-    buffer = _tile_buffer(head, len(selected), dtype)
     for part in _vocabulary_slices(head, dtype):
         # The sums are the outputs themselves in the compute dtype; otherwise rounded once, below.
         weight_out = None if grad_weight is None else part.of(grad_weight)
@@ -244,13 +251,12 @@ def head_gradients(
         bias_sum = None if bias_out is None else bias_out.to(dtype)
         for mine in row_blocks(len(selected), _tile_shape(hidden.device)[0]):
             some = rows.part(mine)
-            gradient = _tile_gradient(selected[mine], part, head, some, cache, buffer)
-            if grad_selected is not None:
-                grad_selected[mine].addmm_(gradient, part.weight)
-            if weight_sum is not None:
-                weight_sum.addmm_(gradient.T, scaled[mine])
-            if bias_sum is not None:
-                bias_sum.addmv_(gradient.T, some.scale)
+            gradient = _tile_gradient(selected[mine], part, head, some, cache)
+            sums = HeadGradients(
+                None if grad_selected is None else grad_selected[mine], weight_sum, bias_sum
+            )
+            _add_gradients(sums, gradient, part, scaled[mine], some.scale)
+            del gradient  # before the next tile is made
         if weight_out is not None and weight_sum is not None:
             weight_out.copy_(weight_sum)
         if bias_out is not None and bias_sum is not None:
@@ -260,18 +266,57 @@ def head_gradients(
     return HeadGradients(grad_selected, grad_weight, grad_bias)
 
 
+def _add_gradients(
+    sums: HeadGradients,  # (R, D), (v, D), (v,): added to
+    gradient: Tensor,  # (R, v), over the rows' scale
+    part: _Slice,
+    scaled: Tensor,  # (R, D), hidden * scale
+    scale: Tensor,  # (R,)
+) -> None:
+    """The rows' sum lacks their scale."""
+    if sums.hidden is not None:
+        sums.hidden.add_(linear(gradient, part.weight.T))
+    if sums.weight is not None:
+        sums.weight.addmm_(gradient.T, scaled)
+    if sums.bias is not None:
+        sums.bias.addmv_(gradient.T, scale)
+
+
 def _tile_gradient(
     block: Tensor,  # (R, D)
     part: _Slice,
     head: Head,
     rows: WeightedRows,  # R rows
     cache: LogitsCache,
-    buffer: Tensor,
 ) -> Tensor:  # (R, v), gradient of hidden @ weight.T + bias, over the rows' scale
     if part.start + len(part.weight) <= cache.exps.shape[1]:
-        return _cached_gradient(part, head, rows, cache, buffer)
-    z = _tile_logits(block, part, head, buffer)
+        return _cached_gradient(part, head, rows, cache, block.dtype)
+    z = _tile_logits(block, part, head)
     return logit_gradient_(z, part.start, rows, head.softcap)
+
+
+def _cached_gradient(
+    part: _Slice, head: Head, rows: WeightedRows, cache: LogitsCache, dtype: torch.dtype
+) -> Tensor:  # (R, v)
+    columns = cache.exps[:, part.start : part.start + len(part.weight)]
+    offset = cache.offset[rows.positions, part.start // cache.block]
+    exps = columns.index_select(0, rows.positions).to(dtype)
+    return _gradient_of_exps_(exps, offset, part.start, rows, head.softcap)
+
+
+def _gradient_of_exps_(
+    exps: Tensor,  # (R, v), exp(z - offset), overwritten
+    offset: Tensor,  # (R,)
+    start: int,
+    rows: WeightedRows,  # R rows
+    softcap: float | None,
+) -> Tensor:  # (R, v), gradient before the soft cap, over the rows' scale
+    slope = None
+    if softcap is not None:  # what underflowed to 0 has no logit any more, and needs none
+        z = exps.clamp(min=torch.finfo(exps.dtype).tiny).log_().add_(offset[:, None])
+        slope = 1 - z.div_(softcap).square_()
+    gradient = exps.mul_((offset - rows.row_max).exp_()[:, None])
+    return _with_targets_(gradient if slope is None else gradient.mul_(slope), start, rows)
 
 
 def sum_and_gradients(
@@ -283,7 +328,7 @@ def sum_and_gradients(
 ) -> tuple[TokenStats, HeadGradients]:
     """Stats of all rows, and the gradients of the sum of token_weight * token_loss.
 
-    Whole rows of logits exist for a block of rows at a time.
+    The exponentials of whole rows exist for a block of rows at a time.
     """
     weighted = (token_weight != 0) & (targets >= 0)
     no_cache = LogitsCache(hidden.new_empty(0, 0), hidden.new_empty(0, 0), 1)
@@ -298,64 +343,47 @@ def sum_and_gradients(
     size = max(LEAST_ROWS, BLOCK_BYTES // (len(head.weight) * hidden.element_size()))
     buffer = hidden.new_empty(min(size, len(rows)) * len(head.weight))
     for mine in row_blocks(len(rows), size):
-        z = buffer[: (mine.stop - mine.start) * len(head.weight)].view(-1, len(head.weight))
-        _gradients_of_block(hidden, head, targets, token_weight, rows[mine], stats, gradients, z)
+        some = rows[mine]
+        block = hidden.index_select(0, some)
+        sums = gradients._replace(hidden=torch.zeros_like(block) if wanted[0] else None)
+        found, scale = _add_block(block, head, targets[some], token_weight[some], sums, buffer)
+        write_rows(stats, some, found)
+        if gradients.hidden is not None and sums.hidden is not None:
+            gradients.hidden.index_copy_(0, some, sums.hidden.mul_(scale[:, None]))
     return stats, gradients
 
 
-def _gradients_of_block(
-    hidden: Tensor,  # (N, D)
+def _add_block(
+    block: Tensor,  # (R, D)
     head: Head,
-    targets: Tensor,  # (N,)
-    token_weight: Tensor,  # (N,)
-    rows: Tensor,  # (R,)
-    stats: TokenStats,  # written
-    gradients: HeadGradients,  # added to
-    z: Tensor,  # (R, V), overwritten
-) -> None:
-    block = hidden.index_select(0, rows)
-    parts = list(_vocabulary_slices(head, hidden.dtype))
-    tiles = [part.of(z.T).T for part in parts]  # (R, v) each
-    row_max = z.new_full((len(rows),), torch.finfo(z.dtype).min)
-    for part, tile in zip(parts, tiles, strict=True):
-        _fill_logits(tile, block, part, head)
-        row_max = torch.maximum(row_max, tile.amax(dim=1))
-    at = torch.arange(len(rows), device=z.device), targets[rows]
-    target_logit = z[at]
-    slopes = [
-        None if head.softcap is None else 1 - (tile / head.softcap).square_() for tile in tiles
-    ]
-    sum_exp = torch.zeros_like(row_max)
-    for tile in tiles:
-        sum_exp += tile.sub_(row_max[:, None]).exp_().sum(dim=1)
-    loss = (row_max - target_logit) + sum_exp.log()
-    write_rows(stats, rows, TokenStats(loss, row_max, sum_exp, None, None))
-    z[at] = torch.expm1(-loss) * sum_exp
-    scale = head.logit_scale * token_weight[rows] / sum_exp
-    scaled = block * scale[:, None]
-    total = torch.zeros_like(block)
-    for part, tile, slope in zip(parts, tiles, slopes, strict=True):
-        gradient = tile if slope is None else tile.mul_(slope)
-        if gradients.hidden is not None:
-            total.addmm_(gradient, part.weight)
-        if gradients.weight is not None:
-            part.of(gradients.weight).addmm_(gradient.T, scaled)
-        if gradients.bias is not None:
-            part.of(gradients.bias).addmv_(gradient.T, scale)
-    if gradients.hidden is not None:
-        gradients.hidden.index_copy_(0, rows, total.mul_(scale[:, None]))
+    targets: Tensor,  # (R,)
+    token_weight: Tensor,  # (R,), nowhere zero
+    sums: HeadGradients,  # (R, D), (V, D), (V,): added to; the rows' sum lacks their scale
+    buffer: Tensor,  # at least R * V elements
+) -> tuple[TokenStats, Tensor]:  # and the rows' scale (R,)
+    parts = list(_vocabulary_slices(head, block.dtype, len(block)))
+    exps = [_room(buffer[len(block) * part.start :], block, part) for part in parts]
+    offsets: list[Tensor] = []
 
+    def keep(start: int, probability: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
+        probability.mul_(tile_sum[:, None])
+        offsets.append(tile_max)
 
-def _cached_gradient(
-    part: _Slice, head: Head, rows: WeightedRows, cache: LogitsCache, buffer: Tensor
-) -> Tensor:  # (R, v)
-    stop = part.start + len(part.weight)
-    offset = cache.offset[rows.positions, part.start // cache.block]
-    exps = cache.exps[:, part.start : stop].index_select(0, rows.positions)
-    gradient = buffer[: exps.numel()].view(exps.shape).copy_(exps)
-    slope = None
-    if head.softcap is not None:  # what underflowed to 0 has no logit any more, and needs none
-        z = gradient.clamp(min=torch.finfo(gradient.dtype).tiny).log_() + offset[:, None]
-        slope = 1 - z.div_(head.softcap).square_()
-    gradient.mul_((offset - rows.row_max).exp_()[:, None])
-    return _with_targets_(gradient if slope is None else gradient.mul_(slope), part.start, rows)
+    tiles = (
+        (part.start, _tile_logits(block, part, head), room)
+        for part, room in zip(parts, exps, strict=True)
+    )
+    stats = stats_of_tiles(tiles, targets, block.dtype, keep=keep)
+    upstream = block.new_full((), head.logit_scale)
+    per_token = (targets, token_weight, stats.loss, stats.row_max, stats.sum_exp)
+    rows = weighted_rows(upstream, *per_token, head.softcap, capacity=None)
+    scaled = block * rows.scale[:, None]
+    for part, tile, offset in zip(parts, exps, offsets, strict=True):
+        gradient = _gradient_of_exps_(tile, offset, part.start, rows, head.softcap)
+        mine = HeadGradients(
+            sums.hidden,
+            None if sums.weight is None else part.of(sums.weight),
+            None if sums.bias is None else part.of(sums.bias),
+        )
+        _add_gradients(mine, gradient, part, scaled, rows.scale)
+    return stats, rows.scale

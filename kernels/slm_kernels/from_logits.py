@@ -35,7 +35,7 @@ def _logits_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tens
     for mine in row_blocks(len(valid), _block_rows(logits)):
         rows = valid[mine]
         z = logits.index_select(0, rows).to(dtype)
-        write_rows(stats, rows, stats_of_tiles([(0, z)], targets[rows], dtype))
+        write_rows(stats, rows, stats_of_tiles([(0, z, torch.empty_like(z))], targets[rows], dtype))
     return stats.loss, stats.row_max, stats.sum_exp
 
 

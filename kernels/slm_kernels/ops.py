@@ -205,10 +205,13 @@ def _(hidden, weight, bias, targets, token_weight, logit_scale, softcap, wanted)
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.wanted = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the outputs that have none, as large as they are
     ctx.save_for_backward(*output[4:])
 
 
-def _scale_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 8
     pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
     return (*(one * upstream if want else None for one, want in pairs), *[None] * 5)
 

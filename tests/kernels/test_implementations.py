@@ -328,6 +328,34 @@ def test_impossible_words_take_part_in_nothing(engine):
     assert impossible.loss.item() == math.inf
 
 
+@pytest.mark.parametrize("impossible", [range(8), range(8, 16)])
+@pytest.mark.parametrize("cache_bytes", [0, FULL_CACHE])
+def test_a_whole_tile_of_impossible_words(make_problem, engine, impossible, cache_bytes):
+    p = make_problem(ignored=0.0)
+    with torch.no_grad():
+        p.bias[list(impossible)] = -torch.inf
+    p = p._replace(targets=p.targets.where(p.bias[p.targets].isfinite(), 28))
+    if cache_bytes:  # two-byte exponentials
+        engine = engine._replace(tolerance={"rtol": 2e-3, "atol": 2e-3})
+    loss, grads = gradients(placed(p, engine), engine.name, logits_cache_bytes=cache_bytes)
+    exact = placed(p, Engine("", torch.float64, "cpu", {}))
+    expected_loss, expected = gradients(exact, "reference")
+    assert expected_loss.isfinite()
+    assert_same(loss, expected_loss, engine)
+    for a, b in zip(grads, expected, strict=True):
+        assert_same(a, b, engine)
+
+
+def test_no_possible_word_at_all_is_no_finite_loss(engine):
+    bias = torch.full((12,), -torch.inf, device=engine.device)
+    hidden, weight = bias.new_zeros(1, 1).to(engine.dtype), bias.new_zeros(12, 1).to(engine.dtype)
+    target = torch.tensor([3], device=engine.device)
+    loss = token_cross_entropy(
+        hidden, weight, target, bias=bias.to(engine.dtype), **engine.options()
+    ).loss
+    assert not loss.isfinite()
+
+
 @pytest.mark.parametrize("places", [(3, 4), (3, 12), (7, 8), (0, 18)])
 @pytest.mark.parametrize("implementation", ["chunked", "reference", "triton"])
 def test_correct_is_the_lowest_index_of_the_maximum(places, implementation, monkeypatch):

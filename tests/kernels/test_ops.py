@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernel_helpers import device_of
@@ -94,6 +95,31 @@ def test_compiled_by_inductor():
     torch.testing.assert_close(loss, expected_loss)
     for ours, theirs in zip(grads, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_made_in_the_forward_pass_are_scaled_once():
+    """No zeros for the operator's other outputs, which are as large as the gradients."""
+    weight = torch.randn(29, 6, requires_grad=True)
+    x, targets, _ = inputs()
+    loss = weighted_cross_entropy(x, weight, targets, torch.ones(3, 8)).loss
+    with LargeTensors(weight.numel()) as made:
+        loss.backward()
+    assert made.operators == ["aten.mul.Tensor", "aten.detach.default"]  # the second is a view
+
+
+class LargeTensors(TorchDispatchMode):
+    """The operators that return a tensor of at least `size` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() >= self.size:
+            self.operators.append(str(func))
+        return out
 
 
 def test_every_public_loss_compiles_in_one_graph():
