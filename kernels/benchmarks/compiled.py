@@ -3,7 +3,8 @@
     python kernels/benchmarks/compiled.py      every kernel, dtype and option, sm_80 and sm_90
 
 Needs triton and no GPU. Exits with 1 if a kernel spills registers, needs more shared memory than
-the chip has, or multiplies two-byte operands without tensor-core instructions.
+the chip has, multiplies two-byte operands without tensor-core instructions, or writes a matrix two
+bytes at a time although its sizes divide by 16.
 """
 
 import argparse
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     label: str
+    divisible: bool = False  # vocabulary and slices by 16, as Triton notices at the launch
 
 
 class Row(NamedTuple):
@@ -49,6 +51,7 @@ class Row(NamedTuple):
     spills: int  # local loads and stores
     shared_kb: float
     tensor_core: int  # instructions
+    narrow_stores: int  # of two bytes
 
     def faults(self) -> list[str]:
         capability = CHIPS[self.case.chip]
@@ -60,6 +63,8 @@ class Row(NamedTuple):
         multiplies = "BLOCK_D" in self.case.constants
         if multiplies and self.case.dtype != "fp32" and not self.tensor_core:
             found.append(f"no {TENSOR_CORE[capability]} instruction")
+        if self.case.divisible and self.narrow_stores:
+            found.append(f"{self.narrow_stores} stores of two bytes")
         return found
 
 
@@ -77,12 +82,13 @@ def head_cases(
     flags = [name for name in function.arg_names if name.startswith(("HAS_", "WANT_", "WHOLE_"))]
     plain = {name: name == "WHOLE_D" for name in flags}
     variants = [("plain", plain), ("everything", dict.fromkeys(flags, True))]
-    variants += [("odd width", plain | {"WHOLE_D": False})]
-    if "HAS_CACHE" in flags:
-        variants += [("cache", plain | {"HAS_CACHE": True})]
+    variants += [("divisible", plain), ("odd width", plain | {"WHOLE_D": False})]
+    if kernel == "stats":
+        cache = plain | {"HAS_CACHE": True}
+        variants += [("cache", cache), ("divisible, cache", cache)]
     if "WANT_ENTROPY" in flags:
         score = {"WANT_ENTROPY": kernel == "score", "WANT_ARGMAX": kernel == "score"}
-        score |= {"HAS_CACHE": False} if kernel == "score" else {}
+        score |= {"HAS_CACHE": False} if kernel == "score" else {}  # in "everything"
         variants = [(label, chosen | score) for label, chosen in variants]
     for label, chosen in variants:
         is_plain = chosen["WHOLE_D"] and sum(chosen.values()) == 1
@@ -96,7 +102,8 @@ def head_cases(
                 if name in ("bias", "sum_exp_z_out", "argmax_out"):
                     constants[name] = None
         signature = signature_of(function, types, constants)
-        yield Case(kernel, function, chip, dtype, tile, signature, constants, label)
+        divisible = label.startswith("divisible")
+        yield Case(kernel, function, chip, dtype, tile, signature, constants, label, divisible)
 
 
 def cases() -> Iterator[Case]:
@@ -117,7 +124,9 @@ def cases() -> Iterator[Case]:
         cached, types = backward._cached_gradient_kernel, types | {"positions": "*i64"}
         signature = signature_of(cached, types, constants)
         plain = Tile(16, 128, 0, 4, 3, 0)
-        yield Case("cached", cached, chip, dtype, plain, signature, constants, "everything")
+        arguments = ("cached", cached, chip, dtype, plain, signature, constants)
+        yield Case(*arguments, "everything")
+        yield Case(*arguments, "divisible", divisible=True)
 
 
 def compiled(case: Case) -> Row:
@@ -125,7 +134,10 @@ def compiled(case: Case) -> Row:
     aligned = [name for name, kind in case.signature.items() if kind.startswith("*")]
     if case.constants.get("WHOLE_D", True):
         aligned += [name for name in names if name.endswith("_stride") or name == "D"]
-    aligned = [name for name in aligned if name not in case.constants]
+    if case.divisible:
+        aligned += [name for name, kind in case.signature.items() if kind == "i32"]
+    never = {*case.constants, *case.function.do_not_specialize}
+    aligned = [name for name in aligned if name not in never]
     attrs: Any = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     constants: Any = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.function, case.signature, constants, attrs)
@@ -136,7 +148,8 @@ def compiled(case: Case) -> Row:
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     tensor_core = len(re.findall(rf"\b{TENSOR_CORE[capability]}\b", code))
-    return Row(case, registers, stack, spills, binary.metadata.shared / 1024, tensor_core)
+    narrow = len(re.findall(r"\bSTG\.E\.U16\b", code))
+    return Row(case, registers, stack, spills, binary.metadata.shared / 1024, tensor_core, narrow)
 
 
 def inspect_cubin(cubin: bytes) -> tuple[str, str]:
@@ -159,14 +172,14 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=POINTER, default=list(POINTER))
     given = parser.parse_args()
     print(f"triton {triton.__version__}")
-    print(f"{'kernel':9} {'chip':7} {'dtype':5} {'options':11} registers  shared KB  tensor-core")
+    print(f"{'kernel':9} {'chip':7} {'dtype':5} {'options':16} registers  shared KB  tensor-core")
     failed = 0
     for case in (case for case in cases() if case.dtype in given.dtype):
         row = compiled(case)
         faults = row.faults()
         failed += bool(faults)
         print(
-            f"{case.kernel:9} sm_{CHIPS[case.chip]:<4} {case.dtype:5} {case.label:11} "
+            f"{case.kernel:9} sm_{CHIPS[case.chip]:<4} {case.dtype:5} {case.label:16} "
             f"{row.registers:9} {row.shared_kb:10.0f} {row.tensor_core:12}  {'; '.join(faults)}",
             flush=True,
         )

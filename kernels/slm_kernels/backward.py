@@ -32,7 +32,8 @@ SLICE_BYTES = 2**26  # of G: 64 MiB
 SLICE_COLUMNS = (1024, 8192)  # at least and at most
 
 
-@triton.jit
+# One binary for any number of rows: what is aligned lies along the other axes.
+@triton.jit(do_not_specialize=["K"])
 def _gradient_kernel(
     selected,
     weight,
@@ -86,7 +87,7 @@ def _gradient_kernel(
     tl.store(place, gradient.to(out.dtype.element_ty), mask=mask[:, None] & (columns < stop)[None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _cached_gradient_kernel(
     cache,
     cache_offset,
@@ -173,7 +174,7 @@ def _slices(num_rows: int, vocab_size: int, cached: int, itemsize: int) -> list[
 
 def _add_product(total: Tensor, gradient: Tensor, weight: Tensor) -> None:
     """total += gradient @ weight, in float32."""
-    if gradient.dtype == torch.float32 or not total.is_cuda:
+    if gradient.dtype == torch.float32 or total.device.type == "cpu":
         total.addmm_(gradient.float(), weight.float())
     else:
         torch.addmm(total, gradient, weight, out_dtype=torch.float32, out=total)

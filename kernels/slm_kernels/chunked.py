@@ -239,14 +239,14 @@ def head_gradients(
     selected = rows.gather(hidden).to(dtype)  # (K, D)
     scaled = selected * rows.scale[:, None]
     grad_selected = torch.zeros_like(selected) if wanted[0] else None
-    grad_weight = head.weight.new_zeros(head.weight.shape) if wanted[1] else None
+    grad_weight = head.weight.new_empty(head.weight.shape) if wanted[1] else None
     grad_bias = (
-        head.bias.new_zeros(head.bias.shape) if head.bias is not None and wanted[2] else None
+        head.bias.new_empty(head.bias.shape) if head.bias is not None and wanted[2] else None
     )
     for part in _vocabulary_slices(head, dtype):
         # The sums are the outputs themselves in the compute dtype; otherwise rounded once, below.
-        weight_out = None if grad_weight is None else part.of(grad_weight)
-        bias_out = None if grad_bias is None else part.of(grad_bias)
+        weight_out = None if grad_weight is None else part.of(grad_weight).zero_()
+        bias_out = None if grad_bias is None else part.of(grad_bias).zero_()
         weight_sum = None if weight_out is None else weight_out.to(dtype)
         bias_sum = None if bias_out is None else bias_out.to(dtype)
         for mine in row_blocks(len(selected), _tile_shape(hidden.device)[0]):

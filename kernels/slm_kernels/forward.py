@@ -41,7 +41,8 @@ class _Partials(NamedTuple):
     argmax: Tensor | None  # (S, N), int32, lowest index of the share's maximum
 
 
-@triton.jit
+# One binary for any number of tokens: what is aligned lies along the other axes.
+@triton.jit(do_not_specialize=["N", "tiles_per_share", "num_shares"])
 def _stats_kernel(
     hidden,
     weight,
@@ -97,7 +98,6 @@ def _stats_kernel(
             hidden_stride, weight_stride, logit_scale, softcap,
             BLOCK_N, BLOCK_V, BLOCK_D, WHOLE_D, HAS_BIAS, HAS_SOFTCAP, UPCAST,
         )  # fmt: skip
-        target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32)
         target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32)
         inside = (target >= tile * BLOCK_V) & (target < (tile + 1) * BLOCK_V)
         if tl.max(inside.to(tl.int32), 0) > 0:

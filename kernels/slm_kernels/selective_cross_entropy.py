@@ -15,7 +15,8 @@ gradient returns sharded in the same way, averaged over the ranks as such wrappe
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -329,7 +330,7 @@ def _operands(
     softcap: float | None,
 ) -> tuple[Tensor, Head]:
     """Checked; under autocast cast as a linear layer would be, which leaves float64 alone."""
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+    if _is_autocast(hidden) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -338,7 +339,14 @@ def _operands(
     return hidden, head
 
 
-def _without_autocast(operand: Tensor) -> torch.autocast:
+def _is_autocast(operand: Tensor) -> bool:
+    device_type = operand.device.type  # "meta" has no autocast to ask for
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(operand: Tensor) -> AbstractContextManager[Any]:
+    if not _is_autocast(operand):
+        return nullcontext()
     return torch.autocast(operand.device.type, enabled=False)
 
 

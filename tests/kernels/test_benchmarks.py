@@ -41,15 +41,17 @@ def test_benchmark_at_toy_size(tmp_path):
 def test_kernels_compile_without_spills_and_with_tensor_cores():
     table = run("compiled.py", "--dtype", "bf16").splitlines()  # all: `make compile-gate`
     kernels = [line.split()[0] for line in table[2:]]
-    assert len(kernels) == 24 and set(kernels) == {"stats", "score", "gradient", "cached"}
+    assert len(kernels) == 32 and set(kernels) == {"stats", "score", "gradient", "cached"}
 
 
-def test_the_gate_sees_a_spill_and_missing_tensor_cores(monkeypatch):
+def test_the_gate_sees_spills_narrow_stores_and_missing_tensor_cores(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import compiled
 
     tile = compiled.TILES["hopper", True]
     case = compiled.Case("stats", None, "hopper", "bf16", tile, {}, {"BLOCK_D": 64}, "plain")
-    assert compiled.Row(case, 255, 0, 0, 144.0, 4).faults() == []
-    assert len(compiled.Row(case, 255, 8, 2, 144.0, 4).faults()) == 1
-    assert len(compiled.Row(case, 255, 8, 2, 230.0, 0).faults()) == 3
+    assert compiled.Row(case, 255, 0, 0, 144.0, 4, 64).faults() == []
+    assert len(compiled.Row(case, 255, 8, 2, 144.0, 4, 0).faults()) == 1
+    assert len(compiled.Row(case, 255, 8, 2, 230.0, 0, 0).faults()) == 3
+    case = case._replace(divisible=True)
+    assert compiled.Row(case, 255, 0, 0, 144.0, 4, 64).faults() == ["64 stores of two bytes"]
