@@ -30,6 +30,8 @@ from slm_kernels.tiles import (
 
 SLICE_BYTES = 2**26  # of G: 64 MiB
 SLICE_COLUMNS = (1024, 8192)  # at least and at most
+# Older ones refuse to add a product of two-byte operands to float32.
+ADDS_TO_FLOAT32 = torch.__version__ >= (2, 11)
 
 
 # One binary for any number of rows: what is aligned lies along the other axes.
@@ -176,8 +178,10 @@ def _add_product(total: Tensor, gradient: Tensor, weight: Tensor) -> None:
     """total += gradient @ weight, in float32."""
     if gradient.dtype == torch.float32 or total.device.type == "cpu":
         total.addmm_(gradient.float(), weight.float())
-    else:
+    elif ADDS_TO_FLOAT32:
         torch.addmm(total, gradient, weight, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(torch.mm(gradient, weight, out_dtype=torch.float32))
 
 
 def head_gradients(
