@@ -37,10 +37,11 @@ compile-gate: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=$(VENV)/triton-$(TRITON) $(BIN)/python kernels/benchmarks/compiled.py
 
-# On a machine with a GPU, torch and triton: no environment of its own. Under nine minutes.
+# On a machine with a GPU, torch and triton: no environment of its own. Under nine minutes; the kernels
+# of the tests are compiled in several processes.
 gpu-check:
 	mkdir -p $(RESULTS)
-	PYTHONPATH=kernels:. $(PYTHON) -m pytest tests/kernels -m "not slow" --junitxml=$(RESULTS)/tests.xml
+	PYTHONPATH=kernels:. $(PYTHON) -m pytest tests/kernels -m "not slow" -n 8 --junitxml=$(RESULTS)/tests.xml
 	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/bench.py --out $(RESULTS)/bench.csv
 
 $(INSTALLED): pyproject.toml constraints.txt tests/doors.txt

@@ -14,21 +14,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from slm import __version__
 from slm.cost import reference_lineage, references_cost
-from slm.data import TokenData, spread
+from slm.data import spread
 from slm.shards import Json, References
+
+if TYPE_CHECKING:
+    from slm.token_data import TokenData
 
 PACKAGES = ("torch", "triton", "lightning", "transformers", "tokenizers", "datasets", "numpy")
 
 
 def lineage(
     *,
-    datamodule: TokenData,
+    datamodule: "TokenData",
     selection: Mapping[str, Any],
     needs_references: bool,
     online_reference: str | None,

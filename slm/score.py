@@ -25,6 +25,7 @@ from slm.cli import command, duration, progress
 from slm.cost import copy_lineage
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
+from slm.flops import forward_flops_per_token
 from slm.imported import Responses, check_packing, response_files, write_requests
 from slm.lineage import device_name
 from slm.model import (
@@ -35,7 +36,6 @@ from slm.model import (
     load_model,
     model_sha256,
 )
-from slm.progress import forward_flops_per_token
 from slm.scorer import (
     Columns,
     Scorer,

@@ -36,7 +36,6 @@ from slm.checkpoint import (
     newest_checkpoint,
 )
 from slm.cli import command
-from slm.data import TokenData
 from slm.errors import UserError
 from slm.lineage import lineage, model_card, reference_record
 from slm.model import SelectiveLM, check_model, check_model_folder, model_sha256, save_model
@@ -45,6 +44,7 @@ from slm.progress import Metrics, StepClock, progress_bar
 from slm.score import load_reference
 from slm.selection import Selection
 from slm.shards import References, claim, read_json, write_json
+from slm.token_data import TokenData
 from slm.tokenizer import load_tokenizer
 from slm.tracking import WandbLog
 

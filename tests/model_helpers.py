@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slm.data import IGNORE_INDEX, Batch
 from slm.model import SelectiveLM, new_model
@@ -58,6 +59,23 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 REFUSED = ("hyperclovax", "modernbert")
 RECURRENT_OR_BLIND = ("opt", "mamba")  # they ignore position_ids where documents restart
+
+
+def small_llama(vocab_size: int = 50, tie_word_embeddings: bool = False) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=vocab_size,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
 TRAINABLE = [name for name in ARCHITECTURES if name not in REFUSED]
 APART = [name for name in TRAINABLE if name not in RECURRENT_OR_BLIND]
 

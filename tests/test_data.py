@@ -12,7 +12,6 @@ from slm.data import (
     MicroBatches,
     Order,
     Steps,
-    TokenData,
     Windows,
     combine,
     positions,
@@ -194,12 +193,6 @@ def test_an_error_in_a_worker_arrives_as_one_sentence(tmp_path, make_corpus):
         next(iter(MicroBatches(steps, 0, 2, pin_memory=False)))
 
 
-def test_batch_size_must_be_a_multiple(text_corpus):
-    data = TokenData(str(text_corpus.folder), None, None, {}, 1, 6, 4, 0, "size", 0)
-    with pytest.raises(UserError, match=r"data.batch_size \(6\).*\(4 \* 1\)"):
-        data.accumulate(1)
-
-
 def test_spread_is_even_and_stays_inside():
     assert spread(10, 4).tolist() == [0, 2, 5, 7]
     assert spread(3, 8).tolist() == [0, 1, 2]
@@ -257,24 +250,6 @@ def test_every_one_of_several_references_is_checked(tmp_path, make_corpus, make_
     ]
     with pytest.raises(UserError, match="r1: target 3 of window 1 has log-prob nan"):
         Windows(corpus, references, "mean").batch(np.array([0, 1]))
-
-
-@pytest.mark.parametrize(
-    ("count", "how", "message"),
-    [
-        (2, None, "data.references names 2 folders: data.combine must be one of"),
-        (1, "mean", r"data.combine is 'mean' for 1 reference\(s\)"),
-        (0, "mean", r"data.combine is 'mean' for 0 reference\(s\)"),
-        (2, "median", "data.combine is 'median' for 2"),
-    ],
-)
-def test_combine_is_for_several(tmp_path, text_corpus, make_references, count, how, message):
-    scores = [np.r_[np.nan, -np.ones(shard.num_tokens - 1)] for shard in text_corpus.shards]
-    folders = [
-        str(make_references(tmp_path / f"r{i}", text_corpus, scores).folder) for i in range(count)
-    ]
-    with pytest.raises(UserError, match=message):
-        TokenData(str(text_corpus.folder), folders, how, None, 1, 4, 4, 0, "size", 0)
 
 
 def test_sources_are_those_of_the_targets(tmp_path, make_corpus):

@@ -4,7 +4,6 @@ import csv
 import math
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slm import evaluate as evaluation
 from slm.data import Windows
 from slm.errors import UserError
-from slm.evaluate import HeldoutLoss, corpus_loss, evaluate, mean_loss
+from slm.evaluate import corpus_loss, evaluate, mean_loss
 from slm.model import SelectiveLM, save_model
 from slm.shards import Corpus, write_csv
 from slm.tokenizer import token_bytes, train_tokenizer
@@ -160,37 +159,6 @@ def test_nothing_to_divide_by_is_nan_and_not_zero():
 
 
 # ---- during training ----------------------------------------------------------------------------
-
-
-def test_heldout_loss_is_logged_from_step_0(lm, text_corpus):
-    logged: list[tuple[dict[str, float], int]] = []
-    logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append((metrics, step)))
-    data = SimpleNamespace(heldout={"text": text_corpus}, heldout_windows=4, tokens_per_step=100)
-    precision = SimpleNamespace(forward_context=torch.no_grad)
-    trainer: Any = SimpleNamespace(
-        progress_bar_callback=None,
-        global_step=0,
-        max_steps=4,
-        accumulate_grad_batches=1,
-        datamodule=data,
-        loggers=[logger],
-        precision_plugin=precision,
-    )
-    module: Any = SimpleNamespace(lm=lm, heldout_losses={})
-    callback = HeldoutLoss(every_tokens=200, batch_size=2)
-    callback.on_train_start(trainer, module)
-    for trainer.global_step in (1, 2, 3, 4):
-        callback.on_train_batch_end(trainer, module, None, None, trainer.global_step - 1)
-    expected = corpus_loss(lm, text_corpus, 2, 4)
-    assert [(step, metrics["data/tokens_seen"]) for metrics, step in logged] == [
-        (0, 0),
-        (2, 200),
-        (4, 400),
-    ]
-    for metrics, _ in logged:
-        assert metrics["heldout/text/loss"] == expected.loss
-        assert metrics["heldout/text/bits_per_byte"] == expected.bits_per_byte
-    assert module.heldout_losses == {"text": expected.loss}
 
 
 # ---- the command --------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from model_helpers import small_llama
 from slm import progress
+from slm.flops import flops_per_token, forward_flops_per_token
 from slm.module import TokenRecord
 from slm.progress import (
     Metrics,
     Progress,
     ProgressLines,
-    flops_per_token,
-    forward_flops_per_token,
     loss_metrics,
     measured_peak,
     progress_bar,
@@ -110,21 +110,6 @@ def test_loss_metrics_by_hand() -> None:
         "slm/num_selected": 20.0,
         "train/grad_norm": 3.0,
     }
-
-
-def small_llama(tie_word_embeddings: bool = False) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=50,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        tie_word_embeddings=tie_word_embeddings,
-    )
-    return AutoModelForCausalLM.from_config(config)
 
 
 class FakeData(LightningDataModule):
@@ -269,22 +254,6 @@ def test_a_continued_fit_logs_what_an_uninterrupted_one_logs(
 
 
 # ---- speed and progress -------------------------------------------------------------------------
-
-
-def test_flops_of_a_small_llama_by_hand() -> None:
-    attention = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8  # queries, keys, values, output
-    body = 2 * (attention + 3 * 8 * 12 + 2 * 8) + 8  # two layers with two norms, a last norm
-    head = 50 * 8
-    expected = 6 * body + (2 + 4 * 0.25) * head + 12 * 2 * 8 * 16
-    model = small_llama()
-    assert flops_per_token(model, seq_len=16, select_ratio=0.25) == expected
-    # Scoring does the forward alone, which is a third of training on every token.
-    assert forward_flops_per_token(model, seq_len=16) == 2 * (body + head) + 4 * 2 * 8 * 16
-    whole = flops_per_token(model, seq_len=16, select_ratio=1.0)
-    assert forward_flops_per_token(model, seq_len=16) == whole / 3
-    tied = small_llama(tie_word_embeddings=True)
-    assert len(list(tied.parameters())) == len(list(model.parameters())) - 1
-    assert flops_per_token(tied, seq_len=16, select_ratio=0.25) == expected
 
 
 def test_flops_of_a_run_count_every_token_once_and_its_online_reference() -> None:

@@ -26,7 +26,7 @@ from slm import train as train_module
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
-from slm.evaluate import HeldoutLoss
+from slm.heldout import HeldoutLoss
 from slm.module import SelectiveModule
 from slm.score import load_reference, score
 from slm.shards import References
