@@ -219,8 +219,10 @@ def test_a_failed_job_leaves_the_others_running_and_is_tried_again(
     assert "holds notes.txt and no run" in rows[names[0]]["error"]
     assert "slm train: 1 of 4 jobs failed" in done.stderr and "Traceback" not in done.stderr
     assert f"{names[0]}: " in done.stdout
-    # at k = 1 either rule trains on all tokens
-    assert rows[names[1]]["held"] == rows[names[3]]["held"] != rows[names[2]]["held"]
+    # At k = 1 either rule trains on all tokens; "random" knows them before the forward pass, and
+    # has its gradients from there, so that the last digits differ.
+    excess, some, every = (float(rows[name]["held"]) for name in names[1:])
+    assert excess == pytest.approx(every, rel=1e-6) and excess != pytest.approx(some, rel=1e-4)
 
     (out / names[0] / "notes.txt").unlink()
     assert train(out, text_corpus.folder, *words).returncode == 0
