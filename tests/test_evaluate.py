@@ -158,9 +158,6 @@ def test_nothing_to_divide_by_is_nan_and_not_zero():
     assert math.isnan(mean_loss(2.0, 1, 0).bits_per_byte)  # EOS alone
 
 
-# ---- during training ----------------------------------------------------------------------------
-
-
 # ---- the command --------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Matrix products of the chunked implementation, of operands in its compute dtype.
 
 On x86 torch.mm of float32 is MKL's, which is slow on other makers' processors; oneDNN, which torch
-brings along for compiled models, is as exact and about 10% faster there (AMD EPYC, Zen 4).
+brings along for compiled models, is as exact and was faster on the AMD EPYC that it was tried on.
 """
 
 from functools import cache

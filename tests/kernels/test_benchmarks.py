@@ -53,5 +53,5 @@ def test_the_gate_sees_spills_narrow_stores_and_missing_tensor_cores(monkeypatch
     assert compiled.Row(case, 255, 0, 0, 144.0, 4, 64).faults() == []
     assert len(compiled.Row(case, 255, 8, 2, 144.0, 4, 0).faults()) == 1
     assert len(compiled.Row(case, 255, 8, 2, 230.0, 0, 0).faults()) == 3
-    case = case._replace(divisible=True)
+    case = case._replace(label="divisible")
     assert compiled.Row(case, 255, 0, 0, 144.0, 4, 64).faults() == ["64 stores of two bytes"]

@@ -168,6 +168,8 @@ def test_a_value_read_back_is_noticed():
 @pytest.mark.parametrize("adds_to_float32", [True, False])
 def test_products_of_two_byte_operands_are_summed_in_float32(adds_to_float32, monkeypatch):
     """Both ways to say so are torch's; the second is that of versions before 2.11."""
+    if not has_meta_product():
+        pytest.skip("this torch's addmm cannot run on device meta")
     monkeypatch.setattr(backward, "ADDS_TO_FLOAT32", adds_to_float32)
     half = torch.empty(4, 4, device="meta", dtype=torch.bfloat16)
     backward._add_product(torch.empty(4, 4, device="meta"), half, half)
