@@ -4,7 +4,8 @@
     slm train -m experiment=sweep_k hydra/launcher=joblib ...            several on this machine
     slm train -m experiment=sweep_k hydra/launcher=submitit_slurm ...    jobs of a cluster
 
-    <out>/<job>/status.json   running, finished, skipped (was complete already) or failed, and why
+    <out>/<job>/status.json   running, finished, skipped (was complete already) or failed, and why;
+                              what the job was given, whole (a folder's name may be cut)
     <out>/sweep.csv           the table of the last sweep in this folder
 
 A job may run in a process that a launcher started. sys.argv is not the user's there, and only
@@ -33,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slm.cli import fail, reported
+from slm.names import file_name
 from slm.plots import final_losses
 from slm.shards import read_json, write_csv, write_json
 
@@ -55,7 +57,7 @@ def job_name(given: list[str], number: int, *, _root_: DictConfig) -> str:
     """Folder name of a job: the overrides that differ between jobs, `k=0.4,seed=1`.
 
     Those are the ones that neither the command line nor hydra.sweeper.params fixes. A sweep of one
-    job has its number.
+    job has its number. What can be no folder's name is cut and has a hash.
     """
     params = OmegaConf.select(_root_, "hydra.sweeper.params") or {}
     parser, last = OverridesParser.create(), {}
@@ -66,7 +68,7 @@ def job_name(given: list[str], number: int, *, _root_: DictConfig) -> str:
     fixed = {key for key, word in last.items() if not word.is_sweep_override()}
     jobs = parser.parse_overrides(list(_root_.hydra.overrides.task))
     differing = [str(word.input_line) for word in jobs if word.key_or_group not in fixed]
-    return ",".join(differing).replace("/", "_") or str(number)
+    return file_name(",".join(differing) or str(number))
 
 
 def sweep_group() -> str | None:
@@ -116,8 +118,9 @@ class Sweep(Callback):
         gc.collect()  # trainer and model refer to each other; the next job needs their memory
 
     def _write(self, config: DictConfig, status: str, error: str = "") -> None:
-        number = config.hydra.job.num
+        number, given = config.hydra.job.num, list(config.hydra.overrides.task)
         body = {"sweep": self.id, "number": number, "status": status, "error": error}
+        body["overrides"] = given
         write_json(job_folder(config) / STATUS, body)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:

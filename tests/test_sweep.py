@@ -37,7 +37,10 @@ TINY = [
     [
         ({}, ["-m", "k=1,2", "out=x"], ["k=1", "out=x"], "k=1"),
         ({}, ["-m", "k=1,2", "s=3,4", "out=x"], ["k=2", "s=3", "out=x"], "k=2,s=3"),
-        ({}, ["-m", "model=a,b/c"], ["model=b/c"], "model=b_c"),
+        ({}, ["-m", "init=a/b,a_b"], ["init=a_b"], "init=a_b"),
+        ({}, ["-m", "init=a/b,a_b"], ["init=a/b"], "init=a_b~930238bc"),
+        ({}, ["-m", "k=1,2"], ["k=" + 253 * "1"], "k=" + 253 * "1"),
+        ({}, ["-m", "k=1,2"], ["k=" + 254 * "1"], "k=" + 125 * "1" + "~4e08f631"),
         ({}, ["-m", "k=1", "out=x"], ["k=1", "out=x"], "7"),
         (
             PARAMS,
@@ -61,9 +64,17 @@ def test_a_job_is_named_after_what_differs(params, given, job, name):
 
 def hydra_config(folder: Path, mode: RunMode = RunMode.MULTIRUN, number: int = 0) -> Any:
     runtime, job = {"output_dir": str(folder)}, {"num": number, "name": "train"}
-    sweep = {"dir": str(folder.parent)}
+    sweep, overrides = {"dir": str(folder.parent)}, {"task": [f"number={number}"]}
     return OmegaConf.create(
-        {"hydra": {"mode": mode, "sweep": sweep, "runtime": runtime, "job": job}}
+        {
+            "hydra": {
+                "mode": mode,
+                "sweep": sweep,
+                "runtime": runtime,
+                "job": job,
+                "overrides": overrides,
+            }
+        }
     )
 
 
@@ -119,6 +130,8 @@ def test_each_job_leaves_what_became_of_it(tmp_path, caplog):
     ]
     # Hydra's sweeper raises the first failed job's error, and the sweep's end is never reached
     assert [job.status for job in done] == [JobStatus.COMPLETED] * 4
+    given = [json.loads((path / "status.json").read_text())["overrides"] for path in folders]
+    assert given == [["number=0"], ["number=1"], ["number=2"], ["number=3"]]
     traced = [record.exc_info is not None for record in caplog.records]
     assert traced == [False, True, False]  # a mistake; a bug with its traceback, and in one line
 
