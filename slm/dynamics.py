@@ -34,7 +34,7 @@ from slm.progress import send
 from slm.score import DTYPES, check_count, pick_device
 from slm.shards import Corpus, Json, hash_json, nested, read_json, write_csv
 from slm.token_set import TokenSet, draw_windows, read_windows
-from slm.tokenizer import load_tokenizer
+from slm.tokenizer import is_tokenizer_of, load_corpus_tokenizer, share_tokenizer
 from slm.tracking import WandbLog
 from slm.trajectories import TrajectoryStore, make_plan, token_losses
 
@@ -60,7 +60,7 @@ def open_windows(
 
 def draw(windows: Windows, num_targets: int, seed: int, by_source: bool) -> TokenSet:
     numbers = draw_windows(windows, num_targets, seed, by_source)
-    tokens = read_windows(windows, numbers, load_tokenizer(windows.corpus.tokenizer_folder))
+    tokens = read_windows(windows, numbers, load_corpus_tokenizer(windows.corpus))
     if tokens.num_targets < num_targets:
         log.warning(
             "%s has %s targets, fewer than num_targets=%s: all of them are taken",
@@ -277,7 +277,7 @@ def warn_of_missing_scores(store: TrajectoryStore, chooser: Chooser | None) -> N
 
 def check_same_tokenizer(mine: Corpus, training: Corpus) -> None:
     found, expected = (corpus.manifest["tokenizer_sha256"] for corpus in (mine, training))
-    if found != expected:
+    if not share_tokenizer(mine, training):
         raise UserError(
             f"{mine.folder} has tokenizer {found}, the training corpus {training.folder} {expected}"
         )
@@ -293,7 +293,7 @@ def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
     if "about" not in saved:
         raise UserError(f"{path} does not say its architecture: an older version wrote it")
     about, expected = saved["about"], corpus.manifest["tokenizer_sha256"]
-    if about["tokenizer_sha256"] != expected:
+    if not is_tokenizer_of(corpus, about["tokenizer_sha256"]):
         raise UserError(
             f"{path} was trained with tokenizer {about['tokenizer_sha256']}, {corpus.folder} was "
             f"made with {expected}"

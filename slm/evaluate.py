@@ -9,7 +9,6 @@ forward pass; no logits are kept.
 
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from slm.data import IGNORE_INDEX, Windows, spread, to_device
 from slm.errors import UserError
 from slm.model import SelectiveLM, check_model_folder, load_model
 from slm.score import check_count, check_fits, check_tokenizer, pick_device
-from slm.shards import Corpus, write_csv
+from slm.shards import Advance, Corpus, nothing, write_csv
 from slm.tokenizer import looks_like_hub_name
 
 log = logging.getLogger("slm.evaluate")
@@ -39,17 +38,13 @@ class CorpusLoss(NamedTuple):
     num_bytes: int
 
 
-def nothing(count: int) -> None:
-    """Nobody watches."""
-
-
 @torch.no_grad()
 def corpus_loss(
     lm: SelectiveLM,
     corpus: Corpus,
     batch_size: int,
     max_windows: int | None = None,
-    advance: Callable[[int], None] = nothing,
+    advance: Advance = nothing,
 ) -> CorpusLoss:
     """Evaluate `lm` on the windows of `corpus` (at most `max_windows`, evenly spread).
 
@@ -109,7 +104,7 @@ def evaluate(models: dict[str, str], sets: dict[str, str], settings: Any) -> lis
     corpora = {name: Corpus.open(folder, settings.check) for name, folder in sets.items()}
     for folder in models.values():  # all of them before the first forward
         if not looks_like_hub_name(folder):
-            check_model_folder("model", folder)
+            check_model_folder("model", folder, settings.check)
         for corpus in corpora.values():
             check_tokenizer(folder, corpus)
     device = pick_device(settings.device)

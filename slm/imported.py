@@ -42,7 +42,7 @@ from slm.errors import UserError
 from slm.scorer import Columns
 from slm.shards import Corpus, Json, atomic_file, naming
 from slm.token_texts import TokenTexts
-from slm.tokenizer import load_tokenizer
+from slm.tokenizer import load_corpus_tokenizer
 
 log = logging.getLogger("slm.score")
 # A float32 log-softmax of logits near 100 can end this far above 0, and that is stored as 0.
@@ -209,7 +209,7 @@ class Responses:
     def __init__(self, corpus: Corpus, served_model: str, file: IO[bytes]):
         self.corpus, self.served_model, self.file = corpus, served_model, file
         self.windows = Windows(corpus)
-        self.texts = TokenTexts(load_tokenizer(corpus.tokenizer_folder))
+        self.texts = TokenTexts(load_corpus_tokenizer(corpus))
         self.present = np.zeros(len(self.windows), bool)
         self.row_bytes = 4 * corpus.seq_len
         self.num_bytes = len(self.windows) * self.row_bytes

@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
 from slm.head import check_head, head_arguments, hidden_states
-from slm.shards import hash_file, hash_json, sync_folder
+from slm.shards import check_hash, hash_file, hash_json, read_json, sync_folder
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
 from slm_kernels import (
     TokenCrossEntropy,
@@ -84,14 +84,21 @@ def build_lm(
     return SelectiveLM(model, logits_cache_bytes).train()
 
 
-def check_model_folder(key: str, name: str) -> None:
-    """A mistyped path must not be looked for on a hub, with minutes of retries."""
+def check_model_folder(key: str, name: str, check: str = "size") -> None:
+    """A mistyped path must not be looked for on a hub, with minutes of retries.
+
+    check: "full" compares the hash of every file, where its slm.json knows them
+    """
     if (Path(name) / "adapter_config.json").is_file():
         raise UserError(
             f"{key} {name} is a PEFT adapter: merge it into its model (merge_and_unload)"
         )
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{key} {name} is no model folder: config.json is missing")
+    record = Path(name) / "slm.json"
+    if check == "full" and record.is_file():
+        for file, expected in read_json(record)["sha256"].items():
+            check_hash(Path(name) / file, expected, "slm.json")
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

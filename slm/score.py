@@ -54,7 +54,7 @@ from slm.shards import (
     adopt_plan,
     naming,
 )
-from slm.tokenizer import load_tokenizer, tokenizer_sha256
+from slm.tokenizer import is_tokenizer_of, load_tokenizer, tokenizer_sha256
 
 log = logging.getLogger("slm.score")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,10 +114,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_tokenizer(model: str, corpus: Corpus) -> None:
-    found, expected = tokenizer_sha256(load_tokenizer(model)), corpus.manifest["tokenizer_sha256"]
-    if found != expected:
+    found = tokenizer_sha256(load_tokenizer(model))
+    if not is_tokenizer_of(corpus, found):
         raise UserError(
-            f"model {model} has tokenizer {found}, {corpus.folder} was made with {expected}"
+            f"model {model} has tokenizer {found}, {corpus.folder} was made with "
+            f"{corpus.manifest['tokenizer_sha256']}"
         )
 
 
@@ -139,8 +140,10 @@ def check_finite(values: Tensor, targets: Tensor, numbers: np.ndarray) -> None:
         raise UserError(f"the model gives a non-finite log-prob in window {window}")
 
 
-def load_reference(folder: str, corpus: Corpus, device: str, dtype: str) -> SelectiveLM:
-    check_model_folder("reference_model", folder)
+def load_reference(
+    folder: str, corpus: Corpus, device: str, dtype: str, check: str = "size"
+) -> SelectiveLM:
+    check_model_folder("reference_model", folder, check)
     check_tokenizer(folder, corpus)
     where = pick_device(device)
     lm = SelectiveLM(load_model(folder)).eval()
@@ -263,7 +266,7 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
 
 def score_with_model(config: Any, corpus: Corpus) -> Path:
     out = Path(config.out)
-    lm = load_reference(config.reference_model, corpus, config.device, config.dtype)
+    lm = load_reference(config.reference_model, corpus, config.device, config.dtype, config.check)
     adopt_plan(out, model_plan(corpus, config, lm))
     source = ModelScores(lm, Windows(corpus), config.entropy)
     scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)

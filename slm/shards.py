@@ -28,7 +28,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -44,10 +44,12 @@ FORMAT = 1
 CHECKS = ("size", "full")
 HEARTBEAT_S = 5.0
 STALE_S = 60.0
+BLOCK_BYTES = 1 << 22
 # Fields of a corpus that decide whether a reference score belongs to a token.
 IDENTITY = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
 
 Json = dict[str, Any]
+Advance = Callable[[int], None]
 
 
 # ---- files ----------------------------------------------------------------------------------
@@ -305,10 +307,19 @@ def write_manifest(folder: Path, column: str, num_shards: int) -> Json | None:
     shards = read_sidecars(folder, column)
     if [shard.index for shard in shards] != list(range(num_shards)):
         return None
-    body = read_json(folder / "plan.json") | {"shards": [asdict(shard) for shard in shards]}
-    manifest = body | {"fingerprint": fingerprint(body)}
+    manifest = make_manifest(folder, shards)
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def make_manifest(folder: Path, shards: list[Shard]) -> Json:
+    """A function of plan.json, the sidecars and, where there is one, the tokenizer's files."""
+    body = read_json(folder / "plan.json") | {"shards": [asdict(shard) for shard in shards]}
+    made = body | {"fingerprint": fingerprint(body)}
+    if (folder / "tokenizer").is_dir():
+        files = sorted((folder / "tokenizer").iterdir())
+        made["tokenizer_files"] = {path.name: hash_file(path) for path in files}
+    return made
 
 
 def fingerprint(body: Json) -> str:
@@ -345,13 +356,21 @@ def read_manifest(folder: Path, kind: str) -> Json:
     return manifest
 
 
-def check_hashes(folder: Path, shards: list[Shard]) -> None:
-    for shard in shards:
-        for column, expected in shard.sha256.items():
-            path = shard.path(folder, column)
-            found = hash_file(path)
-            if found != expected:
-                raise UserError(f"{path} is damaged: sha256 {found}, its manifest says {expected}")
+def nothing(count: int) -> None:
+    """Nobody watches."""
+
+
+def check_hash(path: Path, expected: str, source: str, advance: Advance = nothing) -> None:
+    """`source` is the record that says so; `advance` is told the number of bytes read."""
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            advance(len(block))
+    if digest.hexdigest() != expected:
+        raise UserError(f"{path} is damaged: sha256 {digest.hexdigest()}, {source} says {expected}")
 
 
 @dataclass(frozen=True)
@@ -372,7 +391,7 @@ class Store:
             for column in shard.sha256:
                 store.column(column, shard.index)
         if check == "full":
-            check_hashes(folder, store.shards)
+            store.check_hashes()
         return store
 
     KIND = "store"
@@ -380,6 +399,12 @@ class Store:
     @cached_property
     def shards(self) -> list[Shard]:
         return [Shard(**shard) for shard in self.manifest["shards"]]
+
+    def check_hashes(self, advance: Advance = nothing) -> None:
+        """Of every column of every shard."""
+        for shard in self.shards:
+            for column, expected in shard.sha256.items():
+                check_hash(shard.path(self.folder, column), expected, "manifest.json", advance)
 
     @property
     def fingerprint(self) -> str:
@@ -395,6 +420,20 @@ class Corpus(Store):
     """Token shards: ``tokens``, ``documents``, ``bytes``; by need ``masks`` and ``signal``."""
 
     KIND = "corpus"
+
+    @classmethod
+    def open(cls, folder: str | Path, check: str = "size"):
+        """The tokenizer's files are small and what they say is believed: hashed at every check."""
+        corpus = super().open(folder, check)
+        if corpus.has_tokenizer_hashes:
+            for name, expected in corpus.manifest["tokenizer_files"].items():
+                check_hash(corpus.tokenizer_folder / name, expected, "manifest.json")
+        return corpus
+
+    @property
+    def has_tokenizer_hashes(self) -> bool:
+        """Older corpora know the tokenizer's identity alone (slm.tokenizer)."""
+        return "tokenizer_files" in self.manifest
 
     @property
     def seq_len(self) -> int:

@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 from slm.data import MicroBatches, Order, Steps, Windows, open_references
 from slm.errors import UserError
 from slm.shards import Corpus
+from slm.tokenizer import share_tokenizer
 
 
 class TokenData(LightningDataModule):
@@ -55,7 +56,7 @@ class TokenData(LightningDataModule):
     def _check_heldout(self, name: str, held: Corpus) -> None:
         field = "tokenizer_sha256"
         theirs, ours = held.manifest[field], self.corpus.manifest[field]
-        if theirs != ours:
+        if not share_tokenizer(held, self.corpus):
             raise UserError(
                 f"held-out set {name} ({held.folder}): {field} is {theirs}, "
                 f"that of {self.corpus.folder} is {ours}"

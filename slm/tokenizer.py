@@ -9,6 +9,7 @@ and the import costs two seconds and 400 MB each.
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from slm.errors import UserError
-from slm.shards import Json, hash_json
+from slm.shards import Corpus, Json, hash_json
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger("slm.tokenizer")
 EOS = "<|endoftext|>"
 BATCH_SETTINGS = ("padding", "truncation")
 # A longer token is a ruler of dashes or spaces: useless, and it would not fit the uint8 column.
@@ -99,6 +101,46 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     # Prompts get no special tokens here, so what would add them is not part of the identity.
     state.pop("post_processor", None)
     return hash_json({"tokenizer": state, "eos": tokenizer.eos_token_id})
+
+
+def load_corpus_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
+    """The tokenizer beside a corpus, which is the one that made it.
+
+    Its identity is spelled as the release of `tokenizers` at hand spells it: where that is another
+    than in the manifest, and the files are whole, an upgrade has come in between.
+    """
+    folder = corpus.tokenizer_folder
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder / 'tokenizer.json'} is missing")
+    tokenizer = load_tokenizer(folder)
+    found, expected = tokenizer_sha256(tokenizer), corpus.manifest["tokenizer_sha256"]
+    if found != expected and not corpus.has_tokenizer_hashes:
+        raise UserError(
+            f"{folder} is damaged, or was saved by another release of tokenizers: "
+            f"tokenizer_sha256 {found}, manifest.json says {expected}"
+        )
+    if found != expected:
+        log.warning(
+            "%s: these releases of tokenizers and transformers read the same files otherwise than "
+            "those that made the corpus (tokenizer_sha256 %s, manifest.json says %s)",
+            *(folder, found, expected),
+        )
+    return tokenizer
+
+
+def is_tokenizer_of(corpus: Corpus, sha256: str) -> bool:
+    """Is it the identity of the corpus's tokenizer, as it was spelled then or is now?"""
+    if sha256 == corpus.manifest["tokenizer_sha256"]:
+        return True
+    return sha256 == tokenizer_sha256(load_corpus_tokenizer(corpus))
+
+
+def share_tokenizer(one: Corpus, other: Corpus) -> bool:
+    """Do two corpora speak of the same token ids, whatever releases made them?"""
+    if one.manifest["tokenizer_sha256"] == other.manifest["tokenizer_sha256"]:
+        return True
+    first, second = (tokenizer_sha256(load_corpus_tokenizer(corpus)) for corpus in (one, other))
+    return first == second
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

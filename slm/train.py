@@ -45,7 +45,7 @@ from slm.score import load_reference
 from slm.selection import Selection
 from slm.shards import References, claim, read_json, write_json
 from slm.token_data import TokenData
-from slm.tokenizer import load_tokenizer
+from slm.tokenizer import load_corpus_tokenizer
 from slm.tracking import WandbLog
 
 log = logging.getLogger("slm.train")
@@ -234,6 +234,9 @@ def build_trainer(config: DictConfig, data: TokenData) -> Trainer:
 def build_module(
     config: DictConfig, data: TokenData, tokenizer: PreTrainedTokenizerFast
 ) -> SelectiveModule:
+    init_from = config.model.init_from
+    if init_from is not None and Path(init_from).is_dir():
+        check_model_folder("model.init_from", init_from, config.data.check)
     lm: SelectiveLM = build(config.model, tokenizer=tokenizer, vocab_size=data.corpus.vocab_size)
     selection: Selection = build(config.selection)
     check_config(config, data, selection)
@@ -246,15 +249,15 @@ def build_module(
         config.optimizer.gradient_clip,
         data.tokens_per_step,
         config.selection_start,
-        load_online(config.online_reference, data),
+        load_online(config.online_reference, data, config.data.check),
     )
 
 
-def load_online(folder: str | None, data: TokenData) -> SelectiveLM | None:
+def load_online(folder: str | None, data: TokenData, check: str) -> SelectiveLM | None:
     if folder is None:
         return None
     check_model_folder("online_reference", folder)
-    return load_reference(folder, data.corpus, "cpu", "float32")
+    return load_reference(folder, data.corpus, "cpu", "float32", check)
 
 
 def export(
@@ -322,7 +325,7 @@ def train(config: DictConfig) -> Path:
         if (folder / "model" / "slm.json").exists():
             log.info("%s is complete already", folder)
             return folder / "model"
-        tokenizer = load_tokenizer(data.corpus.tokenizer_folder)
+        tokenizer = load_corpus_tokenizer(data.corpus)
         module = build_module(config, data, tokenizer)
         trainer = build_trainer(config, data)
         log.info("new run in %s" if checkpoint is None else "continuing %s", checkpoint or folder)

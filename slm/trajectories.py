@@ -27,7 +27,7 @@ from slm.shards import (
     FORMAT,
     Json,
     adopt_plan,
-    hash_file,
+    check_hash,
     hash_json,
     map_array,
     read_json,
@@ -112,8 +112,7 @@ class TrajectoryStore:
         expected = {self.folder / name: digest for name, digest in recorded.items()}
         expected |= {self.path(c.tokens_seen): c.sha256 for c in self.checkpoints}
         for path, digest in expected.items():
-            if (found := hash_file(path)) != digest:
-                raise UserError(f"{path} is damaged: sha256 {found}, its .json says {digest}")
+            check_hash(path, digest, "its .json")
 
     @property
     def sources(self) -> list[str]:

@@ -8,10 +8,8 @@ are named; they do no harm.
 """
 
 import argparse
-import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,26 @@ from slm.cli import progress
 from slm.errors import UserError
 from slm.serving import broken_rules, notes
 from slm.shards import (
+    Advance,
     Corpus,
     Json,
     References,
     Shard,
     Store,
-    fingerprint,
+    check_hash,
+    make_manifest,
+    nothing,
     read_json,
     read_sidecars,
 )
 from slm.spans import LABELS
+from slm.tokenizer import load_corpus_tokenizer
 
 STORES: dict[str, type[Store]] = {"corpus": Corpus, "reference": References}
 FIRST_COLUMN = {"corpus": "tokens", "reference": "logprobs"}
 SHARD_PATTERNS = ("tokens-*.npy", "logprobs-*.npy")
 SIGNS = {"logprobs": ("a log-prob", -1), "entropy": ("an entropy", 1)}
 BLOCK = 1 << 22
-
-Advance = Callable[[int], None]
 
 
 # ---- what there is ------------------------------------------------------------------------------
@@ -98,18 +98,6 @@ def is_run(path: Path) -> bool:
 # ---- one part at a time -------------------------------------------------------------------------
 
 
-def check_hash(path: Path, expected: str, source: str, advance: Advance) -> None:
-    if not path.exists():
-        raise UserError(f"{path} is missing")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            advance(len(block))
-    if digest.hexdigest() != expected:
-        raise UserError(f"{path} is damaged: sha256 {digest.hexdigest()}, {source} says {expected}")
-
-
 def field(record: Json, name: str, path: Path) -> Any:
     if name not in record:
         raise UserError(f"{path} is damaged: it has no {name!r}")
@@ -126,26 +114,25 @@ def verify_store(path: Path, advance: Advance) -> str:
         raise UserError(f"{path / 'manifest.json'}: kind is {kind!r}, known are {tuple(STORES)}")
     store = STORES[kind].open(path)
     check_records(store, FIRST_COLUMN[kind])
-    for shard in store.shards:
-        for column, expected in shard.sha256.items():
-            check_hash(shard.path(path, column), expected, "manifest.json", advance)
-        if isinstance(store, References):
+    store.check_hashes(advance)
+    if isinstance(store, References):
+        for shard in store.shards:
             for column in shard.sha256:
                 check_scores(store, shard, column)
     if isinstance(store, Corpus):
         check_labels(store)
-        check_tokenizer(store)
+        load_corpus_tokenizer(store)
     tokens = sum(shard.num_tokens for shard in store.shards)
     return f"{kind}, {len(store.shards)} shards, {tokens:,} tokens, fingerprint {store.fingerprint}"
 
 
 def check_records(store: Store, column: str) -> None:
     """manifest.json is a function of plan.json and the sidecars; a flipped byte in any shows."""
-    shards = [asdict(shard) for shard in read_sidecars(store.folder, column)]
     if not (store.folder / "plan.json").exists():
         raise UserError(f"{store.folder / 'plan.json'} is missing")
-    body = read_json(store.folder / "plan.json") | {"shards": shards}
-    made = body | {"fingerprint": fingerprint(body)}
+    made = make_manifest(store.folder, read_sidecars(store.folder, column))
+    if isinstance(store, Corpus) and not store.has_tokenizer_hashes:
+        made.pop("tokenizer_files", None)
     for name in sorted(made.keys() | store.manifest.keys()):
         if name not in made or name not in store.manifest or made[name] != store.manifest[name]:
             raise UserError(
@@ -189,20 +176,6 @@ def check_labels(corpus: Corpus) -> None:
                     f"{shard.path(corpus.folder, 'signal')}: entry {index} is {labels[index]}, "
                     f"a label is one of {LABELS}"
                 )
-
-
-def check_tokenizer(corpus: Corpus) -> None:
-    from slm.tokenizer import load_tokenizer, tokenizer_sha256  # imports transformers
-
-    if not (corpus.tokenizer_folder / "tokenizer.json").exists():
-        raise UserError(f"{corpus.tokenizer_folder / 'tokenizer.json'} is missing")
-    found = tokenizer_sha256(load_tokenizer(corpus.tokenizer_folder))
-    expected = corpus.manifest["tokenizer_sha256"]
-    if found != expected:
-        raise UserError(
-            f"{corpus.tokenizer_folder} is damaged: tokenizer_sha256 {found}, manifest.json says "
-            f"{expected}"
-        )
 
 
 def verify_model(path: Path, advance: Advance) -> str:
@@ -303,7 +276,7 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted([*folder.glob(".*.tmp"), *folder.glob("*.claim")])
 
 
-def verify(path: Path, advance: Advance = lambda count: None) -> Iterator[tuple[Path, bool, str]]:
+def verify(path: Path, advance: Advance = nothing) -> Iterator[tuple[Path, bool, str]]:
     """(part, whole, what it is or what is wrong) for everything at and below `path`."""
     for part in parts(path):
         try:

@@ -1,5 +1,6 @@
 """Small real folders: a tokenizer, corpora made by hand, references with known scores."""
 
+import json
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from slm.shards import (
     Corpus,
     References,
     Shard,
+    read_json,
     shard_path,
     write_array,
     write_json,
@@ -149,6 +151,25 @@ def text_corpus(tmp_path, tokenizer, make_corpus) -> Corpus:
     ids = [token for text in TEXT for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
     cut = 16 * 20 + 1
     return make_corpus(tmp_path / "corpus", [np.array(ids[:cut]), np.array(ids[cut : 2 * cut])], 16)
+
+
+@pytest.fixture
+def older_corpus(text_corpus) -> Corpus:
+    """One whose manifest knows the tokenizer's identity and not its files."""
+    path = text_corpus.folder / "manifest.json"
+    manifest = read_json(path)
+    del manifest["tokenizer_files"]
+    write_json(path, manifest)
+    return Corpus.open(text_corpus.folder)
+
+
+def swap_ids(folder: Path) -> None:
+    """Two tokens of the tokenizer in `folder` change their ids."""
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    vocab = state["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(state))
 
 
 @pytest.fixture

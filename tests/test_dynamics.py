@@ -21,7 +21,8 @@ from slm.cli import conf_folder
 from slm.data import Windows
 from slm.dynamics import TokenDynamics, dynamics, even_part, load_checkpoint, main
 from slm.errors import NonFiniteError, UserError
-from slm.shards import fingerprint, nested
+from slm.shards import nested, read_json, write_json, write_manifest
+from slm.tokenizer import tokenizer_sha256, train_tokenizer
 from slm.train import train
 from slm.trajectories import TrajectoryStore, token_losses
 from slm.verify import verify
@@ -392,14 +393,17 @@ def test_a_damaged_checkpoint_is_named(text_corpus, run):
 
 def test_another_tokenizer_is_refused(tmp_path, text_corpus, make_corpus, run, monkeypatch):
     other = make_corpus(tmp_path / "other", [np.arange(161) % 290], 16)
-    manifest = json.loads((other.folder / "manifest.json").read_text())
-    manifest["tokenizer_sha256"] = "f" * 64
-    manifest["fingerprint"] = fingerprint(manifest)
-    (other.folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"was trained with tokenizer \w+, .* was made with ffff"):
+    tokenizer = train_tokenizer(["another text"], 258)
+    tokenizer.save_pretrained(other.tokenizer_folder)
+    sha256 = tokenizer_sha256(tokenizer)
+    plan = read_json(other.folder / "plan.json") | {"tokenizer_sha256": sha256}
+    write_json(other.folder / "plan.json", plan)
+    write_manifest(other.folder, "tokens", 1)
+    message = rf"was trained with tokenizer \w+, .* was made with {sha256}"
+    with pytest.raises(UserError, match=message):
         dynamics(compose_dynamics(run, other.folder))
     config = compose_train(tmp_path / "new", text_corpus.folder, *during(other))
-    with pytest.raises(UserError, match=r"has tokenizer ffff\w+, the training corpus"):
+    with pytest.raises(UserError, match=f"has tokenizer {sha256}, the training corpus"):
         train(config)
 
 

@@ -203,6 +203,22 @@ def test_another_tokenizer_is_refused_before_any_forward(
         evaluate(models | {"c": str(tmp_path / "c")}, sets, settings())
 
 
+def flip_weights(folder: str) -> None:
+    path = Path(folder) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_model_is_refused_with_check_full(models, sets):
+    flip_weights(models["b"])
+    with pytest.raises(UserError, match=r"b/model\.safetensors is damaged: sha256 \w+, slm.json"):
+        evaluate(models, sets, settings(check="full"))
+    assert len(evaluate(models, sets, settings())) == 4
+    Path(models["b"], "slm.json").unlink()  # of another origin: nobody knows its hashes
+    assert len(evaluate(models, sets, settings(check="full"))) == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -254,6 +254,17 @@ def test_another_tokenizer_of_equal_size_is_refused(config, text_corpus, tokeniz
     assert not Path(config.out).exists()
 
 
+def test_a_damaged_model_is_refused_with_check_full(config):
+    path = Path(config.reference_model) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: sha256 \w+, slm"):
+        score.score(OmegaConf.merge(config, {"check": "full"}))
+    assert not Path(config.out).exists()
+    score.score(config)
+
+
 def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, make_corpus):
     score.score(config)
     before = contents(Path(config.out))

@@ -7,13 +7,19 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from conftest import swap_ids
+from slm import tokenizer as tokenizer_module
 from slm.errors import UserError
+from slm.shards import Corpus, read_json, write_json, write_manifest
 from slm.tokenizer import (
     EOS,
     Encoder,
     encoder_state,
     fit,
+    is_tokenizer_of,
+    load_corpus_tokenizer,
     load_tokenizer,
+    share_tokenizer,
     token_bytes,
     tokenizer_sha256,
     train_tokenizer,
@@ -217,3 +223,42 @@ def test_fit_keeps_the_sum(sizes):
         after = fit(before, 10)
         assert after.sum() == before.sum()
         assert after.min() >= 0 and after.max() <= 10
+
+
+# ---- the tokenizer beside a corpus --------------------------------------------------------------
+
+
+def test_swapped_ids_are_refused_whenever_the_corpus_is_opened(text_corpus):
+    swap_ids(text_corpus.tokenizer_folder)
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: sha256 \w+, mani"):
+        Corpus.open(text_corpus.folder)
+
+
+def test_of_an_older_corpus_swapped_ids_are_refused_when_they_are_used(older_corpus):
+    assert load_corpus_tokenizer(older_corpus).get_vocab()
+    swap_ids(older_corpus.tokenizer_folder)
+    with pytest.raises(UserError, match=r"tokenizer is damaged, or .*: tokenizer_sha256 \w+, mani"):
+        load_corpus_tokenizer(older_corpus)
+
+
+def test_an_upgrade_of_tokenizers_orphans_no_corpus(
+    tmp_path, text_corpus, make_corpus, monkeypatch, caplog
+):
+    old = text_corpus.manifest["tokenizer_sha256"]
+    spelled = tokenizer_module.tokenizer_sha256
+    other = PreTrainedTokenizerFast.from_pretrained(text_corpus.tokenizer_folder)
+    other.add_tokens(["another"])
+    another = spelled(other)
+    monkeypatch.setattr(tokenizer_module, "tokenizer_sha256", lambda t: "new " + spelled(t))
+    monkeypatch.setattr("conftest.tokenizer_sha256", lambda t: "new " + spelled(t))
+    later = make_corpus(tmp_path / "later", [np.arange(33)], 16)
+    assert load_corpus_tokenizer(text_corpus).encode("a text")
+    assert f"tokenizer_sha256 new {old}, manifest.json says {old}" in caplog.text
+    assert is_tokenizer_of(text_corpus, old) and is_tokenizer_of(text_corpus, f"new {old}")
+    assert not is_tokenizer_of(text_corpus, f"new {another}")
+    assert share_tokenizer(text_corpus, later) and share_tokenizer(later, text_corpus)
+    other.save_pretrained(later.tokenizer_folder)
+    plan = read_json(later.folder / "plan.json") | {"tokenizer_sha256": f"new {another}"}
+    write_json(later.folder / "plan.json", plan)
+    write_manifest(later.folder, "tokens", 1)
+    assert not share_tokenizer(text_corpus, Corpus.open(later.folder))

@@ -21,12 +21,15 @@ from lightning import Callback
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import swap_ids
+from model_helpers import small_llama
 from run_helpers import TINY_MODEL
 from slm import train as train_module
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
 from slm.heldout import HeldoutLoss
+from slm.model import save_model
 from slm.module import SelectiveModule
 from slm.score import load_reference, score
 from slm.shards import References
@@ -370,6 +373,25 @@ def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, 
     with pytest.raises(UserError, match=message):
         train(compose_train(tmp_path / "run", text_corpus.folder, *overrides))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("key", ["model.init_from", "online_reference"])
+def test_a_damaged_model_is_refused_with_check_full(tmp_path, text_corpus, tokenizer, key):
+    save_model(tmp_path / "base", small_llama(300), tokenizer, "card", {})
+    path = tmp_path / "base" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    words = ["data.check=full", f"{key}='{tmp_path / 'base'}'"]
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: sha256 \w+, slm"):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_corpus_whose_tokenizer_is_damaged_is_refused(tmp_path, text_corpus):
+    swap_ids(text_corpus.tokenizer_folder)
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: sha256"):
+        train(compose_train(tmp_path / "run", text_corpus.folder))
 
 
 def test_scores_of_two_kinds_are_not_mixed_up(tmp_path, text_corpus, make_references):

@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import swap_ids
+from slm import shards
 from slm import verify as verification
 from slm.checkpoint import VerifiedCheckpointIO
 from slm.errors import UserError
@@ -165,10 +167,17 @@ def test_a_damaged_tokenizer_is_found(text_corpus):
     state["model"]["merges"].pop()
     path.write_text(json.dumps(state))
     good, text = only(text_corpus.folder)
-    assert not good and "tokenizer is damaged: tokenizer_sha256" in text
+    assert not good and f"{path} is damaged: sha256" in text
     path.unlink()
     good, text = only(text_corpus.folder)
     assert not good and "tokenizer.json is missing" in text
+
+
+def test_of_an_older_corpus_the_tokenizer_is_compared_too(older_corpus):
+    assert only(older_corpus.folder)[0]
+    swap_ids(older_corpus.tokenizer_folder)
+    good, text = only(older_corpus.folder)
+    assert not good and "tokenizer is damaged, or was saved by another release" in text
 
 
 @pytest.mark.parametrize("value", [0.5, math.inf, -math.inf, math.nan])
@@ -370,7 +379,7 @@ def test_a_file_that_may_not_be_read_is_named(text_corpus, monkeypatch):
     def refuse(*arguments: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(verification, "check_hash", refuse)
+    monkeypatch.setattr(shards, "check_hash", refuse)
     assert only(text_corpus.folder) == (False, f"{path} cannot be read: Permission denied")
 
 
