@@ -6,6 +6,7 @@ losses, the stored reference scores and the tokens seen, so no mask is stored: t
 is asked again, or another one.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
 
 from slm.classes import (
     CLASSES,
@@ -30,12 +29,14 @@ from slm.classes import (
 )
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
-from slm.selection import All, Selection, rule_word, takes_all_tokens
+from slm.rules import by_word, make_rule, takes_all_tokens
+from slm.selection import All, Selection
 from slm.shards import Json
 from slm.spans import UNKNOWN
 from slm.token_set import TokenSet, parts
 from slm.trajectories import TrajectoryStore
 
+log = logging.getLogger("slm.analysis")
 BATCH_COLUMNS = ("reference_logprob", "reference_entropy")
 
 
@@ -61,7 +62,7 @@ class Chooser:
         self.order = np.random.Generator(np.random.PCG64(0)).permutation(len(tokens.windows))
         missing = [column for column in rule.needs if column not in self.batch]
         if missing:
-            raise UserError(f"selection {name} needs {', '.join(missing)}, the store has none")
+            raise UserError(f"it needs {', '.join(missing)}, and no references were given")
 
     def selected(self, losses: np.ndarray, tokens_seen: int) -> np.ndarray:  # (M,), -> (M,) bool
         rule = self.rule if tokens_seen >= self.start else All()
@@ -91,31 +92,27 @@ def as_batch(tokens: TokenSet) -> Batch:
     return batch
 
 
-def run_chooser(store: TrajectoryStore) -> Chooser | None:
-    """The rule that the run trained with; None where the store lacks the scores it needs."""
+def chooser_of_run(store: TrajectoryStore) -> Chooser:
+    """The rule that the run trained with; UserError where it is unknown or lacks scores."""
     run = store.plan["run"]
-    rule = known_rule(run["selection"])
-    if rule is None:
-        return None
-    try:
-        return Chooser(
-            rule_name(run["selection"]),
-            store.tokens,
-            rule,
-            run["selection_start"],
-            run["micro_batch_size"],
-        )
-    except UserError:
-        return None
+    return Chooser(
+        rule_name(run["selection"]),
+        store.tokens,
+        make_rule(run["selection"]),
+        run["selection_start"],
+        run["micro_batch_size"],
+    )
 
 
-def known_rule(selection: Json) -> Selection | None:
-    """None for a rule that is not installed here, and for what is no rule at all."""
+def run_chooser(store: TrajectoryStore, warns: bool = False) -> Chooser | None:
     try:
-        if not issubclass(get_class(selection["_target_"]), Selection):
-            return None
-        return instantiate(selection)
-    except (ImportError, ValueError, InstantiationException):
+        return chooser_of_run(store)
+    except UserError as error:
+        if warns:
+            log.warning(
+                "%s: nothing on what %s selects: %s",
+                *(store.folder, rule_name(store.plan["run"]["selection"]), error),
+            )
         return None
 
 
@@ -123,9 +120,9 @@ def rule_name(selection: Json) -> str:
     """excess 0.6; all tokens, also where a rule keeps them all"""
     if takes_all_tokens(selection):
         return "all tokens"
-    name = rule_word(selection)
-    ratio = selection["select_ratio"] if "select_ratio" in selection else None
-    return f"{name} {ratio:g}" if isinstance(ratio, int | float) else name
+    record = by_word(selection)
+    ratio = record["select_ratio"] if "select_ratio" in record else None
+    return f"{record['rule']} {ratio:g}" if isinstance(ratio, int | float) else record["rule"]
 
 
 # ---- the analysis -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from omegaconf import ListConfig
 
 from slm.errors import UserError
 from slm.plots import Curve, heldout_sets, read_curve
-from slm.selection import rule_word, takes_all_tokens
+from slm.rules import by_word, rule_word, takes_all_tokens
 from slm.shards import Json, read_json
 
 SEEDS = {"seed", "selection.seed"}
@@ -136,7 +136,7 @@ def why_left_out(folder: Path) -> str | None:
 def read_run(folder: Path) -> Run:
     record = read_json(folder / "model" / "slm.json")["lineage"]
     curves = {name: read_curve(folder, "", name) for name in heldout_sets(folder)}
-    return Run(folder, record, read_json(folder / "run.json"), curves)
+    return Run(folder, record, by_word(read_json(folder / "run.json"), "selection."), curves)
 
 
 def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:

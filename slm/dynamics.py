@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from slm.analysis import Analysis, Chooser, analyse, rule_name, run_chooser
+from slm.analysis import Analysis, analyse, run_chooser
 from slm.arms import folders_of, run_folders
 from slm.checkpoint import check_checkpoint, is_due, sidecar, step_ended
 from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit, check_threshold
@@ -31,6 +31,7 @@ from slm.errors import NonFiniteError, UserError
 from slm.model import SelectiveLM, check_length
 from slm.panels import dynamics_metrics, excess_histograms, final_media, final_summary
 from slm.progress import send
+from slm.rules import import_modules
 from slm.score import DTYPES, check_count, pick_device
 from slm.shards import Corpus, Json, hash_json, nested, read_json, write_csv
 from slm.token_set import TokenSet, draw_windows, read_windows
@@ -187,8 +188,8 @@ class TokenDynamics(Callback):
         plan = make_plan(self.windows, self.tokens.windows, run_record(self.run_dir), precision)
         store = TrajectoryStore.create(self.folder, plan, self.tokens)
         store.forget_after(tokens_seen)
-        self.fit, self.chooser = RunningFit(self.threshold, self.mean_loss), run_chooser(store)
-        warn_of_missing_scores(store, self.chooser)
+        self.fit = RunningFit(self.threshold, self.mean_loss)
+        self.chooser = run_chooser(store, warns=True)
         for column in store.losses():
             self.fit.add(column)
         return store
@@ -264,15 +265,6 @@ def tokens_of(trainer: Trainer) -> int:
 def warn_of_training_text(corpus: Corpus, fingerprint: str) -> None:
     if corpus.fingerprint == fingerprint:
         log.warning("%s is what the run trains on: its tokens are not held out", corpus.folder)
-
-
-def warn_of_missing_scores(store: TrajectoryStore, chooser: Chooser | None) -> None:
-    if chooser is None:
-        log.warning(
-            "%s: no references are given, so there will be no excess losses, and nothing on what "
-            "%s selects",
-            *(store.folder, rule_name(store.plan["run"]["selection"])),
-        )
 
 
 def check_same_tokenizer(mine: Corpus, training: Corpus) -> None:
@@ -371,7 +363,7 @@ def open_store(run: Path, windows: Windows, tokens: TokenSet, config: Any) -> Tr
     warn_of_training_text(windows.corpus, read_json(run / "run.json")["corpus"])
     folder = store_folder(run, config.name)
     store = TrajectoryStore.create(folder, plan, tokens, config.check)
-    warn_of_missing_scores(store, run_chooser(store))
+    run_chooser(store, warns=True)  # what would be noticed when it is too late
     return store
 
 
@@ -414,6 +406,7 @@ def check_settings(config: Any) -> None:
 def dynamics(config: Any) -> list[Analysis]:
     """Fill the stores of all runs, then classify."""
     check_settings(config)
+    import_modules(config.modules)
     runs = run_folders(folders_of(config.runs))
     windows = open_windows(config.corpus, config.references, config.combine, config.check, "")
     tokens = draw(windows, config.num_targets, config.seed, config.by_source)

@@ -35,7 +35,8 @@ from slm.figure_parts import (
     line_rows,
 )
 from slm.plots import COLOURS, LEGEND_SIZE, Curve, dress, pyplot, shared_legend
-from slm.selection import Random, Soft, takes_all_tokens
+from slm.rules import takes_all_tokens
+from slm.selection import Random, Soft
 from slm.text_figure import text_figure
 
 log = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ import torch
 from slm import __version__
 from slm.cost import reference_lineage, references_cost
 from slm.data import spread
+from slm.rules import by_word
 from slm.shards import Json, References
 
 if TYPE_CHECKING:
@@ -175,8 +176,8 @@ def named_references(lineage: Json) -> list[str]:
 
 def model_card(lineage: Json, results: Mapping[str, float]) -> str:
     """A Hugging Face model card; `results`: heldout/<set>/<measure> -> value, may be empty."""
-    rule = dict(lineage["selection"])
-    name = rule.pop("_target_").rsplit(".", 1)[-1]
+    rule = by_word(lineage["selection"])
+    name = rule.pop("rule")
     share = lineage["tokens_selected"] / max(1, lineage["tokens_seen"])
     facts = {
         "base model": base_model(lineage),

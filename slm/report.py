@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from slm.analysis import Analysis, analyse, rule_name, store_folders
+from slm.analysis import Analysis, analyse, rule_name, run_chooser, store_folders
 from slm.arms import (
     Arm,
     Run,
@@ -48,6 +48,7 @@ from slm.plots import (
     ratio_figure,
     tokens_figure,
 )
+from slm.rules import import_modules
 from slm.score import check_count
 from slm.shards import Json, atomic_file, nested, read_json, write_csv
 from slm.trajectories import TrajectoryStore
@@ -321,6 +322,7 @@ def can_be_shown(folder: Path) -> bool:
 def read_analysis(folder: Path, name: str, check: str, advance: Callable[[int], None]) -> Analysis:
     """With the threshold and the level that the classes were made with."""
     store = TrajectoryStore(folder, check)
+    run_chooser(store, warns=True)
     return analyse(store, name, **store.settings, advance=advance)
 
 
@@ -397,6 +399,7 @@ def remove_earlier(out: Path) -> None:
 def report(config: Any) -> list[Json]:
     """Write everything into config.out; returns the table's rows."""
     check_settings(config)
+    import_modules(config.modules)
     folders = folders_of(config.runs)
     runs, left_out = read_runs(folders)
     report_left_out(left_out)

@@ -19,8 +19,6 @@ of one forward on one rank) or "global" (those of all ranks). Only "sequence" ch
 tokens however a step is split into micro-batches and ranks.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -182,6 +180,11 @@ class Random(Ranked):
     """
 
     seed: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"selection.seed is {self.seed!r}, it must be an integer of 64 bits")
 
     def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
         length = batch["targets"].shape[1]
@@ -434,19 +437,3 @@ def mix(value: Tensor) -> Tensor:
     value = (value ^ shift_right(value, 30)) * -0x40A7B892E31B1A47
     value = (value ^ shift_right(value, 27)) * -0x6B2FB644ECCEEE15
     return value ^ shift_right(value, 31)
-
-
-# ---- rules as configurations name them ----------------------------------------------------------
-
-
-def rule_word(selection: Mapping[str, Any]) -> str:
-    """The class in the words of the configuration: slm.selection.ReferenceLoss -> reference_loss"""
-    name = selection["_target_"].rsplit(".", 1)[-1]
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-
-def takes_all_tokens(selection: Mapping[str, Any]) -> bool:
-    """`all`, or a rule that has nothing to say beside its ratio of 1."""
-    fields = selection.keys() - {"_target_", "scope", "seed"}
-    ratio_of_1 = fields == {"select_ratio"} and selection["select_ratio"] == 1
-    return rule_word(selection) == "all" or ratio_of_1

@@ -41,6 +41,7 @@ from slm.lineage import lineage, model_card, reference_record
 from slm.model import SelectiveLM, check_model, check_model_folder, model_sha256, save_model
 from slm.module import SelectiveModule
 from slm.progress import Metrics, StepClock, progress_bar
+from slm.rules import by_word, import_modules, trained_by_word
 from slm.score import load_reference
 from slm.selection import Selection
 from slm.shards import References, claim, read_json, write_json
@@ -86,7 +87,7 @@ def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
         "data.micro_batch_size": plain["data"]["micro_batch_size"],
         "trainer.precision": plain["trainer"]["precision"],
         **flat("model", plain["model"]),
-        **flat("selection", plain["selection"]),
+        **flat("selection", trained_by_word(plain["selection"])),
         **flat("optimizer", plain["optimizer"]),
     }
 
@@ -124,7 +125,7 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
     if not path.exists() or not kept:
         write_json(path, identity)
         return None
-    before = read_json(path)
+    before = by_word(read_json(path), "selection.")
     for field in [*identity, *sorted(before.keys() - identity.keys())]:
         if identity.get(field) != before.get(field):
             raise UserError(
@@ -271,7 +272,7 @@ def export(
     trainer, folder = module.trainer, Path(config.run_dir)
     record = lineage(
         datamodule=data,
-        selection=OmegaConf.to_container(config.selection, resolve=True),  # type: ignore[arg-type]
+        selection=trained_by_word(OmegaConf.to_container(config.selection, resolve=True)),  # type: ignore[arg-type]
         needs_references=bool(module.selection.needs),
         online_reference=identity["online_reference"],
         seed=config.seed,
@@ -317,6 +318,7 @@ def train(config: DictConfig) -> Path:
     """Run or continue one training; returns the model folder."""
     folder = Path(config.run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
+    import_modules(config.modules)
     check_overrides(config)
     data: TokenData = build(config.data)
     identity = run_identity(config, data)

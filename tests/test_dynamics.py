@@ -247,7 +247,7 @@ def test_references_give_excess_losses_and_keep_rates(tmp_path, text_corpus, mak
     train(compose_train(tmp_path / "run", text_corpus.folder, *words))
     store = TrajectoryStore(tmp_path / "run" / "dynamics" / "tokens")
     assert store.plan["run"]["selection"] == {
-        "_target_": "slm.selection.Excess",
+        "rule": "excess",
         "select_ratio": 0.3,
         "scope": "batch",
     }
@@ -270,7 +270,7 @@ def test_what_would_be_noticed_too_late_is_said_at_the_start(
     words += [f"data.references='{make_references(tmp_path / 'r', text_corpus, scores).folder}'"]
     train(compose_train(tmp_path / "run", text_corpus.folder, *words))
     assert "is what the run trains on: its tokens are not held out" in caplog.text
-    assert "no excess losses, and nothing on what excess 0.6 selects" in caplog.text
+    assert "nothing on what excess 0.6 selects: it needs reference_logprob" in caplog.text
     assert "every_tokens is 100000 in a run of 1536 tokens: fewer than 3 times" in caplog.text
     caplog.clear()
     other = make_corpus(tmp_path / "other", [np.arange(161) % 290], 16)

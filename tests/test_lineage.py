@@ -65,7 +65,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     ]
     for text in (
         f"| base model | {tmp_path.name}/base (a local folder) |",
-        "| selection rule | Excess, select_ratio = 0.6, scope = batch |",
+        "| selection rule | excess, select_ratio = 0.6, scope = batch |",
         "| tokens seen | 2,000,000 |",
         "| tokens selected | 1,200,000 (60.0%) |",
         "| heldout/math/loss | 2.3457 |",
@@ -115,7 +115,7 @@ def test_card_of_a_hub_model_and_of_new_weights(tmp_path: Path) -> None:
     assert 'base_model: "org/name"' in card and "None were measured." in card
     card = model_card(lineage(init_from=None, **shared), {})
     assert "base_model" not in card and "| base model | none (new weights) |" in card
-    assert "| selection rule | All |" in card and "| reference model | none |" in card
+    assert "| selection rule | all |" in card and "| reference model | none |" in card
     shared["online_reference"] = "a" * 64
     card = model_card(lineage(init_from=None, **shared), {})
     assert f"| reference model | {'a' * 64} |" in card

@@ -25,6 +25,7 @@ from conftest import swap_ids
 from model_helpers import small_llama
 from run_helpers import TINY_MODEL
 from slm import train as train_module
+from slm.analysis import analyse
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
@@ -34,6 +35,7 @@ from slm.module import SelectiveModule
 from slm.score import load_reference, score
 from slm.shards import References
 from slm.train import train
+from slm.trajectories import TrajectoryStore
 
 TINY = [
     *TINY_MODEL,
@@ -424,6 +426,48 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, text_corpus):
 def test_a_folder_with_another_run_is_refused(whole, text_corpus, override, message):
     with pytest.raises(UserError, match=message):
         train(compose_train(whole, text_corpus.folder, override))
+
+
+def test_a_run_whose_folder_names_a_class_path_is_the_same_run(whole, text_corpus):
+    path = whole / "run.json"
+    identity = json.loads(path.read_text())
+    assert not [value for key, value in identity.items() if key.startswith("selection._")]
+    assert identity.pop("selection.rule") == "random"
+    path.write_text(json.dumps(identity | {"selection._target_": "slm.selection.Random"}))
+    before = (whole / "model" / "model.safetensors").stat().st_mtime_ns
+    assert train(compose_train(whole, text_corpus.folder)) == whole / "model"
+    assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="selection.rule is 'random' in run.json, 'middle' now"):
+        train(compose_train(whole, text_corpus.folder, "selection=middle"))
+
+
+OWN = """from dataclasses import dataclass
+from slm.selection import Loss
+
+@dataclass(frozen=True)
+class Mine(Loss):
+    pass
+"""
+
+
+def test_a_rule_of_ones_own_trains_and_is_a_word_in_its_folder(tmp_path, text_corpus):
+    (tmp_path / "own_file.py").write_text(OWN)
+    words = ["selection=loss", "selection._target_=own_file.Mine"]
+    words += [
+        f"modules=['{tmp_path / 'own_file.py'}']",
+        "callbacks=dynamics",
+        "callbacks.dynamics.num_targets=100",
+    ]
+    words += [f"callbacks.dynamics.corpus='{text_corpus.folder}'"]
+    words += ["callbacks.dynamics.every_tokens=256"]
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert identity["selection.rule"] == "mine" and "own_file" not in json.dumps(identity)
+    assert "own_file" not in (tmp_path / "run" / "lineage.json").read_text()
+    store = TrajectoryStore(tmp_path / "run" / "dynamics" / "tokens")
+    assert "own_file" not in json.dumps(store.plan)
+    found = analyse(store, "run")
+    assert found.kept is not None and found.kept.rule == "mine 0.6"
 
 
 def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(

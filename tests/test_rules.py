@@ -1,0 +1,158 @@
+"""Rules by word: nothing that a folder says is imported, called or believed unseen."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from page_helpers import make_analysis, prose
+from run_helpers import make_run
+from slm import report
+from slm import rules as rules_module
+from slm.errors import UserError
+from slm.rules import RULES, by_word, import_modules, make_rule, takes_all_tokens, trained_by_word
+from slm.selection import Excess, Random
+
+MARK = "from pathlib import Path\nPath(r'{mark}').touch()\ntouch = dict\n"
+RULE = "from dataclasses import dataclass\nfrom slm.selection import Excess\n\n\n"
+RULE += "@dataclass(frozen=True)\nclass {name}(Excess):\n    extra: float = 0.0\n"
+SCHEDULE = {"shape": "linear", "points": [[0, 1.0], [100, 0.5]]}
+HOSTILE = [
+    {"_target_": "marking.touch"},
+    {"rule": "marking.touch"},
+    {"_target_": "slm.selection.Excess", "select_ratio": {"_target_": "marking.touch"}},
+    {"rule": "excess", "select_ratio": {"_target_": "marking.touch"}},
+    {"rule": "excess", "select_ratio": 0.5, "scope": {"_target_": "marking.touch"}},
+    {"rule": "excess", "select_ratio": SCHEDULE | {"points": [{"_target_": "marking.touch"}]}},
+    {"rule": "excess", "select_ratio": 0.5, "_partial_": True},
+    {"rule": "excess", "select_ratio": 0.5, "_args_": [{"_target_": "marking.touch"}]},
+]
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch) -> Path:
+    """The file that importing the module `marking` leaves."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "marking.py").write_text(MARK.format(mark=tmp_path / "mark"))
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    return tmp_path / "mark"
+
+
+@pytest.fixture
+def write_rule(tmp_path, monkeypatch):
+    """write_rule(file, class) -> a module of one's own; what it leaves is taken away again."""
+    monkeypatch.setattr(rules_module, "RULES", dict(RULES))
+    files = []
+
+    def write(file: str, name: str) -> str:
+        (tmp_path / file).write_text(RULE.format(name=name))
+        files.append(tmp_path / file)
+        return str(tmp_path / file)
+
+    yield write
+    for path in files:
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("selection", HOSTILE)
+def test_what_a_folder_says_is_neither_imported_nor_called(mark, selection):
+    with pytest.raises(UserError):
+        make_rule(selection)
+    assert not mark.exists() and "marking" not in sys.modules
+
+
+@pytest.mark.slow
+def test_a_report_of_hostile_runs_runs_nothing_and_says_so(mark, tmp_path, call):
+    folder = make_run(tmp_path / "run", "Excess", 0.5)
+    for number, selection in enumerate(HOSTILE):
+        plan = folder / "dynamics" / str(number) / "plan.json"
+        make_analysis(plan.parent, prose(4, 9))
+        body = json.loads(plan.read_text())
+        body["run"]["selection"] = selection
+        plan.write_text(json.dumps(body))
+    identity = json.loads((folder / "run.json").read_text())
+    identity |= {"selection._target_": "marking.touch"}
+    (folder / "run.json").write_text(json.dumps(identity))
+    code, _, err = call(report.main, f"runs='{folder}'", f"out='{tmp_path / 'out'}'")
+    assert code == 0, err
+    assert not mark.exists() and "marking" not in sys.modules
+    assert err.count("nothing on what") == len(HOSTILE)
+
+
+def test_every_configuration_of_a_rule_has_its_word_and_comes_back_from_it():
+    configured = {path.stem for path in (Path("conf") / "selection").glob("*.yaml")}
+    assert set(RULES) == configured
+    made = make_rule({"rule": "random", "select_ratio": 0.25, "scope": "sequence", "seed": 3})
+    assert made == Random(0.25, "sequence", seed=3)
+    old = {"_target_": "slm.selection.Excess", "select_ratio": SCHEDULE, "scope": "batch"}
+    assert make_rule(old) == Excess(SCHEDULE)
+    assert make_rule(by_word(old) | {"rule": "mixture"}).ratio(50) == 0.75
+
+
+def test_words_replace_paths_under_a_prefix_too():
+    old = {"seed": 1, "selection._target_": "slm.selection.ReferenceLoss"}
+    assert by_word(old, "selection.") == {"seed": 1, "selection.rule": "reference_loss"}
+    assert takes_all_tokens({"_target_": "slm.selection.All"}) and takes_all_tokens({"rule": "all"})
+    assert takes_all_tokens({"rule": "random", "select_ratio": 1.0, "seed": 0, "scope": "batch"})
+    assert not takes_all_tokens({"rule": "random", "select_ratio": 0.9, "scope": "batch"})
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"_target_": 3}, "_target_ is 3, it must be a class path"),
+        ({"select_ratio": 0.5}, r"must name its rule, found \['select_ratio'\]"),
+        ({"rule": "excess", "_target_": "slm.selection.All"}, "are both given"),
+        ({"rule": "excess"}, "rule excess cannot have the fields .*'select_ratio'"),
+        ({"rule": "excess", "select_ratio": 2}, r"select_ratio is 2, it must be in \(0, 1\]"),
+        (
+            {"rule": "random", "select_ratio": 0.5, "seed": "x"},
+            "seed is 'x', it must be an integer",
+        ),
+        ({"rule": "unheard_of"}, r"no rule 'unheard_of' is known here \(modules="),
+    ],
+)
+def test_a_rule_that_cannot_be_made_is_one_sentence(selection, message):
+    with pytest.raises(UserError, match=message):
+        make_rule(selection)
+
+
+def test_anothers_class_does_not_pass_for_a_built_in_rule():
+    selection = {"_target_": "mine.Excess", "select_ratio": 0.5}
+    with pytest.raises(UserError, match="no rule 'mine.Excess' is known"):
+        make_rule(selection)
+    with pytest.raises(UserError, match="mine.Excess: a built-in rule has that class name"):
+        trained_by_word(selection)
+
+
+# ---- modules of a user's own --------------------------------------------------------------------
+
+
+def test_a_rule_of_ones_own_has_a_word_once_its_module_is_given(write_rule):
+    record = trained_by_word({"_target_": "own_rules.Steep", "select_ratio": 0.5, "extra": 2.0})
+    assert record == {"rule": "steep", "select_ratio": 0.5, "extra": 2.0}
+    with pytest.raises(UserError, match="no rule 'steep' is known here"):
+        make_rule(record)
+    file = write_rule("own_rules.py", "Steep")
+    import_modules([file])
+    import_modules([file])  # a sweep's jobs may share a process
+    rule: Any = make_rule(record)
+    assert type(rule).__name__ == "Steep" and asdict(rule)["extra"] == 2.0
+    assert sys.modules["own_rules"].Steep is type(rule)  # what `_target_` finds
+
+
+def test_modules_that_cannot_be_taken(write_rule, tmp_path):
+    for given, message in [
+        ("rules.py", "modules is 'rules.py', it must be a list"),
+        ([3], "it must be a list"),
+        ([str(tmp_path / "none.py")], "no file .*none.py"),
+        (["no_such.thing"], r"cannot import no_such.thing \(No module named 'no_such'\)"),
+        ([write_rule("queue.py", "A")], "queue.py cannot be imported as queue, choose another"),
+        ([write_rule("a-b.py", "A")], "a-b.py cannot be imported as a-b"),
+        ([write_rule("mine_too.py", "Excess")], "mine_too.Excess has the name of another rule"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            import_modules(given)  # type: ignore[arg-type]
