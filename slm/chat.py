@@ -281,3 +281,19 @@ def chat_format(tokenizer: PreTrainedTokenizerFast) -> ChatFormat:
     }
     variables = dict(tokenizer.special_tokens_map)
     return ChatFormat(tokenizer.get_chat_template(), special, variables, eos_id)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token that ends an answer and is a target; None where EOS does, or no template.
+
+    Read off a chat of one question and one answer, as `slm prepare` cuts it.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    chat = [Message("user", "Question?"), Message("assistant", "Answer.")]
+    try:
+        parts = chat_format(tokenizer).parts(chat, ("assistant",))
+    except (BadRecord, ValueError):  # the template wants another chat; several, none the default
+        return None
+    ends = [part.special for part in parts if part.is_target and part.special is not None]
+    return ends[-1] if ends else None

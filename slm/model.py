@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from slm.chat import end_of_turn
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
 from slm.head import check_head, head_arguments, hidden_states
@@ -75,7 +76,7 @@ def build_lm(
     rows = len(embedding.weight)
     if rows < vocab_size:
         raise UserError(f"model vocab_size is {rows}, the tokenizer has {vocab_size} tokens")
-    set_special_ids(model, tokenizer)
+    set_special_ids(model, tokenizer, loaded=init_from is not None)
     if activation_checkpointing:
         enable_checkpointing(model)
     if compile:
@@ -110,11 +111,15 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def check_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    found, expected = tokenizer_sha256(load_tokenizer(init_from)), tokenizer_sha256(tokenizer)
+    """Refuse other token ids; take over a chat template that the corpus's tokenizer lacks."""
+    loaded = load_tokenizer(init_from)
+    found, expected = tokenizer_sha256(loaded), tokenizer_sha256(tokenizer)
     if found != expected:
         raise UserError(
             f"model.init_from {init_from} has tokenizer {found}, the corpus has {expected}"
         )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = loaded.chat_template
 
 
 def new_model(
@@ -180,14 +185,30 @@ def load_model(folder: str | Path, attn_implementation: str | None = None) -> Pr
     return model
 
 
-def set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Inference engines read the ids from the configs, not from the tokenizer."""
+def set_special_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, loaded: bool = False
+) -> None:
+    """Inference engines read the ids from the configs, not from the tokenizer.
+
+    A new model has the tokenizer's. A loaded one keeps its own, which training does not concern.
+    Among the ids to stop at are in both cases the tokenizer's EOS, which ends every document, and,
+    for those who generate, what ends an answer in its chat template.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    for config in (model.config, model.generation_config):
-        if config is not None:
-            config.bos_token_id = tokenizer.bos_token_id
-            config.eos_token_id = tokenizer.eos_token_id
-            config.pad_token_id = pad
+    for config in filter(None, (model.config, model.generation_config)):
+        for name, own in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", pad)):
+            if not loaded or getattr(config, name) is None:
+                setattr(config, name, own)
+        stops = [*(ids_of(config.eos_token_id) if loaded else []), tokenizer.eos_token_id]
+        if config is model.generation_config:
+            stops += ids_of(end_of_turn(tokenizer))
+        stops = list(dict.fromkeys(stops))
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
+def ids_of(value: int | list[int] | None) -> list[int]:
+    """As a config names them: one, several or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 class SelectiveLM(nn.Module):

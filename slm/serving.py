@@ -10,8 +10,9 @@ The rules were read in the source of vLLM 0.33.0 (its wheel); vLLM itself was no
     a tokenizer lies in the folder     tokenizers/registry.py: AutoTokenizer on the model's folder
     special ids in both configs        SamplingParams stops at the tokenizer's EOS and at each EOS
                                        of generation_config.json; without that file, transformers
-                                       makes one of config.json. Beginning and padding ids are not
-                                       vLLM's concern, but that of `generate` and of other engines
+                                       makes one of config.json. Other engines know that file's ids
+                                       alone, so the tokenizer's EOS is among them. Beginning and
+                                       padding ids are not vLLM's concern, but that of `generate`
     tied weights are kept tied         model_loader/weight_tying.py: with tie_word_embeddings and
                                        an lm_head.weight in the files, the two are loaded and
                                        compared, and the file's head wins; older versions drop it
@@ -97,7 +98,10 @@ def broken_tokenizer(folder: Path) -> list[str]:
 
 
 def broken_ids(folder: Path, config: Json) -> list[str]:
-    """bos, eos and pad in both configs are the tokenizer's; pad is EOS where it has none."""
+    """Both configs stop at the tokenizer's EOS and name what begins and pads, where it has that.
+
+    More ids to stop at, and another beginning or padding, come with a base model and are right.
+    """
     if not (folder / "tokenizer.json").exists():
         return []  # `broken_tokenizer` says so, or the ids take another library to find
     path = folder / "generation_config.json"
@@ -107,12 +111,15 @@ def broken_ids(folder: Path, config: Json) -> list[str]:
     expected["pad"] = expected["eos"] if expected["pad"] is None else expected["pad"]
     broken = []
     for file, found in ((folder / "config.json", config), (path, read_object(path))):
-        for name in IDS:
-            value = found.get(f"{name}_token_id")
-            if value != expected[name]:
-                broken.append(
-                    f"{file}: {name}_token_id is {value}, the tokenizer's is {expected[name]}"
-                )
+        values = {name: found.get(f"{name}_token_id") for name in IDS}
+        stops = values["eos"] if isinstance(values["eos"], list) else [values["eos"]]
+        wrong = [name for name in IDS if values[name] is None and expected[name] is not None]
+        if expected["eos"] not in stops and "eos" not in wrong:
+            wrong.append("eos")
+        broken += [
+            f"{file}: {name}_token_id is {values[name]}, the tokenizer's is {expected[name]}"
+            for name in wrong
+        ]
     return broken
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from slm.chat import DEFAULT_TEMPLATE, chat_format, find_template
+from slm.chat import DEFAULT_TEMPLATE, chat_format, end_of_turn, find_template
 from slm.errors import UserError
 from slm.parts import Documents, Part, encode_parts
 from slm.records import BadRecord, Message
@@ -204,3 +204,14 @@ def test_a_worker_without_chats_imports_neither_jinja_nor_torch():
     code = "import sys, slm.packing; print(*{'jinja2', 'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, THOUGHTS])
+def test_the_end_of_a_turn_is_the_special_token_that_ends_an_answer(make, template):
+    tokenizer = make(template)
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("template", [None, DEFAULT_TEMPLATE, INSTRUCT, "{{ raise_exception() }}"])
+def test_where_eos_ends_a_turn_or_nothing_does_there_is_no_other_end(make, template):
+    assert end_of_turn(make(template)) is None

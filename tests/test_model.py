@@ -41,11 +41,18 @@ from slm.model import (
     check_model,
     load_model,
     model_sha256,
+    new_model,
     save_model,
 )
 from slm.module import norm_of, scale_gradients
-from slm.tokenizer import train_tokenizer
+from slm.serving import broken_rules
+from slm.tokenizer import load_tokenizer, train_tokenizer
 from slm_kernels import select_top_k
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+)
 
 
 def own_losses(model: PreTrainedModel, batch: Batch) -> Tensor:  # (B, T)
@@ -347,6 +354,45 @@ def test_compiled_backbone_gets_the_same(build, documents):
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-5)
     for name, gradient in results[0][2].items():
         torch.testing.assert_close(results[1][2][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_ids_and_template_of_a_loaded_model_stay_and_eos_is_among_those_to_stop_at(
+    saved, tokenizer, build, tmp_path
+):
+    kept = {"bos_token_id": 3, "pad_token_id": 5, "suppress_tokens": [8]}
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    generation = {"eos_token_id": [9, 7], **kept}
+    (saved / "generation_config.json").write_text(json.dumps(generation))
+    load_tokenizer(saved).save_pretrained(saved)
+    (saved / "chat_template.jinja").write_text(CHATML)
+    mine = load_tokenizer(saved)
+    mine.chat_template = None  # of the corpus
+    torch.manual_seed(0)
+    lm = build_lm(mine, 300, str(saved), {}, None, False, False, 0)
+    save_model(tmp_path / "out", lm.model, mine, "card", {})
+    assert broken_rules(tmp_path / "out") == []
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert found.items() >= kept.items()
+    end = tokenizer.eos_token_id
+    assert found["eos_token_id"] == [9, 7, end]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [7, end]
+    assert load_tokenizer(tmp_path / "out").chat_template == CHATML
+
+
+def test_a_model_of_chats_stops_at_the_end_of_a_turn(tokenizer, build, saved, tmp_path):
+    other = load_tokenizer(saved)
+    other.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    other.chat_template = CHATML
+    other.save_pretrained(saved)
+    eos, end = other.eos_token_id, other.convert_tokens_to_ids("<|im_end|>")
+    for folder in (None, str(saved)):
+        fields = LLAMA | {"vocab_size": 302}
+        if folder is not None:
+            new_model(fields, 302, None).save_pretrained(saved)
+        lm = build_lm(other, 302, folder, fields, None, False, False, 0)
+        stops = lm.model.generation_config.eos_token_id
+        assert stops[-2:] == [eos, end] and len(stops) == (2 if folder is None else 3)
 
 
 # ---- folders --------------------------------------------------------------------------------

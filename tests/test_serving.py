@@ -168,10 +168,6 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change(f / "config.json", eos_token_id="gone"),
         "{f}/config.json: eos_token_id is None, the tokenizer's is 0",
     ),
-    "a beginning that the tokenizer lacks": (
-        lambda f: change(f / "config.json", bos_token_id=1),
-        "{f}/config.json: bos_token_id is 1, the tokenizer's is None",
-    ),
     "no padding": (
         lambda f: change(f / "generation_config.json", pad_token_id="gone"),
         "{f}/generation_config.json: pad_token_id is None, the tokenizer's is 0",
@@ -238,3 +234,13 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path, tokenizer):
     save_model(tmp_path / "model", model, plain, "card", {})
     assert special_ids(tmp_path / "model") == {"bos": None, "eos": 0, "pad": None}
     assert broken_rules(tmp_path / "model") == []
+
+
+def test_the_ids_of_a_base_model_break_no_rule(folder):
+    change(folder / "config.json", eos_token_id=[5, 0], bos_token_id=1)
+    change(folder / "generation_config.json", eos_token_id=[0, 7], pad_token_id=4)
+    assert broken_rules(folder) == []
+    change(folder / "generation_config.json", eos_token_id=[5, 7])
+    assert broken_rules(folder) == [
+        f"{folder}/generation_config.json: eos_token_id is [5, 7], the tokenizer's is 0"
+    ]
