@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from slm.errors import UserError
+from slm.readers import read_blocks
 from slm.records import Text, read_texts
 from slm.shards import Json
-from slm.sources import Source, read_blocks
+from slm.sources import Source
 
 NGRAM = 13
 WORD = re.compile(r"\w+")

@@ -30,9 +30,10 @@ from slm.chat import ChatFormat
 from slm.errors import UserError
 from slm.overlap import Excluded, Overlap
 from slm.parts import encode_documents
+from slm.readers import BLOCK_BYTES, Block
 from slm.records import Text, read_texts
 from slm.shards import ArrayWriter, Json, Shard, atomic_file, shard_path, write_sidecar
-from slm.sources import BLOCK_BYTES, Block, Source
+from slm.sources import Source
 from slm.spans import NOISE, SIGNAL, label_tokens
 from slm.tokenizer import Encoder, EncoderState
 

@@ -1,6 +1,6 @@
 """Text to token shards: `slm prepare out=corpus 'sources=[a.jsonl]' tokenizer.vocab_size=4096`.
 
-The parent process reads blocks of text in order (`slm.sources`), workers encode them, and it packs
+The parent process reads blocks of text in order (`slm.readers`), workers encode them, and it packs
 the token arrays in order (`slm.packing`). A document's hash alone decides on which side (train,
 heldout) it falls, so neither the order nor the number of processes matters. Memory is a few blocks
 of 0.5 MB a worker, or the longest document (some 100 bytes per byte of it). Speed is the
@@ -39,6 +39,7 @@ from slm.packing import (
     side_of,
 )
 from slm.parts import window_targets
+from slm.readers import read_blocks, read_source
 from slm.records import read_texts
 from slm.shards import (
     FORMAT,
@@ -53,7 +54,7 @@ from slm.shards import (
     write_json,
     write_manifest,
 )
-from slm.sources import Source, check_choice, parse_sources, read_blocks, read_source
+from slm.sources import Source, check_choice, parse_sources
 from slm.tokenizer import encoder_state, load_tokenizer, tokenizer_sha256, train_tokenizer
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from slm.spans import Span
 
 if TYPE_CHECKING:  # sources.py needs `Template`, chat.py `BadRecord`
     from slm.chat import ChatFormat
-    from slm.sources import Block, Source
+    from slm.readers import Block
+    from slm.sources import Source
 
 LINE_END = re.compile(rb"\n")
 BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")

@@ -8,8 +8,9 @@ import pytest
 
 from slm.errors import UserError
 from slm.overlap import WORD, Excluded, Exclusion, Overlap, ngram_keys, read_exclusion
+from slm.readers import read_blocks
 from slm.records import read_texts
-from slm.sources import parse_sources, read_blocks
+from slm.sources import parse_sources
 from text_helpers import DATA, LIMIT, needs_data
 
 WORDS = [f"w{i}" for i in range(20)]

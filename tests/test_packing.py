@@ -14,8 +14,9 @@ from slm.packing import (
     run_batches,
     side_of,
 )
+from slm.readers import BLOCK_BYTES, Block, read_blocks
 from slm.shards import read_sidecars
-from slm.sources import BLOCK_BYTES, Block, parse_sources, read_blocks
+from slm.sources import parse_sources
 from slm.tokenizer import EncoderState, encoder_state, train_tokenizer
 
 

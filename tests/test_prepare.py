@@ -531,7 +531,7 @@ def test_a_tokenizer_is_not_trained_on_what_noise_hides(run, tmp_path):
 def test_labels_have_the_same_bytes_whatever_num_proc(
     run, tmp_path, merges_folder, label, monkeypatch
 ):
-    monkeypatch.setattr("slm.sources.BLOCK_BYTES", 256)  # of the parent, which cuts the blocks
+    monkeypatch.setattr("slm.readers.BLOCK_BYTES", 256)  # of the parent, which cuts the blocks
     monkeypatch.setattr("slm.packing.BLOCK_BYTES", 256)
     rows = [{"text": f"text {i} of many, " * 4, "s": [i % 9, i % 9 + i]} for i in range(60)]
     path = str(write_records(tmp_path / "a.jsonl", *rows))

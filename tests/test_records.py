@@ -6,8 +6,8 @@ import json
 import pytest
 
 from slm.errors import UserError
+from slm.readers import read_blocks
 from slm.records import BadRecord, Template, read_texts
-from slm.sources import read_blocks
 from text_helpers import DATA, LIMIT, needs_data, source, texts, write_records
 
 # ---- templates ----------------------------------------------------------------------------------

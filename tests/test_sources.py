@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from slm import sources
+from slm import readers
 from slm.errors import UserError
+from slm.readers import cut, open_stream, read_blocks
 from slm.records import LINE_END, read_texts
-from slm.sources import cut, open_stream, parse_sources, read_blocks
+from slm.sources import parse_sources
 from text_helpers import LIMIT, source, texts, write_records
 
 # ---- blocks -------------------------------------------------------------------------------------
@@ -25,7 +26,7 @@ def test_blocks_do_not_change_records(tmp_path, monkeypatch, block_bytes, docume
     path = tmp_path / "a.txt"
     path.write_text("a b\nc\n\n\n" + "long " * 9 + "\nx\n\n  \ny\n\nend")
     expected = texts(path, document=document)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
     assert texts(path, document=document) == expected
     with open_stream(path) as stream:
         pieces = list(cut(stream, LINE_END, LIMIT))
@@ -37,7 +38,7 @@ def test_blocks_do_not_change_records(tmp_path, monkeypatch, block_bytes, docume
 def test_too_long_lines_are_skipped_in_bounded_memory(tmp_path, monkeypatch, block_bytes):
     path = tmp_path / "a.txt"
     path.write_text("one\n" + "x" * 500 + "\ntwo\n" + "y" * 500)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
     too_long = "is longer than 9.53674e-05 MB (max_document_mb)"
     assert texts(path, max_bytes=100, document="line") == [
         (0, "one"),

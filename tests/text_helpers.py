@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from slm.readers import read_blocks
 from slm.records import read_texts
-from slm.sources import Source, parse_sources, read_blocks
+from slm.sources import Source, parse_sources
 
 DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(
