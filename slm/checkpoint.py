@@ -2,6 +2,7 @@
 
     checkpoints/step-00000400.ckpt        Lightning checkpoint: weights, optimizer, schedule, order
     checkpoints/step-00000400.ckpt.json   its sha256, written last; without it: unfinished
+    checkpoints/step-00000400.ckpt.damaged  did not verify when a run went on; nothing reads it
     checkpoints/best-00000300.ckpt        the one of lowest held-out loss
 
 Lightning saves through a temporary file on another file system, saves no random states, ends with
@@ -9,9 +10,11 @@ exit code 0 on SIGTERM and trains on after NaN; the pieces here replace that.
 """
 
 import logging
+import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,6 +51,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         }
         write_json(sidecar(path), record)
 
+        aside(path).unlink(missing_ok=True)  # there is a whole one of this step again
+
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True):
         check_checkpoint(Path(path))
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -67,17 +72,32 @@ def check_checkpoint(path: Path) -> None:
         raise UserError(f"{path} is damaged: sha256 {found}, its sidecar says {expected}")
 
 
-def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; what does not is reported and passed over."""
-    paths = sorted(folder.glob("*-*.ckpt"), key=lambda path: path.stem.split("-")[1], reverse=True)
+def aside(path: Path) -> Path:
+    return path.with_name(path.name + ".damaged")
+
+
+def set_aside(path: Path) -> None:
+    """Rename what does not verify, so that its step is made again and nothing counts it."""
+    os.replace(path, aside(path))
+    sidecar(path).unlink(missing_ok=True)
+
+
+def verified(paths: Iterable[Path], warn: Callable[[str], None]) -> Iterator[Path]:
+    """Those that verify, looked at as they are asked for; what does not is set aside."""
     for path in paths:
         try:
             check_checkpoint(path)
         except UserError as error:
-            warn(f"{error}; trying the one before")
+            set_aside(path)
+            warn(f"{error}; it is {aside(path).name} now, and the one before is looked at")
             continue
-        return path
-    return None
+        yield path
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; what does not is reported and set aside."""
+    paths = sorted(folder.glob("*-*.ckpt"), key=lambda path: path.stem.split("-")[1], reverse=True)
+    return next(verified(paths, warn), None)
 
 
 def step_ended(trainer: Trainer, batch_idx: int) -> bool:
@@ -111,6 +131,7 @@ class Checkpoints(Callback):
             raise UserError(f"callbacks.checkpoints.keep is {keep}, it must be at least 1")
         self.folder, self.every_tokens, self.keep = Path(folder), every_tokens, keep
         self.best_of, self.best_loss = best_of, float("inf")
+        self.whole: set[Path] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.keep is None and trainer.global_step == 0:
@@ -127,22 +148,39 @@ class Checkpoints(Callback):
 
     def save(self, trainer: Trainer) -> None:
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
-        if not sidecar(path).exists():
-            trainer.save_checkpoint(path)
+        if trainer.strategy.broadcast(not sidecar(path).exists()):
+            self._write(trainer, path)
         if self.keep is not None:
             self._prune(trainer, "step", self.keep)
 
+    def _write(self, trainer: Trainer, path: Path) -> None:
+        trainer.save_checkpoint(path)
+        self.whole.add(path)
+
     def _save_best(self, trainer: Trainer, losses: dict[str | None, float]) -> None:
-        if self.best_of in losses and losses[self.best_of] < self.best_loss:
-            self.best_loss = losses[self.best_of]
-            trainer.save_checkpoint(self.folder / f"best-{trainer.global_step:08d}.ckpt")
+        """Saving takes all ranks, and each computed the loss by itself: rank 0's counts."""
+        if self.best_of not in losses:
+            return
+        loss = trainer.strategy.broadcast(losses[self.best_of])
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self._write(trainer, self.folder / f"best-{trainer.global_step:08d}.ckpt")
             self._prune(trainer, "best", 1)
 
     def _prune(self, trainer: Trainer, kind: str, keep: int) -> None:
         if not trainer.is_global_zero:
             return
-        for path in sorted(self.folder.glob(f"{kind}-*.ckpt"))[:-keep]:
+        paths = sorted(self.folder.glob(f"{kind}-*.ckpt"), reverse=True)
+        kept = list(islice(self._whole(paths), keep))
+        for path in paths[paths.index(kept[-1]) + 1 :]:
             trainer.strategy.remove_checkpoint(path)
+
+    def _whole(self, paths: list[Path]) -> Iterator[Path]:
+        """Those that verify; each is read once in a run, and what was just written not at all."""
+        for path in paths:
+            if path in self.whole or any(verified([path], log.warning)):
+                self.whole.add(path)
+                yield path
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss}
@@ -168,8 +206,11 @@ class RandomStates(Callback):
         self.restored = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that goes on with more ranks has states for the first ones; the others take theirs
+        in turn, as all ranks of a new run begin with one state."""
         if self.restored is not None:
-            set_random_state(self.restored["ranks"][trainer.global_rank])
+            states = self.restored["ranks"]
+            set_random_state(states[trainer.global_rank % len(states)])
 
 
 def random_state() -> dict[str, Any]:
@@ -189,8 +230,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda, device)
 
 
 class StopOnSignal(Callback):

@@ -121,7 +121,7 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
         raise UserError(
             f"{folder} holds {sorted(others)[0]} and no run (run.json): choose another `out`"
         )
-    kept = any((folder / "checkpoints").glob("*.ckpt")) or (folder / "model").exists()
+    kept = any((folder / "checkpoints").glob("[!.]*.ckpt*")) or (folder / "model").exists()
     if not path.exists() or not kept:
         write_json(path, identity)
         return None

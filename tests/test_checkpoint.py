@@ -2,12 +2,15 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from slm.checkpoint import (
+    Checkpoints,
     RandomStates,
     VerifiedCheckpointIO,
     check_checkpoint,
@@ -74,6 +77,53 @@ def test_newest_valid_of_both_kinds_is_found_and_the_rest_reported(tmp_path):
     newest.write_bytes(b"torn")
     assert newest_checkpoint(tmp_path, warnings.append) == best
     assert len(warnings) == 1 and "step-00000010.ckpt is damaged" in warnings[0]
+    assert not newest.exists() and not sidecar(newest).exists()
+    assert newest.with_name("step-00000010.ckpt.damaged").read_bytes() == b"torn"
+    assert save(tmp_path, 10) == newest_checkpoint(tmp_path, print)
+    assert not list(tmp_path.glob("*.damaged"))
+
+
+def strategy_of(rank_zero_says: Any = None) -> Any:
+    """What Checkpoints uses of a trainer; `rank_zero_says` is what every broadcast brings."""
+    io = VerifiedCheckpointIO()
+
+    def write(path: Path) -> None:
+        io.save_checkpoint({"global_step": trainer.global_step, "about": {"tokens_seen": 1}}, path)
+
+    def broadcast(mine: Any) -> Any:
+        return mine if rank_zero_says is None else rank_zero_says
+
+    strategy = SimpleNamespace(broadcast=broadcast, remove_checkpoint=io.remove_checkpoint)
+    trainer = SimpleNamespace(is_global_zero=True, save_checkpoint=write, strategy=strategy)
+    return trainer
+
+
+def test_pruning_counts_only_what_verifies(tmp_path):
+    save(tmp_path, 2)
+    unfinished, flipped = save(tmp_path, 7), save(tmp_path, 8)
+    sidecar(unfinished).unlink()
+    flipped.write_bytes(flipped.read_bytes()[:-1])
+    trainer, checkpoints = strategy_of(), Checkpoints(str(tmp_path), None, 2, None)
+    for step, kept in ((3, [2, 3]), (4, [3, 4])):
+        trainer.global_step = step
+        checkpoints.save(trainer)
+        names = [path.name for path in sorted(tmp_path.glob("*.ckpt"))]
+        assert names == [f"step-{number:08d}.ckpt" for number in kept]
+    assert {path.name for path in tmp_path.glob("*.damaged")} == {
+        "step-00000007.ckpt.damaged",
+        "step-00000008.ckpt.damaged",
+    }
+
+
+def test_rank_zero_decides_whether_a_loss_is_the_best(tmp_path):
+    """A rank that decides by its own float saves alone and waits for the others for ever."""
+    trainer, checkpoints = strategy_of(rank_zero_says=2.0), Checkpoints(str(tmp_path), 1, 1, "a")
+    trainer.global_step = 1
+    checkpoints._save_best(trainer, {"a": 2.5})
+    assert checkpoints.best_loss == 2.0
+    trainer.global_step = 2
+    checkpoints._save_best(trainer, {"a": 1.9})
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["best-00000001.ckpt"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoints_alone(tmp_path, monkeypatch):
@@ -102,4 +152,9 @@ def test_random_states_come_back_through_a_file(tmp_path):
     expected = [draw() for _ in range(3)]
     set_random_state(VerifiedCheckpointIO().load_checkpoint(path)["ranks"][0])
     assert [draw() for _ in range(3)] == expected
+    with_more = RandomStates()
+    with_more.load_state_dict(VerifiedCheckpointIO().load_checkpoint(path))
+    for rank in (0, 1, 5):  # a state for one rank was saved
+        with_more.on_train_start(SimpleNamespace(global_rank=rank), None)  # type: ignore[arg-type]
+        assert [draw() for _ in range(3)] == expected
     assert random_state().keys() == {"python", "numpy", "torch", "cuda"}

@@ -26,6 +26,7 @@ from model_helpers import small_llama
 from run_helpers import TINY_MODEL
 from slm import train as train_module
 from slm.analysis import analyse
+from slm.checkpoint import check_checkpoint
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
@@ -156,7 +157,7 @@ def test_logs_have_every_step_once_and_the_last_checkpoints_are_kept(whole):
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, text_corpus, whole, monkeypatch):
-    config = compose_train(tmp_path / "cut", text_corpus.folder)
+    config = compose_train(tmp_path / "cut", text_corpus.folder, "callbacks.checkpoints.keep=null")
     crash_at(monkeypatch, 8)
     with pytest.raises(RuntimeError):
         train(config)
@@ -165,6 +166,30 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, text_corpus, whole
     newest.write_bytes(newest.read_bytes()[:-100])
     for path in folder.glob("best-*"):
         path.unlink()
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(whole, tmp_path / "cut")
+    check_checkpoint(newest)
+    assert not list(folder.glob("*.damaged"))
+
+
+def test_a_run_with_only_damaged_checkpoints_gets_on_though_it_is_preempted_again(
+    tmp_path, text_corpus, whole, monkeypatch
+):
+    config = compose_train(tmp_path / "cut", text_corpus.folder)
+    folder = tmp_path / "cut" / "checkpoints"
+    crash_at(monkeypatch, 10)
+    with pytest.raises(RuntimeError):
+        train(config)
+    for path in folder.glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    for step in (3, 5):
+        crash_at(monkeypatch, step)
+        with pytest.raises(RuntimeError):
+            train(config)
+        newest = folder / f"step-{step - 1:08d}.ckpt"
+        check_checkpoint(newest)
+        assert newest == sorted(folder.glob("step-*.ckpt"))[-1]
     crash_at(monkeypatch, None)
     train(config)
     same_results(whole, tmp_path / "cut")
