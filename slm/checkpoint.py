@@ -127,8 +127,6 @@ class Checkpoints(Callback):
     def __init__(
         self, folder: str, every_tokens: int | None, keep: int | None, best_of: str | None
     ):
-        if keep is not None and keep < 1:
-            raise UserError(f"callbacks.checkpoints.keep is {keep}, it must be at least 1")
         self.folder, self.every_tokens, self.keep = Path(folder), every_tokens, keep
         self.best_of, self.best_loss = best_of, float("inf")
         self.whole: set[Path] = set()

@@ -82,10 +82,6 @@ class SelectiveModule(LightningModule):
         online_reference: SelectiveLM | None = None,
     ):
         super().__init__()
-        if gradient_clip is not None and not gradient_clip > 0:
-            raise UserError(
-                f"optimizer.gradient_clip is {gradient_clip}, it must be above 0, or null for none"
-            )
         self.lm, self.selection = lm, selection
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.gradient_clip = gradient_clip

@@ -6,16 +6,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from slm.errors import UserError
-
 
 def adamw(
     module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """Vectors (norms, biases) get no weight decay."""
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not isinstance(value, int | float) or value < 0:
-            raise UserError(f"optimizer.adamw.{name} is {value!r}, it must be a number >= 0")
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -35,8 +30,6 @@ def warmup_cosine(
 
     The last step of the warm-up has the peak, the last of the run the final rate.
     """
-    check_fraction("warmup_fraction", warmup_fraction)
-    check_fraction("final_fraction", final_fraction)
     warmup = max(1, round(warmup_fraction * num_steps))
 
     def factor(steps_before: int) -> float:
@@ -47,8 +40,3 @@ def warmup_cosine(
         return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
-
-
-def check_fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"optimizer.schedule.{name} is {value}, it must be in [0, 1]")

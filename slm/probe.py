@@ -11,7 +11,6 @@ from torch import Tensor
 
 from slm.checkpoint import is_due, step_ended
 from slm.data import Batch, spread, to_device
-from slm.errors import UserError
 from slm.progress import send
 
 
@@ -26,10 +25,6 @@ class MaskOverlap(Callback):
     """
 
     def __init__(self, num_windows: int, every_tokens: int | None):
-        if isinstance(num_windows, bool) or not isinstance(num_windows, int) or num_windows < 1:
-            raise UserError(
-                f"callbacks.mask_overlap.num_windows is {num_windows!r}, it must be at least 1"
-            )
         self.num_windows, self.every_tokens = num_windows, every_tokens
         self.before: Tensor | None = None
 

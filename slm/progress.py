@@ -28,7 +28,6 @@ from rich.progress import Progress as RichProgress
 from slm.bookkeeping import source_metrics, token_metrics
 from slm.checkpoint import step_ended
 from slm.cli import duration
-from slm.errors import UserError
 from slm.flops import flops_per_token, forward_flops_per_token
 
 if TYPE_CHECKING:
@@ -282,10 +281,6 @@ class Metrics(Callback):
     """
 
     def __init__(self, every_steps: int):
-        if every_steps < 1:
-            raise UserError(
-                f"callbacks.metrics.every_steps is {every_steps}, it must be at least 1"
-            )
         self.every_steps = every_steps
         self.train_seconds = 0.0  # over the whole run
         self.recent_s: deque[float] = deque(maxlen=max(every_steps, 9))

@@ -11,10 +11,12 @@ the target model (excess). The run's folder holds
     status.json     in a sweep: what became of the job
 """
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed
@@ -48,6 +51,7 @@ from slm.shards import References, claim, read_json, write_json
 from slm.token_data import TokenData
 from slm.tokenizer import load_corpus_tokenizer
 from slm.tracking import WandbLog
+from slm.train_keys import check_train
 
 log = logging.getLogger("slm.train")
 warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
@@ -58,13 +62,20 @@ DTYPES = {"32-true": "float32", "bf16-mixed": "bfloat16"}  # of the forward; wei
 
 
 def build(node: Any, **arguments: Any) -> Any:
-    """Hydra's instantiate, with our own errors as they were raised."""
+    """Hydra's instantiate; what the node's class does not take or cannot make is one sentence."""
     try:
-        return instantiate(node, **arguments)
+        built = instantiate(node, **arguments)
+        if isinstance(built, partial):  # called later, in the middle of Lightning's set-up
+            inspect.signature(built.func).bind_partial(*built.args, **built.keywords)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, TypeError | ValueError | MisconfigurationException):
+            raise UserError(f"{node._target_}: {error.__cause__}") from None
         raise
+    except TypeError as error:
+        raise UserError(f"{node._target_}: {error}") from None
+    return built
 
 
 def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
@@ -113,8 +124,6 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
 
     A run that ended before its first checkpoint has nothing to lose and is replaced.
     """
-    if resume not in ("auto", "never"):
-        raise UserError(f"resume is {resume!r}, it must be auto or never")
     path = folder / "run.json"
     others = {entry.name for entry in folder.iterdir()} - {"run.claim", ".hydra", "status.json"}
     if others and not path.exists():
@@ -139,18 +148,12 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
 
 def check_config(config: DictConfig, data: TokenData, selection: Selection) -> None:
     check_references(config, data, selection.needs)
-    if config.trainer.precision not in DTYPES:
-        raise UserError(
-            f"trainer.precision is {config.trainer.precision!r}, it must be one of {tuple(DTYPES)}"
-        )
     if config.max_tokens < data.tokens_per_step:
         raise UserError(
             f"max_tokens ({config.max_tokens}) is less than one optimizer step "
             f"({data.tokens_per_step} tokens)"
         )
     start = config.selection_start
-    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-        raise UserError(f"selection_start is {start!r}, it must be a number of tokens, 0 or more")
     if start >= config.max_tokens:
         raise UserError(
             f"selection_start is {start}, max_tokens {config.max_tokens}: the rule would never "
@@ -305,6 +308,15 @@ def check_overrides(config: DictConfig) -> None:
             )
 
 
+def check_complete(trainer: Trainer) -> None:
+    """A callback, or whoever else may stop Lightning, makes no model of fewer tokens."""
+    if trainer.global_step < trainer.max_steps:
+        raise UserError(
+            f"the run was ended at step {trainer.global_step} of {trainer.max_steps}, so no model "
+            "is written; the same command goes on from its last checkpoint"
+        )
+
+
 def training_cost(module: SelectiveModule) -> dict[str, float | None]:
     """Absent where nobody measured it."""
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
@@ -316,6 +328,7 @@ def training_cost(module: SelectiveModule) -> dict[str, float | None]:
 
 def train(config: DictConfig) -> Path:
     """Run or continue one training; returns the model folder."""
+    check_train(config)
     folder = Path(config.run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
     import_modules(config.modules)
@@ -334,6 +347,7 @@ def train(config: DictConfig) -> Path:
         try:
             log_inputs(trainer, config, data, module.lm.model.config.to_diff_dict())
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            check_complete(trainer)
             if trainer.is_global_zero:
                 export(config, module, tokenizer, data, identity)
             trainer.strategy.barrier()

@@ -484,12 +484,6 @@ def test_clipping_is_torchs(factor):
     assert record.results[0].grad_norm == pytest.approx(norm, rel=STEP_RTOL)
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.nan])
-def test_clipping_to_nothing_is_refused(value):
-    with pytest.raises(UserError, match=f"gradient_clip is {value}, it must be above 0, or null"):
-        SelectiveModule(make_lm(), All(), sgd, constant, value, STEP_TOKENS)
-
-
 def test_lightnings_own_clipping_is_refused():
     with pytest.raises(UserError, match="trainer.gradient_clip_val is 0.5, .*gradient_clip is 2.0"):
         step = micro_batches(make_rows(), 1)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from slm.data import IGNORE_INDEX
-from slm.errors import UserError
 from slm.probe import MaskOverlap
 from slm.progress import RewindableLogger
 from slm.selection import All, Excess, Random, Selection, Sigmoid
@@ -125,9 +124,3 @@ def test_a_continued_run_compares_with_the_mask_before_the_cut():
     before = World(Excess(0.4)).run(first, range(2))
     second.load_state_dict(first.state_dict())
     assert before + World(Excess(0.4)).run(second, range(2, 4)) == whole
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.5, True, "many"])
-def test_number_of_windows_must_be_one(value):
-    with pytest.raises(UserError, match="mask_overlap.num_windows is .*, it must be at least 1"):
-        MaskOverlap(value, None)

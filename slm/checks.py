@@ -1,0 +1,103 @@
+"""Keys of a configuration, their types and ranges: a table a command, checked before anything else.
+
+A table has a row for every key that is read, `{"data.batch_size": whole(1)}`: what is in no row is
+refused by name, since nothing would read it, and what does not fit its row is refused in one
+sentence. A key that is absent (of a group that was not chosen) is not looked at; `anything` is for
+what its reader checks, with all that lies below it.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from slm.errors import UserError
+
+ABSENT = object()
+MAX_SEED = 2**32 - 1  # NumPy's
+
+
+class Kind(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    wanted: str
+    fits: Callable[[Any], bool]
+
+
+Table = Mapping[str, Kind]
+
+
+def is_real(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def whole(least: int = 1, most: int = 2**63 - 1) -> Kind:
+    limit = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+    return Kind(f"a whole number {limit}", lambda v: type(v) is int and least <= v <= most)
+
+
+def real(low: float, high: float = math.inf, ends: str = "[]") -> Kind:
+    """ends: which of the two fit themselves, as intervals are written: [], (], [), ()."""
+    limit = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
+    if high == math.inf:
+        limit = f"of at least {low:g}" if ends[0] == "[" else f"above {low:g}"
+
+    def fits(value: Any) -> bool:
+        if not is_real(value) or not low <= value <= high:
+            return False
+        return not (value == low and ends[0] == "(") and not (value == high and ends[1] == ")")
+
+    return Kind(f"a number {limit}", fits)
+
+
+def word(*words: str) -> Kind:
+    return Kind(f"one of {words}", lambda v: isinstance(v, str) and v in words)
+
+
+def each(kind: Kind, count: int) -> Kind:
+    """A list of so many of a kind."""
+    return Kind(
+        f"a list of {count}, each {kind.wanted}",
+        lambda v: isinstance(v, Sequence) and len(v) == count and all(map(kind.fits, v)),
+    )
+
+
+def optional(kind: Kind) -> Kind:
+    return Kind(f"{kind.wanted}, or null", lambda v: v is None or kind.fits(v))
+
+
+flag = Kind("true or false", lambda v: isinstance(v, bool))
+text = Kind("a text that is not empty", lambda v: isinstance(v, str) and v != "")
+number = Kind("a number", is_real)
+seed = whole(0, MAX_SEED)
+anything = Kind("anything", lambda v: True)
+
+
+def check(config: DictConfig, table: Table, instead: Mapping[str, str] | None = None) -> None:
+    """instead: for keys in no row that people would try, what does their work."""
+    for key in keys_of(OmegaConf.to_container(config, resolve=False), table):
+        check_known(key, table, instead or {})
+    for key, kind in table.items():
+        value = OmegaConf.select(config, key, default=ABSENT)
+        if value is not ABSENT and not kind.fits(value):
+            raise UserError(f"{key} is {value!r}, it must be {kind.wanted}")
+
+
+def check_known(key: str, table: Table, instead: Mapping[str, str]) -> None:
+    if key in table:
+        return
+    near = difflib.get_close_matches(key, table, n=1)
+    hint = f", did you mean {near[0]}?" if near else ""
+    raise UserError(f"{key} is given, " + instead.get(key, f"and nothing reads it{hint}"))
+
+
+def keys_of(tree: Any, table: Table, prefix: str = "") -> list[str]:
+    """Dotted keys of the leaves; a key with a row is not looked into."""
+    found: list[str] = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        opened = isinstance(value, dict) and len(value) > 0 and key not in table
+        found += keys_of(value, table, f"{key}.") if opened else [key]
+    return found
