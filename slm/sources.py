@@ -7,6 +7,7 @@
 import difflib
 import glob
 import hashlib
+import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields
@@ -253,12 +254,14 @@ def find_files(given: str, kind: str | None) -> tuple[list[Path], str]:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) is not None)
+        inside = (p for p in path.rglob("*") if not is_hidden(p.relative_to(path)))
+        found = without_leftovers([p for p in inside if p.is_file() and format_of(p) is not None])
         files = [p for p in found if kind in (None, format_of(p))]
     elif kind == "hub" or (kind is None and looks_like_hub(given)):
         return [], "hub"
     else:
-        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        matches = map(Path, glob.glob(str(path), recursive=True))
+        files = without_leftovers([p for p in matches if p.is_file()])
     if not files:
         wanted = "" if kind is None else f" of format {kind}"
         raise UserError(f"{given}: there is no such file, folder or glob with files{wanted}")
@@ -270,6 +273,36 @@ def find_files(given: str, kind: str | None) -> tuple[list[Path], str]:
     if len(kinds) > 1:
         raise UserError(f"{given} holds files of several formats ({', '.join(kinds)}); set format")
     return files, kinds[0]
+
+
+def is_hidden(path: Path) -> bool:
+    """Below the folder that was named: .ipynb_checkpoints, .git, ._a.jsonl of a Mac's archive."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def without_leftovers(files: list[Path]) -> list[Path]:
+    """Sorted, of what `datasets` wrote the data alone: a cache holds the same documents again."""
+    own = {folder: dataset_files(folder) for folder in {file.parent for file in files}}
+    dicts = {folder.parent / "dataset_dict.json" for folder, data in own.items() if data}
+    meant = (f for f in files if f not in dicts)
+    return sorted(f for f in meant if (data := own[f.parent]) is None or f in data)
+
+
+def dataset_files(folder: Path) -> set[Path] | None:
+    """The data of a folder that `datasets` has saved or cached; None where it is neither."""
+    arrow = set(folder.glob("*.arrow"))
+    if not arrow or not (folder / "dataset_info.json").is_file():
+        return None
+    if not (folder / "state.json").is_file():
+        return {file for file in arrow if not file.name.startswith("cache-")}
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        named = {folder / row["filename"] for row in state["_data_files"]}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{folder / 'state.json'} names no _data_files: it is damaged") from None
+    if lost := sorted(named - arrow):
+        raise UserError(f"{folder / 'state.json'} names {lost[0].name}, which is not there")
+    return named
 
 
 def looks_like_hub(path: str) -> bool:

@@ -99,6 +99,41 @@ def test_truncated_compression_is_refused(tmp_path, suffix):
         texts(path)
 
 
+def test_hidden_files_of_a_folder_are_not_read(tmp_path):
+    root = tmp_path / ".cache" / "data"  # what stands above the folder may be hidden
+    for name in ("a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "b/.c.jsonl", "b/._a.jsonl"):
+        write_records(root / name, {"text": name})
+    assert [text for _, text in texts(root)] == ["a.jsonl"]
+    assert [text for _, text in texts(root / "**" / "*.jsonl")] == ["a.jsonl"]
+    assert texts(root / "b" / ".c.jsonl") == [(0, "b/.c.jsonl")]  # who names it, means it
+
+
+@pytest.mark.parametrize("pattern", [".", "*.arrow"])
+def test_a_saved_dataset_is_read_without_its_cache(tmp_path, pattern):
+    folder = tmp_path / "saved"
+    given = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+    given.save_to_disk(folder, num_shards=2)
+    datasets.load_from_disk(folder).map(lambda row: {"text": row["text"] * 2})
+    assert len(list(folder.glob("cache-*.arrow"))) == 1
+    assert texts(folder / pattern) == [(0, "a"), (1, "b"), (2, "c")]
+    next(folder.glob("data-00001*")).unlink()
+    with pytest.raises(UserError, match=r"state\.json names data-00001.*, which is not there"):
+        source(folder / pattern)
+    (folder / "state.json").write_text("[]")
+    with pytest.raises(UserError, match=r"state\.json names no _data_files: it is damaged"):
+        source(folder / pattern)
+    (folder / "state.json").unlink()  # as in the cache of the hub's data sets
+    assert texts(folder / pattern) == [(0, "a"), (1, "b")]
+
+
+def test_a_saved_dictionary_of_datasets_is_read(tmp_path):
+    splits = datasets.DatasetDict()
+    for name in ("test", "train"):
+        splits[name] = datasets.Dataset.from_dict({"text": [name]})
+    splits.save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved") == [(0, "test"), (1, "train")]
+
+
 def make_table(path: Path) -> Path:
     rows = {
         "text": ["one", "two", None],
