@@ -1,40 +1,60 @@
 """From files to blocks: whole lines of a file, a whole file, or one row of a table.
 
+A .json file that holds a list, or objects over several lines, becomes lines first.
+
 `read_blocks` cuts sources into blocks. That is cheap and keeps the order; what is in a block,
 `slm.records` finds out in the workers.
 
-JSON lines and text files are read here and not by `datasets`, which cannot name the line of a
+JSON, CSV and text files are read here and not by `datasets`, which cannot name the line of a
 broken record; Parquet, Arrow and hub names stream through `datasets`. Memory is a few blocks, or
 the longest record (`max_document_mb`).
 """
 
+import bz2
+import codecs
+import csv
 import glob
 import gzip
+import io
+import lzma
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from slm.errors import UserError
 from slm.records import BLANK_LINE, LINE_END
-from slm.sources import Source
+from slm.sources import Source, bare_suffix
 
 BLOCK_BYTES = 2**19
 ROWS_AT_ONCE = 256  # what a table reader holds in memory
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+CODECS = {".zst": "zstd", ".lz4": "lz4"}  # of Arrow
+# JSON without parsing it: what ends a text, and what nests or separates outside of texts.
+TEXT_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+MARK = re.compile(rb'["\[\]{},]')
+HEAD_BYTES = 2**16  # of a JSON file, which tell how it is laid out
+IN_LIST, IN_A_ROW = 1, 0  # how deep the records of a JSON file lie
 
 
 class Block(NamedTuple):
-    """A piece of one file. `data` is whole lines, a whole file, a row, or None: too long."""
+    """A piece of one file.
+
+    `data` is whole lines, a whole file, a row, a text that says what is wrong, or None: too long.
+    """
 
     source: int  # index in the list of sources
     copy: int  # the how manieth reading of the source, from 0
     file: str
     line: int  # lines (rows) of the file before it
-    record: int  # lines (rows, files) of the source before it
-    data: bytes | dict[str, Any] | None
+    record: int  # lines (rows, elements, files) of the source before it
+    data: bytes | dict[str, Any] | str | None
     size: int  # bytes of input
+    unit: str | None = "line"  # what `line` counts, for messages; None: the file is one record
 
 
 def read_blocks(sources: list[Source], max_bytes: int) -> Iterator[Block]:
@@ -48,6 +68,8 @@ def read_blocks(sources: list[Source], max_bytes: int) -> Iterator[Block]:
 def read_source(source: Source, max_bytes: int) -> Iterator[Block]:
     if source.format in ("jsonl", "text"):
         return read_files(source, max_bytes)
+    if source.format == "csv":
+        return read_csv(source, max_bytes)
     return read_tables(source)
 
 
@@ -61,11 +83,14 @@ def read_files(source: Source, max_bytes: int) -> Iterator[Block]:
             if whole_file:
                 data = stream.read(max_bytes + 1)
                 kept = data if len(data) <= max_bytes else None
-                yield Block(0, 0, file, 0, record, kept, len(data))
+                yield Block(0, 0, file, 0, record, kept, len(data), None)
                 record += 1
                 continue
-            for data, num_lines in cut(stream, separator, max_bytes):
-                yield Block(0, 0, file, line, record, data, len(data or b""))
+            unit, chunks = "line", iter(partial(stream.read, BLOCK_BYTES), b"")
+            if source.format == "jsonl" and bare_suffix(Path(file)) == ".json":
+                unit, chunks = read_json(chunks, file)
+            for data, num_lines in cut(chunks, separator, max_bytes):
+                yield Block(0, 0, file, line, record, data, len(data or b""), unit)
                 line += num_lines
                 record += num_lines
         if line == 0:
@@ -76,29 +101,29 @@ def read_files(source: Source, max_bytes: int) -> Iterator[Block]:
 def open_stream(file: Path) -> Iterator[IO[bytes]]:
     """The decompressed bytes of a file."""
     try:
-        if file.suffix == ".gz":
-            stream = gzip.open(file)
-        elif file.suffix == ".zst":
-            import pyarrow  # here, not above: 0.3 s, and only this suffix needs it
+        if file.suffix in OPENERS:
+            stream = OPENERS[file.suffix](file)
+        elif file.suffix in CODECS:
+            import pyarrow  # here, not above: 0.3 s, and only these suffixes need it
 
-            stream = pyarrow.input_stream(str(file), compression="zstd")
+            stream = pyarrow.input_stream(str(file), compression=CODECS[file.suffix])
         else:
             stream = open(file, "rb")
         with stream:
             yield cast(IO[bytes], stream)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{file} is truncated or damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def cut(
-    stream: IO[bytes], separator: re.Pattern[bytes], max_bytes: int
+    chunks: Iterator[bytes], separator: re.Pattern[bytes], max_bytes: int
 ) -> Iterator[tuple[bytes | None, int]]:
     """Pieces that end with a separator, and their lines; None for a record that is too long."""
     pending, passed = b"", 0  # passed: lines of a record that is being skipped
     skipping = False
-    while chunk := stream.read(BLOCK_BYTES):
+    for chunk in chunks:
         pending += chunk
         if skipping:
             match = separator.search(pending)
@@ -122,13 +147,105 @@ def cut(
         yield pending, pending.count(b"\n") + (not pending.endswith(b"\n"))
 
 
+# ---- JSON that is no lines ----------------------------------------------------------------------
+
+
+def read_json(chunks: Iterator[bytes], file: str) -> tuple[str, Iterator[bytes]]:
+    """What a record of the file is, and the file as lines of one record each."""
+    head, start = b"", b""
+    for chunk in chunks:
+        head += chunk
+        start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+        if b"\n" in start or len(head) >= HEAD_BYTES:
+            break
+    chunks = chain([head], chunks)
+    depth = record_depth(start)
+    if depth is None:
+        return "line", chunks
+    return ("element" if depth == IN_LIST else "record"), to_lines(chunks, depth, file)
+
+
+def record_depth(head: bytes) -> int | None:
+    """Is it a list, are objects spread over lines, or (None) has each a line?"""
+    if head.startswith(b"["):
+        return IN_LIST
+    first, end, _ = head.partition(b"\n")
+    outside = re.sub(rb'"' + TEXT_REST.pattern + rb'"', b"", first, flags=re.DOTALL)
+    opened = outside.count(b"{") - outside.count(b"}")
+    return IN_A_ROW if end and opened > 0 and b'"' not in outside else None
+
+
+def to_lines(chunks: Iterator[bytes], record_depth: int, file: str) -> Iterator[bytes]:
+    """One record a line; other line ends become \\r, which JSON allows between texts only."""
+    depth, in_text, rest, ended = 0, False, b"", False
+    for chunk in chunks:
+        data, at, start, pieces = (rest + chunk).replace(b"\n", b"\r"), 0, 0, []
+        while True:
+            if in_text:
+                at = cast(re.Match[bytes], TEXT_REST.match(data, at)).end()
+                if data[at : at + 1] != b'"':  # the text goes on, or a \\ is the last byte
+                    break
+                in_text, at = False, at + 1
+            mark = MARK.search(data, at)
+            if mark is None:
+                at = len(data)
+                break
+            at, sign = mark.end(), mark[0]
+            if ended:
+                raise UserError(f"{file}: its list ends, and {sign.decode()} follows")
+            in_text = sign == b'"'
+            depth += (sign in b"[{") - (sign in b"]}")
+            opens, closes = sign == b"[" and depth == 1, sign == b"]" and depth == 0
+            if record_depth == IN_LIST and (opens or closes or (sign == b"," and depth == 1)):
+                pieces += [data[start : mark.start()], b"" if opens else b"\n"]
+                start, ended = at, closes
+            elif record_depth == IN_A_ROW and sign == b"}" and depth == 0:
+                pieces += [data[start:at], b"\n"]
+                start = at
+        rest = data[at:]
+        yield b"".join([*pieces, data[start:at]])
+    if record_depth == IN_LIST and not ended:
+        raise UserError(f"{file} ends inside its list, it is cut off")
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def read_csv(source: Source, max_bytes: int) -> Iterator[Block]:
+    """Rows of .csv and .tsv files as texts, by the names in the first row."""
+    csv.field_size_limit(max(max_bytes, csv.field_size_limit()))
+    record = 0
+    for file in source.files:
+        delimiter = "\t" if bare_suffix(Path(file)) == ".tsv" else ","
+        with open_stream(Path(file)) as stream:
+            # What is not UTF-8 is found in its record.
+            text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            try:
+                names = next(reader, [])
+                for line, row in enumerate(filter(None, reader)):
+                    data = to_record(names, row, source)
+                    yield Block(0, 0, file, line, record, data, sum(map(len, row)), "row")
+                    record += 1
+            except csv.Error as error:
+                raise UserError(f"{file}, line {reader.line_num}: {error}") from None
+
+
+def to_record(names: list[str], row: list[str], source: Source) -> dict[str, Any] | str:
+    if len(row) != len(names):
+        return f"has {len(row)} fields, the first row has {len(names)}"
+    record: dict[str, Any] = dict(zip(names, row, strict=True))
+    known = record.keys() >= set(source.columns)
+    return {name: record[name] for name in source.columns} if known else record
+
+
 def read_tables(source: Source) -> Iterator[Block]:
     """Rows through `datasets`, a file at a time so that a bad row's file has a name."""
     record = 0
     for file in source.files or (source.path,):
         try:
             for line, row in enumerate(open_table(source, file)):
-                yield Block(0, 0, file, line, record, row, row_size(row))
+                yield Block(0, 0, file, line, record, row, row_size(row), "row")
                 record += 1
         # Whatever Arrow, fsspec or the hub's client raise, the user needs the name and the reason.
         except Exception as error:

@@ -237,7 +237,7 @@ def read_texts(
 ) -> Iterator[Text]:
     """A chat has parts where there is a `chat` to make them, and its text everywhere."""
     for line, record, raw in split_block(block, source):
-        where = place(block.file, line, source)
+        where = block.file if block.unit is None else f"{block.file}, {block.unit} {line + 1}"
         try:
             text, data, parts, spans = to_text(raw, source, max_bytes, chat)
             made = Text(where, record, text, data, None, parts, spans)
@@ -253,13 +253,6 @@ def with_noise(text: Text, source: Source, share: float) -> Text:
     return text._replace(text=noisy, data=noisy.encode(), spans=tuple(spans), clean=text.text)
 
 
-def place(file: str, line: int, source: Source) -> str:
-    if source.format == "text" and source.document == "file":
-        return file
-    unit = "line" if source.format in ("jsonl", "text") else "row"
-    return f"{file}, {unit} {line + 1}"
-
-
 def split_block(block: Block, source: Source) -> Iterator[tuple[int, int, Any]]:
     """(line, record, raw) of each record; blank lines hold none."""
     data, line, record = block.data, block.line, block.record
@@ -268,7 +261,7 @@ def split_block(block: Block, source: Source) -> Iterator[tuple[int, int, Any]]:
         return
     if line == 0:
         data = data.removeprefix(codecs.BOM_UTF8)
-    if source.format == "text" and source.document == "file":
+    if block.unit is None:
         yield line, record, data
         return
     paragraphs = source.document == "paragraph"
@@ -290,13 +283,17 @@ def to_text(
     """A record's text, its UTF-8, its parts and its signal; raises BadRecord."""
     if raw is None or (isinstance(raw, bytes) and len(raw) > max_bytes):
         raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
+    if isinstance(raw, str):
+        raise BadRecord(raw)
     record = raw if isinstance(raw, dict) else parse(raw, source)
     text, parts = fill(record, source, chat)
     try:
         data = text.encode()
     except UnicodeEncodeError:
         name = blame(record, source, has_surrogate)
-        raise BadRecord("has a lone surrogate, which is not valid Unicode", name) from None
+        csv = source.format == "csv"  # read with what is no UTF-8 as surrogates
+        reason = "is not UTF-8" if csv else "has a lone surrogate, which is not valid Unicode"
+        raise BadRecord(reason, name) from None
     if "\0" in text:
         raise BadRecord("contains NUL", blame(record, source, lambda value: "\0" in value))
     if len(data) > max_bytes:

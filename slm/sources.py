@@ -32,11 +32,13 @@ SUFFIXES = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-FORMATS = ("jsonl", "text", "parquet", "arrow", "hub")
-COMPRESSED = (".gz", ".zst")
+FORMATS = ("jsonl", "text", "csv", "parquet", "arrow", "hub")
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4")
 DOCUMENTS = ("file", "paragraph", "line")
 SETTING_TYPES: dict[str, type] = {  # the others are text
     "weight": float,
@@ -115,7 +117,9 @@ class Source:
     @property
     def num_bytes(self) -> int | None:
         """Bytes to be read, for the progress bar; None where that is not known beforehand."""
-        if self.format not in ("jsonl", "text") or any(f.endswith(COMPRESSED) for f in self.files):
+        if self.format not in ("jsonl", "text", "csv") or any(
+            f.endswith(COMPRESSED) for f in self.files
+        ):
             return None
         return self.num_copies * sum(Path(file).stat().st_size for file in self.files)
 
@@ -243,8 +247,12 @@ def check_choice(key: str, found: Any, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{key} is {found!r}, expected one of {', '.join(allowed)}")
 
 
+def bare_suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+
+
 def format_of(path: Path) -> str | None:
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    suffix = bare_suffix(path)
     return SUFFIXES[suffix] if suffix in SUFFIXES else None
 
 

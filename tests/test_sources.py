@@ -1,6 +1,9 @@
 """Files and blocks: what is read in which order, and which settings are refused."""
 
+import csv
 import gzip
+import json
+import lzma
 import math
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ def test_blocks_do_not_change_records(tmp_path, monkeypatch, block_bytes, docume
     monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
     assert texts(path, document=document) == expected
     with open_stream(path) as stream:
-        pieces = list(cut(stream, LINE_END, LIMIT))
+        pieces = list(cut(iter(lambda: stream.read(block_bytes), b""), LINE_END, LIMIT))
     assert b"".join(data or b"" for data, _ in pieces) == path.read_bytes()
     assert sum(lines for _, lines in pieces) == 11
 
@@ -83,13 +86,16 @@ def test_odd_names_and_compression(tmp_path):
     assert source(folder / f"{ODD}.json.gz").name == ODD
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2", ".lz4"])
 def test_truncated_compression_is_refused(tmp_path, suffix):
     content = b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(10_000))
     path = tmp_path / f"a.jsonl{suffix}"
-    codec = {".gz": "gzip", ".zst": "zstd"}[suffix]
-    with pa.output_stream(str(path), compression=codec) as stream:
-        stream.write(content)
+    codec = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+    if suffix == ".xz":
+        path.write_bytes(lzma.compress(content))
+    else:
+        with pa.output_stream(str(path), compression=codec[suffix]) as stream:
+            stream.write(content)
     assert len(texts(path)) == 10_000
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"a\.jsonl.*([Tt]runcated|end-of-stream)"):
@@ -132,6 +138,86 @@ def test_a_saved_dictionary_of_datasets_is_read(tmp_path):
         splits[name] = datasets.Dataset.from_dict({"text": [name]})
     splits.save_to_disk(tmp_path / "saved")
     assert texts(tmp_path / "saved") == [(0, "test"), (1, "train")]
+
+
+HARD = ['a", {"b": [1]}', "\\\\", 'x\\\\"]', "\u2028 \u2029 \x85 \f", "[{,}]\n\t", "\U0001d11e", ""]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 5, 64, 2**19])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_json_that_is_no_lines(tmp_path, monkeypatch, block_bytes, indent, ascii_only):
+    records = [{"text": t + ".", t: [{"x": [t, {}]}, []]} for t in HARD]
+    texts_of_all = list(enumerate(record["text"] for record in records))
+    written = [json.dumps(r, indent=indent, ensure_ascii=ascii_only) for r in records]
+    monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff [" + ",\r\n".join(written) + "]\n\n", encoding="utf-8")
+    assert texts(path) == texts_of_all
+    if indent:
+        path.write_text("\n".join(written), encoding="utf-8")
+        assert texts(path) == texts_of_all
+        path.write_text(written[-1], encoding="utf-8")
+        assert texts(path) == [(0, ".")]
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    assert texts(path) == texts_of_all
+
+
+def test_faults_of_json_that_is_no_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(
+        '[{"text": "a"},\n {"text": 1}, 5, {"text": "b\nc"}, {"text" "d"}, {"text": "e"}]'
+    )
+    assert texts(path) == [
+        (0, "a"),
+        (1, "a.json, element 2: field 'text' is a number, expected text"),
+        (2, "a.json, element 3 is a number, expected an object"),
+        (3, "a.json, element 4 is broken JSON: Invalid control character at at character 13"),
+        (4, "a.json, element 5 is broken JSON: Expecting ':' delimiter at character 10"),
+        (5, "e"),
+    ]
+    path.write_text("[\n" + json.dumps({"text": "x" * 500}) + ', {"text": "b"}]')
+    long = "a.json, element 1 is longer than 9.53674e-05 MB (max_document_mb)"
+    assert texts(path, max_bytes=100) == [(0, long), (1, "b")]
+    path.write_text('[{"text": "a"}, {"text": "b"')
+    with pytest.raises(UserError, match=r"a\.json ends inside its list, it is cut off"):
+        texts(path)
+    path.write_text('[{"text": "a"}] {"text": "b"}')
+    with pytest.raises(UserError, match=r"a\.json: its list ends, and { follows"):
+        texts(path)
+    path.write_text('{"text": "a\n{"text": "b"}')  # lines, the first of them cut off
+    assert [fault for _, fault in texts(path)][1] == "b"
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
+def test_tables_of_text(tmp_path, suffix, delimiter):
+    rows = [["n", "text"], *([str(i), text + "."] for i, text in enumerate(HARD))]
+    path = tmp_path / f"a{suffix}"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    found = [(i, text + ".") for i, text in enumerate(HARD)]
+    assert texts(path) == found
+    assert texts(path, text="{n}")[1] == (1, "1")  # a number is text, as all that is written there
+    compressed = tmp_path / f"b{suffix}.xz"
+    compressed.write_bytes(lzma.compress(path.read_bytes()))
+    assert texts(compressed) == found
+
+
+def test_faults_of_tables_of_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"n,text\n0,a\n1,b,c\n\n2,\xff\n3,\n4,d\n")
+    assert texts(path) == [
+        (0, "a"),
+        (1, "a.csv, row 2 has 3 fields, the first row has 2"),
+        (2, "a.csv, row 3: field 'text' is not UTF-8"),
+        (3, "a.csv, row 4: field 'text' is empty"),
+        (4, "d"),
+    ]
+    missing = "a.csv, row 1: field 'body' is missing (there are: n, text)"
+    assert texts(path, text="{body}")[0] == (0, missing)
+    path.write_text('n,text\n0,"a\n')
+    with pytest.raises(UserError, match=r"a\.csv, line 2: unexpected end of data"):
+        texts(path)
 
 
 def make_table(path: Path) -> Path:
