@@ -6,6 +6,7 @@ words and 8 bytes for each different 13-gram of the files, the parent 24 more fo
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +22,28 @@ from slm.shards import Json
 from slm.sources import Source
 
 NGRAM = 13
-WORD = re.compile(r"\w+")
+# Scripts that put no space between words: each of their characters counts as a word.
+NO_SPACES = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u1049\u1050-\u109f\uaa60-\uaa7f"  # Burmese
+    "\u1780-\u17d3\u17d7\u17dc-\u17e9"  # Khmer
+    "\u1950-\u19df\u1a20-\u1a99\uaa80-\uaadf"  # Tai
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana above, Chinese
+)
+WORD = re.compile(f"[{NO_SPACES}]|[^\\W{NO_SPACES}]+")
+# A word has some five letters, with the signs around it; a file with more of them to a word than
+# this is in another script without spaces, or it is no text.
+CHARACTERS_A_WORD = 20
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Overlap:
-    """The 13-grams of the `exclude` files; a word is a run of letters, digits and _ in lower case.
+    """The 13-grams of the `exclude` files, in lower case.
+
+    A word is a run of letters, digits and _, or one character of a script without spaces.
 
     Words are numbered, an n-gram is a 64-bit hash of its numbers. A text without 13 words in a row
     that the files know is done once its words are looked up.
@@ -123,14 +140,17 @@ def read_exclusion(sources: list[Source], max_bytes: int) -> Exclusion:
     words: dict[str, int] = {}
     keys, owners = [], []
     num_records, num_short = [0] * len(sources), [0] * len(sources)
+    num_wordless = [0] * len(sources)
     for file, text in read_all(sources, max_bytes):
         found = WORD.findall(text.text.lower())
         ids = np.array([words.setdefault(word, len(words)) for word in found], dtype=np.int64)
         num_records[file] += 1
         num_short[file] += len(ids) < NGRAM
+        num_wordless[file] += is_wordless(text.text, len(ids))
         if len(ids) >= NGRAM:
             keys.append(ngram_keys(ids))
             owners.append(np.full((len(keys[-1]), 2), (file, text.record)))
+    warn_of_wordless(sources, num_wordless, num_records)
     if not keys:
         raise UserError(f"exclude: no record has {NGRAM} words, nothing could be found")
     unique, index = np.unique(np.concatenate(keys), return_inverse=True)
@@ -139,6 +159,21 @@ def read_exclusion(sources: list[Source], max_bytes: int) -> Exclusion:
     names, found_in = [source.name for source in sources], [set() for _ in sources]
     overlap, num_documents = Overlap(words, unique), [0] * len(sources)
     return Exclusion(names, overlap, table, num_records, num_short, found_in, num_documents)
+
+
+def is_wordless(text: str, num_words: int) -> bool:
+    """Has a text that could hold 13 words nearly none?"""
+    length = sum(map(len, text.split()))
+    return length > CHARACTERS_A_WORD * max(num_words, NGRAM)
+
+
+def warn_of_wordless(sources: list[Source], num_wordless: list[int], totals: list[int]) -> None:
+    for source, wordless, total in zip(sources, num_wordless, totals, strict=True):
+        if wordless:
+            log.warning(
+                f"exclude {source.name}: {wordless} of {total} records have less than one word in "
+                f"{CHARACTERS_A_WORD} characters, they are hardly found in the text"
+            )
 
 
 def read_all(sources: list[Source], max_bytes: int) -> Iterator[tuple[int, Text]]:

@@ -1,6 +1,7 @@
 """13 words in a row: found exactly, by whole records, whatever stands between the words."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,39 @@ def test_find_by_hand(tmp_path):
     assert overlap.find(" ".join(WORDS[:12] + ["x"] + WORDS[12:13])) is None
     assert overlap.find(" ".join(reversed(WORDS))) is None
     assert overlap.find("") is None
+
+
+SENTENCES = {
+    "Chinese": "人工智能的发展正在改变我们的生活方式，许多新的技术不断出现。",
+    "Japanese": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
+    "Thai": "ภาษาไทยไม่มีช่องว่างระหว่างคำในประโยคเดียวกัน",
+    "Khmer": "ភាសាខ្មែរមិនមានចន្លោះរវាងពាក្យទេ",
+    "Burmese": "မြန်မာစာတွင်စကားလုံးများကြားနေရာလွတ်မရှိပါ",
+}
+
+
+@pytest.mark.parametrize("sentence", SENTENCES.values(), ids=list(SENTENCES))
+def test_scripts_without_spaces_are_found_by_13_characters(tmp_path, caplog, sentence):
+    overlap = read(write(tmp_path / "e.jsonl", sentence)).overlap
+    assert len(shared(overlap, f"GPT4と{sentence} and more")) == len(overlap.keys)
+    words = WORD.findall(sentence)
+    assert overlap.find("".join(words[2:15])) is not None  # 13 of them, without punctuation
+    assert overlap.find("".join(words[2:14])) is None
+    assert overlap.find(sentence[::-1]) is None
+    assert not caplog.records
+
+
+def test_words_with_spaces_between_them_are_runs_as_ever():
+    text = "It's naïve_1 — привет, 안녕하세요 세계 नमस्ते x2+y ελληνικά".lower()
+    assert WORD.findall(text) == re.findall(r"\w+", text)
+    assert WORD.findall("gpt4は強い ok") == ["gpt4", "は", "強", "い", "ok"]
+
+
+def test_a_text_with_hardly_a_word_is_warned_of(tmp_path, caplog):
+    runes = "\U00012000\U00012001" * 200  # cuneiform, in one run
+    read(write(tmp_path / "e.jsonl", runes, " ".join(WORDS), "short " * 3, "x" * 100))
+    (record,) = caplog.records
+    assert record.message.startswith("exclude e: 1 of 4 records have less than one word in 20 ch")
 
 
 def test_note_counts_documents_and_records(tmp_path):
