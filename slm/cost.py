@@ -29,8 +29,14 @@ def references_cost(folder: str | Path) -> Json | None:
     if not all(path.exists() for path in paths):
         return None
     costs = [read_json(path) for path in paths]
-    sums = {name: sum(cost[name] for cost in costs) for name in SUMMED}
+    sums = {name: total([cost[name] for cost in costs]) for name in SUMMED}
     return sums | {"devices": sorted({cost["device"] for cost in costs})}
+
+
+def total(values: list[float | None]) -> float | None:
+    """None where one of them is unknown: a sum without it would be too small."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def copy_lineage(model: str | Path, folder: Path) -> None:

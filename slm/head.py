@@ -21,6 +21,8 @@ from slm_kernels import token_cross_entropy
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2 and 3; RecurrentGemma
 SCALE_FIELDS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon H1; Muse
 DIVISOR_FIELDS = ("logits_scaling",)  # Granite
+# Terms that a model of transformers adds to its own loss where these are set: mixtures; Bamba.
+LOSS_TERM_FIELDS = ("output_router_logits", "z_loss_coefficient")
 HEAD_TOLERANCE = 1e-3  # of the largest loss, or nats where that is below 1
 PROBE_LOGIT = 60.0  # a soft cap does not show in the small logits of a new model
 
@@ -42,6 +44,13 @@ def head_of(model: PreTrainedModel) -> Head:
         scale /= present[name]
     caps = [present[name] for name in SOFTCAP_FIELDS if name in present]
     return Head(scale, caps[0] if caps else None)
+
+
+def loss_terms(model: PreTrainedModel) -> str | None:
+    """What our loss would leave out of the model's own, as `field is value`; None where nothing."""
+    fields = model.config.get_text_config().to_dict()
+    present = [name for name in LOSS_TERM_FIELDS if name in fields and fields[name]]
+    return f"{present[0]} is {fields[present[0]]}" if present else None
 
 
 def projection_of(model: PreTrainedModel) -> nn.Module:

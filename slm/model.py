@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from slm.chat import end_of_turn
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
-from slm.head import check_head, head_arguments, hidden_states
+from slm.head import check_head, head_arguments, hidden_states, loss_terms
 from slm.shards import check_hash, hash_file, hash_json, read_json, sync_folder
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
 from slm_kernels import (
@@ -72,6 +72,7 @@ def build_lm(
             check_model_folder("model.init_from", init_from)
         check_tokenizer(init_from, tokenizer)
         model = load_model(init_from, attn_implementation)
+    check_loss_terms(model, init_from)
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
     if rows < vocab_size:
@@ -100,6 +101,16 @@ def check_model_folder(key: str, name: str, check: str = "size") -> None:
     if check == "full" and record.is_file():
         for file, expected in read_json(record)["sha256"].items():
             check_hash(Path(name) / file, expected, "slm.json")
+
+
+def check_loss_terms(model: PreTrainedModel, init_from: str | None) -> None:
+    term = loss_terms(model)
+    if term is not None:
+        where = "model.architecture" if init_from is None else f"config.json of {init_from}"
+        raise UserError(
+            f"{where}: {term}, which adds a term to the model's own loss that would be left out "
+            "here; turn it off there to train without it"
+        )
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

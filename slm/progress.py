@@ -291,7 +291,7 @@ class Metrics(Callback):
         self.flops_unselected = flops_per_token(model, seq_len, 0.0)
         self.flops_selected = flops_per_token(model, seq_len, 1.0)
         scoring = [forward_flops_per_token(lm.model, seq_len) for lm in pl_module.online]
-        self.flops_online = sum(scoring)
+        self.flops_online = None if None in scoring else sum(filter(None, scoring))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.peak = peak_flops(pl_module.device, str(trainer.precision))
@@ -330,10 +330,15 @@ class Metrics(Callback):
             trained = result.sums["num_trained"] / datamodule_of(trainer).tokens_per_step
             send(trainer, metrics | self._speed(trainer, pl_module.device, step_s, trained))
 
-    def flops(self, tokens_seen: float, tokens_trained: float) -> float:
-        """Of a training of so many tokens, of which some had a weight; of its online reference."""
-        seen = tokens_seen * (self.flops_unselected + self.flops_online)
-        return seen + tokens_trained * (self.flops_selected - self.flops_unselected)
+    def flops(self, tokens_seen: float, tokens_trained: float) -> float | None:
+        """Of a training of so many tokens, of which some had a weight; of its online reference.
+
+        None where it is not known what a token costs.
+        """
+        unselected, selected, online = self.flops_unselected, self.flops_selected, self.flops_online
+        if unselected is None or selected is None or online is None:
+            return None
+        return tokens_seen * (unselected + online) + tokens_trained * (selected - unselected)
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self.train_seconds}
@@ -351,9 +356,9 @@ class Metrics(Callback):
             "perf/tokens_per_s": tokens_per_s,
             "perf/peak_memory_bytes": peak_memory_bytes(device),
         }
-        if self.peak.flops_per_s is not None:
-            available = self.peak.flops_per_s * trainer.world_size
-            speed["perf/mfu"] = self.flops(tokens_per_s, tokens_per_s * trained) / available
+        flops = self.flops(tokens_per_s, tokens_per_s * trained)
+        if self.peak.flops_per_s is not None and flops is not None:
+            speed["perf/mfu"] = flops / (self.peak.flops_per_s * trainer.world_size)
         return speed
 
 

@@ -231,7 +231,7 @@ class ModelScores:
         return {
             "seconds": seconds,
             "tokens": tokens,
-            "flops": tokens * self.flops,
+            "flops": None if self.flops is None else tokens * self.flops,
             "device": device,
         }
 

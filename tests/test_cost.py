@@ -42,6 +42,9 @@ def test_shards_are_summed_and_a_missing_one_leaves_no_sum(references):
         "devices": ["a", "b"],
     }
     assert References.open(references.folder, "full").fingerprint == references.fingerprint
+    write_cost(references.folder, 1, record(0.25, "a") | {"flops": None})  # a mixture
+    found = references_cost(references.folder)
+    assert found is not None and found["flops"] is None and found["tokens"] == 640
 
 
 def test_a_scored_shard_leaves_its_seconds_tokens_and_flops(tmp_path, text_corpus, monkeypatch):

@@ -34,7 +34,7 @@ from model_helpers import (
 )
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
-from slm.head import head_arguments
+from slm.head import head_arguments, loss_terms
 from slm.model import (
     SelectiveLM,
     build_lm,
@@ -273,6 +273,20 @@ def test_a_typing_error_in_the_architecture_is_refused(build):
     with pytest.raises(UserError, match="makes no causal LM: .*'hidden_size' expected int"):
         build(fields={"hidden_size": "16"})
     build(fields={"rope_theta": 5000.0})
+
+
+def test_a_term_that_a_model_adds_to_its_own_loss_is_refused(build, saved):
+    fields = {"model_type": "mixtral", "output_router_logits": True, "num_local_experts": 2}
+    said = "output_router_logits is True, .* would be left out"
+    with pytest.raises(UserError, match=f"^model.architecture: {said}"):
+        build(fields=fields)
+    new_model(LLAMA | fields, 300, None).save_pretrained(saved)
+    with pytest.raises(UserError, match=f"^config.json of {saved}: {said}"):
+        build(saved)
+    model = build().model
+    assert loss_terms(model) is None
+    model.config.z_loss_coefficient = 0.1  # Bamba's
+    assert loss_terms(model) == "z_loss_coefficient is 0.1"
 
 
 def test_attention_that_the_class_lacks_is_refused_and_null_takes_what_it_has(build):

@@ -263,8 +263,12 @@ def test_flops_of_a_run_count_every_token_once_and_its_online_reference() -> Non
     for online in ((), (SimpleNamespace(model=model),)):
         module: Any = SimpleNamespace(lm=SimpleNamespace(model=model), online=online)
         metrics.setup(trainer, module, "fit")
-        scoring = 100 * forward_flops_per_token(model, 16) * len(online)
+        forward = forward_flops_per_token(model, 16)
+        assert forward is not None and selected is not None and unselected is not None
+        scoring = 100 * forward * len(online)
         assert metrics.flops(100, 60) == 60 * selected + 40 * unselected + scoring
+    metrics.flops_unselected = None
+    assert metrics.flops(100, 60) is None
 
 
 def test_peak_is_quick_repeatable_and_draws_no_random_number() -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from slm.head import check_head, head_arguments, projection_of
+from slm.head import check_head, head_arguments, loss_terms, projection_of
 from slm.integrations.loss import (
     COLUMN,
     IGNORE_INDEX,
@@ -139,8 +139,8 @@ def check_causal_lm(model: Any) -> None:
         raise ValueError("the output layer is empty: DeepSpeed ZeRO-3 is not supported")
     if getattr(model, "active_peft_config", None) and model.active_peft_config.is_prompt_learning:
         raise ValueError("prompt learning moves the tokens away from their scores; use LoRA")
-    if getattr(inner.config.get_text_config(), "output_router_logits", False):
-        raise ValueError("output_router_logits is true, its auxiliary loss would be left out")
+    if (term := loss_terms(inner)) is not None:
+        raise ValueError(f"{term}, its auxiliary loss would be left out")
     if not projection.weight.is_meta:
         probe_head(inner)
 
