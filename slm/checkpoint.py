@@ -35,9 +35,16 @@ def sidecar(path: Path) -> Path:
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Writes in the target's own folder, syncs, renames, then writes the hash; load checks it."""
+    """Writes in the target's own folder, syncs, renames, then writes the hash; load checks it.
+
+    check_owner: raises where another process has the run's folder now
+    """
+
+    def __init__(self, check_owner: Callable[[], None]):
+        self.check_owner = check_owner
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
+        self.check_owner()
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         sidecar(path).unlink(missing_ok=True)
@@ -98,6 +105,22 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; what does not is reported and set aside."""
     paths = sorted(folder.glob("*-*.ckpt"), key=lambda path: path.stem.split("-")[1], reverse=True)
     return next(verified(paths, warn), None)
+
+
+class OnlyWriter(Callback):
+    """Ends the run before it logs or saves a step in a folder that is another process's now."""
+
+    def __init__(self, check_owner: Callable[[], None]):
+        self.check_owner = check_owner
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check_owner()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if step_ended(trainer, batch_idx):
+            self.check_owner()
 
 
 def step_ended(trainer: Trainer, batch_idx: int) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from slm.chat import chat_format, find_template
+from slm.claims import Claim, claim, owner_of, remove_temporaries
 from slm.cli import command
 from slm.errors import UserError
 from slm.overlap import Exclusion, Overlap, read_exclusion
@@ -47,7 +48,6 @@ from slm.shards import (
     Json,
     adopt_plan,
     atomic_file,
-    claim,
     hash_json,
     read_json,
     read_sidecars,
@@ -160,7 +160,7 @@ def check_number(key: str, value: Any, kind: type, low: float, high: float) -> N
 
 
 @contextmanager
-def own_folder(out: Path) -> Iterator[None]:
+def own_folder(out: Path) -> Iterator[Claim]:
     """`out` exists, holds nothing foreign, and is no other process's until we leave."""
     lock = out / ".prepare.lock"
     try:
@@ -169,14 +169,16 @@ def own_folder(out: Path) -> Iterator[None]:
         raise UserError(f"out={out} is a file or lies in one; it must be a folder") from None
     try:
         with claim(lock) as owned:
-            if not owned:
-                raise UserError(f"{out} is being written by another `slm prepare` (see {lock})")
+            if owned is None:
+                raise UserError(
+                    f"{out} is being written by another `slm prepare` ({owner_of(lock)}; {lock})"
+                )
             others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
             if others and "plan.json" not in others:
                 raise UserError(
                     f"{out} holds other files ({others[0]}); choose another output folder"
                 )
-            yield
+            yield owned
     finally:
         with suppress(OSError):
             out.rmdir()  # only succeeds if nothing was written
@@ -239,8 +241,7 @@ def clear(out: Path) -> None:
     for side in SIDES:
         shutil.rmtree(out / side, ignore_errors=True)
     (out / "excluded.jsonl").unlink(missing_ok=True)
-    for path in out.glob(".*.tmp"):
-        path.unlink()
+    remove_temporaries(out)
 
 
 def input_bytes(sources: list[Source]) -> int | None:
@@ -435,7 +436,7 @@ def prepare(config: Any) -> Json:
     if template is not None:
         identity["chat_template_sha256"] = hash_json(template)
     out = Path(str(config.out)).expanduser()
-    with own_folder(out):
+    with own_folder(out) as mine:
         adopt_plan(out, run_plan(config, sources, exclude, identity))
         if (out / "report.json").exists():
             fault = damage(out)
@@ -447,8 +448,10 @@ def prepare(config: Any) -> Json:
         try:
             clear(out)
             report = write_corpus(config, out, sources, exclude, tokenizer, template)
+            mine.check()
             write_json(out / "report.json", report)
         except (UserError, OSError) as error:
+            mine.check()  # else it would be another's files that are removed
             clear(out)
             (out / "plan.json").unlink()
             if isinstance(error, OSError):

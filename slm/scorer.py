@@ -7,7 +7,6 @@ its sidecar last, which says that it is done.
 
 import logging
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from slm.claims import ClaimLost, claim, owner_of, remove_temporaries
 from slm.cost import write_cost
 from slm.data import Windows
 from slm.errors import UserError
@@ -23,9 +23,6 @@ from slm.shards import (
     Json,
     References,
     Shard,
-    claim,
-    claim_is_stale,
-    is_alive,
     naming,
     shard_path,
     write_array,
@@ -72,7 +69,10 @@ class Scorer:
         for start in range(first, last, self.batch_size):
             yield np.arange(start, min(start + self.batch_size, last))
 
-    def score_shard(self, shard: Shard, advance: Callable[[int], None]) -> None:
+    def score_shard(
+        self, shard: Shard, advance: Callable[[int], None], check: Callable[[], None]
+    ) -> None:
+        """`check` is asked before anything is written."""
         start, offset = time.perf_counter(), 1  # the shard's first token has no score
         shape = (len(self.source.columns), shard.num_tokens)
         scores = np.full(shape, np.nan, np.float32)
@@ -84,6 +84,7 @@ class Scorer:
             offset += size
             advance(size)
         cost = self.source.cost(time.perf_counter() - start, num_targets([shard]))
+        check()
         self.write(shard, dict(zip(self.source.columns, scores, strict=True)), cost)
 
     def write(self, shard: Shard, scores: Columns, cost: Json | None) -> None:
@@ -108,9 +109,13 @@ class Scorer:
         if self.is_done(shard):
             return False
         with claim(self.path(shard, ".claim")) as mine:
-            if not mine or self.is_done(shard):
+            if mine is None or self.is_done(shard):
                 return False
-            self.score_shard(shard, advance)
+            try:
+                self.score_shard(shard, advance, mine.check)
+            except ClaimLost as error:
+                log.warning("%s; going on with another shard", error)
+                return False
         return True
 
     def run(self, advance: Callable[[int], None]) -> int:
@@ -118,7 +123,7 @@ class Scorer:
 
         What others finish meanwhile counts as progress too. The claim of a dead one is taken over.
         """
-        own, missing = 0, self.missing()
+        own, missing, said = 0, self.missing(), ""
         while missing:
             mine = {shard.index for shard in missing if self.take(shard, advance)}
             own += num_targets([shard for shard in missing if shard.index in mine])
@@ -127,8 +132,22 @@ class Scorer:
             if theirs := [shard for shard in before if shard.index not in left]:
                 advance(num_targets(theirs))
             if missing and not mine:
+                said = self.say_what_is_waited_for(missing, said)
                 time.sleep(POLL_S)
         return own
+
+    def say_what_is_waited_for(self, missing: list[Shard], said: str) -> str:
+        """Once, and again where it is another."""
+        claims = {shard.index: self.path(shard, ".claim") for shard in missing}
+        waits = [
+            f"shard {index} ({owner_of(path)}, {path.name})"
+            for index, path in claims.items()
+            if path.exists()
+        ]
+        now = ", ".join(waits)
+        if now and now != said:
+            log.info("%s: waiting for %s", self.out, now)
+        return now or said
 
 
 def num_targets(shards: list[Shard]) -> int:
@@ -158,15 +177,11 @@ def store_bytes(scorer: Scorer, count: int) -> int:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Claims and temporary files of processes on this host that were killed."""
+    """Claims and temporary files of processes that were killed."""
     for path in out.glob("logprobs-*.claim"):
-        if claim_is_stale(path):
-            path.unlink(missing_ok=True)
-    prefix = f"{socket.gethostname()}-"
-    for path in out.glob(".*.tmp"):
-        owner = path.name.removesuffix(".tmp").rpartition(prefix)[2]
-        if owner.isdecimal() and not is_alive(int(owner)):
-            path.unlink(missing_ok=True)
+        with claim(path):  # whoever may have it gives it back
+            pass
+    remove_temporaries(out)
 
 
 def is_finished(scorer: Scorer) -> bool:

@@ -25,11 +25,8 @@ import hashlib
 import io
 import json
 import os
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import BufferedRandom
@@ -38,12 +35,11 @@ from typing import Any
 
 import numpy as np
 
+from slm.claims import process_name
 from slm.errors import UserError
 
 FORMAT = 1
 CHECKS = ("size", "full")
-HEARTBEAT_S = 5.0
-STALE_S = 60.0
 BLOCK_BYTES = 1 << 22
 # Fields of a corpus that decide whether a reference score belongs to a token.
 IDENTITY = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
@@ -58,7 +54,7 @@ Advance = Callable[[int], None]
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BufferedRandom]:
     """An open temporary file in the folder of `path`; synced and renamed to it on success."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{process_name()}.tmp")
     try:
         with open(temporary, "w+b") as file:
             yield file
@@ -225,60 +221,6 @@ def write_sidecar(folder: Path, column: str, shard: Shard) -> None:
 def read_sidecars(folder: Path, column: str) -> list[Shard]:
     """The finished shards of a folder, in order."""
     return [Shard(**read_json(path)) for path in sorted(folder.glob(f"{column}-*.json"))]
-
-
-def claim_is_stale(path: Path) -> bool:
-    """True where the claim's process is gone: dead on this host, or silent for STALE_S seconds."""
-    try:
-        owner, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
-    except (FileNotFoundError, json.JSONDecodeError):
-        return path.exists() and time.time() - path.stat().st_mtime > STALE_S
-    if owner["host"] != socket.gethostname():
-        return age > STALE_S
-    return age > STALE_S or not is_alive(owner["pid"])
-
-
-def is_alive(pid: int) -> bool:
-    """Is there such a process on this host?"""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-@contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Yields True if this process now owns `path` (an O_EXCL file with host, pid and heartbeat).
-
-    Two owners are harmless: they write the same bytes. The claim only saves work.
-    """
-    if path.exists() and claim_is_stale(path):
-        path.unlink(missing_ok=True)
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        yield False
-        return
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-    released = threading.Event()
-
-    def beat() -> None:
-        while not released.wait(HEARTBEAT_S):
-            with suppress(FileNotFoundError):
-                os.utime(path)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield True
-    finally:
-        released.set()
-        thread.join()
-        path.unlink(missing_ok=True)
 
 
 def adopt_plan(

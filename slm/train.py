@@ -14,7 +14,7 @@ the target model (excess). The run's folder holds
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,11 +33,13 @@ from transformers import PreTrainedTokenizerFast
 
 from slm.checkpoint import (
     Checkpoints,
+    OnlyWriter,
     RandomStates,
     StopOnSignal,
     VerifiedCheckpointIO,
     newest_checkpoint,
 )
+from slm.claims import claim, owner_of, remove_temporaries
 from slm.cli import command
 from slm.errors import UserError
 from slm.lineage import lineage, model_card, reference_record
@@ -47,7 +49,7 @@ from slm.progress import Metrics, StepClock, progress_bar
 from slm.rules import by_word, import_modules, trained_by_word
 from slm.score import load_reference
 from slm.selection import Selection
-from slm.shards import References, claim, read_json, write_json
+from slm.shards import References, read_json, write_json
 from slm.token_data import TokenData
 from slm.tokenizer import load_corpus_tokenizer
 from slm.tracking import WandbLog
@@ -125,7 +127,10 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
     A run that ended before its first checkpoint has nothing to lose and is replaced.
     """
     path = folder / "run.json"
-    others = {entry.name for entry in folder.iterdir()} - {"run.claim", ".hydra", "status.json"}
+    for place in (folder, folder / "checkpoints"):
+        remove_temporaries(place)
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    others = names - {"run.claim", "status.json"}
     if others and not path.exists():
         raise UserError(
             f"{folder} holds {sorted(others)[0]} and no run (run.json): choose another `out`"
@@ -212,7 +217,7 @@ def warn_of_other_precision(references: References, precision: str) -> None:
         )
 
 
-def build_trainer(config: DictConfig, data: TokenData) -> Trainer:
+def build_trainer(config: DictConfig, data: TokenData, check_owner: Callable[[], None]) -> Trainer:
     loggers = [build(node) for node in config.logger.values()]
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
     checkpoints = next(item for item in callbacks if isinstance(item, Checkpoints))
@@ -224,8 +229,11 @@ def build_trainer(config: DictConfig, data: TokenData) -> Trainer:
         max_steps=round(config.max_tokens / data.tokens_per_step),
         max_epochs=-1,
         logger=loggers,
-        callbacks=[RandomStates(), *callbacks, StopOnSignal(checkpoints), progress_bar(), *clocks],
-        plugins=[VerifiedCheckpointIO()],
+        callbacks=[
+            *(OnlyWriter(check_owner), RandomStates(), *callbacks),
+            *(StopOnSignal(checkpoints), progress_bar(), *clocks),
+        ],
+        plugins=[VerifiedCheckpointIO(check_owner)],
         enable_checkpointing=False,  # Checkpoints saves, and it alone
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -335,20 +343,21 @@ def train(config: DictConfig) -> Path:
     check_overrides(config)
     data: TokenData = build(config.data)
     identity = run_identity(config, data)
-    with only_writer(folder):
+    with only_writer(folder) as check_owner:
         checkpoint = adopt_run(folder, identity, config.resume)
         if (folder / "model" / "slm.json").exists():
             log.info("%s is complete already", folder)
             return folder / "model"
         tokenizer = load_corpus_tokenizer(data.corpus)
         module = build_module(config, data, tokenizer)
-        trainer = build_trainer(config, data)
+        trainer = build_trainer(config, data, check_owner)
         log.info("new run in %s" if checkpoint is None else "continuing %s", checkpoint or folder)
         try:
             log_inputs(trainer, config, data, module.lm.model.config.to_diff_dict())
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             check_complete(trainer)
             if trainer.is_global_zero:
+                check_owner()
                 export(config, module, tokenizer, data, identity)
             trainer.strategy.barrier()
         finally:
@@ -365,17 +374,20 @@ def leave_process_group() -> None:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another live process trains in; ranks of one job share it."""
+def only_writer(folder: Path) -> Iterator[Callable[[], None]]:
+    """Refuse a folder that another live process trains in; ranks of one job share it.
+
+    Yields what raises as soon as the folder is another process's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # Lightning sets it on import
-        yield
+        yield lambda: None  # rank 0 writes, and asks
         return
     with claim(folder / "run.claim") as mine:
-        if not mine:
-            owner = (folder / "run.claim").read_text()
-            raise UserError(f"another process trains in {folder} ({owner} in run.claim)")
-        yield
+        if mine is None:
+            owner = owner_of(folder / "run.claim")
+            raise UserError(f"another process trains in {folder} ({owner}, see run.claim)")
+        yield mine.check
 
 
 def log_inputs(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from slm.claims import remove_temporaries
 from slm.classes import Trajectories
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
@@ -100,6 +101,7 @@ class TrajectoryStore:
         """Open or begin a store; another run's, or one of other tokens, is refused."""
         folder = Path(folder)
         adopt_plan(folder, plan, "other losses", "another name")
+        remove_temporaries(folder)
         if not (folder / "token_set.json").exists():
             write_token_set(folder, tokens)
         store = cls(folder, check)

@@ -11,6 +11,7 @@ import torch
 
 from slm.checkpoint import (
     Checkpoints,
+    OnlyWriter,
     RandomStates,
     VerifiedCheckpointIO,
     check_checkpoint,
@@ -19,12 +20,15 @@ from slm.checkpoint import (
     set_random_state,
     sidecar,
 )
+from slm.claims import ClaimLost
 from slm.errors import UserError
+
+IO = VerifiedCheckpointIO(lambda: None)
 
 
 def save(folder: Path, step: int, kind: str = "step") -> Path:
     path = folder / f"{kind}-{step:08d}.ckpt"
-    VerifiedCheckpointIO().save_checkpoint(
+    IO.save_checkpoint(
         {"global_step": step, "about": {"tokens_seen": step}, "w": torch.ones(3) * step}, path
     )
     return path
@@ -32,8 +36,8 @@ def save(folder: Path, step: int, kind: str = "step") -> Path:
 
 def test_round_trip(tmp_path):
     path = save(tmp_path, 7)
-    assert torch.equal(VerifiedCheckpointIO().load_checkpoint(path)["w"], torch.full((3,), 7.0))
-    VerifiedCheckpointIO().remove_checkpoint(path)
+    assert torch.equal(IO.load_checkpoint(path)["w"], torch.full((3,), 7.0))
+    IO.remove_checkpoint(path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -43,12 +47,12 @@ def test_flipped_byte_truncation_and_missing_sidecar_are_refused(tmp_path):
     for damaged in (data[:-1], data[:100] + bytes([data[100] ^ 1]) + data[101:], b""):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="step-00000007.ckpt is damaged: sha256"):
-            VerifiedCheckpointIO().load_checkpoint(path)
+            IO.load_checkpoint(path)
     path.write_bytes(data)
     check_checkpoint(path)
     sidecar(path).unlink()
     with pytest.raises(UserError, match="unfinished: step-00000007.ckpt.json is missing"):
-        VerifiedCheckpointIO().load_checkpoint(path)
+        IO.load_checkpoint(path)
     with pytest.raises(UserError, match="does not exist"):
         check_checkpoint(tmp_path / "none.ckpt")
 
@@ -59,11 +63,9 @@ def test_hostile_pickle_is_refused_even_with_a_matching_hash(tmp_path):
             return (Path.touch, (tmp_path / "owned",))
 
     path = tmp_path / "step-00000001.ckpt"
-    VerifiedCheckpointIO().save_checkpoint(
-        {"global_step": 1, "about": {"tokens_seen": 1}, "x": Evil()}, path
-    )
+    IO.save_checkpoint({"global_step": 1, "about": {"tokens_seen": 1}, "x": Evil()}, path)
     with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
-        VerifiedCheckpointIO().load_checkpoint(path)
+        IO.load_checkpoint(path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -85,15 +87,14 @@ def test_newest_valid_of_both_kinds_is_found_and_the_rest_reported(tmp_path):
 
 def strategy_of(rank_zero_says: Any = None) -> Any:
     """What Checkpoints uses of a trainer; `rank_zero_says` is what every broadcast brings."""
-    io = VerifiedCheckpointIO()
 
     def write(path: Path) -> None:
-        io.save_checkpoint({"global_step": trainer.global_step, "about": {"tokens_seen": 1}}, path)
+        IO.save_checkpoint({"global_step": trainer.global_step, "about": {"tokens_seen": 1}}, path)
 
     def broadcast(mine: Any) -> Any:
         return mine if rank_zero_says is None else rank_zero_says
 
-    strategy = SimpleNamespace(broadcast=broadcast, remove_checkpoint=io.remove_checkpoint)
+    strategy = SimpleNamespace(broadcast=broadcast, remove_checkpoint=IO.remove_checkpoint)
     trainer = SimpleNamespace(is_global_zero=True, save_checkpoint=write, strategy=strategy)
     return trainer
 
@@ -139,6 +140,21 @@ def test_a_failed_save_leaves_the_old_checkpoints_alone(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == [old.name, sidecar(old).name]
 
 
+def test_nothing_is_saved_in_a_folder_that_is_another_s(tmp_path):
+    def lost() -> None:
+        raise ClaimLost("lost")
+
+    kept, steps = save(tmp_path, 5), []
+    with pytest.raises(ClaimLost):
+        VerifiedCheckpointIO(lost).save_checkpoint({"global_step": 5}, kept)
+    check_checkpoint(kept)
+    only_writer = OnlyWriter(lambda: steps.append(1))
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=2)
+    for batch in range(4):
+        only_writer.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
+    assert len(steps) == 2
+
+
 def test_random_states_come_back_through_a_file(tmp_path):
     def draw() -> tuple:
         return random.random(), np.random.rand(), np.random.randn(), torch.rand(2).tolist()
@@ -146,14 +162,14 @@ def test_random_states_come_back_through_a_file(tmp_path):
     draw()
     np.random.randn()  # leaves a cached Gaussian behind
     path = tmp_path / "step-00000001.ckpt"
-    VerifiedCheckpointIO().save_checkpoint(
+    IO.save_checkpoint(
         {"global_step": 1, "about": {"tokens_seen": 1}, **RandomStates().state_dict()}, path
     )
     expected = [draw() for _ in range(3)]
-    set_random_state(VerifiedCheckpointIO().load_checkpoint(path)["ranks"][0])
+    set_random_state(IO.load_checkpoint(path)["ranks"][0])
     assert [draw() for _ in range(3)] == expected
     with_more = RandomStates()
-    with_more.load_state_dict(VerifiedCheckpointIO().load_checkpoint(path))
+    with_more.load_state_dict(IO.load_checkpoint(path))
     for rank in (0, 1, 5):  # a state for one rank was saved
         with_more.on_train_start(SimpleNamespace(global_rank=rank), None)  # type: ignore[arg-type]
         assert [draw() for _ in range(3)] == expected

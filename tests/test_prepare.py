@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from slm.claims import claim
 from slm.cli import conf_folder
 from slm.errors import UserError
 from slm.packing import side_of
 from slm.prepare import prepare
-from slm.shards import ArrayWriter, Corpus, claim
+from slm.shards import ArrayWriter, Corpus
 from slm.tokenizer import EOS, train_tokenizer
 from text_helpers import DATA, needs_data, write_records
 

@@ -443,7 +443,8 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_cleared(config):
     assert contents(score.score(config)) == expected
 
 
-def test_what_another_machine_finishes_is_waited_for_and_counted(config, monkeypatch):
+def test_what_another_machine_finishes_is_waited_for_and_counted(config, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "slm.score")
     out = score.score(config)
     expected = contents(out)
     for name in ("manifest.json", "logprobs-00000.json", "logprobs-00000.npy"):
@@ -463,6 +464,24 @@ def test_what_another_machine_finishes_is_waited_for_and_counted(config, monkeyp
     (out / "logprobs-00000.json").write_bytes(expected["logprobs-00000.json"])
     waiting.join(10)
     assert owns == [0] and sum(advanced) == 320
+    line = "waiting for shard 0 (pid 1 on elsewhere, logprobs-00000.claim)"
+    assert caplog.messages.count(f"{out}: {line}") == 1
+
+
+def test_a_shard_whose_claim_is_lost_is_not_written(config, monkeypatch, caplog):
+    """Its process was suspended, and another has taken it; this one goes on with what is left."""
+    expected = contents(score.score(config))
+    shutil.rmtree(config.out)
+    score_shard, path = Scorer.score_shard, Path(config.out) / "logprobs-00000.claim"
+
+    def lose_the_first(self: Scorer, shard: Any, advance: Any, check: Any) -> None:
+        if path.exists() and not caplog.records:
+            path.unlink()
+        score_shard(self, shard, advance, check)
+
+    monkeypatch.setattr(Scorer, "score_shard", lose_the_first)
+    assert contents(score.score(config)) == expected
+    assert f"has lost {path} to nobody" in caplog.text
 
 
 # A process that has imported everything once and forks the workers: an import takes seconds.

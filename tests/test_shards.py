@@ -1,18 +1,15 @@
 """The format on disk: what is refused, what survives a crash."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from slm import shards
 from slm.errors import UserError
-from slm.shards import ArrayWriter, Corpus, References, adopt_plan, atomic_file, claim, map_array
+from slm.shards import ArrayWriter, Corpus, References, adopt_plan, atomic_file, map_array
 
 
 def test_array_writer_equals_numpy_save(tmp_path):
@@ -128,40 +125,3 @@ def test_plan_of_another_run_is_refused_with_both_values(tmp_path):
     adopt_plan(tmp_path, {"seq_len": 4, "kind": "corpus"})
     with pytest.raises(UserError, match="another run: seq_len is 4 in plan.json, 8 now"):
         adopt_plan(tmp_path, {"seq_len": 8, "kind": "corpus"})
-
-
-def test_claim_is_exclusive_and_released(tmp_path):
-    path = tmp_path / "a.claim"
-    with claim(path) as first:
-        assert first
-        owner = json.loads(path.read_text())
-        assert owner == {"host": socket.gethostname(), "pid": os.getpid()}
-        with claim(path) as second:
-            assert not second
-        assert path.exists()
-    assert not path.exists()
-
-
-def test_claim_of_a_dead_process_and_of_a_silent_host_is_taken_over(tmp_path):
-    path = tmp_path / "a.claim"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    path.write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid}))
-    with claim(path) as mine:
-        assert mine
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    with claim(path) as mine:
-        assert not mine  # it may be alive
-    silent = time.time() - 2 * shards.STALE_S
-    os.utime(path, (silent, silent))
-    with claim(path) as mine:
-        assert mine
-
-
-def test_claim_beats_while_it_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "HEARTBEAT_S", 0.01)
-    path = tmp_path / "a.claim"
-    with claim(path):
-        os.utime(path, (0, 0))
-        time.sleep(0.2)
-        assert time.time() - path.stat().st_mtime < 5

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from run_helpers import TINY_MODEL
 from slm import train as train_module
 from slm.analysis import analyse
 from slm.checkpoint import check_checkpoint
+from slm.claims import ClaimLost
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
@@ -425,6 +427,45 @@ def test_scores_of_two_kinds_are_not_mixed_up(tmp_path, text_corpus, make_refere
     message = f"Intersection needs one reference with entropies, found {folder}.*entropy=true"
     with pytest.raises(UserError, match=message):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+
+
+def test_who_loses_the_folder_to_another_process_ends_before_it_writes(
+    tmp_path, text_corpus, monkeypatch
+):
+    folder = tmp_path / "run"
+
+    class Lose(Callback):
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 3:
+                (folder / "run.claim").write_text('{"host": "elsewhere", "pid": 7}')
+
+    monkeypatch.setattr(train_module, "progress_bar", Lose)
+    config = compose_train(folder, text_corpus.folder)
+    with pytest.raises(ClaimLost, match="has lost .*run.claim to pid 7 on elsewhere"):
+        train(config)
+    assert [int(row["step"]) for row in rows(folder / "train.csv")] == [1, 2, 3]
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*.ckpt")) == [
+        "step-00000002.ckpt"
+    ]
+    message = "another process trains in .* \\(pid 7 on elsewhere, see run.claim\\)"
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not (folder / "model").exists()
+
+
+def test_leftovers_of_a_killed_start_are_no_other_run(tmp_path, text_corpus):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = f"{socket.gethostname()}-{dead.pid}-5.tmp"
+    (folder / f".run.json.{left}").touch()
+    train(compose_train(folder, text_corpus.folder, "max_tokens=256"))
+    (folder / "checkpoints" / f".step-00000001.ckpt.{left}").touch()
+    train(compose_train(folder, text_corpus.folder, "max_tokens=256"))
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, text_corpus):

@@ -1,5 +1,9 @@
 """Losses of a token set against the model's own logits; the store of them."""
 
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +75,19 @@ def test_store_grows_and_stays_in_order(tmp_path, text_corpus, tokenizer):
     assert sorted(path.name for path in (tmp_path / "d").glob("losses-*.npy")) == [
         "losses-000000000000100.npy"
     ]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path, text_corpus, tokenizer):
+    numbers = np.array([1, 5])
+    store = make_store(tmp_path / "d", text_corpus, numbers, tokenizer)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    name = f".losses-000000000000100.npy.{socket.gethostname()}-{dead.pid}-123.tmp"
+    (store.folder / name).write_bytes(b"half")
+    before = sorted(path.name for path in store.folder.iterdir())
+    make_store(tmp_path / "d", text_corpus, numbers, tokenizer)
+    before.remove(name)
+    assert sorted(path.name for path in store.folder.iterdir()) == before
 
 
 def test_what_does_not_belong_is_refused(tmp_path, text_corpus, tokenizer, make_corpus):
