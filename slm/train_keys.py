@@ -51,6 +51,7 @@ TRAIN: Table = TRAINER | {
     "online_reference": optional(text),
     "seed": seed,
     "resume": word("auto", "never"),
+    "modules": anything,
     "data": anything,
     "data.heldout_windows": count,
     "data.batch_size": count,
