@@ -32,17 +32,17 @@ from slm.model import SelectiveLM, check_length
 from slm.panels import dynamics_metrics, excess_histograms, final_media, final_summary
 from slm.progress import send
 from slm.rules import import_modules
-from slm.score import DTYPES, check_count, pick_device
+from slm.score import DTYPES, check_count, computing, pick_device
 from slm.shards import Corpus, Json, hash_json, nested, read_json, write_csv
 from slm.token_set import TokenSet, draw_windows, read_windows
 from slm.tokenizer import is_tokenizer_of, load_corpus_tokenizer, share_tokenizer
 from slm.tracking import WandbLog
+from slm.train_keys import PRECISIONS
 from slm.trajectories import TrajectoryStore, make_plan, token_losses
 
 log = logging.getLogger("slm.dynamics")
+EXACT = ("eager", "sdpa")  # attention that every machine has
 PARTS = 32  # of a run: how often the callback looks
-PRECISIONS = {"32-true": "float32", "bf16-mixed": "bf16-mixed"}  # as the command names them
-WAYS = DTYPES | {"bf16-mixed": torch.float32}  # dtype: that of the weights
 
 
 # ---- what both ways share -----------------------------------------------------------------------
@@ -293,10 +293,22 @@ def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
     fields = json.loads(about["config"])
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     check_length(config, corpus.seq_len)
-    lm = SelectiveLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    prefix = "lm."
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention_of(path, about)
+    )
+    lm, prefix = SelectiveLM(model), "lm."
     lm.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items()})
     return lm
+
+
+def attention_of(path: Path, about: Json) -> str | None:
+    """What the run computed with, where it is of EXACT; a folder's word fetches no kernel."""
+    trained = about["attn_implementation"] if "attn_implementation" in about else None
+    if trained in EXACT:
+        return trained
+    if trained is not None:
+        log.warning("%s: attention %r is not taken, losses differ by its rounding", path, trained)
+    return None
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -348,10 +360,8 @@ def evaluate_runs(runs: Sequence[Path], windows: Windows, tokens: TokenSet, conf
         for store, path, seen in todo:
             lm = load_if_there(path, windows.corpus)
             if lm is not None:
-                lm.to(device, WAYS[config.dtype])
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=config.dtype == "bf16-mixed"
-                ):
+                lm.to(device, DTYPES[config.dtype])
+                with computing(device, config.dtype):
                     grid = token_losses(lm, windows, tokens.windows, config.batch_size)
                 store.append(seen, grid[tokens.live])
                 advance(tokens.num_targets)
@@ -399,8 +409,8 @@ def check_settings(config: Any) -> None:
     for key in ("num_targets", "batch_size"):
         check_count(key, config[key])
     check_threshold(config.threshold, config.mean_loss)
-    if config.dtype not in WAYS:
-        raise UserError(f"dtype is {config.dtype!r}, it must be one of {tuple(WAYS)}")
+    if config.dtype not in DTYPES:
+        raise UserError(f"dtype is {config.dtype!r}, it must be one of {tuple(DTYPES)}")
 
 
 def dynamics(config: Any) -> list[Analysis]:

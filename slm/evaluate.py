@@ -22,9 +22,17 @@ from slm.cli import command, progress
 from slm.data import IGNORE_INDEX, Windows, spread, to_device
 from slm.errors import UserError
 from slm.model import SelectiveLM, check_model_folder, load_model
-from slm.score import check_count, check_fits, check_tokenizer, pick_device
-from slm.shards import Advance, Corpus, nothing, write_csv
+from slm.score import (
+    DTYPES,
+    check_count,
+    check_fits,
+    check_tokenizer,
+    computing,
+    pick_device,
+)
+from slm.shards import Advance, Corpus, nothing, read_json, write_csv
 from slm.tokenizer import looks_like_hub_name
+from slm.train_keys import PRECISIONS
 
 log = logging.getLogger("slm.evaluate")
 
@@ -56,14 +64,15 @@ def corpus_loss(
     device = next(lm.parameters()).device
     training = lm.training
     lm.eval()
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    exact = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+    nats = torch.zeros((), dtype=torch.float64, device=exact)
     num_targets = num_bytes = 0
     for part in np.split(chosen, range(batch_size, len(chosen), batch_size)):
         batch = windows.batch(part)
         live = batch["targets"] != IGNORE_INDEX
         num_targets += int(live.sum())
         num_bytes += int(windows.target_bytes(part)[live].sum())
-        nats += lm(to_device(batch, device)).loss.double().sum()
+        nats += lm(to_device(batch, device)).loss.to(exact).double().sum()
         advance(live.numel())
     lm.train(training)
     return mean_loss(nats.item(), num_targets, num_bytes)
@@ -99,6 +108,19 @@ def num_tokens(corpus: Corpus, max_windows: int | None) -> int:
     return len(spread(corpus.num_windows, max_windows)) * corpus.seq_len
 
 
+def warn_of_other_precision(folder: str, dtype: str) -> None:
+    """The held-out losses of a run are computed as it trains."""
+    path = Path(folder) / "slm.json"
+    lineage = read_json(path)["lineage"] if path.is_file() else {}
+    trained = PRECISIONS[lineage["precision"]] if "precision" in lineage else dtype
+    if trained != dtype:
+        log.warning(
+            "%s was trained in %s, and so were its held-out losses: dtype=%s gives the same ones, "
+            "%s others",
+            *(folder, trained, trained, dtype),
+        )
+
+
 def evaluate(models: dict[str, str], sets: dict[str, str], settings: Any) -> list[dict[str, Any]]:
     """One row for every model and set."""
     corpora = {name: Corpus.open(folder, settings.check) for name, folder in sets.items()}
@@ -107,6 +129,7 @@ def evaluate(models: dict[str, str], sets: dict[str, str], settings: Any) -> lis
             check_model_folder("model", folder, settings.check)
         for corpus in corpora.values():
             check_tokenizer(folder, corpus)
+        warn_of_other_precision(folder, settings.dtype)
     device = pick_device(settings.device)
     total = sum(num_tokens(corpus, settings.max_windows) for corpus in corpora.values())
     rows = []
@@ -115,9 +138,12 @@ def evaluate(models: dict[str, str], sets: dict[str, str], settings: Any) -> lis
             lm = SelectiveLM(load_model(folder))
             for corpus in corpora.values():
                 check_fits(lm, corpus)
-            lm.to(device)
+            lm.to(device, DTYPES[settings.dtype])
             for set_name, corpus in corpora.items():
-                result = corpus_loss(lm, corpus, settings.batch_size, settings.max_windows, advance)
+                with computing(device, settings.dtype):
+                    result = corpus_loss(
+                        lm, corpus, settings.batch_size, settings.max_windows, advance
+                    )
                 rows.append({"model": name, "set": set_name} | result._asdict())
     return rows
 

@@ -43,6 +43,7 @@ def lineage(
     tokens_selected: int,
     train_seconds: float | None,
     train_flops: float | None,
+    precision: str,
     device: torch.device,
 ) -> Json:
     """What went into a model, as plain JSON without paths of this machine."""
@@ -73,6 +74,7 @@ def lineage(
         "packages": {"slm": __version__} | installed(PACKAGES),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "precision": precision,
         "device": device_name(device),
     }
 

@@ -241,6 +241,8 @@ class SelectiveModule(LightningModule):
             "tokens_seen": self.tokens_seen,
             "tokenizer_sha256": corpus.manifest["tokenizer_sha256"],
             "config": self.lm.model.config.to_json_string(),
+            # No part of a config's JSON, and the losses' last bits depend on it.
+            "attn_implementation": self.lm.model.config._attn_implementation,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

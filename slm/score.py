@@ -57,7 +57,9 @@ from slm.shards import (
 from slm.tokenizer import is_tokenizer_of, load_tokenizer, tokenizer_sha256
 
 log = logging.getLogger("slm.score")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# How a forward computes: the dtype of the weights. bf16-mixed is the trainer's, bf16 compute over
+# float32 weights.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16-mixed": torch.float32}
 STORE_DTYPES = ("float32", "float16")
 WAYS = {  # what says where the scores come from: what it needs beside the corpus
     "reference_model": ("out",),
@@ -151,6 +153,12 @@ def load_reference(
     return lm.to(where, DTYPES[dtype])
 
 
+def computing(device: torch.device, dtype: str) -> torch.autocast:
+    """The context of a forward with weights of DTYPES[dtype], as Lightning's."""
+    is_mixed = dtype == "bf16-mixed"
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_mixed, cache_enabled=False)
+
+
 def make_plan(corpus: Corpus, model: str | None, scoring: Json) -> Json:
     """What the scores depend on."""
     masks = {"masks": True} if corpus.has_masks else {}  # so `slm verify` knows why some are NaN
@@ -216,6 +224,7 @@ class ModelScores:
     lm: SelectiveLM
     windows: Windows
     entropy: bool = False
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         self.lm.eval()
@@ -224,7 +233,8 @@ class ModelScores:
         self.flops = forward_flops_per_token(self.lm.model, self.windows.corpus.seq_len)
 
     def scores(self, numbers: np.ndarray) -> Columns:
-        return window_scores(self.lm, self.windows, numbers, self.entropy)
+        with computing(self.lm.model.device, self.dtype):
+            return window_scores(self.lm, self.windows, numbers, self.entropy)
 
     def cost(self, seconds: float, tokens: int) -> Json:
         device = device_name(self.lm.model.device)
@@ -268,7 +278,7 @@ def score_with_model(config: Any, corpus: Corpus) -> Path:
     out = Path(config.out)
     lm = load_reference(config.reference_model, corpus, config.device, config.dtype, config.check)
     adopt_plan(out, model_plan(corpus, config, lm))
-    source = ModelScores(lm, Windows(corpus), config.entropy)
+    source = ModelScores(lm, Windows(corpus), config.entropy, config.dtype)
     scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
     if is_finished(scorer):
         return out

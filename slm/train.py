@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -53,14 +54,13 @@ from slm.shards import References, read_json, write_json
 from slm.token_data import TokenData
 from slm.tokenizer import load_corpus_tokenizer
 from slm.tracking import WandbLog
-from slm.train_keys import check_train
+from slm.train_keys import PRECISIONS, check_train
 
 log = logging.getLogger("slm.train")
 warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
 # Lightning greets, advises and repeats itself; its warnings still show.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-DTYPES = {"32-true": "float32", "bf16-mixed": "bfloat16"}  # of the forward; weights stay float32
 
 
 def build(node: Any, **arguments: Any) -> Any:
@@ -208,12 +208,27 @@ def check_references(config: DictConfig, data: TokenData, needs: tuple[str, ...]
 
 def warn_of_other_precision(references: References, precision: str) -> None:
     """Scores of another precision shift every excess loss a little; the paper does not say."""
-    scored, training = references.manifest["scoring"]["dtype"], DTYPES[precision]
+    scored, training = references.manifest["scoring"]["dtype"], PRECISIONS[precision]
     if scored is None:  # by a server
         scored = "a precision that nobody knows"
     if scored != training:
         log.warning(
             "%s was scored in %s, training computes in %s", references.folder, scored, training
+        )
+
+
+def accelerator(wanted: Any) -> Any:
+    """auto as for `device` elsewhere: Lightning would take Apple's mps first."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def check_device(device: torch.device) -> None:
+    if device.type == "mps":
+        raise UserError(
+            "trainer.accelerator chooses mps, which has no float64, and losses are summed in it: "
+            "trainer.accelerator=cpu"
         )
 
 
@@ -226,6 +241,7 @@ def build_trainer(config: DictConfig, data: TokenData, check_owner: Callable[[],
     clocks = [StepClock(item) for item in callbacks if isinstance(item, Metrics)]
     trainer: Trainer = build(
         config.trainer,
+        accelerator=accelerator(config.trainer.accelerator),
         max_steps=round(config.max_tokens / data.tokens_per_step),
         max_epochs=-1,
         logger=loggers,
@@ -239,6 +255,7 @@ def build_trainer(config: DictConfig, data: TokenData, check_owner: Callable[[],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    check_device(trainer.strategy.root_device)
     trainer.accumulate_grad_batches = data.accumulate(trainer.world_size)
     return trainer
 
@@ -292,6 +309,7 @@ def export(
         tokens_seen=trainer.global_step * data.tokens_per_step,
         tokens_selected=module.tokens_selected,
         **training_cost(module),
+        precision=config.trainer.precision,
         device=module.device,
     )
     results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}

@@ -19,7 +19,7 @@ from slm.checkpoint import sidecar
 from slm.classes import CLASSES, classify
 from slm.cli import conf_folder
 from slm.data import Windows
-from slm.dynamics import TokenDynamics, dynamics, even_part, load_checkpoint, main
+from slm.dynamics import TokenDynamics, attention_of, dynamics, even_part, load_checkpoint, main
 from slm.errors import NonFiniteError, UserError
 from slm.shards import nested, read_json, write_json, write_manifest
 from slm.tokenizer import tokenizer_sha256, train_tokenizer
@@ -332,6 +332,30 @@ def test_a_run_killed_before_its_last_checkpoint_has_its_classes(
     train(config)
     assert files(run / "dynamics" / "tokens") == files(tmp_path / "cut" / "dynamics" / "tokens")
     same_results(run, tmp_path / "cut")
+
+
+def test_checkpoints_give_the_callbacks_losses_under_another_attention(tmp_path, text_corpus):
+    keep = "callbacks.checkpoints.keep=null"
+    words = during(text_corpus, keep, "model.attn_implementation=eager")
+    folder = tmp_path / "eager"
+    train(compose_train(folder, text_corpus.folder, *words))
+    dynamics(compose_dynamics(folder, text_corpus.folder))
+    mine, theirs = (TrajectoryStore(folder / "dynamics" / name) for name in ("c", "tokens"))
+    for one, other in zip(mine.losses(), theirs.losses(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    path = folder / "checkpoints" / "step-00000012.ckpt"
+    assert load_checkpoint(path, text_corpus).model.config._attn_implementation == "eager"
+
+
+def test_a_checkpoints_word_fetches_no_kernel(caplog):
+    path = Path("step.ckpt")
+    assert [attention_of(path, {"attn_implementation": n}) for n in ("eager", "sdpa")] == [
+        "eager",
+        "sdpa",
+    ]
+    assert attention_of(path, {}) is None and not caplog.text
+    assert attention_of(path, {"attn_implementation": "somebody/kernels"}) is None
+    assert "attention 'somebody/kernels' is not taken" in caplog.text
 
 
 def test_bf16_mixed_can_be_taken_from_checkpoints_too(text_corpus, run):

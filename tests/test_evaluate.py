@@ -50,7 +50,7 @@ def nats_by_hand(model: Any, tokens: np.ndarray, seq_len: int) -> np.ndarray:
 
 def settings(**changes: Any) -> Any:
     defaults = {"batch_size": 3, "max_windows": None, "device": "cpu", "check": "size", "out": None}
-    return OmegaConf.create(defaults | changes)
+    return OmegaConf.create(defaults | {"dtype": "float32"} | changes)
 
 
 # ---- one model on one set -----------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -158,6 +159,24 @@ def test_prompts_get_no_score_and_change_none(tmp_path, config, make_corpus):
     assert np.isnan(found).tolist() == (~live).tolist()
     np.testing.assert_array_equal(found[live], expected[live])
     assert [whole for _, whole, _ in verify(asked.folder)] == [True]
+
+
+def test_bf16_mixed_is_autocast_over_float32_weights(config):
+    """As the trainer computes; bfloat16 alone rounds the weights and the residuals too."""
+    found = {}
+    for dtype in ("bf16-mixed", "bfloat16", "float32"):
+        config.dtype, config.out = dtype, str(Path(config.out).with_name(dtype))
+        store = References.open(score.score(config))
+        assert store.manifest["scoring"]["dtype"] == dtype
+        found[dtype] = np.concatenate([store.column("logprobs", index)[1:] for index in (0, 1)])
+    corpus, lm = Corpus.open(config.corpus), SelectiveLM(load_model(config.reference_model))
+    batch = Windows(corpus).batch(np.arange(corpus.num_windows))
+    plugin = MixedPrecision("bf16-mixed", "cpu")  # Lightning's own
+    with torch.no_grad(), plugin.forward_context():
+        expected = -lm(batch).loss.float().reshape(-1).numpy()
+    np.testing.assert_allclose(found["bf16-mixed"], expected, rtol=0, atol=1e-6)
+    for other in ("bfloat16", "float32"):
+        assert np.abs(found[other] - expected).max() > 1e-4
 
 
 def test_bfloat16_and_float16_stores_stay_near(config, tmp_path):

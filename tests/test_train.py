@@ -19,6 +19,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,12 +33,13 @@ from slm.claims import ClaimLost
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
+from slm.evaluate import evaluate
 from slm.heldout import HeldoutLoss
 from slm.model import save_model
 from slm.module import SelectiveModule
 from slm.score import load_reference, score
 from slm.shards import References
-from slm.train import train
+from slm.train import accelerator, check_device, train, warn_of_other_precision
 from slm.trajectories import TrajectoryStore
 
 TINY = [
@@ -547,6 +549,47 @@ def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
     assert names == ["step-00000002.ckpt", "step-00000004.ckpt"]
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_heldout_losses_are_evaluates_in_the_precision_of_the_run(tmp_path, text_corpus, caplog):
+    words = ["trainer.precision=bf16-mixed", "callbacks.heldout.every_tokens=768"]
+    model = train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    expected = float(rows(tmp_path / "run" / "heldout.csv")[-1]["heldout/held/loss"])
+    settings = {"batch_size": 4, "max_windows": 6, "device": "cpu", "check": "size"}
+    found = {}
+    for dtype in ("bf16-mixed", "float32"):
+        config = OmegaConf.create(settings | {"dtype": dtype})
+        [row] = evaluate({"m": str(model)}, {"held": str(text_corpus.folder)}, config)
+        found[dtype] = row["loss"]
+        said = "was trained in bf16-mixed, and so were its held-out losses: dtype=bf16-mixed gives"
+        assert (said in caplog.text) == (dtype == "float32")
+    assert found["bf16-mixed"] == expected
+    assert abs(found["float32"] - expected) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scored", "precision", "warns"),
+    [
+        ("bf16-mixed", "bf16-mixed", False),
+        ("bfloat16", "bf16-mixed", True),
+        ("float32", "bf16-mixed", True),
+        ("float32", "32-true", False),
+        ("bf16-mixed", "32-true", True),
+    ],
+)
+def test_scores_of_another_computation_are_named(scored, precision, warns, caplog):
+    store: Any = SimpleNamespace(folder="r", manifest={"scoring": {"dtype": scored}})
+    warn_of_other_precision(store, precision)
+    assert ("was scored in" in caplog.text) == warns
+
+
+def test_auto_never_takes_apples_gpu(monkeypatch):
+    """Lightning's own auto asks for mps first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [accelerator(word) for word in ("auto", "cpu", "mps")] == ["cpu", "cpu", "mps"]
+    with pytest.raises(UserError, match="chooses mps, which has no float64"):
+        check_device(torch.device("mps"))
+    check_device(torch.device("cpu"))
 
 
 # ---- whole processes ------------------------------------------------------------------------
