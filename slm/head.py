@@ -53,6 +53,13 @@ def loss_terms(model: PreTrainedModel) -> str | None:
     return f"{present[0]} is {fields[present[0]]}" if present else None
 
 
+def check_causal(model: Any) -> None:
+    """Refuse what is no decoder with an output layer over the vocabulary."""
+    is_model = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    if not is_model or model.config.is_encoder_decoder:
+        raise UserError(f"{type(model).__name__} is no causal LM of transformers")
+
+
 def projection_of(model: PreTrainedModel) -> nn.Module:
     """The output layer: a weight (V, D) and a bias (V,) or None."""
     layer = model.get_output_embeddings()
@@ -81,6 +88,7 @@ def check_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
 
     batch: input_ids (B, T), targets (B, T), none of them ignored, and position_ids where they are
     """
+    check_causal(model)
     largest = compare_head(model, batch, gain=1.0)
     compare_head(model, batch, gain=PROBE_LOGIT / max(largest, 1e-6))
 

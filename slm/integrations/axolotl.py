@@ -40,7 +40,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 try:
@@ -50,7 +49,12 @@ try:
 
     from slm.integrations.loss import COLUMN, SelectiveLoss
     from slm.integrations.signatures import check_attributes, check_parameters
-    from slm.integrations.transformers import ReferenceCollator, SelectiveTrainerMixin, causal_lm
+    from slm.integrations.transformers import (
+        ReferenceCollator,
+        SelectiveTrainerMixin,
+        causal_lm,
+        scores_in,
+    )
 
     MADE_FOR = "axolotl 0.19"
     check_parameters(BasePlugin.get_trainer_cls, ("cfg",), MADE_FOR)
@@ -150,11 +154,11 @@ class PackedCollator:
 
 
 def with_scores(example: Mapping[str, Any]) -> Mapping[str, Any]:
-    """NaN for the null of JSON, and for the first token, which nothing of its own stands before."""
+    """NaN for the first token, which nothing of its own stands before."""
     if COLUMN not in example:
         return example
-    scores = np.array(example[COLUMN], dtype=np.float32)
-    scores[:1] = np.nan
+    scores = scores_in(example[COLUMN]).clone()
+    scores[:1] = torch.nan
     return {**example, COLUMN: scores}
 
 

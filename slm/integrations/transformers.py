@@ -16,6 +16,7 @@ Evaluation stays plain cross-entropy over every target, which is comparable acro
 so is `loss_all`, logged beside `loss`. A batch without scores raises; it never falls back.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from slm.head import check_head, head_arguments, loss_terms, projection_of
+from slm.head import check_causal, check_head, head_arguments, loss_terms, projection_of
 from slm.integrations.loss import (
     COLUMN,
     IGNORE_INDEX,
@@ -41,6 +42,7 @@ from slm.integrations.signatures import check_attributes, check_parameters
 MADE_FOR = "transformers 5.23"
 check_parameters(Trainer.compute_loss, ("inputs", "return_outputs", "num_items_in_batch"), MADE_FOR)
 check_parameters(Trainer.get_batch_samples, ("epoch_iterator", "num_batches", "device"), MADE_FOR)
+check_parameters(Trainer.prediction_step, ("model", "inputs"), MADE_FOR)
 check_parameters(Trainer.log, ("logs", "start_time"), MADE_FOR)
 check_attributes(
     Trainer,
@@ -62,49 +64,64 @@ class ReferenceCollator:
     Where a token went is asked of the collator itself: it collates the examples once more, with
     marks in place of `input_ids`. So padding on either side, padding to a multiple, flattening and
     truncation need no code here. A collator that does not answer the same twice, because it draws
-    random numbers or looks at the ids, is refused.
+    random numbers or looks at the ids, is refused. It gets copies, which it may change.
     """
 
     def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]):
         self.collator = collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        rest = [{k: v for k, v in example.items() if k != COLUMN} for example in examples]
         having = [COLUMN in one and one[COLUMN] is not None for one in examples]
         if any(having) and not all(having):
             raise ValueError(f"example {having.index(False)} of the batch has no {COLUMN}")
-        batch: Any = self.collator(rest)
-        if not any(having):
-            return batch
-        batch[COLUMN] = self._placed(rest, [example[COLUMN] for example in examples], batch)
+        batch: Any = self.collator([without_scores(example) for example in examples])
+        if any(having):
+            batch[COLUMN] = self._placed(examples, batch)
         return batch
 
     def _placed(
-        self, examples: list[dict[str, Any]], columns: list[Any], batch: Mapping[str, Any]
+        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
     ) -> Tensor:  # (B, T)
-        lengths = [len(example["input_ids"]) for example in examples]
-        for row, (column, length) in enumerate(zip(columns, lengths, strict=True)):
-            if len(column) != length:
+        tokens = [torch.as_tensor(example["input_ids"]) for example in examples]
+        scores = [scores_in(example[COLUMN]) for example in examples]
+        for row, (ids, values) in enumerate(zip(tokens, scores, strict=True)):
+            if len(ids) != len(values):
                 raise ValueError(
-                    f"example {row} of the batch has {length} input_ids and {len(column)} {COLUMN}"
+                    f"example {row} of the batch has {len(ids)} input_ids and {len(values)} "
+                    f"{COLUMN}"
                 )
-        starts = np.cumsum([FIRST_MARK, *lengths])
+        starts = np.cumsum([FIRST_MARK, *map(len, tokens)])
         marked = [
-            example | {"input_ids": marks_like(example["input_ids"], int(start))}
+            without_scores(example) | {"input_ids": marks_like(example["input_ids"], int(start))}
             for example, start in zip(examples, starts[:-1], strict=True)
         ]
         marks = torch.as_tensor(self.collator(marked)["input_ids"])
-        tokens = torch.cat([torch.as_tensor(example["input_ids"]) for example in examples])
-        scores = torch.cat([torch.as_tensor(column, dtype=torch.float32) for column in columns])
         padding, places = marks < FIRST_MARK, (marks - FIRST_MARK).clamp(min=0)
         ids = torch.as_tensor(batch["input_ids"])
-        if ids.shape != marks.shape or not (padding | (tokens[places] == ids)).all():
+        if ids.shape != marks.shape or not (padding | (torch.cat(tokens)[places] == ids)).all():
             raise ValueError(
                 f"{type(self.collator).__name__} does not put tokens at the same places twice, so "
                 "nobody knows where their scores belong; make it deterministic, without a look at "
                 "the ids"
             )
-        return scores[places].masked_fill(padding, torch.nan)
+        return torch.cat(scores)[places].masked_fill(padding, torch.nan)
+
+
+def without_scores(example: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copied(value) for name, value in example.items() if name != COLUMN}
+
+
+def copied(value: Any) -> Any:
+    """deepcopy, quick for the lists of numbers that most columns are."""
+    if isinstance(value, list) and {*map(type, value)} <= {int, float}:
+        return value.copy()
+    return copy.deepcopy(value)
+
+
+def scores_in(column: Any) -> Tensor:  # (T,)
+    """None, which NaN becomes on its way through JSON, is NaN."""
+    values = column if isinstance(column, Tensor) else np.array(column, dtype=np.float32)
+    return torch.as_tensor(values, dtype=torch.float32)
 
 
 def marks_like(ids: Any, first: int) -> Any:
@@ -121,8 +138,7 @@ def marks_like(ids: Any, first: int) -> Any:
 def causal_lm(model: Any) -> PreTrainedModel:
     """The model of transformers inside, without PEFT's wrapper."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
-        raise ValueError(f"{type(inner).__name__} is no causal LM of transformers")
+    check_causal(inner)
     return inner
 
 
@@ -208,6 +224,7 @@ class SelectiveTrainerMixin:
         me.loss_is_scaled_for_ga = True
         attach(me.model, self.selective)
         self._sums = torch.zeros(len(SUMS), device=me.args.device)
+        self._waiting: list[Any] = []  # micro-batches of a step that the end of a stream cut short
 
     def check_rows(self, names: list[str]) -> None:
         """Refuse columns that the trainer would drop, and with them what scores depend on."""
@@ -219,6 +236,7 @@ class SelectiveTrainerMixin:
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._sums.zero_()  # of another training, or of one that began with too large a batch
+        self._waiting = []
         me: Any = super()
         return me._inner_training_loop(*args, **kwargs)
 
@@ -230,11 +248,20 @@ class SelectiveTrainerMixin:
             columns.append(COLUMN)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The step's micro-batches, and how many tokens they select on all ranks."""
-        me: Any = super()
-        batches, count = me.get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:  # the epoch of an iterable dataset has ended
-            return batches, count
+        """The step's micro-batches, and how many tokens they select on all ranks.
+
+        A stream of unknown length may end within a step. Trainer would add the gradients of these
+        micro-batches, divided by their own count, to the next step's: they wait for its others.
+        """
+        me: Any = self
+        read: Any = super()
+        missing = num_batches - len(self._waiting)
+        found, count = read.get_batch_samples(epoch_iterator, missing, device)
+        batches, self._waiting = [*self._waiting, *found], []
+        if len(batches) < num_batches:
+            check_steps(me.state.global_step, len(batches), num_batches)
+            self._waiting = batches
+            return [], None
         pairs = [shifted(column_of(batch, "labels"), scores_of(batch)) for batch in batches]
         count = self.selective.num_selected(pairs, self._sum_over_ranks)
         if count == 0:
@@ -253,10 +280,9 @@ class SelectiveTrainerMixin:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """In training the selective loss; in evaluation what the trainer computes without us."""
-        me: Any = super()
         if not model.training:
-            rest = {key: value for key, value in inputs.items() if key != COLUMN}
-            return me.compute_loss(model, rest, return_outputs, num_items_in_batch)
+            me: Any = super()
+            return me.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scores_of(inputs)
         output = model(**inputs, denominator=num_items_in_batch)
         targets, scores = shifted(inputs["labels"], inputs[COLUMN])
@@ -264,6 +290,14 @@ class SelectiveTrainerMixin:
         # The denominator counts every rank's tokens, and data-parallel wrappers average gradients.
         loss = output.loss * self.accelerator.num_processes  # type: ignore[attr-defined]
         return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What the trainer computes without scores, with labels or without."""
+        rest = {key: value for key, value in inputs.items() if key != COLUMN}
+        me: Any = super()
+        return me.prediction_step(model, rest, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside `loss`, of every step since the last log; `loss_all` compares select ratios."""
@@ -295,6 +329,15 @@ def column_of(batch: Mapping[str, Any], name: str, advice: str = "") -> Tensor: 
     if name not in batch or batch[name] is None:  # some collators write None
         raise ValueError(f"the batch has no {name} (it has {', '.join(sorted(batch))}){advice}")
     return batch[name]
+
+
+def check_steps(global_step: int, found: int, needed: int) -> None:
+    """A stream too short for one step would be read again and again."""
+    if global_step == 0:
+        raise ValueError(
+            f"train_dataset ended after {found} batches, gradient_accumulation_steps is {needed}: "
+            "not one step can be taken"
+        )
 
 
 def check_scored(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -12,6 +12,8 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -34,6 +36,7 @@ from door_helpers import (
 )
 from slm.errors import UserError
 from slm.integrations import transformers as door
+from slm.integrations.datasets import score_dataset
 from slm.integrations.transformers import ReferenceCollator, SelectiveTrainer
 
 LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
@@ -144,6 +147,44 @@ def test_a_collator_that_does_not_answer_the_same_twice_is_refused():
             ReferenceCollator(crop)(tagged([7, 7]))
 
 
+def pops_labels(examples: list[Any]) -> dict[str, torch.Tensor]:
+    labels = [torch.tensor(example.pop("labels")) for example in examples]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    return {"input_ids": pad(ids, True), "labels": pad(labels, True, -100)}
+
+
+def pads_in_place(examples: list[Any]) -> Any:
+    longest = max(len(example["input_ids"]) for example in examples)
+    for example in examples:
+        missing = longest - len(example["input_ids"])
+        example["input_ids"] += [0] * missing
+        example["labels"].extend([-100] * missing)
+    return default_data_collator(examples)
+
+
+@pytest.mark.parametrize("collator", [pops_labels, pads_in_place])
+def test_a_collator_may_change_its_examples(collator):
+    rows = tagged([3, 7, 5])
+    expected = ReferenceCollator(padding())(tagged([3, 7, 5]))
+    for _ in range(2):  # an in-place change would be there in the second epoch
+        batch = ReferenceCollator(collator)(rows)
+        for name in ("input_ids", "labels", "reference_logprob"):
+            torch.testing.assert_close(batch[name], expected[name], equal_nan=True)
+    assert rows[0]["input_ids"] == rows[0]["labels"] == tagged([3])[0]["input_ids"]
+
+
+def test_null_is_nan():
+    """Which is what NaN becomes on its way through JSON."""
+    rows, collator = tagged([4, 4]), ReferenceCollator(default_data_collator)
+    expected = collator(rows)["reference_logprob"]
+    for row in rows:
+        row["reference_logprob"][0] = None
+    for form in (None, "numpy", "torch"):
+        found = collator(list(dataset_of(rows).with_format(form)))
+        torch.testing.assert_close(found["reference_logprob"], expected, equal_nan=True)
+
+
 # ---- the step -----------------------------------------------------------------------------------
 
 
@@ -212,18 +253,49 @@ def test_documents_that_a_collator_flattens_are_ranked_together(tmp_path):
 
 def test_a_streamed_dataset_that_ends_begins_again(tmp_path):
     rows = make_rows(LENGTHS[:4])
+    trainer, recorder = stream(rows, tmp_path, max_steps=3)
+    trainer.train()
+    assert len(recorder.gradients) == 3
+    for name, gradient in recorder.gradients[0].items():
+        assert torch.equal(gradient, recorder.gradients[2][name])
+
+
+def stream(rows: list[Row], folder: Path, **fields: Any) -> tuple[SelectiveTrainer, Recorder]:
     recorder = Recorder()
-    SelectiveTrainer(
+    trainer = SelectiveTrainer(
         make_model(),
-        arguments(tmp_path, max_steps=3, learning_rate=0.0),
+        arguments(folder, learning_rate=0.0, **fields),
         data_collator=padding(),
         train_dataset=dataset_of(rows).to_iterable_dataset(),
         callbacks=[recorder],
         select_ratio=0.4,
-    ).train()
+    )
+    return trainer, recorder
+
+
+def test_a_stream_that_ends_within_a_step_goes_on_with_its_next_pass(tmp_path):
+    """Three rows, two to a step: the second step is the third row and the first again."""
+    rows = make_rows(LENGTHS[:3], prompt=2)
+    fields: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer, recorder = stream(rows, tmp_path, max_steps=3, **fields)
+    trainer.train()
+    groups = ([rows[0]], [rows[1]]), ([rows[2]], [rows[0]]), ([rows[1]], [rows[2]])
     assert len(recorder.gradients) == 3
-    for name, gradient in recorder.gradients[0].items():
-        assert torch.equal(gradient, recorder.gradients[2][name])
+    for gradients, log, group in zip(recorder.gradients, recorder.logs, groups, strict=False):
+        expected, loss, _ = expected_gradients(make_model(), list(group), 0.4)
+        assert_gradients(gradients, expected)
+        assert log["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_stream_of_less_than_a_step_is_refused(tmp_path):
+    fields: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 2,
+    }
+    trainer, _ = stream(make_rows(LENGTHS[:3]), tmp_path, **fields)
+    with pytest.raises(ValueError, match="ended after 3 batches, gradient_accumulation_steps is 4"):
+        trainer.train()
 
 
 def test_a_second_training_logs_its_own_steps(tmp_path):
@@ -335,6 +407,18 @@ def test_evaluation_is_plain_cross_entropy_with_scores_or_without(tmp_path):
     assert same == pytest.approx(trainer.evaluate(dataset_of(plain))["eval_loss"], rel=1e-6)
 
 
+def test_rows_without_labels_are_predicted_with_scores_or_without(tmp_path):
+    rows = make_rows([6, 6])
+    trainer, _ = train(tmp_path, rows, collator=default_data_collator)
+    model: Any = trainer.model
+    expected = model.eval()(torch.tensor([row["input_ids"] for row in rows])).logits.detach()
+    for dropped in (["labels"], ["labels", "reference_logprob"]):
+        data = dataset_of(rows).remove_columns(dropped)
+        found = trainer.predict(data)
+        torch.testing.assert_close(torch.from_numpy(found.predictions), expected)
+        assert "eval_loss" not in trainer.evaluate(data)
+
+
 def test_evaluating_in_between_does_not_change_the_next_step(tmp_path):
     rows = make_rows(LENGTHS)
     found = []
@@ -399,6 +483,15 @@ def test_numbers_that_are_no_scores_are_refused(tmp_path, value):
     rows[1]["reference_logprob"][3] = value
     with pytest.raises(ValueError, match=f"reference_logprob holds {value}, it must be"):
         train(tmp_path, rows)
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    small: dict[str, Any] = {"vocab_size": 61, "d_model": 16, "d_kv": 8, "num_layers": 1}
+    model = T5ForConditionalGeneration(T5Config(**small))
+    with pytest.raises(UserError, match="T5ForConditionalGeneration is no causal LM"):
+        SelectiveTrainer(model, select_ratio=0.5)
+    with pytest.raises(UserError, match="T5ForConditionalGeneration is no causal LM"):
+        score_dataset(dataset_of(make_rows([5])).select_columns("input_ids"), model)
 
 
 def test_rows_of_several_documents_are_refused(tmp_path):
