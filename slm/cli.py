@@ -95,7 +95,8 @@ def dispatch(words: list[str]) -> None:
         sys.argv = [f"slm {name}", *arguments]
         return command(name)(unreachable)()  # Hydra answers without the command's heavy imports
     # A new process image, because Lightning starts its ranks by running sys.argv again.
-    os.execv(sys.executable, [sys.executable, "-m", f"slm.{name}", *arguments])
+    safe = os.environ | {"PYTHONSAFEPATH": "1"}  # or -m imports what lies in the current folder
+    os.execve(sys.executable, [sys.executable, "-m", f"slm.{name}", *arguments], safe)
 
 
 def conf_folder() -> Path:

@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slm
+from run_helpers import leave_strays
 from slm import cli, evaluate, score, verify
 from slm.cli import COMMANDS, command, conf_folder, dispatch, duration, progress, reported
 from slm.errors import NonFiniteError, UserError
@@ -68,12 +69,13 @@ def test_an_unknown_command_gets_a_suggestion(monkeypatch):
 
 def test_a_command_becomes_a_module_in_a_new_process_image(monkeypatch):
     seen: list[Any] = []
-    monkeypatch.setattr(os, "execv", lambda *words: seen.append(words))
+    monkeypatch.setattr(os, "execve", lambda *words: seen.append(words))
     dispatch(["score", "out=a b"])
     dispatch(["verify", "--help"])  # not Hydra's
     start = [sys.executable, "-m"]
-    assert seen[0] == (sys.executable, [*start, "slm.score", "out=a b"])
-    assert seen[1] == (sys.executable, [*start, "slm.verify", "--help"])
+    assert seen[0][:2] == (sys.executable, [*start, "slm.score", "out=a b"])
+    assert seen[1][:2] == (sys.executable, [*start, "slm.verify", "--help"])
+    assert all(words[2] == os.environ | {"PYTHONSAFEPATH": "1"} for words in seen)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["score", "--cfg", "job"]])
@@ -256,6 +258,30 @@ def test_config_dir_adds_a_users_own_file(call, tmp_path, monkeypatch):
     words = ["train", "selection=own", "out=x", "--config-dir", "mine", "--cfg", "job"]
     code, out, err = call(cli.main, *words)
     assert (code, err) == (0, "") and "_target_: mine.Rule\n  key: 7\n" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["slm.cli", "slm.verify", "slm.score"])
+def test_modules_of_the_current_folder_are_not_imported(tmp_path, monkeypatch, module):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    leave_strays(tmp_path)
+    words = {"slm.cli": ["verify", "."], "slm.verify": ["."]}
+    score_words = ["corpus=.", "reference_model=.", "out=x"]
+    given = words[module] if module in words else score_words
+    start = [sys.executable, "-m", module, *given]
+    done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path)
+    assert "stray" not in done.stdout + done.stderr
+    assert "NOT WHOLE: " in done.stdout or ". is not a finished corpus" in done.stderr
+
+
+def test_a_library_import_leaves_the_path_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    (tmp_path / "mine.py").write_text("import sys, slm\nprint(sys.path[0])")
+    for start in (["-m", "mine"], ["mine.py"]):
+        done = subprocess.run(
+            [sys.executable, *start], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.stdout.strip() == str(tmp_path), done.stderr
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from run_helpers import TINY_MODEL
+from run_helpers import TINY_MODEL, leave_strays
 from slm.errors import UserError
 from slm.sweep import Sweep, job_name, show, sweep_group
 
@@ -270,6 +270,7 @@ def test_a_launcher_of_processes_does_the_same(tmp_path, text_corpus, launcher):
         "seed=0",
         f"hydra/launcher={launcher}",
     ]
+    leave_strays(tmp_path)  # the jobs of a launcher start in this folder
     done = train(tmp_path / "sweep", text_corpus.folder, *words, "logger=csv")
     assert done.returncode == 1, done.stderr
     rows = table(tmp_path / "sweep")

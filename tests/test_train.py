@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import swap_ids
 from model_helpers import small_llama
-from run_helpers import TINY_MODEL
+from run_helpers import TINY_MODEL, leave_strays
 from slm import train as train_module
 from slm.analysis import analyse
 from slm.checkpoint import check_checkpoint
@@ -609,6 +609,16 @@ def command(out: Path, corpus: Path, *overrides: str) -> list[str]:
         *TINY,
     ]
     return [sys.executable, "-m", "slm.train", *words, *overrides]
+
+
+@pytest.mark.slow
+def test_ranks_do_not_import_modules_of_the_current_folder(tmp_path, text_corpus):
+    leave_strays(tmp_path)
+    words = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
+    start = command(tmp_path / "run", text_corpus.folder, *words, "max_tokens=512")
+    done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.slow
