@@ -25,7 +25,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from slm.errors import UserError
-from slm.shards import atomic_file, hash_file, read_json, write_json
+from slm.fields import CHECKPOINT, check_fields
+from slm.shards import Json, atomic_file, check_hash, hash_file, read_json, write_record
 
 log = logging.getLogger("slm.checkpoint")
 
@@ -56,7 +57,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             "step": checkpoint["global_step"],
             "tokens_seen": checkpoint["about"]["tokens_seen"],
         }
-        write_json(sidecar(path), record)
+        write_record(sidecar(path), record)
 
         aside(path).unlink(missing_ok=True)  # there is a whole one of this step again
 
@@ -74,9 +75,14 @@ def check_checkpoint(path: Path) -> None:
         raise UserError(f"{path} does not exist")
     if not sidecar(path).exists():
         raise UserError(f"{path} is unfinished: {sidecar(path).name} is missing")
-    expected, found = read_json(sidecar(path))["sha256"], hash_file(path)
-    if found != expected:
-        raise UserError(f"{path} is damaged: sha256 {found}, its sidecar says {expected}")
+    check_hash(path, read_sidecar(path)["sha256"], sidecar(path).name)
+
+
+def read_sidecar(path: Path) -> Json:
+    """What is said of a checkpoint, which may have many gigabytes itself."""
+    record = read_json(sidecar(path))
+    check_fields(sidecar(path), record, CHECKPOINT)
+    return record
 
 
 def aside(path: Path) -> Path:

@@ -9,13 +9,14 @@ scoring that ended up in a shard counts, not what a killed process had begun, no
 
 from pathlib import Path
 
-from slm.shards import Json, read_json, shard_path, write_json
+from slm.fields import NUMBER, TEXT, check_fields, optional
+from slm.shards import Json, read_json, shard_path, write_record
 
 SUMMED = ("seconds", "tokens", "flops")
 
 
 def write_cost(folder: Path, index: int, cost: Json) -> None:
-    write_json(shard_path(folder, "cost", index, ".json"), cost)
+    write_record(shard_path(folder, "cost", index, ".json"), cost)
 
 
 def references_cost(folder: str | Path) -> Json | None:
@@ -28,9 +29,15 @@ def references_cost(folder: str | Path) -> Json | None:
     paths = [shard_path(folder, "cost", shard["index"], ".json") for shard in shards]
     if not all(path.exists() for path in paths):
         return None
-    costs = [read_json(path) for path in paths]
+    costs = [read_cost(path) for path in paths]
     sums = {name: total([cost[name] for cost in costs]) for name in SUMMED}
     return sums | {"devices": sorted({cost["device"] for cost in costs})}
+
+
+def read_cost(path: Path) -> Json:
+    cost = read_json(path)
+    check_fields(path, cost, dict.fromkeys(SUMMED, optional(NUMBER)) | {"device": TEXT})
+    return cost
 
 
 def total(values: list[float | None]) -> float | None:
@@ -43,7 +50,7 @@ def copy_lineage(model: str | Path, folder: Path) -> None:
     """What the reference model was made of, so that a target can tell what its reference cost."""
     record = Path(model) / "slm.json"
     if record.exists():
-        write_json(folder / "lineage.json", read_json(record)["lineage"])
+        write_record(folder / "lineage.json", read_json(record)["lineage"])
 
 
 def reference_lineage(folder: str | Path) -> Json | None:

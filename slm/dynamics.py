@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slm.analysis import Analysis, analyse, run_chooser
 from slm.arms import folders_of, run_folders
-from slm.checkpoint import check_checkpoint, is_due, sidecar, step_ended
+from slm.checkpoint import check_checkpoint, is_due, read_sidecar, sidecar, step_ended
 from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit, check_threshold
 from slm.cli import command, progress
 from slm.data import Windows, open_references
@@ -33,7 +33,7 @@ from slm.panels import dynamics_metrics, excess_histograms, final_media, final_s
 from slm.progress import send
 from slm.rules import import_modules
 from slm.score import DTYPES, check_count, computing, pick_device
-from slm.shards import Corpus, Json, hash_json, nested, read_json, write_csv
+from slm.shards import Corpus, Json, hash_json, nested, read_json
 from slm.token_set import TokenSet, draw_windows, read_windows
 from slm.tokenizer import is_tokenizer_of, load_corpus_tokenizer, share_tokenizer
 from slm.tracking import WandbLog
@@ -91,8 +91,7 @@ def run_record(run: Path) -> Json:
 def classify_run(store: TrajectoryStore, name: str, threshold: float, mean_loss: Any) -> Analysis:
     """The final classes: one record a token, and a table a checkpoint and class."""
     analysis = analyse(store, name, threshold, mean_loss)
-    store.write_trajectories(analysis.trajectories, threshold, mean_loss)
-    write_csv(store.folder / "classes.csv", class_rows(analysis))
+    store.write_classes(analysis.trajectories, class_rows(analysis), threshold, mean_loss)
     if analysis.uneven:
         log.warning(
             "%s: the checkpoints are unevenly spaced in tokens (%s); the line is fitted over "
@@ -319,12 +318,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 def tokens_seen_by(path: Path) -> int:
     """As its sidecar says: the file itself may have many gigabytes."""
-    record = read_json(sidecar(path))
-    if "tokens_seen" not in record:
-        raise UserError(
-            f"{path} does not say how many tokens it has seen: an older version wrote it"
-        )
-    return record["tokens_seen"]
+    return read_sidecar(path)["tokens_seen"]
 
 
 def missing(run: Path, store: TrajectoryStore) -> list[tuple[Path, int]]:

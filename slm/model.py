@@ -33,7 +33,7 @@ from slm.chat import end_of_turn
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
 from slm.head import check_head, head_arguments, hidden_states, loss_terms
-from slm.shards import check_hash, hash_file, hash_json, read_json, sync_folder
+from slm.shards import check_files, hash_file, hash_json, read_json, sealed, sync_folder
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
 from slm_kernels import (
     TokenCrossEntropy,
@@ -97,10 +97,8 @@ def check_model_folder(key: str, name: str, check: str = "size") -> None:
         )
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{key} {name} is no model folder: config.json is missing")
-    record = Path(name) / "slm.json"
-    if check == "full" and record.is_file():
-        for file, expected in read_json(record)["sha256"].items():
-            check_hash(Path(name) / file, expected, "slm.json")
+    if check == "full" and (Path(name) / "slm.json").is_file():
+        check_files(Path(name) / "slm.json", read_json(Path(name) / "slm.json"))
 
 
 def check_loss_terms(model: PreTrainedModel, init_from: str | None) -> None:
@@ -315,7 +313,7 @@ def check_documents(lm: SelectiveLM, batch: Batch) -> None:
 def model_sha256(folder: str | Path) -> str:
     """Identity of a saved model: its config (versions apart) and the hashes of its weights."""
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     config.pop("transformers_version", None)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -339,7 +337,7 @@ def save_model(
     (temporary / "README.md").write_text(card)
     hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
     record = {"kind": "model", "lineage": lineage, "sha256": hashes}
-    (temporary / "slm.json").write_text(json.dumps(record, indent=2) + "\n")
+    (temporary / "slm.json").write_text(json.dumps(sealed(record), indent=2) + "\n")
     for path in temporary.iterdir():
         path.chmod(0o644)  # save_pretrained writes 0600, which a serving account cannot read
         with open(path, "rb") as file:

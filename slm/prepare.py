@@ -51,8 +51,8 @@ from slm.shards import (
     hash_json,
     read_json,
     read_sidecars,
-    write_json,
     write_manifest,
+    write_record,
 )
 from slm.sources import Source, check_choice, parse_sources
 from slm.tokenizer import encoder_state, load_tokenizer, tokenizer_sha256, train_tokenizer
@@ -449,7 +449,7 @@ def prepare(config: Any) -> Json:
             clear(out)
             report = write_corpus(config, out, sources, exclude, tokenizer, template)
             mine.check()
-            write_json(out / "report.json", report)
+            write_record(out / "report.json", report)
         except (UserError, OSError) as error:
             mine.check()  # else it would be another's files that are removed
             clear(out)

@@ -37,10 +37,45 @@ import numpy as np
 
 from slm.claims import process_name
 from slm.errors import UserError
+from slm.fields import (
+    COLUMN,
+    DTYPE,
+    FILES,
+    INDEX,
+    OBJECT,
+    SHA256,
+    SIZE,
+    TEXT,
+    check_fields,
+    list_of,
+    mapping,
+    one_of,
+    optional,
+)
 
 FORMAT = 1
 CHECKS = ("size", "full")
 BLOCK_BYTES = 1 << 22
+SEAL = "seal"
+SHARD = {
+    "index": INDEX,
+    "num_tokens": SIZE,
+    "sha256": mapping(COLUMN, SHA256),
+    "dtype": mapping(COLUMN, DTYPE),
+    "rows": mapping(COLUMN, INDEX),
+}
+STORE = {
+    "fingerprint": TEXT,
+    "tokenizer_sha256": TEXT,
+    "vocab_size": SIZE,
+    "seq_len": SIZE,
+    "packing": one_of("concat", "documents"),
+    "shards": list_of(OBJECT),
+}
+MANIFESTS = {
+    "corpus": {"eos_id": INDEX, "sources": list_of(TEXT)},
+    "reference": {"corpus_fingerprint": TEXT, "model_sha256": optional(TEXT), "scoring": OBJECT},
+}
 # Fields of a corpus that decide whether a reference score belongs to a token.
 IDENTITY = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
 
@@ -85,7 +120,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_regular(path: Path) -> None:
+    """A pipe or a device is not opened: reading it may take for ever."""
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file")
+
+
 def hash_file(path: Path) -> str:
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -100,14 +144,38 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
+def sealed(record: Json) -> Json:
+    """With the hash of its content: for a record that no other vouches for."""
+    return record | {SEAL: hash_json(json.loads(json.dumps(record)))}
+
+
+def write_record(path: Path, record: Json) -> None:
+    """A record that `read_json` will know to be whole."""
+    write_json(path, sealed(record))
+
+
 def read_json(path: Path) -> Json:
+    """The object in a file. One that was sealed is compared with its seal, which is left out."""
+    return read_sealed(path)[0]
+
+
+def read_sealed(path: Path) -> tuple[Json, bool]:
+    """The object, and whether a seal vouches for it."""
+    if path.exists():
+        check_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
+    seal = value.pop(SEAL, None)
+    if seal is not None and seal != hash_json(value):
+        raise UserError(
+            f"{path} is damaged or was edited: its content has sha256 {hash_json(value)}, "
+            f"its {SEAL} says {seal}"
+        )
+    return value, seal is not None
 
 
 def nested(flat: Json, prefix: str) -> Json:
@@ -146,16 +214,18 @@ def write_array(path: Path, array: np.ndarray) -> str:
 
 def map_array(path: Path, dtype: str, length: int) -> np.ndarray:
     """Memory-map a one- or two-dimensional ``.npy`` of `length` rows; its size must be exact."""
+    check_regular(path)
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged or truncated: {error}") from None
-    if array.dtype != np.dtype(dtype) or len(array) != length:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # a header is parsed as Python, and damage has many names there
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is damaged or truncated: {reason}") from None
+    rows = array.shape[0] if array.ndim in (1, 2) else f"an array of shape {array.shape}, not"
+    if array.dtype != np.dtype(dtype) or rows != length:
         raise UserError(
-            f"{path} holds {len(array)} rows of {array.dtype}, "
-            f"its manifest says {length} of {dtype}"
+            f"{path} holds {rows} rows of {array.dtype}, its manifest says {length} of {dtype}"
         )
     expected, found = array.offset + array.nbytes, path.stat().st_size
     if expected != found:
@@ -192,6 +262,30 @@ class ArrayWriter:
         return hashlib.file_digest(self.file, "sha256").hexdigest()
 
 
+def nothing(count: int) -> None:
+    """Nobody watches."""
+
+
+def check_hash(path: Path, expected: str, source: str, advance: Advance = nothing) -> None:
+    """`source` is the record that says so; `advance` is told the number of bytes read."""
+    check_regular(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            advance(len(block))
+    if digest.hexdigest() != expected:
+        raise UserError(f"{path} is damaged: sha256 {digest.hexdigest()}, {source} says {expected}")
+
+
+def check_files(path: Path, record: Json, advance: Advance = nothing) -> dict[str, str]:
+    """Compare what the record in `path` says of files beside it; returns their hashes."""
+    check_fields(path, record, {"sha256": FILES})
+    for name, expected in record["sha256"].items():
+        check_hash(path.parent / name, expected, path.name, advance)
+    return record["sha256"]
+
+
 # ---- one shard, one writer --------------------------------------------------------------------
 
 
@@ -220,7 +314,16 @@ def write_sidecar(folder: Path, column: str, shard: Shard) -> None:
 
 def read_sidecars(folder: Path, column: str) -> list[Shard]:
     """The finished shards of a folder, in order."""
-    return [Shard(**read_json(path)) for path in sorted(folder.glob(f"{column}-*.json"))]
+    paths = sorted(folder.glob(f"{column}-*.json"))
+    return [read_shard(path, read_json(path)) for path in paths]
+
+
+def read_shard(path: Path, record: Json) -> Shard:
+    """`path` is where the record stands."""
+    check_fields(path, record, SHARD)
+    if not record["sha256"].keys() == record["dtype"].keys() == record["rows"].keys():
+        raise UserError(f"{path}: sha256, dtype and rows of a shard name other columns")
+    return Shard(**{name: record[name] for name in SHARD})
 
 
 def adopt_plan(
@@ -230,7 +333,7 @@ def adopt_plan(
     path = folder / "plan.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, plan)
+        write_record(path, plan)
         return
     found = read_json(path)
     # What both have comes first: that a list is shorter says less than what differs in it.
@@ -293,26 +396,10 @@ def read_manifest(folder: Path, kind: str) -> Json:
         found = manifest.get(field)
         if found != expected:
             raise UserError(f"{path}: {field} is {found!r}, expected {expected!r}")
+    check_fields(path, manifest, STORE | MANIFESTS[kind])
     if manifest["fingerprint"] != fingerprint(manifest):
         raise UserError(f"{path}: its content does not match its fingerprint; it was edited")
     return manifest
-
-
-def nothing(count: int) -> None:
-    """Nobody watches."""
-
-
-def check_hash(path: Path, expected: str, source: str, advance: Advance = nothing) -> None:
-    """`source` is the record that says so; `advance` is told the number of bytes read."""
-    if not path.exists():
-        raise UserError(f"{path} is missing")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            advance(len(block))
-    if digest.hexdigest() != expected:
-        raise UserError(f"{path} is damaged: sha256 {digest.hexdigest()}, {source} says {expected}")
 
 
 @dataclass(frozen=True)
@@ -340,7 +427,11 @@ class Store:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        return [Shard(**shard) for shard in self.manifest["shards"]]
+        path = self.folder / "manifest.json"
+        found = [read_shard(path, shard) for shard in self.manifest["shards"]]
+        if [shard.index for shard in found] != list(range(len(found))):
+            raise UserError(f"{path}: its shards are numbered {[s.index for s in found]}")
+        return found
 
     def check_hashes(self, advance: Advance = nothing) -> None:
         """Of every column of every shard."""
@@ -355,6 +446,8 @@ class Store:
     def column(self, name: str, index: int) -> np.ndarray:
         """One column of one shard, memory-mapped."""
         shard = self.shards[index]
+        if name not in shard.rows:
+            raise UserError(f"{self.folder}/manifest.json: shard {index} has no {name}")
         return map_array(shard.path(self.folder, name), shard.dtype[name], shard.rows[name])
 
 
@@ -368,6 +461,9 @@ class Corpus(Store):
         """The tokenizer's files are small and what they say is believed: hashed at every check."""
         corpus = super().open(folder, check)
         if corpus.has_tokenizer_hashes:
+            check_fields(
+                Path(folder) / "manifest.json", corpus.manifest, {"tokenizer_files": FILES}
+            )
             for name, expected in corpus.manifest["tokenizer_files"].items():
                 check_hash(corpus.tokenizer_folder / name, expected, "manifest.json")
         return corpus
@@ -421,6 +517,7 @@ class References(Store):
         """Refuse a reference that was scored on anything but this corpus."""
         theirs, ours = self.manifest["corpus_fingerprint"], corpus.fingerprint
         if theirs == ours:
+            self.check_lengths(corpus)
             return
         for field in IDENTITY:
             if self.manifest[field] != corpus.manifest[field]:
@@ -433,3 +530,11 @@ class References(Store):
             f"{self.folder} scores another corpus than {corpus.folder}: corpus fingerprint "
             f"{theirs} in the reference, {ours} in the corpus (other text, or another order)"
         )
+
+    def check_lengths(self, corpus: Corpus) -> None:
+        theirs, ours = ([shard.num_tokens for shard in store.shards] for store in (self, corpus))
+        if theirs != ours:
+            raise UserError(
+                f"{self.folder}/manifest.json is damaged: its shards have {theirs} tokens, those "
+                f"of {corpus.folder} {ours}"
+            )

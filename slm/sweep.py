@@ -36,7 +36,7 @@ from rich.table import Table
 from slm.cli import fail, reported
 from slm.names import file_name
 from slm.plots import final_losses
-from slm.shards import read_json, write_csv, write_json
+from slm.shards import read_json, write_csv, write_record
 
 log = logging.getLogger("slm.sweep")
 STATUS = "status.json"
@@ -121,7 +121,7 @@ class Sweep(Callback):
         number, given = config.hydra.job.num, list(config.hydra.overrides.task)
         body = {"sweep": self.id, "number": number, "status": status, "error": error}
         body["overrides"] = given
-        write_json(job_folder(config) / STATUS, body)
+        write_record(job_folder(config) / STATUS, body)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """The table is shown in any case: a killed job ends some launchers, Ctrl-C all of them."""

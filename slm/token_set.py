@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
-from slm.shards import hash_file, map_array, read_json, write_array, write_json
+from slm.fields import FILES, SIZE, check_fields
+from slm.shards import hash_file, map_array, read_json, write_array, write_json, write_record
 from slm.token_texts import vocabulary_bytes
 
 COLUMNS = {  # of every target: dtype on disk
@@ -160,11 +161,13 @@ def write_token_set(folder: Path, tokens: TokenSet) -> None:
     write_json(folder / "pieces.json", pieces)
     hashes["pieces.json"] = hash_file(folder / "pieces.json")
     record = {"num_windows": len(tokens.windows), "num_targets": tokens.num_targets}
-    write_json(folder / "token_set.json", record | {"sha256": hashes})
+    write_record(folder / "token_set.json", record | {"sha256": hashes})
 
 
 def read_token_set(folder: Path) -> TokenSet:
     record = read_json(folder / "token_set.json")
+    fields = {"num_windows": SIZE, "num_targets": SIZE, "sha256": FILES}
+    check_fields(folder / "token_set.json", record, fields)
     num_windows, num_targets = record["num_windows"], record["num_targets"]
 
     def rows(name: str, dtype: str, length: int) -> np.ndarray:

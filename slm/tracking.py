@@ -32,7 +32,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from slm.errors import UserError
 from slm.progress import TOKENS_SEEN, RewindableLogger
-from slm.shards import Json, atomic_file, read_json, write_json
+from slm.shards import Json, atomic_file, read_json, write_record
 
 log = logging.getLogger("slm.tracking")
 OWN_TABLES = ("heldout", "dynamics")  # metrics that are logged at steps of their own
@@ -155,7 +155,7 @@ class CsvLog(RewindableLogger):
     def _merge_hyperparams(self, params: Json) -> None:
         path = self.folder / "hparams.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, (read_json(path) if path.exists() else {}) | params)
+        write_record(path, (read_json(path) if path.exists() else {}) | params)
 
     @rank_zero_only
     def truncate_after(self, step: int) -> None:
@@ -277,7 +277,7 @@ class WandbLog(WandbLogger):
         for axis in ("trainer/global_step", TOKENS_SEEN):  # the last is the default axis
             run.define_metric(axis)
             run.define_metric("*", step_metric=axis, step_sync=True)
-        write_json(record, {"id": self._id, "project": self._project, "url": run.url})
+        write_record(record, {"id": self._id, "project": self._project, "url": run.url})
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb calls", daemon=True)
         self._thread.start()

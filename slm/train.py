@@ -8,6 +8,7 @@ the target model (excess). The run's folder holds
     train.csv, heldout.csv, wandb/
     model/          the result as a Hugging Face folder, written when the run is complete
     lineage.json    what went in, what was counted
+    tables.json     the hashes of the CSVs, written when the run is complete
     status.json     in a sweep: what became of the job
 """
 
@@ -50,7 +51,7 @@ from slm.progress import Metrics, StepClock, progress_bar
 from slm.rules import by_word, import_modules, trained_by_word
 from slm.score import load_reference
 from slm.selection import Selection
-from slm.shards import References, read_json, write_json
+from slm.shards import References, hash_file, read_json, write_record
 from slm.token_data import TokenData
 from slm.tokenizer import load_corpus_tokenizer
 from slm.tracking import WandbLog
@@ -137,7 +138,7 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
         )
     kept = any((folder / "checkpoints").glob("[!.]*.ckpt*")) or (folder / "model").exists()
     if not path.exists() or not kept:
-        write_json(path, identity)
+        write_record(path, identity)
         return None
     before = by_word(read_json(path), "selection.")
     for field in [*identity, *sorted(before.keys() - identity.keys())]:
@@ -313,7 +314,9 @@ def export(
         device=module.device,
     )
     results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}
-    write_json(folder / "lineage.json", record)
+    write_record(folder / "lineage.json", record)
+    tables = {path.name: hash_file(path) for path in sorted(folder.glob("*.csv"))}
+    write_record(folder / "tables.json", {"kind": "tables", "sha256": tables})
     card = model_card(record, results)
     save_model(folder / "model", module.lm.model, tokenizer, card, record)
     for logger in trainer.loggers:

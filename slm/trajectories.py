@@ -23,17 +23,22 @@ from slm.claims import remove_temporaries
 from slm.classes import Trajectories
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
+from slm.fields import INDEX, OBJECT, SHA256, SIZE, TEXT, check_fields, list_of
 from slm.model import SelectiveLM
 from slm.shards import (
     FORMAT,
     Json,
     adopt_plan,
+    check_files,
     check_hash,
+    hash_file,
     hash_json,
     map_array,
     read_json,
     write_array,
+    write_csv,
     write_json,
+    write_record,
 )
 from slm.token_set import TokenSet, parts, read_token_set, write_token_set
 
@@ -65,6 +70,15 @@ class Checkpoint(NamedTuple):
     tokens_seen: int
     sha256: str
     num_tokens: int
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """One column's sidecar, whose name says the same as its content."""
+    record = read_json(path)
+    check_fields(path, record, {"tokens_seen": INDEX, "sha256": SHA256, "num_tokens": SIZE})
+    if path.name != f"losses-{record['tokens_seen']:015d}.json":
+        raise UserError(f"{path}: tokens_seen is {record['tokens_seen']}, its name says another")
+    return Checkpoint(**{name: record[name] for name in Checkpoint._fields})
 
 
 def make_plan(windows: Windows, numbers: np.ndarray, run: Json, dtype: str) -> Json:
@@ -110,11 +124,10 @@ class TrajectoryStore:
         return store
 
     def check_hashes(self) -> None:
-        recorded = read_json(self.folder / "token_set.json")["sha256"]
-        expected = {self.folder / name: digest for name, digest in recorded.items()}
-        expected |= {self.path(c.tokens_seen): c.sha256 for c in self.checkpoints}
-        for path, digest in expected.items():
-            check_hash(path, digest, "its .json")
+        check_files(self.folder / "token_set.json", read_json(self.folder / "token_set.json"))
+        for checkpoint in self.checkpoints:
+            path = self.path(checkpoint.tokens_seen)
+            check_hash(path, checkpoint.sha256, path.with_suffix(".json").name)
 
     @property
     def sources(self) -> list[str]:
@@ -123,7 +136,7 @@ class TrajectoryStore:
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """In the order of training."""
-        return [Checkpoint(**read_json(path)) for path in sorted(self.folder.glob("losses-*.json"))]
+        return [read_checkpoint(path) for path in sorted(self.folder.glob("losses-*.json"))]
 
     def path(self, tokens_seen: int, suffix: str = ".npy") -> Path:
         return self.folder / f"losses-{tokens_seen:015d}{suffix}"
@@ -153,15 +166,19 @@ class TrajectoryStore:
             )
 
     def write_manifest(self) -> None:
+        write_json(self.folder / "manifest.json", self.make_manifest())
+
+    def make_manifest(self) -> Json:
         found = [checkpoint._asdict() for checkpoint in self.checkpoints]
         record = {"token_set": read_json(self.folder / "token_set.json"), "checkpoints": found}
-        write_json(self.folder / "manifest.json", self.plan | record)
+        return self.plan | record
 
     @property
     def settings(self) -> Json:
         """`threshold` and `mean_loss` of the classes, where they were made already."""
         path = self.folder / "classes.json"
-        return read_json(path) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
+        return {name: found[name] for name in ("threshold", "mean_loss") if found}
 
     def losses(self, checkpoints: Sequence[Checkpoint] | None = None) -> "LossColumns":
         """Of these checkpoints; None: of all that are there now."""
@@ -176,16 +193,20 @@ class TrajectoryStore:
                 self.path(checkpoint.tokens_seen).unlink(missing_ok=True)
         self.write_manifest()
 
-    def write_trajectories(
-        self, found: Trajectories, threshold: float, mean_loss: float | None
+    def write_classes(
+        self, found: Trajectories, rows: list[Json], threshold: float, mean_loss: float | None
     ) -> None:
-        """One record a token, the fields of `Trajectories`, and what they were made with."""
-        write_json(self.folder / "classes.json", {"threshold": threshold, "mean_loss": mean_loss})
+        """One record a token, the fields of `Trajectories`, a table, and what made them, last."""
+        (self.folder / "classes.json").unlink(missing_ok=True)
         dtype = [(name, column.dtype) for name, column in found._asdict().items()]
         table = np.empty(len(found.label), dtype)
         for name, column in found._asdict().items():
             table[name] = column
-        write_array(self.folder / "trajectories.npy", table)
+        hashes = {"trajectories.npy": write_array(self.folder / "trajectories.npy", table)}
+        write_csv(self.folder / "classes.csv", rows)
+        hashes["classes.csv"] = hash_file(self.folder / "classes.csv")
+        settings = {"threshold": threshold, "mean_loss": mean_loss}
+        write_record(self.folder / "classes.json", settings | {"sha256": hashes})
 
 
 class LossColumns(Sequence[np.ndarray]):
@@ -216,4 +237,5 @@ def read_plan(folder: Path) -> Json:
     plan = read_json(folder / "plan.json")
     if plan.get("kind") != KIND:
         raise UserError(f"{folder}/plan.json: kind is {plan.get('kind')!r}, expected {KIND!r}")
+    check_fields(folder / "plan.json", plan, {"sources": list_of(TEXT), "run": OBJECT})
     return plan

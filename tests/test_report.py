@@ -282,7 +282,7 @@ def data_of(page: Path) -> Any:
 def test_runs_with_token_losses_are_shown_beside_the_sweep(tmp_path, sweep):
     folder = sweep / "Excess0half"
     analysis = make_analysis(folder / "dynamics" / "tokens", prose(6, 9))
-    analysis.store.write_trajectories(analysis.trajectories, 0.7, 2.5)
+    analysis.store.write_classes(analysis.trajectories, [{"class": "HH"}], 0.7, 2.5)
     report(config(sweep, tmp_path / "out"))
     data = data_of(tmp_path / "out" / "report.html")
     assert [run["name"] for run in data["runs"]] == ["Excess0half"]

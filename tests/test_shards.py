@@ -1,15 +1,32 @@
 """The format on disk: what is refused, what survives a crash."""
 
 import json
+import os
 import subprocess
 import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from slm import shards
 from slm.errors import UserError
-from slm.shards import ArrayWriter, Corpus, References, adopt_plan, atomic_file, map_array
+from slm.shards import (
+    ArrayWriter,
+    Corpus,
+    References,
+    adopt_plan,
+    atomic_file,
+    fingerprint,
+    hash_file,
+    map_array,
+    read_json,
+    write_array,
+    write_record,
+)
 
 
 def test_array_writer_equals_numpy_save(tmp_path):
@@ -125,3 +142,101 @@ def test_plan_of_another_run_is_refused_with_both_values(tmp_path):
     adopt_plan(tmp_path, {"seq_len": 4, "kind": "corpus"})
     with pytest.raises(UserError, match="another run: seq_len is 4 in plan.json, 8 now"):
         adopt_plan(tmp_path, {"seq_len": 8, "kind": "corpus"})
+
+
+# ---- what comes from anybody's disk -------------------------------------------------------------
+
+
+def change_manifest(folder: Path, **changes: Any) -> None:
+    """With a fingerprint that fits wherever one can be made."""
+    manifest = read_json(folder / "manifest.json") | changes
+    with suppress(KeyError, TypeError):
+        manifest["fingerprint"] = fingerprint(manifest)
+    kept = {name: value for name, value in manifest.items() if value is not ...}
+    (folder / "manifest.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 0}, "seq_len is 0, expected a whole number of at least 1"),
+        ({"seq_len": "16"}, "seq_len is '16', expected a whole number"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"packing": "none"}, "packing is 'none', expected one of concat, documents"),
+        ({"shards": {}}, "shards is {}, expected a list of an object"),
+        ({"sources": [1]}, r"sources is \[1\], expected a list of text"),
+        ({"tokenizer_files": {"../../x": "a"}}, "tokenizer_files is .*, expected an object"),
+        ({"eos_id": ...}, "it has no 'eos_id'"),
+    ],
+)
+def test_a_field_of_a_manifest_that_is_another_thing_is_refused(text_corpus, changes, message):
+    change_manifest(text_corpus.folder, **changes)
+    with pytest.raises(UserError, match=f"manifest.json.*{message}"):
+        Corpus.open(text_corpus.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": "0"}, "index is '0', expected a whole number"),
+        ({"index": 7}, r"its shards are numbered \[7, 1\]"),
+        ({"num_tokens": None}, "num_tokens is None"),
+        ({"dtype": {"tokens": "object"}}, "dtype is .*, expected an object"),
+        ({"rows": {"../tokens": 3}}, "rows is .*, expected an object"),
+        ({"rows": {"tokens": 3}}, "sha256, dtype and rows of a shard name other columns"),
+    ],
+)
+def test_a_shard_of_a_manifest_that_is_another_thing_is_refused(text_corpus, changes, message):
+    shards = read_json(text_corpus.folder / "manifest.json")["shards"]
+    change_manifest(text_corpus.folder, shards=[shards[0] | changes, shards[1]])
+    with pytest.raises(UserError, match=f"manifest.json.*{message}"):
+        Corpus.open(text_corpus.folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "\xff", "1" * 5000])
+def test_json_that_is_none_is_one_kind_of_error(tmp_path, text):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_every_flipped_bit_of_a_header_is_one_kind_of_error_or_none(tmp_path):
+    path = tmp_path / "a.npy"
+    write_array(path, np.arange(40, dtype=np.int64).reshape(10, 4))
+    whole = path.read_bytes()
+    for position in range(8 * 128):
+        data = bytearray(whole)
+        data[position // 8] ^= 1 << position % 8
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's, of headers that Python 2 wrote
+            with suppress(UserError):
+                assert map_array(path, "int64", 10).nbytes == 320
+
+
+def test_pipes_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_json, hash_file, lambda path: map_array(path, "int64", 1)):
+        with pytest.raises(UserError, match="pipe is no regular file"):
+            read(tmp_path / "pipe")
+
+
+def test_a_sealed_record_reads_as_it_was_written_and_every_flip_is_found(tmp_path):
+    path, record = tmp_path / "a.json", {"a": [1, 2.5, None], "b": {"c": "d", "3": float("inf")}}
+    write_record(path, record)
+    assert read_json(path) == record
+    whole = path.read_bytes()
+    for position in [n for n, byte in enumerate(whole) if byte not in b" \n"]:
+        data = bytearray(whole)
+        data[position] ^= 1
+        path.write_bytes(data)
+        with suppress(UserError):  # a seal of another name is an unknown field beside the others
+            assert record.items() < read_json(path).items()
+
+
+def test_references_of_other_lengths_are_refused(tmp_path, text_corpus, make_references):
+    short = make_references(tmp_path / "short", text_corpus, [np.r_[np.nan, -np.ones(320)]])
+    with pytest.raises(
+        UserError, match=r"its shards have \[321\] tokens, those of .* \[321, 321\]"
+    ):
+        short.check_matches(text_corpus)

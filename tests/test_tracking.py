@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 import slm.sweep  # noqa: F401  # its resolver is in conf/logger/wandb.yaml
 from slm import tracking
 from slm.panels import Histogram, Lines, Page, Rows
+from slm.shards import read_json
 from slm.tracking import CsvLog, WandbLog
 from wandb_helpers import media_file, wandb_history, wandb_records, wandb_summary
 
@@ -146,7 +147,7 @@ def test_csv_merges_hyperparameters(tmp_path: Path) -> None:
     log = CsvLog(str(tmp_path))
     log.log_hyperparams({"seed": 0, "folder": tmp_path})
     log.log_hyperparams({"mfu": {"source": "x"}})
-    found = json.loads((tmp_path / "hparams.json").read_text())
+    found = read_json(tmp_path / "hparams.json")
     assert found == {"seed": 0, "folder": str(tmp_path), "mfu": {"source": "x"}}
 
 

@@ -19,9 +19,19 @@ from conftest import swap_ids
 from slm import shards
 from slm import verify as verification
 from slm.checkpoint import VerifiedCheckpointIO
+from slm.cost import write_cost
 from slm.errors import UserError
 from slm.model import save_model, set_special_ids
-from slm.shards import References, Shard, write_array, write_json, write_manifest, write_sidecar
+from slm.shards import (
+    References,
+    Shard,
+    hash_file,
+    write_array,
+    write_json,
+    write_manifest,
+    write_record,
+    write_sidecar,
+)
 from slm.verify import verify
 
 
@@ -46,6 +56,8 @@ def extend(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"xx")
 
 
+RUN_FILES = ["run.json", "hparams.json", "status.json", "lineage.json", "train.csv", "tables.json"]
+RUN_FILES += ["checkpoints/step-00000010.ckpt.json", "model/slm.json"]
 DAMAGES = [flip, truncate, extend, Path.unlink]
 
 
@@ -79,7 +91,7 @@ def run(tmp_path, saved) -> Path:
             "weights": torch.arange(step),
         }
         path = folder / "checkpoints" / f"step-{step:08d}.ckpt"
-        VerifiedCheckpointIO().save_checkpoint(checkpoint, path)
+        VerifiedCheckpointIO(lambda: None).save_checkpoint(checkpoint, path)
     shutil.copytree(saved, folder / "model")
     return folder
 
@@ -439,3 +451,50 @@ def test_help_and_checking_a_reference_import_no_torch(references):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("whole: ") and os.linesep in done.stdout
+
+
+# ---- records that nothing but their own seal vouches for ----------------------------------------
+
+
+def test_a_flipped_digit_of_any_record_is_found(tmp_path, text_corpus, references, run):
+    """What no manifest covers: cost and lineage, a run's records and tables, a checkpoint's."""
+    write_cost(references.folder, 0, {"seconds": 5.0, "tokens": 5, "flops": 5, "device": "5"})
+    write_record(references.folder / "lineage.json", {"seed": 5})
+    for name in ("run.json", "hparams.json", "status.json"):
+        write_record(run / name, {"seed": 5})
+    write_record(run / "lineage.json", {})
+    (run / "train.csv").write_text("loss\n5\n")
+    tables = {"train.csv": hash_file(run / "train.csv")}
+    write_record(run / "tables.json", {"sha256": tables})
+    prepared = tmp_path / "prepared"
+    shutil.copytree(text_corpus.folder, prepared / "train")
+    write_record(prepared / "plan.json", {"seq_len": 5})
+    said = {"fingerprint": text_corpus.fingerprint, "tokens": 5}
+    write_record(prepared / "report.json", {"train": said})
+    names = ["cost-00000.json", "lineage.json"]
+    paths = [references.folder / name for name in names] + [run / name for name in RUN_FILES]
+    paths += [prepared / "plan.json", prepared / "report.json"]
+    for path in paths:
+        part = run if path.is_relative_to(run) else path.parent
+        assert all(good for _, good, _ in verify(part)), part
+        whole = path.read_bytes()
+        flip(path, max(n for n in range(len(whole)) if whole[n : n + 1].isdigit()))
+        bad = [text for _, good, text in verify(part) if not good]
+        assert bad and str(path) in bad[0], path
+        path.write_bytes(whole)
+
+
+def test_a_record_from_before_there_were_seals_is_named(run):
+    (run / "run.json").write_text('{"seed": 5}')
+    text = next(text for path, _, text in verify(run) if path == run)
+    assert text.startswith(
+        "run, finished; without a hash, so not checked: run.json; without hashes"
+    )
+
+
+def test_a_model_names_files_of_its_own_folder_alone(tmp_path, saved):
+    shutil.copytree(saved, tmp_path / "model")
+    (tmp_path / "secret").write_text("")
+    write_record(tmp_path / "model" / "slm.json", {"sha256": {"../secret": "0" * 64}})
+    good, said = only(tmp_path / "model")
+    assert not good and "sha256 is {'../secret': " in said
