@@ -4,9 +4,9 @@
 the number of processes: a worker parses, fills templates, hashes, looks for evaluation text and
 tokenizes. A `ShardWriter` for each side cuts the token stream into windows and full shards.
 
-A few batches of 0.5 MB a worker are in flight, or the longest document (some 100 bytes for each
-byte of it); a writer holds less than a window and what one result adds. Workers import neither
-torch nor transformers.
+A few batches of 0.5 MB a worker are in flight, or the longest document (some 30 bytes for each
+byte of it, 150 where `slm.tokenizer` cannot cut it); a writer holds less than a window and what
+one result adds. Workers import neither torch nor transformers.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -237,7 +237,7 @@ def run_in_worker(blocks: list[Block]) -> Result:
     return _worker.run(blocks)
 
 
-def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Iterator[Result]:
+def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Generator[Result]:
     """Results in the order of the batches, a bounded number of them in flight."""
     if num_proc == 1:
         yield from map(Worker(job).run, batches)
@@ -254,7 +254,16 @@ def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Iter
             yield pending.popleft().result()
     except BrokenProcessPool:
         unblock(pool)
-        raise UserError("a worker process died (out of memory? try fewer: num_proc=1)") from None
+        raise UserError(
+            "a worker process died (out of memory? fewer workers need less, num_proc, and shorter "
+            "documents, max_document_mb)"
+        ) from None
+    except BaseException:
+        # Nobody wants the rest, and a second Ctrl-C must find no worker to wait for.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        unblock(pool)
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,22 @@ EOS = "<|endoftext|>"
 BATCH_SETTINGS = ("padding", "truncation")
 # A longer token is a ruler of dashes or spaces: useless, and it would not fit the uint8 column.
 MAX_TOKEN_LENGTH = 128
+# A longer text is encoded in pieces of about so many characters: an encoding is 150 times its text.
+PIECE_CHARACTERS = 2**16
+# The pre-tokenizers of GPT-2, Llama 3, Qwen 2 and GPT-4o: none joins what SAFE_CUT parts, a letter
+# or digit and the space (or line end) after it, and what they find goes by nothing left of it.
+WORDS = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+LLAMA = rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{WORDS}"
+KNOWN_SPLITS = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    LLAMA,
+    LLAMA.replace("{1,3}", ""),
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+{ENDINGS}?|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*{ENDINGS}?|"
+    + WORDS.replace("[\\r\\n]*", "[\\r\\n/]*"),
+}
+SAFE_CUT = re.compile(r"(?<=[^\W_])(?= )|(?<=[A-Za-z0-9\u4e00-\u9fa5])(?=\n)")
 # What stands before a text in its document: nothing, a special token, other text.
 AT_START, AFTER_SPECIAL, AFTER_TEXT = 0, 1, 2
 
@@ -251,6 +268,42 @@ def continue_at(place: int, step: Json | None) -> Json | None:
     return step
 
 
+def has_safe_cuts(state: Json) -> bool:
+    """Is a text cut at SAFE_CUT the same tokens? Sure for byte-level BPE of the known splits."""
+    step, model = state["pre_tokenizer"], state["model"]
+    steps = step["pretokenizers"] if step and step["type"] == "Sequence" else [step]
+    if not all(map(is_known_split, steps)) or not any(
+        s["type"] == "Split" or s["use_regex"] for s in steps
+    ):
+        return False
+    if state["normalizer"] not in (None, {"type": "NFC"}):
+        return False
+    added = [token for token in state["added_tokens"] if not token["special"]]  # these stay whole
+    joins = any(token["rstrip"] or re.search(r"\S\s", token["content"]) for token in added)
+    return not joins and model["type"] == "BPE" and not model["dropout"]
+
+
+def is_known_split(step: Json | None) -> bool:
+    if step is None or step["type"] not in ("Split", "ByteLevel"):
+        return False
+    if step["type"] == "ByteLevel":
+        return not step["add_prefix_space"]
+    known = step["pattern"] in [{"Regex": pattern} for pattern in KNOWN_SPLITS]
+    return known and step["behavior"] == "Isolated" and not step["invert"]
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """Pieces of about PIECE_CHARACTERS that end where a pre-tokenizer surely cuts."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        match = SAFE_CUT.search(text, start + PIECE_CHARACTERS)
+        if match is None:
+            break
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
 class Encoder:
     """Encodes texts without special tokens; special-token strings in a text are ordinary text."""
 
@@ -268,17 +321,30 @@ class Encoder:
             made.append(self.backend if same else make_backend(json.dumps(state | steps)))
         return made
 
-    def encode_each(self, texts: list[str], places: list[int] | None) -> list[Encoding]:
-        """Encodings of the texts in their order; every one AT_START without `places`."""
-        if places is None:
-            return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+    @cached_property
+    def can_cut(self) -> bool:
+        return has_safe_cuts(json.loads(self.state.backend))
+
+    def encode_each(self, texts: list[str], places: list[int] | None) -> Iterator[Sequence[int]]:
+        """Ids of the texts in their order; every one AT_START without `places`."""
+        places = [AT_START] * len(texts) if places is None else places
+        long = {i for i, t in enumerate(texts) if len(t) > 2 * PIECE_CHARACTERS and self.can_cut}
         found: dict[int, Encoding] = {}
         for place in set(places):
-            mine = [i for i, here in enumerate(places) if here == place]
+            mine = [i for i, here in enumerate(places) if here == place and i not in long]
             batch = [texts[i] for i in mine]
             encodings = self.backends[place].encode_batch_fast(batch, add_special_tokens=False)
             found |= zip(mine, encodings, strict=True)
-        return [found[i] for i in range(len(texts))]
+        for i, text in enumerate(texts):
+            yield self.encode_long(text) if i in long else found.pop(i).ids
+
+    def encode_long(self, text: str) -> array[int]:
+        """In pieces; what can be cut has no space put in front, whatever its place."""
+        ids = array("I")
+        for piece in cut_text(text):
+            (encoding,) = self.backend.encode_batch_fast([piece], add_special_tokens=False)
+            ids.extend(encoding.ids)
+        return ids
 
     def encode(
         self,
@@ -288,9 +354,9 @@ class Encoder:
     ) -> Encoded:
         """Tokens of all texts in one array, EOS after each, and the bytes that each stands for."""
         ids, lengths = array("I"), np.empty(len(texts), dtype=np.int64)
-        for i, encoding in enumerate(self.encode_each(texts, places)):
+        for i, found in enumerate(self.encode_each(texts, places)):
             before = len(ids)
-            ids.extend(encoding.ids)
+            ids.extend(found)
             ids.append(self.state.eos_id)
             lengths[i] = len(ids) - before
         tokens = np.array(ids, dtype=np.uint32)

@@ -1,10 +1,22 @@
 """Identity, byte counts and encoding, on every family of tokenizers."""
 
+import json
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from conftest import swap_ids
@@ -13,9 +25,11 @@ from slm.errors import UserError
 from slm.shards import Corpus, read_json, write_json, write_manifest
 from slm.tokenizer import (
     EOS,
+    KNOWN_SPLITS,
     Encoder,
     encoder_state,
     fit,
+    has_safe_cuts,
     is_tokenizer_of,
     load_corpus_tokenizer,
     load_tokenizer,
@@ -52,6 +66,87 @@ def check_sums(tokenizer, texts):
         assert encoded.sizes[end - length : end].sum() == len(text.encode())
         assert tokenizer.eos_token_id not in encoded.tokens[end - length : end - 1]
     return encoded
+
+
+TRICKY = list("aZ9é東。! \n\t\r'\u00a0\u0301\u200d\u0e31²_/") + [
+    *("'s", "'LL", "  ", " \n", "\r\n", "don't", " the", "</a> ", "\u0085", "\U0001f600", " x y"),
+]
+
+
+@pytest.fixture(scope="module", params=["own", "nfc", *sorted(KNOWN_SPLITS)])
+def cuttable(request):
+    """Byte-level BPE that has merged all it can of tricky text, under each known split."""
+    rng = random.Random(1)
+    texts = ["".join(rng.choices(TRICKY, k=40)) for _ in range(2000)]
+    backend = Tokenizer(models.BPE())
+    own = request.param not in KNOWN_SPLITS
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)
+    backend.pre_tokenizer = level
+    if not own:
+        split = pre_tokenizers.Split(Regex(request.param), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    if request.param == "nfc":
+        backend.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, initial_alphabet=alphabet, special_tokens=[EOS], show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+
+
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(cuttable, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 5)
+    rng, encoder = random.Random(2), Encoder(encoder_state(cuttable))
+    assert encoder.can_cut
+    num_pieces = 0
+    for _ in range(300):
+        text = "".join(rng.choices(TRICKY, k=80))
+        pieces = list(tokenizer_module.cut_text(text))
+        assert "".join(pieces) == text
+        num_pieces += len(pieces)
+        whole = encoder.backend.encode(text, add_special_tokens=False).ids
+        found = encoder.encode([text, "x"], np.array([len(text.encode()), 1]))
+        assert found.tokens[: found.lengths[0] - 1].tolist() == whole
+    assert num_pieces > 1500
+
+
+def test_only_what_surely_cuts_is_cut(cuttable, llama_like):
+    state = json.loads(cuttable.backend_tokenizer.to_str())
+    assert has_safe_cuts(state)
+    plain = {"special": False, "rstrip": False}
+    level = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+    none_else = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": ".+"}, "behavior": "Isolated", "invert": False}
+    for change in (
+        {"added_tokens": [plain | {"content": "two words"}]},
+        {"added_tokens": [plain | {"content": "x", "rstrip": True}]},
+        {"normalizer": {"type": "NFKC"}},
+        {"pre_tokenizer": level},
+        {"pre_tokenizer": none_else},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, none_else]}},
+        {"model": state["model"] | {"dropout": 0.1}},
+    ):
+        assert not has_safe_cuts(state | change), change
+    assert has_safe_cuts(state | {"added_tokens": [plain | {"content": "  "}]})
+    assert not Encoder(encoder_state(llama_like)).can_cut
+
+
+def test_memory_of_a_long_text_is_that_of_a_piece(cuttable, monkeypatch):
+    """Nothing longer than a piece and a word reaches the backend, and no cut is asked twice."""
+    encoder = Encoder(encoder_state(cuttable))
+    lengths = []
+
+    class Backend:
+        def encode_batch_fast(self, batch, **settings):
+            lengths.extend(map(len, batch))
+            return encoder_backend.encode_batch_fast(batch, **settings)
+
+    encoder_backend, encoder.backend = encoder.backend, Backend()  # pyright: ignore
+    text = "some words\nof code " * 20_000
+    encoder.encode([text], np.array([len(text)]))
+    assert sum(lengths) == len(text) and max(lengths) < 2**16 + 20
 
 
 def word_level(vocab, pre_tokenizer):
