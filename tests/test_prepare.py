@@ -732,6 +732,19 @@ def test_another_run_is_refused_and_a_finished_one_left_alone(run, tmp_path, cap
     assert files(tmp_path / "out") == before
 
 
+def test_a_source_that_changed_in_its_middle_is_another_run(run, tmp_path):
+    path = Path(write(tmp_path / "a.jsonl", *["abcdefgh"] * 2000))
+    run(sources=[str(path)])
+    before, data = files(tmp_path / "out"), bytearray(path.read_bytes())
+    middle = len(data) // 2
+    assert min(middle, len(data) - middle) > 10_000
+    data[data.index(b"abcdefgh", middle)] = ord("h")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"sources\[0\].files_sha256"):
+        run(sources=[str(path)])
+    assert files(tmp_path / "out") == before
+
+
 def test_a_damaged_corpus_is_made_again(run, tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", "abcdefgh")
     run(sources=[path])
