@@ -824,6 +824,26 @@ def test_disk_full_leaves_nothing_that_looks_finished(run, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_two_quick_interrupts_end_the_workers(tmp_path, bytes_folder):
+    """While each worker has some seconds of work in hand, and ignores the signal itself."""
+    words = "".join(f"{i} " for i in range(1_500_000))
+    write(tmp_path / "a.jsonl", "short", *[words] * 20)
+    arguments = ("out=x", "sources=[a.jsonl]", f"tokenizer.path={bytes_folder}", "num_proc=2")
+    process = start(tmp_path, *arguments)
+    wait_for(tmp_path / "x" / "plan.json")
+    while len(workers := children(process.pid)) < 3:  # one of them tracks resources
+        time.sleep(0.1)
+    time.sleep(5)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    process.communicate(timeout=5)
+    assert process.returncode != 0
+    for worker in workers:
+        wait_for(Path(f"/proc/{worker}"), exists=False)
+
+
 def test_a_worker_that_dies_is_reported(tmp_path, bytes_folder):
     write(tmp_path / "a.jsonl", *["abcdefgh" * 1000] * 700)
     arguments = ("out=x", "sources=[a.jsonl]", f"tokenizer.path={bytes_folder}", "num_proc=2")
