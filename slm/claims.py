@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -67,15 +68,15 @@ def process_name() -> str:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Temporary files of `atomic_file` whose processes are dead, on this host."""
+    """Temporary files and folders that are named after dead processes of this host."""
     host = re.escape(socket.gethostname())
     for path in folder.glob(".*.tmp"):
         made = re.fullmatch(rf"\..+\.{host}-(\d+)(?:-(\d+))?\.tmp", path.name)
-        if made is None or not path.is_file():
+        if made is None:
             continue
         pid, began = int(made[1]), made[2]
         if start_of(pid) != began if began else not is_alive(pid):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # ---- claims -------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ what selection takes of them. Costs one forward pass over the token set for each
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +28,7 @@ from slm.cli import command, progress
 from slm.data import Windows, open_references
 from slm.errors import NonFiniteError, UserError
 from slm.model import SelectiveLM, check_length
+from slm.names import path_component
 from slm.panels import dynamics_metrics, excess_histograms, final_media, final_summary
 from slm.progress import send
 from slm.rules import import_modules
@@ -38,7 +38,7 @@ from slm.token_set import TokenSet, draw_windows, read_windows
 from slm.tokenizer import is_tokenizer_of, load_corpus_tokenizer, share_tokenizer
 from slm.tracking import WandbLog
 from slm.train_keys import PRECISIONS
-from slm.trajectories import TrajectoryStore, make_plan, token_losses
+from slm.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
 
 log = logging.getLogger("slm.dynamics")
 EXACT = ("eager", "sdpa")  # attention that every machine has
@@ -70,10 +70,8 @@ def draw(windows: Windows, num_targets: int, seed: int, by_source: bool) -> Toke
     return tokens
 
 
-def store_folder(run: Path, name: Any) -> Path:
-    if not isinstance(name, str) or not name or Path(name).name != name:
-        raise UserError(f"name is {name!r}, it must be one folder's name")
-    return run / "dynamics" / name
+def store_folder(run: Path, name: Any, prefix: str) -> Path:
+    return run / "dynamics" / path_component(f"{prefix}name", name)
 
 
 def run_record(run: Path) -> Json:
@@ -147,7 +145,8 @@ class TokenDynamics(Callback):
         if every_tokens is not None:
             check_count("callbacks.dynamics.every_tokens", every_tokens)
         check_threshold(threshold, mean_loss)
-        self.run_dir, self.folder = Path(run_dir), store_folder(Path(run_dir), name)
+        self.run_dir = Path(run_dir)
+        self.folder = store_folder(self.run_dir, name, "callbacks.dynamics.")
         self.windows = open_windows(corpus, references, combine, "size", "callbacks.dynamics.")
         self.tokens = draw(self.windows, num_targets, seed, by_source)
         self.every_tokens, self.batch_size = every_tokens, batch_size
@@ -183,7 +182,7 @@ class TokenDynamics(Callback):
     def _open(self, is_new: bool, tokens_seen: int, precision: str) -> TrajectoryStore:
         """A run that starts anew has no trajectories; one that goes on forgets what came later."""
         if is_new:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_store(self.folder)
         plan = make_plan(self.windows, self.tokens.windows, run_record(self.run_dir), precision)
         store = TrajectoryStore.create(self.folder, plan, self.tokens)
         store.forget_after(tokens_seen)
@@ -365,7 +364,7 @@ def evaluate_runs(runs: Sequence[Path], windows: Windows, tokens: TokenSet, conf
 def open_store(run: Path, windows: Windows, tokens: TokenSet, config: Any) -> TrajectoryStore:
     plan = make_plan(windows, tokens.windows, run_record(run), config.dtype)
     warn_of_training_text(windows.corpus, read_json(run / "run.json")["corpus"])
-    folder = store_folder(run, config.name)
+    folder = store_folder(run, config.name, "")
     store = TrajectoryStore.create(folder, plan, tokens, config.check)
     run_chooser(store, warns=True)  # what would be noticed when it is too late
     return store

@@ -43,11 +43,11 @@ log = logging.getLogger(__name__)
 
 RUN_COLOUR, CONTROL_COLOUR = COLOURS[1], COLOURS[0]
 MIN_COMMON = 2  # checkpoints that make a line
+MOST_CHARACTERS = 150  # of a run's name in a file's
 MOST_POINTS = 48  # of a single token's loss: more are a block of colour
 
 # ---- classes ------------------------------------------------------------------------------------
 
-KINDS = ("classes", "text-classes", "text-selected", "selection", "perplexity")  # file names
 CLASS_PANELS = {"classes": "class means", "LL": "tokens of L→L", "HH": "tokens of H→H"}
 
 
@@ -334,10 +334,12 @@ def control_of(run: Analysis, analyses: Sequence[Analysis]) -> Analysis | None:
 
 
 def file_names(analyses: Sequence[Analysis]) -> list[str]:
-    """The runs' names with what is safe in a file's, each once."""
+    """The runs' names with what is safe in a file's, cut, each once."""
     found: list[str] = []
     for analysis in analyses:
-        stem = re.sub(r"[^A-Za-z0-9.=-]+", "_", analysis.name).strip("._") or "run"
+        stem = (
+            re.sub(r"[^A-Za-z0-9.=-]+", "_", analysis.name).strip("._")[:MOST_CHARACTERS] or "run"
+        )
         taken = sum(name == stem or name.startswith(f"{stem}~") for name in found)
         found.append(f"{stem}~{taken + 1}" if taken else stem)
     return found

@@ -9,6 +9,8 @@
                                 see figures.py
     truth.csv, truth_kept.csv   how well scores tell signal from noise, and what the rule keeps of
                                 each, where the tokens are labelled, see truth.py
+    made.json                   the hashes of all these: a report takes the place of an earlier one,
+                                whole, and of nothing else, see own_files.py
 
 Runs that differ in nothing but their seed are an arm, see arms.py. Runs that are not complete are
 named and left out of the tables; their token losses so far are shown.
@@ -31,7 +33,6 @@ from slm.arms import (
     base,
     check_heldout,
     check_runs,
-    costs,
     folders_of,
     read_runs,
     run_folders,
@@ -39,15 +40,17 @@ from slm.arms import (
 from slm.classes import MIN_CHECKPOINTS
 from slm.cli import command, progress
 from slm.errors import UserError
-from slm.figures import KINDS, paper_figures
+from slm.figures import paper_figures
+from slm.names import file_name
+from slm.own_files import check_own, replacing
 from slm.page import SweepFigures, write_page
 from slm.plots import (
-    Curve,
     RatioPanel,
     TokensPanel,
     ratio_figure,
     tokens_figure,
 )
+from slm.report_table import REACH_NOTE, control_losses, markdown, table_rows
 from slm.rules import import_modules
 from slm.score import check_count
 from slm.shards import Json, atomic_file, nested, read_json, write_csv
@@ -55,13 +58,10 @@ from slm.trajectories import TrajectoryStore
 from slm.truth import kept_rows, truth_rows
 
 log = logging.getLogger("slm.report")
+MADE_BY = "slm report"
 CONTROL = "all tokens"
 MAX_PANELS = 8  # in one picture
-REACH_NOTE = (
-    "Tokens to all tokens' loss: where the held-out loss first is at or below the mean final loss "
-    "of all tokens, linear between points, mean over seeds; all tokens themselves: all they saw; "
-    "empty: a seed never gets there, or no run is on all tokens."
-)
+MOST_BYTES = 150  # of a set's name in a file's
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -101,90 +101,6 @@ def check_sets(baselines: Sequence[Arm], sets: Sequence[str]) -> None:
                 f"{sorted(lacking)}, only on {sorted(sets_of(arm))}: "
                 + (advice if shared else "no set is left that all have, leave the baseline out")
             )
-
-
-# ---- the table ----------------------------------------------------------------------------------
-
-
-def control_losses(arms: Sequence[Arm], sets: Sequence[str]) -> dict[str, float]:
-    """Mean final loss of the runs on all tokens, for each set; empty where there are none."""
-    controls = [arm for arm in arms if arm.takes_all_tokens]
-    if not controls:
-        return {}
-    return {
-        name: float(np.mean([x for arm in controls for x in arm.losses(name)])) for name in sets
-    }
-
-
-def tokens_to_reach(curve: Curve, loss: float) -> float | None:
-    """Tokens until the curve first is at or below `loss`, linear between points; None: never."""
-    below = np.flatnonzero(curve.loss <= loss)
-    if len(below) == 0:
-        return None
-    index = int(below[0])
-    pair = slice(max(0, index - 1), index + 1)
-    return float(np.interp(-loss, -curve.loss[pair], curve.tokens_seen[pair]))
-
-
-def mean_tokens_to_reach(arm: Arm, name: str, loss: float) -> int | None:
-    """Mean over seeds; None where a seed never gets there. All tokens get there at their end."""
-    if arm.is_control:
-        return round(arm.mean(lambda run: run.lineage["tokens_seen"]))
-    found = [tokens_to_reach(run.curves[name], loss) for run in arm.runs]
-    reached = [tokens for tokens in found if tokens is not None]
-    return round(float(np.mean(reached))) if len(reached) == len(found) else None
-
-
-def table_rows(arms: Sequence[Arm], sets: Sequence[str], control: dict[str, float]) -> list[Json]:
-    rows = [table_row(arm, name, control) for arm in arms for name in sets]
-    columns = dict.fromkeys((key for row in rows for key in row), None)
-    return [columns | row for row in rows]
-
-
-def table_row(arm: Arm, name: str, control: dict[str, float]) -> Json:
-    losses = arm.losses(name)
-    reached = mean_tokens_to_reach(arm, name, control[name]) if control else None
-    shared = set.intersection(*(set(costs(run)) for run in arm.runs))
-    return {
-        "arm": arm.label,
-        "rule": arm.runs[0].rule,
-        "select_ratio": arm.select_ratio,
-        "set": name,
-        "mean": round(float(np.mean(losses)), 6),
-        "low": round(min(losses), 6),
-        "high": round(max(losses), 6),
-        "seeds": len(losses),
-        "tokens_seen": round(arm.mean(lambda run: run.lineage["tokens_seen"])),
-        "tokens_selected": round(arm.mean(lambda run: run.lineage["tokens_selected"])),
-        "tokens_to_all_tokens_loss": reached,
-    } | {key: arm.mean(lambda run, key=key: costs(run)[key]) for key in sorted(shared)}
-
-
-def markdown(rows: Sequence[Json], sets: Sequence[str], left_out: dict[Path, str]) -> str:
-    """One line an arm, a column a set: mean (lowest to highest)."""
-    by_arm: dict[str, dict[str, Json]] = defaultdict(dict)
-    for row in rows:
-        by_arm[row["arm"]][row["set"]] = row
-    reach = [f"tokens to all tokens' loss, {name}" for name in sets]
-    head = ["arm", *sets, "seeds", "tokens seen", "tokens selected", *reach]
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    for label, found in by_arm.items():
-        row = found[sets[0]]
-        counts = [f"{row[key]:,}" for key in ("seeds", "tokens_seen", "tokens_selected")]
-        ends = [found[name]["tokens_to_all_tokens_loss"] for name in sets]
-        cells = [label, *(spread_text(found[name]) for name in sets), *counts]
-        cells += ["" if end is None else f"{end:,}" for end in ends]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Final held-out loss in nats per token: mean over seeds (lowest to highest)."]
-    lines += ["", REACH_NOTE, ""]
-    lines += [f"Left out: `{folder}`: {reason}" for folder, reason in left_out.items()]
-    return "\n".join(lines) + "\n"
-
-
-def spread_text(row: Json) -> str:
-    if row["seeds"] == 1:
-        return f"{row['mean']:.4f}"
-    return f"{row['mean']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
 
 
 # ---- the figures --------------------------------------------------------------------------------
@@ -231,7 +147,7 @@ def tokens_figures(sets: Sequence[str], arms: Sequence[Arm], out: Path) -> None:
         tokens_figure(list(grid.values()), out / "loss_vs_tokens.png")
         return
     for name, panels in grid.items():
-        tokens_figure([panels], out / f"loss_vs_tokens_{name}.png")
+        tokens_figure([panels], out / f"loss_vs_tokens_{file_name(name, MOST_BYTES)}.png")
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -260,7 +176,9 @@ def report_left_out(left_out: dict[Path, str]) -> None:
         log.warning("left out: %s: %s", folder, reason)
 
 
-def sweep_report(config: Any, runs: Sequence[Run], left_out: dict[Path, str]) -> SweepFigures:
+def sweep_report(
+    config: Any, runs: Sequence[Run], left_out: dict[Path, str], out: Path
+) -> SweepFigures:
     """Write the tables and figures of finished runs."""
     check_runs(runs)
     sets, arms = chosen_sets(runs, config.sets), arms_of(runs)
@@ -270,7 +188,6 @@ def sweep_report(config: Any, runs: Sequence[Run], left_out: dict[Path, str]) ->
     baselines = read_baselines(dict(config.baselines or {}), sets)
     check_heldout([run for arm in (*arms, *baselines) for run in arm.runs], sets)
     rows = table_rows([*arms, *baselines], sets, control)
-    out = Path(config.out)
     write_csv(out / "table.csv", rows)
     with atomic_file(out / "table.md") as file:
         file.write(markdown(rows, sets, left_out).encode())
@@ -361,9 +278,10 @@ def short_paths(folders: Sequence[Path]) -> dict[Path, str]:
     return found
 
 
-def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Run]) -> list[Json]:
+def dynamics_report(
+    config: Any, analyses: Sequence[Analysis], runs: Sequence[Run], out: Path
+) -> list[Json]:
     """Write the paper's figures and how well scores tell signal from noise; returns its rows."""
-    out = Path(config.out)
     name = chosen_sets(runs, config.sets)[0] if runs else ""
     of_run = {run.folder: run for run in runs}
     curves = [
@@ -384,15 +302,6 @@ def dynamics_report(config: Any, analyses: Sequence[Analysis], runs: Sequence[Ru
     return truth
 
 
-def remove_earlier(out: Path) -> None:
-    """What an earlier report wrote into the same folder, maybe of other runs."""
-    names = [f"figures/{kind}-*{suffix}" for kind in KINDS for suffix in (".png", ".svg", ".csv")]
-    names += ["table.csv", "table.md", "truth.csv", "truth_kept.csv", "report.html"]
-    for name in [*names, "loss_vs_*.png", "loss_vs_*.svg"]:
-        for path in out.glob(name):
-            path.unlink()
-
-
 # ---- all of it ----------------------------------------------------------------------------------
 
 
@@ -400,20 +309,23 @@ def report(config: Any) -> list[Json]:
     """Write everything into config.out; returns the table's rows."""
     check_settings(config)
     import_modules(config.modules)
+    check_own(Path(config.out), ["report.html"], MADE_BY)  # the others when they are known
     folders = folders_of(config.runs)
     runs, left_out = read_runs(folders)
     report_left_out(left_out)
+    if runs:
+        check_own(Path(config.out), ["table.csv", "table.md", "loss_vs_k.png"], MADE_BY)
     analyses = read_analyses(folders, config.max_dynamics, config.check)
     if not runs and not analyses:
         raise UserError(
             f"none of the {len(left_out)} runs in {config.runs} is complete, and none has token "
             "losses (`slm dynamics`)"
         )
-    remove_earlier(Path(config.out))
-    sweep = sweep_report(config, runs, left_out) if runs else None
-    truth = dynamics_report(config, analyses, runs) if analyses else []
     title = ", ".join(Path(folder).resolve().name for folder in folders)
-    write_page(Path(config.out) / "report.html", title, analyses, sweep, truth)
+    with replacing(Path(config.out), MADE_BY) as out:
+        sweep = sweep_report(config, runs, left_out, out) if runs else None
+        truth = dynamics_report(config, analyses, runs, out) if analyses else []
+        write_page(out / "report.html", title, analyses, sweep, truth)
     return list(sweep.rows) if sweep else []
 
 

@@ -34,6 +34,8 @@ COLUMNS = {  # of every target: dtype on disk
     "reference_entropy": "float32",
     "signal": "int8",
 }
+ARRAYS = ("windows", "tokens", "live", *COLUMNS)
+TOKEN_SET_FILES = ("token_set.json", "pieces.json", *(f"{name}.npy" for name in ARRAYS))
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,19 @@ from slm.shards import (
     write_json,
     write_record,
 )
-from slm.token_set import TokenSet, parts, read_token_set, write_token_set
+from slm.token_set import TOKEN_SET_FILES, TokenSet, parts, read_token_set, write_token_set
 
 KIND = "dynamics"
+STORE_FILES = (
+    "losses-*.json",
+    "losses-*.npy",
+    "trajectories.npy",
+    "classes.*",
+    "manifest.json",
+    *TOKEN_SET_FILES,
+    ".*.tmp",
+    "plan.json",
+)
 
 
 @torch.no_grad()
@@ -97,6 +107,16 @@ def make_plan(windows: Windows, numbers: np.ndarray, run: Json, dtype: str) -> J
         "dtype": dtype,
         "run": run,
     }
+
+
+def remove_store(folder: Path) -> None:
+    """Of a run that starts anew: the files of a store, and only of one; others stay."""
+    if (folder / "plan.json").exists():
+        if (found := read_json(folder / "plan.json").get("kind")) != KIND:
+            raise UserError(f"{folder}/plan.json: kind is {found!r}, expected {KIND!r}")
+        for pattern in STORE_FILES:  # the plan last: killed in between, it still says whose
+            for path in sorted(folder.glob(pattern)):
+                path.unlink()
 
 
 class TrajectoryStore:

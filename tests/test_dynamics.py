@@ -151,6 +151,14 @@ def test_a_run_that_starts_anew_forgets_all(tmp_path, text_corpus, monkeypatch):
     assert len(TrajectoryStore(tmp_path / "run" / "dynamics" / "tokens").checkpoints) == 7
 
 
+def test_a_name_that_leads_out_of_the_folder_is_refused_and_removes_nothing(tmp_path, text_corpus):
+    (tmp_path / "run").mkdir()
+    words = [*during(text_corpus), "callbacks.dynamics.name=.."]
+    with pytest.raises(UserError, match=r"callbacks.dynamics.name is '\.\.', it must be one name"):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    assert (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_broken_model_stops_the_training(tmp_path, text_corpus, monkeypatch):
     def broken(*arguments: Any) -> np.ndarray:
         return np.full((len(arguments[2]), 16), np.nan, np.float32)
@@ -473,8 +481,9 @@ def test_an_empty_folder_is_no_run(tmp_path, text_corpus):
         ("mean_loss=nan", "mean_loss is nan, it must be a number of nats, or null"),
         ("threshold=true", "threshold is True, it must be a number of nats, 0 or more"),
         ("mean_loss=high", "mean_loss is 'high', it must be a number of nats, or null"),
-        ("name=a/b", "name is 'a/b', it must be one folder's name"),
-        ("name=2024", "name is 2024, it must be one folder's name"),
+        ("name=a/b", "name is 'a/b', it must be one name"),
+        ("name=..", "name is '..', it must be one name"),
+        ("name=2024", "name is 2024, it must be one name"),
         ("dtype=float16", "dtype is 'float16', it must be one of"),
         ("device=tpu9", "device 'tpu9' cannot be used here"),
         ("combine=mean", r"combine is 'mean' for 0 reference\(s\); it is one of"),

@@ -24,7 +24,6 @@ from figure_helpers import (
 from slm.classes import CLASSES
 from slm.errors import UserError
 from slm.figures import (
-    KINDS,
     class_figure,
     control_of,
     file_names,
@@ -35,6 +34,8 @@ from slm.figures import (
 )
 from slm.plots import Curve
 from slm.text_figure import text_figure
+
+KINDS = ("classes", "text-classes", "text-selected", "selection", "perplexity")  # file names
 
 
 @pytest.fixture

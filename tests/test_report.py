@@ -1,6 +1,7 @@
 """Tables and arms from run folders made by hand, with numbers that are known."""
 
 import csv
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from slm import report as report_module
 from slm.analysis import analyse
 from slm.cli import conf_folder
 from slm.errors import UserError
-from slm.plots import Curve
-from slm.report import report, tokens_to_reach
+from slm.report import report
+from slm.report_table import REACH_NOTE
 from slm.trajectories import TrajectoryStore
 from slm.truth import truth_rows
 
@@ -72,15 +73,7 @@ def test_the_markdown_table_has_a_line_an_arm(tmp_path, sweep):
         "2",
     ]
     assert len({len(row) for row in cells}) == 1
-    assert report_module.REACH_NOTE in lines
-
-
-@pytest.mark.parametrize(
-    ("loss", "tokens"), [(9.5, 0), (9.0, 0), (7.0, 100), (5.0, 200), (4.0, 300), (2.9, None)]
-)
-def test_tokens_to_reach_is_the_first_crossing_interpolated(loss, tokens):
-    seen, losses = np.array([0.0, 200, 400, 500]), np.array([9.0, 5.0, 3.0, 8.0])
-    assert tokens_to_reach(Curve("", seen, losses), loss) == tokens
+    assert REACH_NOTE in lines
 
 
 def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch):
@@ -365,6 +358,35 @@ def test_figures_of_an_earlier_report_go(tmp_path):
         (tmp_path / "out" / "figures" / "mine.png").touch()
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     assert "classes-two.svg" in names and "classes-one.svg" not in names and "mine.png" in names
+
+
+def test_files_of_others_are_neither_replaced_nor_removed(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    mine = ["table.csv", "truth.csv", "truth_kept.csv", "loss_vs_mine.png", "figures/classes-x.csv"]
+    (tmp_path / "figures").mkdir()
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^table.csv would be replaced, .* another folder than \."):
+        report(config(folder, Path()))
+    (tmp_path / "table.csv").rename(tmp_path / "my_table.csv")
+    report(config(folder, Path()))
+    report(config(folder, Path()))
+    assert {(tmp_path / name).read_text() for name in ["my_table.csv", *mine[1:]]} == {"mine"}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    report(config(folder, tmp_path / "out"))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report_module, "write_page", full)
+    with pytest.raises(UserError, match="/out/.* cannot be written: No space left on device; the "):
+        report(config(folder, tmp_path / "out"))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_at_most_so_many_runs_are_shown(tmp_path, caplog):

@@ -13,7 +13,7 @@ from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
 from slm.model import SelectiveLM, new_model
 from slm.token_set import read_windows
-from slm.trajectories import TrajectoryStore, make_plan, token_losses
+from slm.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
 
 RUN = {"fingerprint": "run"}
 
@@ -88,6 +88,19 @@ def test_what_a_killed_writer_left_is_removed(tmp_path, text_corpus, tokenizer):
     make_store(tmp_path / "d", text_corpus, numbers, tokenizer)
     before.remove(name)
     assert sorted(path.name for path in store.folder.iterdir()) == before
+
+
+def test_a_store_is_removed_and_nothing_else(tmp_path, text_corpus, tokenizer):
+    make_store(tmp_path / "d", text_corpus, np.array([1, 5]), tokenizer).append(100, np.ones(32))
+    for name in ("notes.txt", "table.csv"):
+        (tmp_path / "d" / name).touch()
+    remove_store(tmp_path / "d")
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["notes.txt", "table.csv"]
+    remove_store(tmp_path / "d")  # and what is no store
+    remove_store(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="plan.json: kind is .*, expected 'dynamics'"):
+        remove_store(text_corpus.folder)
+    assert len(text_corpus.open(text_corpus.folder).shards) == 2
 
 
 def test_what_does_not_belong_is_refused(tmp_path, text_corpus, tokenizer, make_corpus):
