@@ -21,7 +21,8 @@ from rich.table import Table
 from slm.cli import command, progress
 from slm.data import IGNORE_INDEX, Windows, spread, to_device
 from slm.errors import UserError
-from slm.model import SelectiveLM, check_model_folder, load_model
+from slm.model import SelectiveLM, load_model
+from slm.model_folder import check_model_folder
 from slm.score import (
     DTYPES,
     check_count,

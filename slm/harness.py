@@ -341,7 +341,7 @@ def load_lm(folder: str, batch_size: int, device: str) -> Any:
     """lm_eval's own `hf` model of a folder."""
     from lm_eval.models import huggingface
 
-    from slm.model import quiet_without_terminal
+    from slm.model_folder import quiet_without_terminal
     from slm.tokenizer import first_line
 
     quiet_without_terminal()
@@ -367,7 +367,8 @@ def run_tasks(lm: Any, folder: Path, names: list[str], limit: int | None) -> lis
 
 def harness(models: dict[str, str], settings: Any) -> list[Row]:
     """Rows of every model and task, with the versions that made them."""
-    from slm.model import check_model_folder, load_model
+    from slm.model import load_model
+    from slm.model_folder import check_model_folder
     from slm.score import pick_device
     from slm.verify import verify_weights
 

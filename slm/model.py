@@ -1,4 +1,4 @@
-"""Build or load the causal LM, split it into backbone and head, save it as a Hugging Face folder.
+"""Build or load the causal LM, split it into backbone and head.
 
 Any Hugging Face causal LM whose logits are ``logit_scale * (hidden @ weight.T + bias)``, optionally
 followed by ``softcap * tanh(logits / softcap)``, can be trained. Others are found by `check_model`,
@@ -7,33 +7,26 @@ which compares one batch with cross-entropy of the model's own logits, and refus
 Letters: B windows, T positions, D width, V vocabulary.
 """
 
-import inspect
-import json
-import os
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils.logging import disable_progress_bar
 
+from slm.architecture import new_model
 from slm.chat import end_of_turn
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
 from slm.head import check_head, head_arguments, hidden_states, loss_terms
-from slm.shards import check_files, hash_file, hash_json, read_json, sealed, sync_folder
+from slm.model_folder import check_model_folder, quiet_without_terminal
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
 from slm_kernels import (
     TokenCrossEntropy,
@@ -44,7 +37,6 @@ from slm_kernels import (
 
 CHECK_TOKENS = 128  # of a window, for the checks that need the model's own logits
 LEAK_TOLERANCE = 1e-5  # of the largest hidden state
-ROPE_FIELDS = ("rope_theta", "rope_scaling")  # accepted by every config with rotary positions
 
 
 def build_lm(
@@ -86,21 +78,6 @@ def build_lm(
     return SelectiveLM(model, logits_cache_bytes).train()
 
 
-def check_model_folder(key: str, name: str, check: str = "size") -> None:
-    """A mistyped path must not be looked for on a hub, with minutes of retries.
-
-    check: "full" compares the hash of every file, where its slm.json knows them
-    """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{key} {name} is a PEFT adapter: merge it into its model (merge_and_unload)"
-        )
-    if not (Path(name) / "config.json").is_file():
-        raise UserError(f"{key} {name} is no model folder: config.json is missing")
-    if check == "full" and (Path(name) / "slm.json").is_file():
-        check_files(Path(name) / "slm.json", read_json(Path(name) / "slm.json"))
-
-
 def check_loss_terms(model: PreTrainedModel, init_from: str | None) -> None:
     term = loss_terms(model)
     if term is not None:
@@ -129,48 +106,6 @@ def check_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> None:
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = loaded.chat_template
-
-
-def new_model(
-    architecture: Mapping[str, Any], vocab_size: int, attn_implementation: str | None
-) -> PreTrainedModel:
-    """Random weights. `architecture` may set a vocab_size above the tokenizer's, for padding."""
-    fields: dict[str, Any] = {"vocab_size": vocab_size} | dict(architecture)
-    config_class = known_config(fields.pop("model_type", None))
-    check_fields(fields, config_class)
-    try:
-        config = config_class(**fields)
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attn_implementation
-        )
-    except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.architecture makes no causal LM: {reason}") from None
-
-
-def known_config(model_type: str | None) -> type[PreTrainedConfig]:
-    if model_type is None or model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"model.architecture.model_type is {model_type!r}, it must be a model type of "
-            "transformers, e.g. llama"
-        )
-    return CONFIG_MAPPING[model_type]
-
-
-def check_fields(fields: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> None:
-    """A config keeps fields it does not know, and so a typing error would train another model."""
-    known = {*inspect.signature(config_class).parameters, *config_class.attribute_map, *ROPE_FIELDS}
-    for name in fields.keys() - known:
-        raise UserError(
-            f"model.architecture.{name} is no field of {config_class.__name__}; "
-            f"it has {', '.join(sorted(known))}"
-        )
-
-
-def quiet_without_terminal() -> None:
-    """Transformers draws its bars into log files as well."""
-    if not sys.stderr.isatty():
-        disable_progress_bar()
 
 
 def load_model(folder: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -308,51 +243,3 @@ def check_documents(lm: SelectiveLM, batch: Batch) -> None:
             f"hidden states of the next by {leak:.3g}), which packing=documents needs; prepare the "
             "corpus with packing=concat"
         )
-
-
-def model_sha256(folder: str | Path) -> str:
-    """Identity of a saved model: its config (versions apart) and the hashes of its weights."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    config.pop("transformers_version", None)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{folder} holds no *.safetensors")
-    return hash_json({"config": config, "weights": [hash_file(path) for path in weights]})
-
-
-def save_model(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    card: str,
-    lineage: dict[str, Any],
-) -> None:
-    """Write model, tokenizer, model card and lineage to a temporary folder, then rename it."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    quiet_without_terminal()
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
-    hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
-    record = {"kind": "model", "lineage": lineage, "sha256": hashes}
-    (temporary / "slm.json").write_text(json.dumps(sealed(record), indent=2) + "\n")
-    for path in temporary.iterdir():
-        path.chmod(0o644)  # save_pretrained writes 0600, which a serving account cannot read
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    temporary.chmod(0o755)
-    sync_folder(temporary)
-    replace_folder(temporary, folder)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`. A crash before that leaves what `folder` was."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

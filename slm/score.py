@@ -28,14 +28,8 @@ from slm.errors import UserError
 from slm.flops import forward_flops_per_token
 from slm.imported import Responses, check_packing, response_files, write_requests
 from slm.lineage import device_name
-from slm.model import (
-    SelectiveLM,
-    check_length,
-    check_model,
-    check_model_folder,
-    load_model,
-    model_sha256,
-)
+from slm.model import SelectiveLM, check_length, check_model, load_model
+from slm.model_folder import check_model_folder, model_sha256
 from slm.scorer import (
     Columns,
     Scorer,

@@ -45,7 +45,8 @@ from slm.claims import claim, owner_of, remove_temporaries
 from slm.cli import command
 from slm.errors import UserError
 from slm.lineage import lineage, model_card, reference_record
-from slm.model import SelectiveLM, check_model, check_model_folder, model_sha256, save_model
+from slm.model import SelectiveLM, check_model
+from slm.model_folder import check_model_folder, model_sha256, save_model
 from slm.module import SelectiveModule
 from slm.progress import Metrics, StepClock, progress_bar
 from slm.rules import by_word, import_modules, trained_by_word

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from slm.architecture import new_model
 from slm.data import IGNORE_INDEX, Batch
-from slm.model import SelectiveLM, new_model
+from slm.model import SelectiveLM
 
 VOCAB, LENGTH = 61, 12
 SIZES = {

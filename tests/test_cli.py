@@ -25,7 +25,8 @@ from run_helpers import leave_strays
 from slm import cli, evaluate, score, verify
 from slm.cli import COMMANDS, command, conf_folder, dispatch, duration, progress, reported
 from slm.errors import NonFiniteError, UserError
-from slm.model import save_model, set_special_ids
+from slm.model import set_special_ids
+from slm.model_folder import save_model
 from slm.shards import References
 
 SLM = [sys.executable, "-m", "slm.cli"]

@@ -16,7 +16,8 @@ from slm import evaluate as evaluation
 from slm.data import Windows
 from slm.errors import UserError
 from slm.evaluate import corpus_loss, evaluate, mean_loss
-from slm.model import SelectiveLM, save_model
+from slm.model import SelectiveLM
+from slm.model_folder import save_model
 from slm.shards import Corpus, write_csv
 from slm.tokenizer import token_bytes, train_tokenizer
 

@@ -3,8 +3,8 @@
 import pytest
 
 from model_helpers import SIZES, VOCAB, small_llama
+from slm.architecture import new_model
 from slm.flops import flops_per_token, forward_flops_per_token
-from slm.model import new_model
 
 
 def test_flops_of_a_small_llama_by_hand() -> None:

@@ -36,7 +36,8 @@ from slm.harness import (
     svamp,
     write_tasks,
 )
-from slm.model import save_model, set_special_ids
+from slm.model import set_special_ids
+from slm.model_folder import save_model
 from text_helpers import DATA, needs_data
 
 lm_eval_model = pytest.importorskip("lm_eval.api.model")

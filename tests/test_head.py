@@ -7,10 +7,11 @@ import torch
 
 import slm.head as head_module
 from model_helpers import LLAMA, REFUSED, TRAINABLE, VOCAB, make_batch, make_lm
+from slm.architecture import new_model
 from slm.data import Batch
 from slm.errors import UserError
 from slm.head import check_head, head_arguments, hidden_states
-from slm.model import SelectiveLM, new_model
+from slm.model import SelectiveLM
 
 
 def full_batch() -> Batch:

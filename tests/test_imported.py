@@ -17,7 +17,8 @@ from slm import score
 from slm.cost import references_cost
 from slm.errors import UserError
 from slm.imported import is_logprob
-from slm.model import load_model, save_model
+from slm.model import load_model
+from slm.model_folder import save_model
 from slm.shards import References
 from slm.train import warn_of_other_precision
 from slm.verify import verify

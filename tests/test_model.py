@@ -1,7 +1,6 @@
-"""The loss inside `SelectiveLM` is the model's own, or the model is refused; saved folders."""
+"""The loss inside `SelectiveLM` is the model's own, or the model is refused."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-import slm.model as model_module
 from model_helpers import (
     APART,
     ARCHITECTURES,
@@ -32,18 +30,12 @@ from model_helpers import (
     make_batch,
     make_lm,
 )
+from slm.architecture import new_model
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
 from slm.head import head_arguments, loss_terms
-from slm.model import (
-    SelectiveLM,
-    build_lm,
-    check_model,
-    load_model,
-    model_sha256,
-    new_model,
-    save_model,
-)
+from slm.model import SelectiveLM, build_lm, check_model, load_model
+from slm.model_folder import save_model
 from slm.module import norm_of, scale_gradients
 from slm.serving import broken_rules
 from slm.tokenizer import load_tokenizer, train_tokenizer
@@ -265,16 +257,6 @@ def test_vocabulary_smaller_than_the_tokenizers_is_refused_and_a_padded_one_is_n
     assert head_arguments(build(fields={"vocab_size": 304}).model)["weight"].shape[0] == 304
 
 
-def test_a_typing_error_in_the_architecture_is_refused(build):
-    with pytest.raises(UserError, match="hiden_size is no field of LlamaConfig.*hidden_size"):
-        build(fields={"hiden_size": 8})
-    with pytest.raises(UserError, match="model_type is 'lama'"):
-        build(fields={"model_type": "lama"})
-    with pytest.raises(UserError, match="makes no causal LM: .*'hidden_size' expected int"):
-        build(fields={"hidden_size": "16"})
-    build(fields={"rope_theta": 5000.0})
-
-
 def test_a_term_that_a_model_adds_to_its_own_loss_is_refused(build, saved):
     fields = {"model_type": "mixtral", "output_router_logits": True, "num_local_experts": 2}
     said = "output_router_logits is True, .* would be left out"
@@ -407,84 +389,6 @@ def test_a_model_of_chats_stops_at_the_end_of_a_turn(tokenizer, build, saved, tm
         lm = build_lm(other, 302, folder, fields, None, False, False, 0)
         stops = lm.model.generation_config.eos_token_id
         assert stops[-2:] == [eos, end] and len(stops) == (2 if folder is None else 3)
-
-
-# ---- folders --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_saved_folder_gives_the_same_logits_bit_for_bit(tmp_path, tokenizer, build, tied):
-    lm = build(fields={"tie_word_embeddings": tied}).eval()
-    save_model(tmp_path / "m", lm.model, tokenizer, "card", {})
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    ids = make_batch()["input_ids"]
-    assert torch.equal(loaded(ids).logits, lm.model(ids).logits)
-    shared = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert shared is tied
-    assert tied is ("lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors"))
-
-
-def test_saved_folder_is_open_to_others_whatever_the_umask(tmp_path, tokenizer, build):
-    before = os.umask(0o077)
-    try:
-        save_model(tmp_path / "m", build().model, tokenizer, "card", {})
-    finally:
-        os.umask(before)
-    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o755
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {0o644}
-
-
-def test_saved_folder_is_readable_by_others_and_describes_itself(saved):
-    for path in saved.iterdir():
-        assert path.stat().st_mode & 0o777 == 0o644, path.name
-    record = json.loads((saved / "slm.json").read_text())
-    assert record["lineage"] == {"seed": 0}
-    assert record["sha256"].keys() == {p.name for p in saved.iterdir()} - {"slm.json"}
-    assert (saved / "README.md").read_text() == "a card"
-
-
-def crash(*_: Any, **__: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("where", ["weights", "tokenizer", "hashes", "sync"])
-def test_a_crash_while_saving_leaves_the_folder_before(saved, tokenizer, build, monkeypatch, where):
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    other = build(fields={"rms_norm_eps": 1e-5})
-    target = {
-        "weights": (type(other.model), "save_pretrained"),
-        "tokenizer": (type(tokenizer), "save_pretrained"),
-        "hashes": (model_module, "hash_file"),
-        "sync": (os, "fsync"),
-    }[where]
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(*target, crash)
-        save_model(saved, other.model, tokenizer, "b", {})
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-    save_model(saved, other.model, tokenizer, "b", {})
-    assert json.loads((saved / "config.json").read_text())["rms_norm_eps"] == 1e-5
-    assert [path.name for path in saved.parent.iterdir()] == ["model"]
-
-
-def test_identity_survives_saving_again_and_tells_models_apart(saved, tmp_path, tokenizer, build):
-    identity = model_sha256(saved)
-    save_model(tmp_path / "again", load_model(saved), tokenizer, "another card", {"x": 1})
-    assert model_sha256(tmp_path / "again") == identity
-    lm = build()
-    save_model(tmp_path / "same", lm.model, tokenizer, "", {})
-    assert model_sha256(tmp_path / "same") == identity
-    with torch.no_grad():
-        next(lm.parameters())[0, 0] += 1e-3
-    save_model(tmp_path / "weights", lm.model, tokenizer, "", {})
-    save_model(tmp_path / "config", build(fields={"rms_norm_eps": 1e-5}).model, tokenizer, "", {})
-    others = {model_sha256(tmp_path / "weights"), model_sha256(tmp_path / "config")}
-    assert len(others | {identity}) == 3
-
-
-def test_identity_needs_weights(saved):
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no \*.safetensors"):
-        model_sha256(saved)
 
 
 # ---- sharded --------------------------------------------------------------------------------

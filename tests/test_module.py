@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from slm.architecture import new_model
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import NonFiniteError, UserError
 from slm.head import head_arguments
-from slm.model import SelectiveLM, new_model
+from slm.model import SelectiveLM
 from slm.module import SUMS, SelectiveModule, StepResult
 from slm.selection import All, Excess, Mixture, Random, Relu, Selection, Sigmoid, Softmax
 

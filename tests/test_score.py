@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from slm import cli, score, scorer
 from slm.data import Windows
 from slm.errors import UserError
-from slm.model import SelectiveLM, load_model, save_model
+from slm.model import SelectiveLM, load_model
+from slm.model_folder import save_model
 from slm.score import ModelScores
 from slm.scorer import Scorer
 from slm.shards import Corpus, References

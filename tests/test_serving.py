@@ -10,7 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from slm.model import new_model, save_model, set_special_ids
+from slm.architecture import new_model
+from slm.model import set_special_ids
+from slm.model_folder import save_model
 from slm.serving import (
     NATIVE,
     THROUGH_TRANSFORMERS,

@@ -35,7 +35,7 @@ from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
 from slm.evaluate import evaluate
 from slm.heldout import HeldoutLoss
-from slm.model import save_model
+from slm.model_folder import save_model
 from slm.module import SelectiveModule
 from slm.score import load_reference, score
 from slm.shards import References

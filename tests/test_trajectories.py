@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slm.architecture import new_model
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
-from slm.model import SelectiveLM, new_model
+from slm.model import SelectiveLM
 from slm.token_set import read_windows
 from slm.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
 

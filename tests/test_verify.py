@@ -21,7 +21,8 @@ from slm import verify as verification
 from slm.checkpoint import VerifiedCheckpointIO
 from slm.cost import write_cost
 from slm.errors import UserError
-from slm.model import save_model, set_special_ids
+from slm.model import set_special_ids
+from slm.model_folder import save_model
 from slm.shards import (
     References,
     Shard,
