@@ -12,6 +12,8 @@ Lightning averages the losses of accumulated micro-batches and the gradients of 
 loss is a sum over all of them, divided once by the number of tokens selected. So each micro-batch
 leaves the gradient of its sum, and `on_before_optimizer_step` divides, before gradients are
 clipped. It divides all gradients, so another term cannot be added to the loss: that is refused.
+The value that `selective_loss` returns is the mean over the micro-batch's selected tokens; that of
+the whole step is logged as train/loss. A step may return None, and nothing of it counts.
 `targets` and `reference_logprob` are shifted, as batches of slm.data are. For validation take
 slm_kernels.token_cross_entropy over every target.
 """
@@ -41,6 +43,7 @@ class SelectiveMixin:
 
     selective: SelectiveLoss
     _open_step: int | None = None  # whose gradients are not divided yet
+    _pending: tuple[Tensor, Tensor] | None = None  # what was returned, and its sums, until backward
 
     def selective_loss(
         self,
@@ -49,7 +52,10 @@ class SelectiveMixin:
         targets: Tensor,  # (B, T), -100: no target
         reference_logprob: Tensor,  # (B, T), nats, NaN: no score
     ) -> Tensor:  # ()
-        """What training_step returns: of the right gradient once the step is divided."""
+        """What training_step returns: the mean of this micro-batch, with the gradient of its sum.
+
+        The gradient is that of the step's mean once the step is divided.
+        """
         me: Any = self
         if not me.automatic_optimization:
             raise ValueError("automatic_optimization is False: nobody would divide the gradients")
@@ -58,11 +64,13 @@ class SelectiveMixin:
                 "selective_loss is for training_step; evaluate every target with "
                 "slm_kernels.token_cross_entropy"
             )
-        self._begin(me.trainer.global_step, targets.device)
+        self._pending = None  # of a step that returned None, whose graph goes before the next
         output = self.selective(hidden, head, targets, reference_logprob, PROVISIONAL)
-        self._sums += step_sums(output, targets, reference_logprob)
-        self._returned = output.loss * me.trainer.accumulate_grad_batches
-        return self._returned
+        mean = output.loss.detach() * PROVISIONAL / output.selected.sum().clamp(min=1)
+        scaled = output.loss * me.trainer.accumulate_grad_batches
+        returned = scaled - scaled.detach() + mean
+        self._pending = returned, step_sums(output, targets, reference_logprob)
+        return returned
 
     def _begin(self, step: int, device: torch.device) -> None:
         if self._open_step == step:
@@ -81,14 +89,25 @@ class SelectiveMixin:
         self._open_step = None
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        check_alone(loss, self._returned)
+        """Lightning calls it for a micro-batch that leaves gradients, so this one counts."""
         me: Any = super()
+        if self._pending is None or not is_alone(loss, self._pending[0]):
+            raise ValueError(
+                "training_step did not return what selective_loss gave it: the step is divided by "
+                "the number of selected tokens, and another term would be with it"
+            )
+        _, sums = self._pending
+        self._pending = None
+        self._begin(me.trainer.global_step, sums.device)
+        self._sums += sums
         me.backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Divide the gradients by the tokens selected in all micro-batches on all ranks."""
         me: Any = super()
         me.on_before_optimizer_step(optimizer)
+        if self._open_step is None:  # every training_step of it returned None
+            return
         module: Any = self
         sums = torch.as_tensor(module.trainer.strategy.reduce(self._sums, reduce_op="sum"))
         _, _, valid, kept, _ = values = sums.tolist()
@@ -99,19 +118,17 @@ class SelectiveMixin:
         if gradients:
             torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as in clipping
         self._open_step = None
+        if not valid:
+            return
         found = means(values)
         logged = {"train/loss": found["loss_selected"], "train/loss_all": found["loss_all"]}
         module.log_dict(logged | {"slm/kept_frac": found["kept_frac"]}, rank_zero_only=True)
 
 
-def check_alone(loss: Tensor, returned: Tensor) -> None:
-    """Refuse a loss that is more than what selective_loss returned, scaled by Lightning."""
+def is_alone(loss: Tensor, returned: Tensor) -> bool:
+    """Whether `loss` is nothing but what selective_loss returned, scaled by Lightning."""
     node = loss.grad_fn
     while node is not None and node is not returned.grad_fn:
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         node = parents[0] if len(parents) == 1 else None
-    if node is None and loss.grad_fn is not None:
-        raise ValueError(
-            "training_step did not return what selective_loss gave it: the step is divided by the "
-            "number of selected tokens, and another term would be with it"
-        )
+    return node is returned.grad_fn

@@ -1,5 +1,6 @@
 """A step of a LightningModule with the mixin is the step that float64 defines."""
 
+import copy
 import importlib
 import os
 import sys
@@ -88,6 +89,7 @@ def pairs(rows: list[Row]) -> list[list[Row]]:
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
 ]
 
 
@@ -123,6 +125,87 @@ def test_gradients_are_clipped_after_they_are_divided():
     fit(module, batches, accumulate_grad_batches=2, gradient_clip_val=norm / 2)
     clipped = {name: gradient / 2 for name, gradient in expected.items()}
     assert_gradients(module.gradients[-1], clipped)
+
+
+def test_the_value_is_the_mean_of_the_micro_batch():
+    """Whatever the accumulation; so what a user logs of it can be compared."""
+
+    class Logging(Mine):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("mine", loss)
+            return loss
+
+    rows = make_rows(LENGTHS, prompt=3, unscored=1)
+    module = Logging("batch")
+    fit(module, [batch_of(pair) for pair in pairs(rows)], accumulate_grad_batches=3)
+    losses = [expected_gradients(make_model(), [pair], 0.4)[1] for pair in pairs(rows)]
+    assert [logged["mine"] for logged in module.logged] == pytest.approx(losses, rel=1e-4)
+
+
+def test_an_optimizer_that_reads_the_value_and_evaluates_again():
+    class Searching(Mine):
+        def __init__(self) -> None:
+            super().__init__("batch")
+            self.seen: list[tuple[float, Any]] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            weights = copy.deepcopy(self.model)
+            loss = super().training_step(batch, batch_idx)
+            self.seen.append((loss.item(), weights))
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), max_iter=3, line_search_fn="strong_wolfe")
+
+    rows = make_rows(LENGTHS[:4])
+    module = Searching()
+    fit(module, [batch_of(rows)])
+    assert len(module.seen) == len(module.gradients) > 1
+    for (value, weights), gradients in zip(module.seen, module.gradients, strict=True):
+        expected, loss, _ = expected_gradients(weights, [rows], 0.4)
+        assert value == pytest.approx(loss, rel=1e-4)
+        assert_gradients(gradients, expected)
+    assert module.seen[-1][0] < module.seen[0][0]
+
+
+@pytest.mark.parametrize("before_the_loss", [True, False])
+def test_a_micro_batch_that_returns_none_does_not_count(before_the_loss):
+    """The first three of four are skipped: a whole step, and half of one."""
+
+    class Skipping(Mine):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx in (0, 1, 2) and before_the_loss:
+                return None
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx in (0, 1, 2) else loss
+
+    rows = make_rows(LENGTHS)
+    module = Skipping("batch")
+    fit(module, [batch_of(pair) for pair in pairs(rows)], accumulate_grad_batches=2)
+    expected, loss, _ = expected_gradients(make_model(), pairs(rows)[3:], 0.4)
+    skipped, taken = module.gradients
+    assert not skipped and not module.logged[1]
+    assert_gradients(taken, expected)
+    assert module.logged[-1]["train/loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_step_without_a_target_logs_nothing():
+    batch = batch_of(make_rows(LENGTHS[:2]))
+    batch["targets"].fill_(-100)
+    module = Mine("batch")
+    fit(module, [batch])
+    assert module.logged == [{}]
+    assert all(not gradient.any() for gradient in module.gradients[0].values())
+
+
+def test_another_loss_is_refused():
+    class Other(Mine):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(batch["input_ids"]).logits.square().mean()
+
+    with pytest.raises(ValueError, match="did not return what selective_loss gave it"):
+        fit(Other("batch"), [batch_of(make_rows(LENGTHS[:2]))])
 
 
 def test_a_module_that_forgets_super_is_stopped():
