@@ -14,12 +14,13 @@ the target model (excess). The run's folder holds
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed
@@ -41,7 +43,7 @@ from slm.checkpoint import (
     VerifiedCheckpointIO,
     newest_checkpoint,
 )
-from slm.claims import claim, owner_of, remove_temporaries
+from slm.claims import Claim, claim, owner_of, remove_temporaries
 from slm.cli import command
 from slm.errors import UserError
 from slm.lineage import lineage, model_card, reference_record
@@ -63,6 +65,7 @@ warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecate
 # Lightning greets, advises and repeats itself; its warnings still show.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+RANK_NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's own order
 
 
 def build(node: Any, **arguments: Any) -> Any:
@@ -365,18 +368,22 @@ def train(config: DictConfig) -> Path:
     check_overrides(config)
     data: TokenData = build(config.data)
     identity = run_identity(config, data)
-    with only_writer(folder) as check_owner:
-        checkpoint = adopt_run(folder, identity, config.resume)
-        if (folder / "model" / "slm.json").exists():
-            log.info("%s is complete already", folder)
+    with ExitStack() as stack:
+        start, check_owner = begin(stack, folder, identity, config.resume)
+        if not was_launched() and is_over(start, folder):
             return folder / "model"
         tokenizer = load_corpus_tokenizer(data.corpus)
         module = build_module(config, data, tokenizer)
         trainer = build_trainer(config, data, check_owner)
-        log.info("new run in %s" if checkpoint is None else "continuing %s", checkpoint or folder)
+        stack.callback(leave_process_group)
+        start = tell(trainer, start)
+        if is_over(start, folder):
+            return folder / "model"
+        words = "new run in %s" if start.checkpoint is None else "continuing %s"
+        log.info(words, start.checkpoint or folder)
         try:
             log_inputs(trainer, config, data, module.lm.model.config.to_diff_dict())
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
             check_complete(trainer)
             if trainer.is_global_zero:
                 check_owner()
@@ -385,7 +392,6 @@ def train(config: DictConfig) -> Path:
         finally:
             for logger in trainer.loggers:
                 logger.finalize("finished")
-            leave_process_group()
     return folder / "model"
 
 
@@ -395,21 +401,62 @@ def leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-@contextmanager
-def only_writer(folder: Path) -> Iterator[Callable[[], None]]:
-    """Refuse a folder that another live process trains in; ranks of one job share it.
+class Start(NamedTuple):
+    """What rank 0 found in the run's folder. The others are told: each would look at another time,
+    while rank 0 renames and removes."""
 
-    Yields what raises as soon as the folder is another process's.
+    checkpoint: Path | None = None
+    is_complete: bool = False
+    refusal: str | None = None
+
+
+def begin(
+    stack: ExitStack, folder: Path, identity: dict[str, Any], resume: str
+) -> tuple[Start, Callable[[], None]]:
+    """On rank 0: claim the folder until `stack` ends, and adopt it.
+
+    Also what raises as soon as the folder is another process's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # Lightning sets it on import
-        yield lambda: None  # rank 0 writes, and asks
-        return
+        return Start(), lambda: None
+    try:
+        check_owner = stack.enter_context(only_writer(folder)).check
+        checkpoint = adopt_run(folder, identity, resume)
+    except UserError as error:
+        return Start(refusal=str(error)), lambda: None
+    return Start(checkpoint, (folder / "model" / "slm.json").exists()), check_owner
+
+
+def was_launched() -> bool:
+    """Something else than this process starts the ranks, so there may be others by now."""
+    return any(name in os.environ for name in RANK_NAMES)
+
+
+def tell(trainer: Trainer, start: Start) -> Start:
+    """Rank 0's `start`, on every rank; Lightning starts the ranks here where nobody has."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.launch(trainer.strategy.setup_environment)
+    return trainer.strategy.broadcast(start)
+
+
+def is_over(start: Start, folder: Path) -> bool:
+    if start.refusal is not None:
+        raise UserError(start.refusal)
+    if start.is_complete:
+        log.info("%s is complete already", folder)
+    return start.is_complete
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[Claim]:
+    """Refuse a folder that another live process trains in."""
+    folder.mkdir(parents=True, exist_ok=True)
     with claim(folder / "run.claim") as mine:
         if mine is None:
             owner = owner_of(folder / "run.claim")
             raise UserError(f"another process trains in {folder} ({owner}, see run.claim)")
-        yield mine.check
+        yield mine
 
 
 def log_inputs(

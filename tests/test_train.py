@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -648,6 +649,37 @@ def test_killed_runs_end_with_the_same_weights(tmp_path, text_corpus):
     same_results(tmp_path / "whole", out)
     steps = [int(row["step"]) for row in rows(out / "train.csv")]
     assert steps == list(range(1, 601))
+
+
+def on_two_ranks(out: Path, corpus: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """As torchrun starts them: both at once, each with the whole command."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    python, *module = command(out, corpus, "callbacks.checkpoints.every_tokens=256", *overrides)
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [python, *launch, *module, *ranks]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.slow
+def test_rank_zero_adopts_the_folder_and_more_ranks_go_on(tmp_path, text_corpus):
+    out, words = tmp_path / "run", ("max_tokens=1536", "callbacks.checkpoints.keep=null")
+    line = command(out, text_corpus.folder, "callbacks.checkpoints.every_tokens=256", *words)
+    subprocess.run(line, check=True)
+    shutil.rmtree(out / "model")
+    newest = sorted((out / "checkpoints").glob("step-*.ckpt"))[-1]
+    newest.write_bytes(b"torn")
+    before = newest.with_name("step-00000010.ckpt")
+    done = on_two_ranks(out, text_corpus.folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"{newest} is damaged") == 1
+    assert f"continuing {before}" in done.stderr + done.stdout
+    assert (out / "model" / "slm.json").exists()
+    check_checkpoint(newest)
+    assert [int(row["step"]) for row in rows(out / "train.csv")] == list(range(1, 13))
+    done = on_two_ranks(out, text_corpus.folder, "seed=1", *words)  # both are told, none waits
+    assert done.returncode != 0
+    assert done.stderr.count("holds another run: seed is 0 in run.json, 1 now") == 2
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
