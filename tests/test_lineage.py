@@ -38,6 +38,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
         train_seconds=12.5,
         train_flops=3e15,
         device=torch.device("cpu"),
+        precision="32-true",
     )
     assert json.loads(json.dumps(record)) == record
     assert str(tmp_path) not in json.dumps(record) and "/somewhere" not in json.dumps(record)
@@ -54,6 +55,7 @@ def test_lineage_and_card(tmp_path: Path) -> None:
     assert record["packages"]["torch"] == torch.__version__
     assert record["heldout"] == {"math": {"fingerprint": "d" * 64, "windows": 16}}
     assert record["needs_references"]
+    assert record["precision"] == "32-true"
     card = model_card(record, {"heldout/math/loss": 2.34567, "heldout/math/bits_per_byte": 0.9})
     header, body = card.split("---\n")[1:3]
     assert header.splitlines() == [
@@ -91,6 +93,7 @@ def test_a_reference_that_a_server_scored_is_named_by_the_server(tmp_path: Path)
         train_seconds=None,
         train_flops=None,
         device=torch.device("cpu"),
+        precision="32-true",
     )
     assert record["references"][0]["model_sha256"] is None
     assert record["references"][0]["served_model"] == "big"
