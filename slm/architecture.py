@@ -28,7 +28,10 @@ def new_model(
     try:
         config = config_class(**fields)
         return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attn_implementation
+            config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
         )
     except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())

@@ -39,6 +39,7 @@ from slm.tokenizer import is_tokenizer_of, load_corpus_tokenizer, share_tokenize
 from slm.tracking import WandbLog
 from slm.train_keys import PRECISIONS
 from slm.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
+from slm.trust import refuse_code
 
 log = logging.getLogger("slm.dynamics")
 EXACT = ("eager", "sdpa")  # attention that every machine has
@@ -289,10 +290,14 @@ def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
             f"made with {expected}"
         )
     fields = json.loads(about["config"])
+    refuse_code(str(path), fields)
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     check_length(config, corpus.seq_len)
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attention_of(path, about)
+        config,
+        dtype=torch.float32,
+        attn_implementation=attention_of(path, about),
+        trust_remote_code=False,
     )
     lm, prefix = SelectiveLM(model), "lm."
     lm.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items()})

@@ -324,9 +324,11 @@ def check_room(folder: str, max_new_tokens: int) -> None:
     from transformers import AutoConfig
 
     from slm.tokenizer import first_line
+    from slm.trust import check_no_code
 
+    check_no_code(folder)
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise UserError(f"model {folder} has a damaged config.json: {first_line(error)}") from None
     limit = getattr(config, "max_position_embeddings", None)  # models without positions have none

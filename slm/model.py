@@ -28,6 +28,7 @@ from slm.errors import UserError
 from slm.head import check_head, head_arguments, hidden_states, loss_terms
 from slm.model_folder import check_model_folder, quiet_without_terminal
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
+from slm.trust import check_no_code
 from slm_kernels import (
     TokenCrossEntropy,
     WeightedCrossEntropy,
@@ -111,12 +112,14 @@ def check_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> None:
 def load_model(folder: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
     """The causal LM of a Hugging Face folder or hub name in float32, in evaluation mode."""
     quiet_without_terminal()
+    check_no_code(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no causal LM at {folder}: {first_line(error)}") from None

@@ -22,6 +22,7 @@ import numpy as np
 
 from slm.errors import UserError
 from slm.shards import Corpus, Json, hash_json
+from slm.trust import check_no_code
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -60,8 +61,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"{name} is a file: a tokenizer is its folder or a name on the hub")
     if not Path(name).exists() and not looks_like_hub_name(str(name)):
         raise UserError(f"no tokenizer at {name}: there is no such folder")
+    check_no_code(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # `tokenizers` raises a bare Exception on a damaged file.
     except Exception as error:
         raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
