@@ -23,10 +23,10 @@ from transformers import (
 
 from slm.architecture import new_model
 from slm.chat import end_of_turn
-from slm.data import IGNORE_INDEX, Batch
+from slm.data import IGNORE_INDEX, Batch, to_device
 from slm.errors import UserError
 from slm.head import check_head, head_arguments, hidden_states, loss_terms
-from slm.model_folder import check_model_folder, quiet_without_terminal
+from slm.model_folder import check_model_folder, check_savable, quiet_without_terminal
 from slm.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
 from slm.trust import check_no_code
 from slm_kernels import (
@@ -38,6 +38,7 @@ from slm_kernels import (
 
 CHECK_TOKENS = 128  # of a window, for the checks that need the model's own logits
 LEAK_TOLERANCE = 1e-5  # of the largest hidden state
+SAVED_TOLERANCE = 1e-3  # of the loss, or nats where that is below 1: two devices' rounding
 
 
 def build_lm(
@@ -64,6 +65,7 @@ def build_lm(
         if not looks_like_hub_name(init_from):
             check_model_folder("model.init_from", init_from)
         check_tokenizer(init_from, tokenizer)
+        check_not_quantized(init_from)
         model = load_model(init_from, attn_implementation)
     check_loss_terms(model, init_from)
     embedding: Any = model.get_input_embeddings()
@@ -71,6 +73,7 @@ def build_lm(
     if rows < vocab_size:
         raise UserError(f"model vocab_size is {rows}, the tokenizer has {vocab_size} tokens")
     set_special_ids(model, tokenizer, loaded=init_from is not None)
+    check_savable(model, tokenizer, "model.architecture" if init_from is None else init_from)
     if activation_checkpointing:
         enable_checkpointing(model)
     if compile:
@@ -86,6 +89,19 @@ def check_loss_terms(model: PreTrainedModel, init_from: str | None) -> None:
         raise UserError(
             f"{where}: {term}, which adds a term to the model's own loss that would be left out "
             "here; turn it off there to train without it"
+        )
+
+
+def check_not_quantized(init_from: str) -> None:
+    """Quantized weights get no gradient, and most kinds are not saved again."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(init_from)
+    except OSError as error:
+        raise UserError(f"no causal LM at {init_from}: {first_line(error)}") from None
+    if "quantization_config" in config:
+        raise UserError(
+            f"config.json of {init_from} has a quantization_config: quantized weights are not "
+            "trained, take the model that they were made from"
         )
 
 
@@ -121,7 +137,8 @@ def load_model(folder: str | Path, attn_implementation: str | None = None) -> Pr
             output_loading_info=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    # ImportError: of what a quantized model needs; RuntimeError: weights of other shapes.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"no causal LM at {folder}: {first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:  # transformers would go on with random ones
@@ -144,7 +161,7 @@ def set_special_ids(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for config in filter(None, (model.config, model.generation_config)):
         for name, own in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", pad)):
-            if not loaded or getattr(config, name) is None:
+            if not loaded or getattr(config, name, None) is None:  # RWKV's has no pad
                 setattr(config, name, own)
         stops = [*(ids_of(config.eos_token_id) if loaded else []), tokenizer.eos_token_id]
         if config is model.generation_config:
@@ -199,24 +216,72 @@ class SelectiveLM(nn.Module):
         )
 
 
-def check_model(lm: SelectiveLM, batch: Batch) -> None:
-    """Refuse a model that this trainer would train on something else than it seems.
-
-    Costs a few forwards of the first CHECK_TOKENS tokens of two windows, since these keep all
-    logits, in evaluation mode; the mode is put back.
-    """
-    check_length(lm.model.config, batch["input_ids"].shape[1])
+def few_tokens(batch: Batch) -> Batch:
+    """The first CHECK_TOKENS tokens of two windows, each with a target."""
     names = batch.keys() & {"input_ids", "targets", "position_ids"}
     few = {name: batch[name][:2, :CHECK_TOKENS] for name in names}
     # Any token does as a target here, and windows that begin with a prompt may have none there.
     no_target = few["targets"] == IGNORE_INDEX
     few["targets"] = torch.where(no_target, few["input_ids"], few["targets"])
+    return few
+
+
+def check_model(lm: SelectiveLM, batch: Batch) -> None:
+    """Refuse a model that this trainer would train on something else than it seems.
+
+    Costs a few forwards of `few_tokens`, since these keep all logits, in evaluation mode; the mode
+    is put back.
+    """
+    check_length(lm.model.config, batch["input_ids"].shape[1])
+    few = few_tokens(batch)
     training = lm.training
     lm.eval()
     check_head(lm.model, few)
     if "position_ids" in few:
         check_documents(lm, few)
     lm.train(training)
+
+
+def check_trainable(lm: SelectiveLM, batch: Batch) -> None:
+    """`check_model`, for a model that was in no evaluation yet and is going to be saved.
+
+    RWKV's stock class divides weights in place in evaluation mode and puts them back at the next
+    training step, so what is saved after an evaluation are others than were trained.
+    """
+    before = weight_sums(lm)
+    check_model(lm, batch)
+    changed = [name for name, value in weight_sums(lm).items() if value != before[name]]
+    if changed:
+        rescales = "rescale_every" in lm.model.config.to_dict()
+        advice = "; it does not with rescale_every=0 in its config" if rescales else ""
+        raise UserError(
+            f"{type(lm.model).__name__} changes its weights in evaluation mode, e.g. {changed[0]}, "
+            f"so what is saved would not be what was trained{advice}"
+        )
+
+
+def weight_sums(lm: SelectiveLM) -> dict[str, float]:
+    return {name: value.sum().item() for name, value in lm.state_dict().items()}
+
+
+@torch.no_grad()
+def check_saved(lm: SelectiveLM, batch: Batch, folder: Path) -> None:
+    """Refuse a saved folder that is another model than `lm`: compares the loss of `few_tokens`.
+
+    On the CPU, since a device that has just trained may have no room for a second model.
+    """
+    few, training = few_tokens(batch), lm.training
+    theirs = SelectiveLM(load_model(folder))(few).loss
+    with torch.compiler.set_stance("force_eager"):  # not worth a compilation
+        ours = lm.eval()(to_device(few, lm.model.device)).loss.cpu()
+    lm.train(training)
+    difference = (ours - theirs).abs().mean().item()
+    if not difference <= SAVED_TOLERANCE * max(1.0, ours.mean().item()):
+        raise UserError(
+            f"{type(lm.model).__name__}: the loss of one batch is {ours.mean():.5g} as trained and "
+            f"{theirs.mean():.5g} as saved ({difference:.3g} a token), so the model was not "
+            "written; the checkpoints hold it"
+        )
 
 
 def check_length(config: PreTrainedConfig, seq_len: int) -> None:

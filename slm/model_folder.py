@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ def check_model_folder(key: str, name: str, check: str = "size") -> None:
         check_files(Path(name) / "slm.json", read_json(Path(name) / "slm.json"))
 
 
+def check_savable(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str | Path
+) -> None:
+    """What can only fail on saving is tried before training; the weights come later."""
+    parts = {"config.json": model.config, "generation_config.json": model.generation_config}
+    for file, part in (parts | {"tokenizer": tokenizer}).items():
+        with tempfile.TemporaryDirectory() as temporary:
+            try:
+                if part is not None:
+                    part.save_pretrained(temporary)
+            except (TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"{file} of {name} cannot be saved again: {reason}") from None
+
+
 def model_sha256(folder: str | Path) -> str:
     """Identity of a saved model: its config (versions apart) and the hashes of its weights."""
     folder = Path(folder)
@@ -52,14 +69,20 @@ def save_model(
     tokenizer: PreTrainedTokenizerFast,
     card: str,
     lineage: dict[str, Any],
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write model, tokenizer, model card and lineage to a temporary folder, then rename it."""
+    """Write model, tokenizer, model card and lineage to a temporary folder, then rename it.
+
+    check: raises where the temporary folder is not what it should be; then nothing is left of it
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     quiet_without_terminal()
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card)
+    if check is not None:
+        check_or_remove(temporary, check)
     hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
     record = {"kind": "model", "lineage": lineage, "sha256": hashes}
     (temporary / "slm.json").write_text(json.dumps(sealed(record), indent=2) + "\n")
@@ -70,6 +93,14 @@ def save_model(
     temporary.chmod(0o755)
     sync_folder(temporary)
     replace_folder(temporary, folder)
+
+
+def check_or_remove(folder: Path, check: Callable[[Path], None]) -> None:
+    try:
+        check(folder)
+    except UserError:
+        shutil.rmtree(folder)
+        raise
 
 
 def replace_folder(new: Path, folder: Path) -> None:

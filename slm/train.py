@@ -45,9 +45,10 @@ from slm.checkpoint import (
 )
 from slm.claims import Claim, claim, owner_of, remove_temporaries
 from slm.cli import command
+from slm.data import Batch
 from slm.errors import UserError
 from slm.lineage import lineage, model_card, reference_record
-from slm.model import SelectiveLM, check_model
+from slm.model import SelectiveLM, check_saved, check_trainable
 from slm.model_folder import check_model_folder, model_sha256, save_model
 from slm.module import SelectiveModule
 from slm.progress import Metrics, StepClock, progress_bar
@@ -91,7 +92,7 @@ def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
     init_from = plain["model"].pop("init_from")
     if init_from is not None:
         del plain["model"]["architecture"]  # the folder's own counts
-    loaded = None if init_from is None else init_identity(init_from)
+    loaded = None if init_from is None else init_identity("model.init_from", init_from)
     return {
         "seed": plain["seed"],
         "max_tokens": plain["max_tokens"],
@@ -118,12 +119,16 @@ def flat(prefix: str, tree: Any) -> dict[str, Any]:
 
 
 def online_identity(config: DictConfig) -> str | None:
-    return None if config.online_reference is None else init_identity(config.online_reference)
+    name = config.online_reference
+    return None if name is None else init_identity("online_reference", name)
 
 
-def init_identity(init_from: str) -> str:
+def init_identity(key: str, name: str) -> str:
     """Hash of a local folder; a hub name stands for itself."""
-    return model_sha256(init_from) if Path(init_from).is_dir() else init_from
+    if not Path(name).is_dir():
+        return name
+    check_model_folder(key, name)
+    return model_sha256(name)
 
 
 def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | None:
@@ -274,7 +279,7 @@ def build_module(
     lm: SelectiveLM = build(config.model, tokenizer=tokenizer, vocab_size=data.corpus.vocab_size)
     selection: Selection = build(config.selection)
     check_config(config, data, selection)
-    check_model(lm, data.windows.batch(np.arange(min(2, len(data.windows)))))
+    check_trainable(lm, first_windows(data))
     return SelectiveModule(
         lm,
         selection,
@@ -285,6 +290,10 @@ def build_module(
         config.selection_start,
         load_online(config.online_reference, data, config.data.check),
     )
+
+
+def first_windows(data: TokenData) -> Batch:
+    return data.windows.batch(np.arange(min(2, len(data.windows))))
 
 
 def load_online(folder: str | None, data: TokenData, check: str) -> SelectiveLM | None:
@@ -318,11 +327,15 @@ def export(
         device=module.device,
     )
     results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}
-    write_record(folder / "lineage.json", record)
     tables = {path.name: hash_file(path) for path in sorted(folder.glob("*.csv"))}
-    write_record(folder / "tables.json", {"kind": "tables", "sha256": tables})
+
+    def complete(written: Path) -> None:
+        check_saved(module.lm, first_windows(data), written)
+        write_record(folder / "lineage.json", record)
+        write_record(folder / "tables.json", {"kind": "tables", "sha256": tables})
+
     card = model_card(record, results)
-    save_model(folder / "model", module.lm.model, tokenizer, card, record)
+    save_model(folder / "model", module.lm.model, tokenizer, card, record, complete)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLog):
             written = folder / "model" / "slm.json"

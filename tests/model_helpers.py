@@ -53,13 +53,23 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
     },
     "mamba": {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    # Divides weights in place in evaluation mode where rescale_every is above 0.
+    "rwkv": {
+        "model_type": "rwkv",
+        "hidden_size": 16,
+        "attention_hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "context_length": 32,
+        "rescale_every": 0,
+    },
     # Stock classes whose logits are something else: times, not over, logits_scaling; a layer more.
     "hyperclovax": LLAMA | {"model_type": "hyperclovax", "logits_scaling": 4.0},
     "modernbert": SIZES
     | {"model_type": "modernbert-decoder", "cls_token_id": 1, "sep_token_id": 1},
 }
 REFUSED = ("hyperclovax", "modernbert")
-RECURRENT_OR_BLIND = ("opt", "mamba")  # they ignore position_ids where documents restart
+RECURRENT_OR_BLIND = ("opt", "mamba", "rwkv")  # they ignore position_ids where documents restart
 
 
 def small_llama(vocab_size: int = 50, tie_word_embeddings: bool = False) -> PreTrainedModel:

@@ -34,7 +34,14 @@ from slm.architecture import new_model
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
 from slm.head import head_arguments, loss_terms
-from slm.model import SelectiveLM, build_lm, check_model, load_model
+from slm.model import (
+    SelectiveLM,
+    build_lm,
+    check_model,
+    check_saved,
+    check_trainable,
+    load_model,
+)
 from slm.model_folder import save_model
 from slm.module import norm_of, scale_gradients
 from slm.serving import broken_rules
@@ -209,6 +216,27 @@ def test_check_puts_the_mode_back_and_leaves_no_hook():
         assert all(p.grad is None for p in lm.parameters())
 
 
+def test_a_model_whose_weights_depend_on_its_mode_is_refused():
+    lm = make_lm("rwkv", rescale_every=1)  # from the second layer on
+    message = r"RwkvForCausalLM changes .*blocks\.1\.attention.*; it does not with rescale_every=0"
+    with pytest.raises(UserError, match=message):
+        check_trainable(lm, make_batch())
+    for fields in ({"rescale_every": 0}, {"rescale_every": 2}):  # 2: what is divided by 1 stays
+        check_trainable(make_lm("rwkv", **fields), make_batch())
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_saved_folder_is_the_model_or_is_refused(tmp_path, name):
+    lm, batch = make_lm(name), make_batch()
+    lm.model.save_pretrained(tmp_path)
+    check_saved(lm, batch, tmp_path)
+    assert lm.training and lm.model.training
+    with torch.no_grad():
+        head_arguments(lm.model)["weight"].mul_(0.5)
+    with pytest.raises(UserError, match="the loss of one batch is .* as trained and .* as saved"):
+        check_saved(lm, batch, tmp_path)
+
+
 def test_windows_longer_than_the_model_are_refused():
     lm = make_lm("llama", max_position_embeddings=LENGTH - 1)
     with pytest.raises(UserError, match="seq_len is 12, .*max_position_embeddings is 11"):
@@ -278,6 +306,34 @@ def test_attention_that_the_class_lacks_is_refused_and_null_takes_what_it_has(bu
     assert lm.model.config._attn_implementation == "eager"
     lm = build(attn_implementation=None)
     assert lm.model.config._attn_implementation == "sdpa"
+
+
+def test_a_quantized_base_is_refused_before_its_weights_are_read(saved, build):
+    path = saved / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(config))
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"^config.json of {saved} has a quantization_config: "):
+        build(saved)
+    config["quantization_config"] = {"quant_method": "quanto"}  # its package is not installed
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"^no causal LM at {saved}: [^\n]*quanto"):
+        load_model(saved)
+
+
+def test_what_transformers_will_not_save_is_refused_at_the_start(saved, build):
+    path = saved / "generation_config.json"
+    path.write_text(json.dumps({"do_sample": False, "temperature": 0.7}))
+    message = f"^generation_config.json of {saved} cannot be saved again: [^\n]*temperature"
+    with pytest.raises(UserError, match=message):
+        build(saved)
+
+
+def test_weights_of_other_shapes_are_one_sentence(saved):
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 25}))
+    with pytest.raises(UserError, match=f"^no causal LM at {saved}: [^\n]+$"):
+        load_model(saved)
 
 
 def test_loaded_model_trains_from_the_same_weights(saved, build):

@@ -25,10 +25,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import swap_ids
-from model_helpers import small_llama
+from model_helpers import ARCHITECTURES, small_llama
 from run_helpers import TINY_MODEL, leave_strays
 from slm import train as train_module
 from slm.analysis import analyse
+from slm.architecture import new_model
 from slm.checkpoint import check_checkpoint
 from slm.claims import ClaimLost
 from slm.cli import conf_folder
@@ -36,10 +37,11 @@ from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
 from slm.evaluate import evaluate
 from slm.heldout import HeldoutLoss
+from slm.model import check_model
 from slm.model_folder import save_model
 from slm.module import SelectiveModule
 from slm.score import load_reference, score
-from slm.shards import References
+from slm.shards import References, read_json
 from slm.train import accelerator, check_device, train, warn_of_other_precision
 from slm.trajectories import TrajectoryStore
 
@@ -403,6 +405,18 @@ def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, 
 
 
 @pytest.mark.parametrize("key", ["model.init_from", "online_reference"])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("adapter_config.json", "is a PEFT adapter"), ("x.bin", r"is no model folder: config\.json")],
+)
+def test_a_folder_without_a_model_is_refused(tmp_path, text_corpus, key, file, message):
+    (tmp_path / file).touch()
+    config = compose_train(tmp_path / "run", text_corpus.folder, f"{key}='{tmp_path}'")
+    with pytest.raises(UserError, match=f"^{key} {tmp_path} {message}"):
+        train(config)
+
+
+@pytest.mark.parametrize("key", ["model.init_from", "online_reference"])
 def test_a_damaged_model_is_refused_with_check_full(tmp_path, text_corpus, tokenizer, key):
     save_model(tmp_path / "base", small_llama(300), tokenizer, "card", {})
     path = tmp_path / "base" / "model.safetensors"
@@ -413,6 +427,24 @@ def test_a_damaged_model_is_refused_with_check_full(tmp_path, text_corpus, token
     with pytest.raises(UserError, match=r"model\.safetensors is damaged: sha256 \w+, slm"):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_depend_on_the_mode_are_neither_trained_nor_exported(
+    tmp_path, text_corpus, tokenizer, monkeypatch
+):
+    """Evaluated right before the save, RWKV's stock class leaves its weights divided."""
+    words = [f"model.init_from='{tmp_path / 'base'}'", "max_tokens=256"]
+    config = compose_train(tmp_path / "run", text_corpus.folder, *words)
+    base = new_model(ARCHITECTURES["rwkv"] | {"rescale_every": 1}, 300, None)
+    torch.nn.init.constant_(base.get_parameter("rwkv.blocks.1.feed_forward.value.weight"), 0.1)
+    save_model(tmp_path / "base", base, tokenizer, "card", {})
+    with pytest.raises(UserError, match="RwkvForCausalLM changes its weights .* rescale_every=0"):
+        train(config)
+    monkeypatch.setattr(train_module, "check_trainable", check_model)
+    with pytest.raises(UserError, match="RwkvForCausalLM: the loss of one batch is .* as saved"):
+        train(config)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"model", ".model.tmp", "lineage.json", "tables.json"}
 
 
 def test_a_corpus_whose_tokenizer_is_damaged_is_refused(tmp_path, text_corpus):
@@ -494,7 +526,7 @@ def test_a_folder_with_another_run_is_refused(whole, text_corpus, override, mess
 
 def test_a_run_whose_folder_names_a_class_path_is_the_same_run(whole, text_corpus):
     path = whole / "run.json"
-    identity = json.loads(path.read_text())
+    identity = read_json(path)  # without its seal, which such folders lack
     assert not [value for key, value in identity.items() if key.startswith("selection._")]
     assert identity.pop("selection.rule") == "random"
     path.write_text(json.dumps(identity | {"selection._target_": "slm.selection.Random"}))
