@@ -91,8 +91,8 @@ def clone(repository: str, into: Path) -> Path:
 def math_train(git: Git) -> bytes:
     """The MATH test problems that are not among the 500 of the evaluation set."""
     held = {json.loads(line)["problem"] for line in git("data/math_oai/test.jsonl").splitlines()}
-    lines = git("data/math/test.jsonl").decode().splitlines(keepends=True)
-    return "".join(line for line in lines if json.loads(line)["problem"] not in held).encode()
+    lines = git("data/math/test.jsonl").splitlines(keepends=True)
+    return b"".join(line for line in lines if json.loads(line)["problem"] not in held)
 
 
 def planetmath(folder: Path, git: Git) -> bytes:

@@ -10,11 +10,15 @@ lm_eval would. What a task measures:
                     acc            the answer is what greedy decoding gives
                     nats           mean of -log p(answer), nats an answer
                     bits_per_byte  nats summed / (ln 2 * UTF-8 bytes of the answers and their space)
-    <set>_text      loglikelihood_rolling of question, newline, solution after the EOS or BOS token:
+    <set>_text      loglikelihood_rolling of question, newline, solution after one special token:
                     bits_per_byte  as above, over the whole texts, in windows of the model's length
     <set>_generate  generate_until, greedy: exact_match of what a filter finds in the text:
                     strict-match      the number after ####, or the last \\boxed{} (MATH)
                     flexible-extract  the last number (none for MATH)
+
+A folder that slm wrote is asked as it was trained: texts follow an EOS, and no other special token
+stands before a text or a prompt. A model from elsewhere is asked as its tokenizer begins a text,
+after a BOS where that adds one. No special token is ever scored.
 
 exact_match compares strings, of which commas in numbers, dollar signs, .00 and a few LaTeX
 spellings are removed first; an equal answer written otherwise counts as wrong. The stderr of means
@@ -89,14 +93,22 @@ def read_problems(path: Path, read: Callable[[Json], Problem]) -> list[Problem]:
     if not path.is_file():
         raise UserError(f"{path} is missing: problems must be the folder with the evaluation files")
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            problems.append(read(json.loads(line)))
-        except KeyError as error:
-            raise UserError(f"{path}:{number}: field {error} is missing") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                problems.append(read_problem(line, f"{path}:{number}", read))
     return problems
+
+
+def read_problem(line: bytes, where: str, read: Callable[[Json], Problem]) -> Problem:
+    try:
+        problem = read(json.loads(line))
+        "".join(problem).encode()  # an escape of half a character is JSON and no text
+    except KeyError as error:
+        raise UserError(f"{where}: field {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: {error}") from None
+    return problem
 
 
 # ---- filters ------------------------------------------------------------------------------------
@@ -319,6 +331,10 @@ def check_installed() -> None:
         raise UserError("lm_eval is not installed: pip install 'slm-trainer[lm-eval]'")
 
 
+def is_ours(folder: str) -> bool:
+    return (Path(folder) / "slm.json").exists()
+
+
 def check_room(folder: str, max_new_tokens: int) -> None:
     """lm_eval gives the prompt what max_new_tokens leaves of the model's positions."""
     from transformers import AutoConfig
@@ -339,17 +355,37 @@ def check_room(folder: str, max_new_tokens: int) -> None:
         )
 
 
+def special_tokens(folder: str, tokenizer: Any) -> Json:
+    """What lm_eval puts before the texts of a model."""
+    if is_ours(folder):  # in a corpus an EOS ends each document, and nothing begins one
+        return {"add_bos_token": False, "prefix_token_id": tokenizer.eos_token_id}
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    return {"add_bos_token": tokenizer.encode("a") == [tokenizer.bos_token_id, *bare]}
+
+
 def load_lm(folder: str, batch_size: int, device: str) -> Any:
     """lm_eval's own `hf` model of a folder."""
     from lm_eval.models import huggingface
 
     from slm.model_folder import quiet_without_terminal
-    from slm.tokenizer import first_line
+    from slm.tokenizer import first_line, load_tokenizer
+
+    hf: Any = huggingface.HFLM
+
+    class Model(hf):
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            """The prefix token stands before a text already; a BOS of the text would be scored."""
+            adds, self.add_bos_token = self.add_bos_token, False
+            found = super().loglikelihood_rolling(requests, disable_tqdm)
+            self.add_bos_token = adds
+            return found
 
     quiet_without_terminal()
-    make: Any = huggingface.HFLM
+    make: Any = Model
+    tokenizer = load_tokenizer(folder)
+    options = special_tokens(folder, tokenizer) | {"batch_size": batch_size, "device": device}
     try:
-        return make(pretrained=folder, batch_size=batch_size, device=device)
+        return make(pretrained=folder, tokenizer=tokenizer, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"lm_eval cannot load {folder}: {first_line(error)}") from None
 
@@ -378,7 +414,7 @@ def harness(models: dict[str, str], settings: Any) -> list[Row]:
     for folder in models.values():  # all of them before the first forward
         check_model_folder("model", folder)
         verify_weights(Path(folder), lambda count: None)
-        if not (Path(folder) / "slm.json").exists():  # no hashes: lm_eval makes up what is missing
+        if not is_ours(folder):  # no hashes: lm_eval makes up what is missing
             load_model(folder)
         check_room(folder, settings.max_new_tokens)
     device = str(pick_device(settings.device))

@@ -15,7 +15,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from run_helpers import TINY_MODEL
 from slm import harness as harnessing
@@ -182,6 +183,57 @@ def test_bits_per_byte_of_texts_equal_the_closed_form(model, problems, table, to
         found = rows[task, "bits_per_byte"]
         assert found["value"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
         assert found["n"] == len(expected)
+
+
+BOS = "\u0100"  # stands for byte 0, which is in no text here
+
+
+@pytest.fixture
+def adds_bos(tokenizer) -> PreTrainedTokenizerFast:
+    """The same tokens; a post-processor puts a BOS first, as those of Llama, Gemma, Mistral do."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    pair = (BOS, backend.token_to_id(BOS))
+    backend.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[pair])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=tokenizer.eos_token, bos_token=BOS
+    )
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_bos_that_the_tokenizer_adds_is_never_scored(
+    tmp_path, problems, table, tokenizer, adds_bos, is_ours, monkeypatch
+):
+    """Ours saw none in training; one from elsewhere has it as context."""
+    bos, eos = adds_bos.bos_token_id, adds_bos.eos_token_id
+    assert adds_bos.encode("a") == [bos, *tokenizer.encode("a")]
+    one = bigram(table, max_position_embeddings=40)
+    set_special_ids(one, adds_bos)
+    save_model(tmp_path / "model", one, adds_bos, "card", {})
+    if not is_ours:
+        (tmp_path / "model" / "slm.json").unlink()
+    asked: list[list[int]] = []
+    generate = LlamaForCausalLM.generate
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "generate",
+        lambda self, input_ids, **rest: (
+            asked.extend(input_ids.tolist()) or generate(self, input_ids, **rest)
+        ),
+    )
+    tasks = ["svamp_text", "gsm8k_answer", "gsm8k_generate"]
+    config = settings(problems, tasks=tasks, batch_size=1, max_new_tokens=2)
+    rows = values(harness({"m": str(tmp_path / "model")}, config))
+    texts = ["There are 290 bananas. How many in a group?\n145", "Tom ran. How far?\n2.5"]
+    before = eos if is_ours else bos
+    nats = sum(chain_nats(table, [before, *tokenizer.encode(text)], 1) for text in texts)
+    bits = rows["svamp_text", "bits_per_byte"]["value"]
+    assert bits == pytest.approx(nats / math.log(2) / len("".join(texts)), rel=1e-5)
+    contexts = [f"Question: {one['question'].strip()}\nAnswer:" for one in GSM8K]
+    pairs = list(zip(contexts, [" 18", " 1999", " -5"], strict=True))
+    answers = [answer_nats(table, tokenizer, *pair) for pair in pairs]
+    assert rows["gsm8k_answer", "nats"]["value"] == pytest.approx(np.mean(answers), rel=1e-5)
+    start = [] if is_ours else [bos]
+    assert sorted(asked) == sorted([*start, *tokenizer.encode(text)] for text in contexts)
 
 
 def test_bits_per_byte_is_what_lm_eval_itself_says(model, problems, monkeypatch):
@@ -386,6 +438,10 @@ def test_sets_mean_all_their_tasks_and_each_is_run_once():
         ('{"question": "a", "answer": "b"}', r"gsm8k_test.jsonl:2: answer has no ####"),
         ('{"question": "a", "answer": 3}', r"gsm8k_test.jsonl:2: "),
         ("[]", r"gsm8k_test.jsonl:2: "),
+        (
+            '{"question": "\\ud800", "answer": "#### 3"}',
+            r"gsm8k_test.jsonl:2: .*surrogates not allow",
+        ),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, line, message):
@@ -393,6 +449,27 @@ def test_a_damaged_record_is_named(tmp_path, line, message):
     path.write_text(json.dumps(GSM8K[0]) + f"\n{line}\n")
     with pytest.raises(UserError, match=message):
         read_problems(path, gsm8k)
+
+
+def test_what_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "gsm8k_test.jsonl"
+    path.write_bytes(b'{"question": "caf\xe9", "answer": "#### 3"}\n')
+    with pytest.raises(UserError, match="gsm8k_test.jsonl:1: 'utf-8' codec can't decode byte 0xe9"):
+        read_problems(path, gsm8k)
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c"])
+def test_lines_end_where_json_lines_do(tmp_path, sign):
+    """Python's splitlines ends them at other signs too, which JSON allows within or between."""
+    one = json.dumps(GSM8K[0], ensure_ascii=False).replace("How many", f"How{sign}many")
+    path = tmp_path / "gsm8k_test.jsonl"
+    path.write_bytes(f"{one}\r\n\n{json.dumps(GSM8K[1])}".encode())
+    if sign < " ":  # JSON refuses it within a text, in one sentence about the whole line
+        with pytest.raises(UserError, match="gsm8k_test.jsonl:1: Invalid control character"):
+            read_problems(path, gsm8k)
+    else:
+        asked = [problem.question for problem in read_problems(path, gsm8k)]
+        assert asked == [f"How{sign}many ducks?", "How many eggs?"]
 
 
 # ---- mistakes -----------------------------------------------------------------------------------

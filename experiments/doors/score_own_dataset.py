@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", help="the same, of a causal LM with this tokenizer")
     parser.add_argument("--rows", type=int, default=200)
     given = parser.parse_args()
-    lines = (DATA / "curated" / "gsm8k_train.jsonl").read_text().splitlines()[: given.rows]
+    lines = (DATA / "curated" / "gsm8k_train.jsonl").read_bytes().splitlines()[: given.rows]
     texts = ["{question}\n{answer}".format(**json.loads(line)) for line in lines]
     tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else train_tokenizer(texts, 1024)
     model = given.model or small_model(len(tokenizer))
