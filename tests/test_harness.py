@@ -20,11 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from run_helpers import TINY_MODEL
 from slm import harness as harnessing
+from slm.checks import check
+from slm.command_keys import HARNESS
 from slm.errors import UserError
 from slm.harness import (
     BOXED,
     NUMBER,
-    check_settings,
     decimal,
     expand_tasks,
     gsm8k,
@@ -516,22 +517,22 @@ def test_a_damaged_model_is_one_sentence(model, problems):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": {}}, r"models is {}, it must be {name: model folder, ...}"),
+        ({"models": {}}, r"models is {}, it must be {name: folder, ...}"),
         ({"models": ["m"]}, r"models is \['m'\], it must be"),
-        ({"tasks": "gsm8k"}, "tasks is gsm8k, it must be a list"),
+        ({"tasks": "gsm8k"}, "tasks is 'gsm8k', it must be a list"),
         ({"tasks": []}, r"tasks is \[\], it must be a list"),
         ({"limit": 0}, "limit is 0, it must be a whole number of at least 1"),
         ({"limit": 0.5}, "limit is 0.5, it must be a whole number"),
         ({"batch_size": "auto"}, "batch_size is 'auto', it must be a whole number"),
         ({"num_fewshot": -1}, "num_fewshot is -1, it must be a whole number of at least 0"),
-        ({"prompt": "Answer:"}, "prompt is 'Answer:', it must hold {question}"),
-        ({"out": "."}, "out is '.', a folder; it must be a CSV file"),
+        ({"prompt": "Answer:"}, "prompt is 'Answer:', it must be a text with {question} in it"),
+        ({"out": "."}, "out is '.', it must be a file, no folder"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, changes, message):
     config = settings(tmp_path, **({"models": {"a": "m"}} | changes))
     with pytest.raises(UserError, match=message):
-        check_settings(config)
+        check(config, HARNESS)
 
 
 def test_without_lm_eval_it_says_what_to_install(call, monkeypatch, tmp_path):
