@@ -838,7 +838,7 @@ def test_two_quick_interrupts_end_the_workers(tmp_path, bytes_folder):
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-    process.communicate(timeout=5)
+    process.communicate(timeout=30)
     assert process.returncode != 0
     for worker in workers:
         wait_for(Path(f"/proc/{worker}"), exists=False)
