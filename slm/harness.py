@@ -340,15 +340,16 @@ def check_room(folder: str, max_new_tokens: int) -> None:
     """lm_eval gives the prompt what max_new_tokens leaves of the model's positions."""
     from transformers import AutoConfig
 
+    from slm.architecture import position_limit
     from slm.tokenizer import first_line
     from slm.trust import check_no_code
 
     check_no_code(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model {folder} has a damaged config.json: {first_line(error)}") from None
-    limit = getattr(config, "max_position_embeddings", None)  # models without positions have none
+    limit = position_limit(config)
     if limit is not None and max_new_tokens >= limit:
         raise UserError(
             f"max_new_tokens is {max_new_tokens}, it must be less than the "

@@ -16,7 +16,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    XLNetConfig,
+)
 
 from run_helpers import TINY_MODEL
 from slm import harness as harnessing
@@ -26,6 +32,7 @@ from slm.errors import UserError
 from slm.harness import (
     BOXED,
     NUMBER,
+    check_room,
     decimal,
     expand_tasks,
     gsm8k,
@@ -492,6 +499,15 @@ def test_wrong_folders_are_refused_before_any_model_is_loaded(
     with pytest.raises(UserError, match=r"svamp.jsonl is missing: problems must be the folder"):
         harness({"a": model}, settings(problems))
     assert not list(Path(tmp_path).glob("slm-harness-*"))
+
+
+def test_the_room_is_what_the_text_part_of_a_config_says(tmp_path):
+    Gemma3Config(text_config={"max_position_embeddings": 40}).save_pretrained(tmp_path / "gemma")
+    check_room(str(tmp_path / "gemma"), 39)
+    with pytest.raises(UserError, match="max_new_tokens is 40, it must be less than the 40 max"):
+        check_room(str(tmp_path / "gemma"), 40)
+    XLNetConfig().save_pretrained(tmp_path / "xlnet")  # -1 stands for any length
+    check_room(str(tmp_path / "xlnet"), 10**6)
 
 
 def test_a_damaged_model_is_one_sentence(model, problems):
