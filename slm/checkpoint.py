@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.utils._pytree import tree_leaves
 
 from slm.errors import UserError
 from slm.fields import CHECKPOINT, check_fields
@@ -49,7 +50,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         sidecar(path).unlink(missing_ok=True)
-        with atomic_file(path) as file:
+        with atomic_file(path, tensor_bytes(checkpoint)) as file:
             torch.save(checkpoint, file)
         record = {
             "kind": "checkpoint",
@@ -68,6 +69,11 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         sidecar(Path(path)).unlink(missing_ok=True)
         Path(path).unlink(missing_ok=True)
+
+
+def tensor_bytes(checkpoint: dict[str, Any]) -> int:
+    leaves = tree_leaves(checkpoint)
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def check_checkpoint(path: Path) -> None:

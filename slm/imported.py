@@ -84,7 +84,6 @@ def write_requests(corpus: Corpus, path: Path, served_model: str) -> Path:
     windows = Windows(corpus)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        naming(path),
         atomic_file(path) as file,
         progress("writing", len(windows), "requests") as advance,
     ):
@@ -189,6 +188,8 @@ def check_logprobs(values: list[Any], where: str) -> np.ndarray:  # (T,) float32
 
 def response_files(given: Any) -> list[Path]:
     paths = [Path(given)] if isinstance(given, str) else [Path(path) for path in given]
+    if not paths:
+        raise UserError("responses is an empty list, it must name the files with the answers")
     for path in paths:
         if not path.is_file():
             raise UserError(f"responses: {path} is no file")

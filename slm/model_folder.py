@@ -13,7 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from slm.errors import UserError
-from slm.shards import check_files, hash_file, hash_json, read_json, sealed, sync_folder
+from slm.shards import (
+    check_files,
+    hash_file,
+    hash_json,
+    naming,
+    read_json,
+    sealed,
+    sync_folder,
+)
 
 
 def quiet_without_terminal() -> None:
@@ -78,29 +86,27 @@ def save_model(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     quiet_without_terminal()
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
-    if check is not None:
-        check_or_remove(temporary, check)
-    hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
-    record = {"kind": "model", "lineage": lineage, "sha256": hashes}
-    (temporary / "slm.json").write_text(json.dumps(sealed(record), indent=2) + "\n")
-    for path in temporary.iterdir():
-        path.chmod(0o644)  # save_pretrained writes 0600, which a serving account cannot read
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    temporary.chmod(0o755)
-    sync_folder(temporary)
+    with naming(folder, temporary, model.get_memory_footprint(return_buffers=False)):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card)
+        if check is not None:
+            check(temporary)
+        seal_folder(temporary, lineage)
     replace_folder(temporary, folder)
 
 
-def check_or_remove(folder: Path, check: Callable[[Path], None]) -> None:
-    try:
-        check(folder)
-    except UserError:
-        shutil.rmtree(folder)
-        raise
+def seal_folder(folder: Path, lineage: dict[str, Any]) -> None:
+    """The record with the hashes last; all of it synced, and readable by everybody."""
+    hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+    record = {"kind": "model", "lineage": lineage, "sha256": hashes}
+    (folder / "slm.json").write_text(json.dumps(sealed(record), indent=2) + "\n")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # save_pretrained writes 0600, which a serving account cannot read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    folder.chmod(0o755)
+    sync_folder(folder)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

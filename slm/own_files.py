@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slm.claims import process_name, remove_temporaries
 from slm.errors import UserError
-from slm.shards import hash_file, read_json, write_json
+from slm.shards import cannot_write, hash_file, read_json, write_error, write_json
 
 log = logging.getLogger("slm.own_files")
 RECORD = "made.json"
@@ -31,12 +31,9 @@ def replacing(folder: Path, by: str) -> Iterator[Path]:
     new = folder / f".new.{process_name()}.tmp"
     new.mkdir(parents=True)
     try:
-        yield new
+        with naming_last(folder, new):
+            yield new
         publish(new, folder, by)
-    except OSError as error:
-        if error.filename is not None and not Path(error.filename).is_relative_to(new):
-            raise
-        raise UserError(why_not_written(folder, new, error)) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if is_new:
@@ -44,14 +41,18 @@ def replacing(folder: Path, by: str) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def why_not_written(folder: Path, new: Path, error: OSError) -> str:
-    last = max(files_in(new), key=lambda path: path.stat().st_mtime_ns, default=new)
-    size = sum(path.stat().st_size for path in files_in(new))
-    return (
-        f"{folder / last.relative_to(new)} cannot be written: {error.strerror or error}; the new "
-        f"files need more than {size:,} bytes beside the earlier ones, "
-        f"{shutil.disk_usage(folder).free:,} are free"
-    )
+@contextmanager
+def naming_last(folder: Path, new: Path) -> Iterator[None]:
+    """All the new files need space at once, beside the earlier ones."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        cause = write_error(error, new)
+        if cause is None:
+            raise
+        last = max(files_in(new), key=lambda path: path.stat().st_mtime_ns, default=new)
+        shutil.rmtree(new, ignore_errors=True)
+        raise cannot_write(folder / last.relative_to(new), cause) from error
 
 
 def check_own(folder: Path, names: Iterable[str], by: str) -> None:

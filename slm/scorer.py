@@ -23,7 +23,6 @@ from slm.shards import (
     Json,
     References,
     Shard,
-    naming,
     shard_path,
     write_array,
     write_manifest,
@@ -91,18 +90,13 @@ class Scorer:
         arrays = {column: stored(values, self.dtype) for column, values in scores.items()}
         hashes = {}
         for column, array in arrays.items():
-            path = self.path(shard, ".npy", column)
-            with naming(path):
-                hashes[column] = write_array(path, array)
-        with naming(self.path(shard, ".json")):
-            if cost is not None:
-                write_cost(self.out, shard.index, cost)
-            kinds = (
-                {column: self.dtype for column in arrays},
-                {c: len(a) for c, a in arrays.items()},
-            )
-            done = Shard(shard.index, shard.num_tokens, hashes, *kinds)
-            write_sidecar(self.out, "logprobs", done)
+            hashes[column] = write_array(self.path(shard, ".npy", column), array)
+        if cost is not None:
+            write_cost(self.out, shard.index, cost)
+        dtypes = {column: self.dtype for column in arrays}
+        rows = {column: len(array) for column, array in arrays.items()}
+        done = Shard(shard.index, shard.num_tokens, hashes, dtypes, rows)
+        write_sidecar(self.out, "logprobs", done)
 
     def take(self, shard: Shard, advance: Callable[[int], None]) -> bool:
         """Score a shard unless somebody else has done it or is at it."""
@@ -192,7 +186,6 @@ def is_finished(scorer: Scorer) -> bool:
 
 
 def finish(scorer: Scorer) -> None:
-    with naming(scorer.out / "manifest.json"):
-        write_manifest(scorer.out, "logprobs", len(scorer.corpus.shards))
+    write_manifest(scorer.out, "logprobs", len(scorer.corpus.shards))
     References.open(scorer.out)
     remove_leftovers(scorer.out)

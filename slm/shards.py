@@ -21,11 +21,14 @@ A crash leaves temporary files and files without a sidecar, never something that
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -87,28 +90,75 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BufferedRandom]:
-    """An open temporary file in the folder of `path`; synced and renamed to it on success."""
+def atomic_file(path: Path, needed: int = 0) -> Iterator[BufferedRandom]:
+    """An open temporary file in the folder of `path`; synced and renamed to it on success.
+
+    needed: the bytes that it will have at least, where that is known
+    """
     temporary = path.with_name(f".{path.name}.{process_name()}.tmp")
-    try:
+    with naming(path, temporary, needed):
         with open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A full disk does not say for which file."""
+def naming(path: Path, new: Path | None = None, needed: int = 0) -> Iterator[None]:
+    """A write that fails ends in one sentence: a full disk says neither where nor how much.
+
+    new: what takes the place of `path` at the end; removed where that fails
+    """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    except BaseException as error:
+        if new is not None:
+            remove(new)
+        is_said = isinstance(error, UserError) or not isinstance(error, Exception)
+        cause = None if is_said else write_error(error, path, new or path)
+        if cause is None:
+            raise
+        raise cannot_write(path, cause, needed) from cause
+
+
+def write_error(error: BaseException | None, *paths: Path) -> OSError | None:
+    """What the system said of writing one of `paths`; None where something else went wrong.
+
+    A full disk names no file. torch's zip writer raises an error of its own on top of it, and
+    what is written in Rust (safetensors, tokenizers) has it in its text.
+    """
+    while error is not None:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            error = OSError(int(found[1]), os.strerror(int(found[1])))
+        if isinstance(error, OSError):
+            name = error.filename
+            is_mine = type(error) is OSError if name is None else is_within(str(name), paths)
+            return error if is_mine else None
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def is_within(name: str, paths: Sequence[Path]) -> bool:
+    return any(Path(name).is_relative_to(path) for path in paths)
+
+
+def cannot_write(path: Path, cause: OSError, needed: int = 0) -> UserError:
+    """The sentence, when what was begun is removed: all that is free then was not enough."""
+    text = f"{path} cannot be written: {cause.strerror or cause}"
+    if cause.errno == errno.ENOSPC:
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(place).free
+        text += f"; more than {max(needed, free):,} bytes are needed, the disk has {free:,} free"
+    return UserError(text)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

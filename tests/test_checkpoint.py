@@ -1,6 +1,7 @@
 """Checkpoint files: atomic, hashed, complete; random states; what is refused."""
 
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from slm import shards
 from slm.checkpoint import (
     Checkpoints,
     OnlyWriter,
@@ -130,12 +132,19 @@ def test_rank_zero_decides_whether_a_loss_is_the_best(tmp_path):
 def test_a_failed_save_leaves_the_old_checkpoints_alone(tmp_path, monkeypatch):
     old = save(tmp_path, 5)
 
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def opened(path: Path, mode: str) -> Any:
+        path.touch()
+        return open("/dev/full", mode)
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path, 6)
+    body = {"global_step": 6, "about": {"tokens_seen": 6}, "w": torch.ones(50_000)}
+    with monkeypatch.context() as patch, pytest.raises(UserError) as told:
+        patch.setattr(shards, "open", opened, raising=False)
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        IO.save_checkpoint(body, tmp_path / "step-00000006.ckpt")
+    assert str(told.value) == (
+        f"{tmp_path}/step-00000006.ckpt cannot be written: No space left on device; more than "
+        "200,000 bytes are needed, the disk has 1,000 free"
+    )
     assert newest_checkpoint(tmp_path, print) == old
     assert sorted(p.name for p in tmp_path.iterdir()) == [old.name, sidecar(old).name]
 

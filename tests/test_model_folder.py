@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def test_saved_folder_is_readable_by_others_and_describes_itself(saved):
     assert (saved / "README.md").read_text() == "a card"
 
 
+def test_a_failure_of_the_system_below_safetensors_is_one_sentence(saved, tokenizer):
+    """Its writer is not Python's: the error has a type of its own, and names no file."""
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="^/.*/model cannot be written: File too large$"):
+            save_model(saved, make_model(), tokenizer, "b", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
 def crash(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
@@ -74,7 +89,10 @@ def test_a_crash_while_saving_leaves_the_folder_before(saved, tokenizer, monkeyp
         "hashes": (model_folder, "hash_file"),
         "sync": (os, "fsync"),
     }[where]
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="/model cannot be written: No space left"),
+    ):
         patch.setattr(*target, crash)
         save_model(saved, other, tokenizer, "b", {})
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -58,6 +58,27 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("cannot reach"),
+        FileNotFoundError(2, "No such file", "/other/a"),
+        BrokenPipeError(32, "Broken pipe"),
+    ],
+)
+def test_only_a_failed_write_is_said_to_be_one(tmp_path, error):
+    """A writer may say no more than that it wrote too little."""
+    expected = UserError if error.errno is None else type(error)
+    with pytest.raises(expected), atomic_file(tmp_path / "a.npy"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_file(tmp_path):
+    with pytest.raises(UserError, match="/none/a.json cannot be written: No such file or dir"):
+        write_record(tmp_path / "none" / "a.json", {})
+
+
 def test_kill_during_a_write_leaves_no_finished_file(tmp_path):
     code = (
         "import os, pathlib, sys; from slm.shards import atomic_file\n"
