@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from slm import __version__
 from slm.errors import NonFiniteError, UserError
@@ -188,7 +188,7 @@ def run(name: str, application: Callable[[], Any]) -> None:
         os.environ.pop(FULL_ERROR) if full is None else os.environ.update({FULL_ERROR: full})
 
 
-def fail(name: str, error: Exception | str) -> None:
+def fail(name: str, error: Exception | str) -> NoReturn:
     """One sentence instead of a traceback, and exit code 1."""
     sys.stdout.flush()
     print(f"slm {name}: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ import numpy as np
 from slm.analysis import Analysis, Chooser, rule_name
 from slm.classes import CLASSES
 from slm.errors import UserError
-from slm.plots import COLOURS, TOKENS_AXIS, dress, pyplot, save_figure, token_ticks
+from slm.plots import COLOURS, TOKENS_AXIS, dress, plain, pyplot, save_figure, token_ticks
 from slm.shards import write_csv
 
 WIDTH = 6.8  # inches: the text of a page
@@ -27,11 +27,6 @@ def amounts(numbers: Sequence[int]) -> list[str]:
 
     short = [EngFormatter(sep="")(float(f"{number:.3g}")) for number in numbers]
     return short if len(set(short)) == len(short) else [f"{number:,}" for number in numbers]
-
-
-def plain(text: str) -> str:
-    """Dollars in names and tokens start no formula."""
-    return text.replace("$", r"\$")
 
 
 def chooser_of(analysis: Analysis) -> Chooser:
@@ -92,7 +87,7 @@ def draw_panel(axes: Any, lines: Sequence[Line], title: str, width: float) -> No
     token_ticks(axes, most=5 if width > 3 else 3)
     axes.set_xlabel(TOKENS_AXIS)
     axes.margins(x=0.02)
-    dress(axes, plain(title), width)
+    dress(axes, title, width)
 
 
 def focus(axes: Any, lines: Sequence[Line]) -> None:

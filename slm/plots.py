@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slm.shards import atomic_file
+
 # Okabe and Ito's palette: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 DASHES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 LOOKS = tuple(zip(COLOURS, "osD^vPX", strict=True))  # colours and markers of rules
+PREFIX, SUFFIX = "heldout/", "/loss"  # of a set's column in heldout.csv
 TOKENS_AXIS, LOSS_AXIS = "training tokens seen", "held-out loss (nats per token)"
 LEGEND_SIZE, TITLE_SIZE = 9, 11  # points
 
@@ -33,17 +36,19 @@ class Curve(NamedTuple):
 
 def read_curve(run: Path, label: str, name: str) -> Curve:
     """The loss on the held-out set `name` from the run's heldout.csv."""
+    column = f"{PREFIX}{name}{SUFFIX}"
     with open(run / "heldout.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row[f"heldout/{name}/loss"]]
+        rows = [row for row in csv.DictReader(file) if row[column]]
     seen = np.array([float(row["tokens_seen"]) for row in rows])
-    return Curve(label, seen, np.array([float(row[f"heldout/{name}/loss"]) for row in rows]))
+    return Curve(label, seen, np.array([float(row[column]) for row in rows]))
 
 
 def heldout_sets(run: Path) -> list[str]:
-    """Names of the held-out sets in the run's heldout.csv."""
+    """Names of the held-out sets in the run's heldout.csv: whatever is between, slashes too."""
     with open(run / "heldout.csv", newline="") as file:
         columns = csv.DictReader(file).fieldnames or []
-    return [column.split("/")[1] for column in columns if column.endswith("/loss")]
+    mine = [column for column in columns if column.startswith(PREFIX) and column.endswith(SUFFIX)]
+    return [column.removeprefix(PREFIX).removesuffix(SUFFIX) for column in mine]
 
 
 def final_losses(run: Path) -> dict[str, float]:
@@ -86,16 +91,21 @@ def draw_lines(
 ) -> None:
     """Horizontal lines, told apart by their dashes."""
     for (name, value), style, colour in zip(lines.items(), cycle(DASHES), cycle(colours)):  # noqa: B905  # cycles have no end
-        axes.axhline(value, color=colour, linestyle=style, label=labels[name], linewidth=1.2)
+        axes.axhline(value, color=colour, linestyle=style, label=plain(labels[name]), linewidth=1.2)
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """As path and, for print, as SVG beside it; the same figure gives the same bytes."""
     import matplotlib
 
-    figure.savefig(path, dpi=160)
+    save_picture(figure, path)
     with matplotlib.rc_context({"svg.hashsalt": "slm"}):  # ids in the SVG are random otherwise
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        save_picture(figure, path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def save_picture(figure: Any, path: Path, **more: Any) -> None:
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=160, **more)
 
 
 def loss_figure(
@@ -110,13 +120,13 @@ def loss_figure(
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     for (label, runs), colour in zip(by_label(curves).items(), COLOURS, strict=False):
         text = f"{label} ({mean_curve(runs).loss[-1]:.3f})"
-        draw_curves(axes, runs, start, color=colour, label=text)
+        draw_curves(axes, runs, start, color=colour, label=plain(text))
     draw_lines(axes, lines, {name: f"{name} ({value:.3f})" for name, value in lines.items()})
     axes.set(xlabel=TOKENS_AXIS, ylabel=LOSS_AXIS)
     token_ticks(axes)
     dress(axes, title, width=6.4)
     shared_legend(figure, [axes], None, most=3)
-    figure.savefig(path, dpi=160)
+    save_picture(figure, path)
     plt.close(figure)
 
 
@@ -163,7 +173,7 @@ def draw_ratios(
 ) -> None:
     ratios = [ratio for ratio, _ in points]
     means = [float(np.mean(losses)) for _, losses in points]
-    axes.plot(ratios, means, color=colour, marker=marker, linewidth=2, label=label)
+    axes.plot(ratios, means, color=colour, marker=marker, linewidth=2, label=plain(label))
     low, high = ([find(losses) for _, losses in points] for find in (min, max))
     axes.fill_between(ratios, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.vlines(ratios, low, high, color=colour)  # a band of one point has no area
@@ -207,16 +217,21 @@ def draw_set(places: list[Any], panels: Sequence[TokensPanel], shades: dict[str,
 def draw_tokens(axes: Any, panel: TokensPanel, shades: dict[str, Any]) -> None:
     start = panel.curves[0].tokens_seen[:2].max()
     for label, runs in by_label(panel.curves).items():
-        draw_curves(axes, runs, start, color=shades[label], label=label)
+        draw_curves(axes, runs, start, color=shades[label], label=plain(label))
     for label, runs in by_label(panel.controls).items():
-        draw_curves(axes, runs, start, color="#000000", linestyle="--", label=label)
+        draw_curves(axes, runs, start, color="#000000", linestyle="--", label=plain(label))
     token_ticks(axes)
     dress(axes, panel.title, width=3.3)
 
 
+def plain(text: str) -> str:
+    """Dollars in names and tokens start no formula."""
+    return text.replace("$", r"\$")
+
+
 def dress(axes: Any, title: str, width: float) -> None:
     """The title at the left, wrapped to so many inches; no frame."""
-    text = textwrap.fill(title, characters(width, TITLE_SIZE))
+    text = textwrap.fill(plain(title), characters(width, TITLE_SIZE))
     axes.set_title(text, loc="left", fontsize=TITLE_SIZE)
     axes.spines[["top", "right"]].set_visible(False)
 

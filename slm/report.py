@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 from slm.analysis import Analysis, analyse, rule_name, run_chooser, store_folders
 from slm.arms import (
@@ -36,10 +37,8 @@ from slm.arms import (
     read_runs,
     run_folders,
 )
-from slm.checks import check
 from slm.classes import MIN_CHECKPOINTS
 from slm.cli import command, progress
-from slm.command_keys import REPORT
 from slm.errors import UserError
 from slm.figures import paper_figures
 from slm.names import file_name
@@ -53,6 +52,7 @@ from slm.plots import (
 )
 from slm.report_table import REACH_NOTE, control_losses, markdown, table_rows
 from slm.rules import import_modules
+from slm.score import check_count
 from slm.shards import Json, atomic_file, nested, read_json, write_csv
 from slm.trajectories import TrajectoryStore
 from slm.truth import kept_rows, truth_rows
@@ -84,6 +84,17 @@ def read_baselines(folders: dict[str, str], sets: Sequence[str]) -> list[Arm]:
         arms.append(Arm(label, label, runs, is_baseline=True))
     check_sets(arms, sets)
     return arms
+
+
+def check_names(arms: Sequence[Arm], baselines: Sequence[Arm]) -> None:
+    """One name is one row of the table and one line of a figure."""
+    taken = {CONTROL, *(arm.label for arm in arms)}
+    for arm in baselines:
+        if arm.label in taken:
+            raise UserError(
+                f"baseline {arm.label!r} ({arm.runs[0].folder}) has the name of an arm, or of the "
+                f"control: choose another than {sorted(taken)}"
+            )
 
 
 def sets_of(arm: Arm) -> set[str]:
@@ -153,6 +164,12 @@ def tokens_figures(sets: Sequence[str], arms: Sequence[Arm], out: Path) -> None:
 # ---- the command --------------------------------------------------------------------------------
 
 
+def check_settings(config: Any) -> None:
+    if not isinstance(config.baselines, DictConfig | None):
+        raise UserError(f"baselines is {config.baselines}, it must be {{name: folder, ...}}")
+    check_count("max_dynamics", config.max_dynamics)
+
+
 def chosen_sets(runs: Sequence[Run], wanted: Any) -> list[str]:
     known = list(runs[0].curves)
     if not known:
@@ -180,6 +197,7 @@ def sweep_report(
     if not control:
         log.warning("no run trains on all tokens (selection=all or select_ratio=1): no control")
     baselines = read_baselines(dict(config.baselines or {}), sets)
+    check_names(arms, baselines)
     check_heldout([run for arm in (*arms, *baselines) for run in arm.runs], sets)
     rows = table_rows([*arms, *baselines], sets, control)
     write_csv(out / "table.csv", rows)
@@ -301,7 +319,7 @@ def dynamics_report(
 
 def report(config: Any) -> list[Json]:
     """Write everything into config.out; returns the table's rows."""
-    check(config, REPORT)
+    check_settings(config)
     import_modules(config.modules)
     check_own(Path(config.out), ["report.html"], MADE_BY)  # the others when they are known
     folders = folders_of(config.runs)

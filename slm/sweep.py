@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,9 +31,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from slm.cli import fail, reported
+from slm.errors import UserError
 from slm.names import file_name
 from slm.plots import final_losses
 from slm.shards import read_json, write_csv, write_record
@@ -41,7 +43,7 @@ from slm.shards import read_json, write_csv, write_record
 log = logging.getLogger("slm.sweep")
 STATUS = "status.json"
 COMPLETE = ("finished", "skipped")
-COLUMNS = ("job", "status", "error")  # the others are held-out sets
+COLUMNS = ("job", "status", "error")  # of sweep.csv; the others are held-out sets
 WIDTH = 160  # of a table that goes to a file
 
 
@@ -129,8 +131,11 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         atexit.unregister(show)
-        rows = show(Path(config.hydra.sweep.dir), self.id)
-        failed = sum(row["status"] not in COMPLETE for row in rows)
+        try:
+            rows = show(Path(config.hydra.sweep.dir), self.id)
+        except Exception as error:  # Hydra makes a warning of it, and exit code 0
+            fail(config.hydra.job.name, f"the table of the sweep: {sentence(error)}")
+        failed = sum(row.status not in COMPLETE for row in rows)
         if failed:
             again = "the same command tries them again and skips what is finished"
             fail(config.hydra.job.name, f"{failed} of {len(rows)} jobs failed; {again}")
@@ -148,7 +153,16 @@ def sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if mine is None else str(mine)
 
 
-def sweep_rows(folder: Path, sweep: str) -> list[dict[str, Any]]:
+class Row(NamedTuple):
+    """One job in the table."""
+
+    job: str  # its folder below the sweep's
+    status: str
+    losses: dict[str, float]  # the last on every held-out set
+    error: str
+
+
+def sweep_rows(folder: Path, sweep: str) -> list[Row]:
     """One row a job of this sweep, in their order."""
     found = [(path.parent, read_json(path)) for path in folder.rglob(STATUS)]
     mine = [(run, state) for run, state in found if state["sweep"] == sweep]
@@ -156,28 +170,33 @@ def sweep_rows(folder: Path, sweep: str) -> list[dict[str, Any]]:
     for run, state in sorted(mine, key=lambda job: job[1]["number"]):
         losses = final_losses(run) if state["status"] in COMPLETE else {}
         status = "unfinished" if state["status"] == "running" else state["status"]
-        row = {"job": str(run.relative_to(folder)), "status": status}
-        rows.append(row | losses | {"error": state["error"]})
+        rows.append(Row(str(run.relative_to(folder)), status, losses, state["error"]))
     return rows
 
 
-def show(folder: Path, sweep: str) -> list[dict[str, Any]]:
+def show(folder: Path, sweep: str) -> list[Row]:
     """Print the table, with the errors below it, and write it to sweep.csv; returns its rows."""
     rows = sweep_rows(folder, sweep)
     if not rows:  # no job was started, so what is wrong has been said
         return rows
-    sets = list(dict.fromkeys(key for row in rows for key in row if key not in COLUMNS))
-    table = Table("job", "status", *sets)
+    sets = list(dict.fromkeys(name for row in rows for name in row.losses))
+    table = Table("job", "status", *map(escape, sets))
     for row in rows:
-        losses = [f"{row[name]:.4f}" if name in row else "" for name in sets]
-        table.add_row(row["job"], row["status"], *losses)
+        losses = [f"{row.losses[name]:.4f}" if name in row.losses else "" for name in sets]
+        table.add_row(escape(row.job), row.status, *losses)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     for row in rows:
-        if row["error"]:
-            print(f"{row['job']}: {row['error']}")
-    blank = dict.fromkeys(["job", "status", *sets, "error"], "")
+        if row.error:
+            print(f"{row.job}: {row.error}")
     try:
-        write_csv(folder / "sweep.csv", [blank | row for row in rows])
-    except OSError as error:
-        log.warning("cannot write %s: %s", folder / "sweep.csv", error.strerror)
+        write_csv(folder / "sweep.csv", [csv_row(row, sets) for row in rows])
+    except (OSError, UserError) as error:
+        log.warning("%s", error)
     return rows
+
+
+def csv_row(row: Row, sets: Sequence[str]) -> dict[str, Any]:
+    """A column a set under its name; one named like another column has heldout/ before it."""
+    losses = {name: row.losses[name] if name in row.losses else "" for name in sets}
+    named = {f"heldout/{k}" if k in COLUMNS else k: loss for k, loss in losses.items()}
+    return {"job": row.job, "status": row.status} | named | {"error": row.error}

@@ -14,7 +14,7 @@ from slm.analysis import Analysis
 from slm.classes import ARROWS, CLASSES
 from slm.errors import UserError
 from slm.excerpts import GREY, columns_in, draw_segments, size_of, wrap
-from slm.figure_parts import CLASS_COLOURS, WIDTH, Row, amounts, chooser_of, finish, plain
+from slm.figure_parts import CLASS_COLOURS, WIDTH, Row, amounts, chooser_of, finish
 from slm.plots import COLOURS, LEGEND_SIZE, TITLE_SIZE, dress, legend_columns, pyplot
 from slm.token_texts import whole_characters
 
@@ -57,7 +57,7 @@ def text_figure(
     figure, axes = pyplot().subplots()
     inks = ["#000000" if row["class"] else GREY for row in rows]
     draw_segments(axes, found, look.grounds, inks, columns_in(WIDTH))
-    dress(axes, plain(look.title), WIDTH)
+    dress(axes, look.title, WIDTH)
     place_text(figure, axes, size_of(found, columns_in(WIDTH)), look.labels)
     finish(figure, path, rows)
 

@@ -15,7 +15,6 @@ from slm.checks import (
     check_known,
     each,
     flag,
-    number,
     optional,
     real,
     seed,
@@ -88,8 +87,6 @@ TRAIN: Table = TRAINER | {
     "callbacks.dynamics.by_source": flag,
     "callbacks.dynamics.every_tokens": count_or_null,
     "callbacks.dynamics.batch_size": count,
-    "callbacks.dynamics.threshold": real(0),
-    "callbacks.dynamics.mean_loss": optional(number),
     "logger": anything,
 }
 LENGTH = "max_tokens alone says how long a run is"

@@ -10,6 +10,7 @@ from slm.plots import (
     RatioPanel,
     TokensPanel,
     final_losses,
+    heldout_sets,
     loss_figure,
     mean_curve,
     ratio_figure,
@@ -33,6 +34,23 @@ def test_final_losses_are_the_last_of_each_set(tmp_path):
         "0,0,5.5,1,4\n1,128,5.25,1,\n2,256,5,1,2\n"
     )
     assert final_losses(tmp_path) == {"a": 5.0, "b": 2.0}
+
+
+@pytest.mark.parametrize("name", ["a/b", "loss", "x/loss", "heldout/x", "a b|c$d"])
+def test_a_set_may_have_any_name(tmp_path, name):
+    columns = ["step", "tokens_seen", f"heldout/{name}/loss", f"heldout/{name}/bits_per_byte"]
+    (tmp_path / "heldout.csv").write_text(",".join(columns) + "\n0,0,5.5,1\n1,128,5.25,1\n")
+    assert heldout_sets(tmp_path) == [name]
+    assert final_losses(tmp_path) == {name: 5.25}
+
+
+def test_a_dollar_in_a_name_starts_no_formula(tmp_path):
+    name = r"$\no$ formula"
+    curves = [Curve(name, np.array([0.0, 1, 2]), np.array([3.0, 2, 1]))] * 2
+    loss_figure(curves, {name: 2.0}, name, tmp_path / "a.png")
+    ratio_figure([RatioPanel(name, {name: [(0.5, [1.0])]}, {name: 1.0}, {})], tmp_path / "b.png")
+    tokens_figure([[TokensPanel(name, curves, curves)]], tmp_path / "c.png")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"a.png", "b.png", "c.png"}
 
 
 def test_the_mean_of_runs_measured_at_other_points_is_interpolated():

@@ -108,6 +108,21 @@ def test_sets_can_be_chosen(tmp_path, sweep):
         report(config(sweep, tmp_path / "out", sets=["c"]))
 
 
+@pytest.mark.parametrize("most", [8, 0])
+def test_sets_may_have_any_names(tmp_path, monkeypatch, most):
+    """Two that differ by a slash have a picture each."""
+    monkeypatch.setattr(report_module, "MAX_PANELS", most)
+    for ratio in (0.5, 1.0):
+        path = make_run(tmp_path / "runs" / f"{ratio}", ratio=ratio) / "heldout.csv"
+        path.write_text(path.read_text().replace("/a/", "/x/y/").replace("/b/", "/x_y/"))
+    rows = report(config(tmp_path / "runs", tmp_path / "out"))
+    assert [(row["set"], row["mean"]) for row in rows[:2]] == [("x/y", 3.0), ("x_y", 6.0)]
+    shown = data_of(tmp_path / "out" / "report.html")["sweep"]["ratios"]
+    assert [figure["title"] for figure in shown] == ["x/y", "x_y"]
+    pictures = [path.name for path in (tmp_path / "out").glob("loss_vs_tokens*.png")]
+    assert len(pictures) == (1 if most else 2)
+
+
 def test_costs_are_shown_where_every_seed_has_them(tmp_path):
     make_run(tmp_path / "a", seed=0, train_seconds=10.0, train_flops=1e9)
     make_run(tmp_path / "b", seed=1, train_seconds=20.0, train_flops=None)
@@ -223,6 +238,14 @@ def test_losses_on_other_windows_are_refused(tmp_path, other):
     assert [row["seeds"] for row in report(config([runs, two], out, sets=["a"]))] == [3]
 
 
+@pytest.mark.parametrize("name", ["all tokens", "excess 0.5"])
+def test_a_baseline_has_a_name_of_its_own(tmp_path, sweep, name):
+    make_run(tmp_path / "ref", "All", None, final=2.0)
+    with pytest.raises(UserError, match=f"baseline '{name}' .* has the name of an arm"):
+        report(config(sweep, tmp_path / "out", baselines={name: str(tmp_path / "ref")}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_baseline_without_any_of_the_sets_cannot_be_drawn(tmp_path):
     make_run(tmp_path / "runs" / "a")
     make_run(tmp_path / "other")
@@ -254,10 +277,7 @@ def test_many_panels_become_a_picture_a_set(tmp_path, monkeypatch, rules, expect
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [
-        ("runs", {"a": "b"}, "runs is "),
-        ("baselines", "folder", "baselines is 'folder', it"),
-    ],
+    [("runs", {"a": "b"}, "runs is "), ("baselines", "folder", "baselines is folder, it must be")],
 )
 def test_settings_of_the_wrong_shape_are_refused(tmp_path, key, value, message):
     make_run(tmp_path / "a")
@@ -387,7 +407,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(report_module, "write_page", full)
-    with pytest.raises(UserError, match="/out/.* cannot be written: No space left on device; the "):
+    with pytest.raises(UserError, match="/out/.* cannot be written: No space left on device; "):
         report(config(folder, tmp_path / "out"))
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 

@@ -104,11 +104,11 @@ def status(folder: Path) -> tuple[str, str]:
     return body["status"], body["error"]
 
 
-def complete(folder: Path, loss: float) -> None:
+def complete(folder: Path, loss: float, name: str = "a") -> None:
     """What a run that is complete has."""
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "slm.json").write_text("{}")
-    header = "step,tokens_seen,heldout/a/loss,heldout/a/bits_per_byte\n"
+    header = f"step,tokens_seen,heldout/{name}/loss,heldout/{name}/bits_per_byte\n"
     (folder / "heldout.csv").write_text(f"{header}0,0,9,1\n1,128,{loss},1\n")
 
 
@@ -168,11 +168,37 @@ def test_the_end_shows_the_jobs_of_this_sweep_and_is_1_where_one_failed(tmp_path
         ]
 
 
+@pytest.mark.parametrize("name", ["a/b", "loss", "x/loss", "job", "error", "losses", "[b]x[/b]"])
+def test_a_set_may_have_any_name(tmp_path, capsys, name):
+    sweep = Sweep([])
+    complete(tmp_path / "done", 2.5, name)
+    run_job(sweep, hydra_config(tmp_path / "done", number=0))
+    run_job(sweep, hydra_config(tmp_path / "wrong", number=1), UserError("k is 2"))
+    with pytest.raises(SystemExit):
+        sweep.on_multirun_end(hydra_config(tmp_path / "done"))
+    shown = capsys.readouterr().out
+    assert "2.5000" in shown and name in shown and "wrong: k is 2\n" in shown
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        done, wrong = csv.DictReader(file)
+    assert (done["job"], done["status"], done["error"]) == ("done", "skipped", "")
+    assert (wrong["job"], wrong["status"], wrong["error"]) == ("wrong", "failed", "k is 2")
+    assert done[f"heldout/{name}" if name in ("job", "error") else name] == "2.5"
+
+
+def test_a_table_that_cannot_be_made_is_no_success(tmp_path, capsys):
+    sweep = Sweep([])
+    run_job(sweep, hydra_config(tmp_path / "a"))
+    (tmp_path / "a" / "status.json").write_text("{")
+    with pytest.raises(SystemExit) as ended:
+        sweep.on_multirun_end(hydra_config(tmp_path / "a"))
+    assert ended.value.code == 1 and "a/status.json is not valid JSON" in capsys.readouterr().err
+
+
 def test_the_end_is_0_where_none_failed(tmp_path):
     sweep = Sweep([])
     run_job(sweep, hydra_config(tmp_path / "a"))
     sweep.on_multirun_end(hydra_config(tmp_path / "a"))
-    assert [row["status"] for row in show(tmp_path, sweep.id)] == ["finished"]
+    assert [row.status for row in show(tmp_path, sweep.id)] == ["finished"]
 
 
 def test_a_sweep_that_is_broken_off_shows_its_table_all_the_same(tmp_path, monkeypatch, capsys):
