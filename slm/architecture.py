@@ -1,4 +1,4 @@
-"""A new causal LM from the fields of its Hugging Face config."""
+"""A new causal LM from the fields of its Hugging Face config; what such a config says."""
 
 import inspect
 from collections.abc import Mapping
@@ -45,6 +45,17 @@ def known_config(model_type: str | None) -> type[PreTrainedConfig]:
             "transformers, e.g. llama"
         )
     return CONFIG_MAPPING[model_type]
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """What the text part of a model is made of: all of it, or a config inside (Gemma 3)."""
+    return config.get_text_config(decoder=True)
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """The longest window. Models without positions have no such field, XLNet's is -1."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
 
 
 def check_fields(fields: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> None:

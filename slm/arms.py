@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from omegaconf import ListConfig
 
 from slm.errors import UserError
 from slm.plots import Curve, heldout_sets, read_curve
@@ -99,10 +98,7 @@ def read_runs(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
 
 def folders_of(value: Any) -> list[str]:
     """The configuration's `runs`."""
-    folders = list(value) if isinstance(value, ListConfig) else [value]
-    if not folders or not all(isinstance(folder, str) for folder in folders):
-        raise UserError(f"runs is {value}, it must be a folder or a list of folders")
-    return folders
+    return [value] if isinstance(value, str) else list(value)
 
 
 def run_folders(folders: Sequence[str]) -> list[Path]:

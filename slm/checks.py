@@ -9,6 +9,7 @@ what its reader checks, with all that lies below it.
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +32,10 @@ Table = Mapping[str, Kind]
 
 def is_real(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def whole(least: int = 1, most: int = 2**63 - 1) -> Kind:
@@ -60,16 +65,36 @@ def each(kind: Kind, count: int) -> Kind:
     """A list of so many of a kind."""
     return Kind(
         f"a list of {count}, each {kind.wanted}",
-        lambda v: isinstance(v, Sequence) and len(v) == count and all(map(kind.fits, v)),
+        lambda v: is_list(v) and len(v) == count and all(map(kind.fits, v)),
     )
 
 
+def several(kind: Kind, least: int = 1) -> Kind:
+    return Kind(
+        f"a list of at least {least}, each {kind.wanted}",
+        lambda v: is_list(v) and len(v) >= least and all(map(kind.fits, v)),
+    )
+
+
+def either(*kinds: Kind) -> Kind:
+    wanted = ", or ".join(kind.wanted for kind in kinds)
+    return Kind(wanted, lambda v: any(kind.fits(v) for kind in kinds))
+
+
 def optional(kind: Kind) -> Kind:
-    return Kind(f"{kind.wanted}, or null", lambda v: v is None or kind.fits(v))
+    return either(kind, Kind("null", lambda v: v is None))
+
+
+def names_folders(value: Any) -> bool:
+    texts = [*value, *value.values()] if isinstance(value, Mapping) else []
+    return len(texts) > 0 and all(map(text.fits, texts))
 
 
 flag = Kind("true or false", lambda v: isinstance(v, bool))
 text = Kind("a text that is not empty", lambda v: isinstance(v, str) and v != "")
+texts = either(text, several(text))
+file = Kind("a file, no folder", lambda v: text.fits(v) and not Path(v).is_dir())
+folders = Kind("{name: folder, ...}, one or more", names_folders)  # with their names
 number = Kind("a number", is_real)
 seed = whole(0, MAX_SEED)
 anything = Kind("anything", lambda v: True)
@@ -82,7 +107,13 @@ def check(config: DictConfig, table: Table, instead: Mapping[str, str] | None = 
     for key, kind in table.items():
         value = OmegaConf.select(config, key, default=ABSENT)
         if value is not ABSENT and not kind.fits(value):
-            raise UserError(f"{key} is {value!r}, it must be {kind.wanted}")
+            raise UserError(f"{key} is {value!r}, it must be {kind.wanted}{as_whole(value, kind)}")
+
+
+def as_whole(value: Any, kind: Kind) -> str:
+    """1e6 is a float to YAML: how to write it where it is to be a count."""
+    is_whole = isinstance(value, float) and value.is_integer() and kind.fits(int(value))
+    return f", as in {int(value):_}" if is_whole else ""
 
 
 def check_known(key: str, table: Table, instead: Mapping[str, str]) -> None:

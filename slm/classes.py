@@ -13,9 +13,8 @@ the change alone, not by the level. Costs one pass over the losses; memory is a 
 of one block, whatever the number of checkpoints.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,17 +62,6 @@ def classify(
 def level_of(losses: Sequence[np.ndarray], mean_loss: float | None) -> float:
     """Between L->L and H->H, nats: what was asked for, else the mean of the last checkpoint."""
     return float(np.mean(losses[-1], dtype=np.float64)) if mean_loss is None else mean_loss
-
-
-def check_threshold(threshold: Any, mean_loss: Any) -> None:
-    if not is_number(threshold) or threshold < 0:
-        raise UserError(f"threshold is {threshold!r}, it must be a number of nats, 0 or more")
-    if mean_loss is not None and not is_number(mean_loss):
-        raise UserError(f"mean_loss is {mean_loss!r}, it must be a number of nats, or null")
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_losses(losses: Sequence[np.ndarray]) -> None:

@@ -16,8 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from slm.checks import check
 from slm.classes import CLASSES
 from slm.cli import command
+from slm.command_keys import DASHBOARD
 from slm.errors import UserError
 from slm.progress import TOKENS_SEEN
 from slm.shards import read_json, write_json
@@ -282,16 +284,6 @@ def make_runset(library: Library, group: str | None) -> Any:
 # ---- the command --------------------------------------------------------------------------------
 
 
-def check_settings(config: Any) -> None:
-    if config.save not in ("auto", True, False):
-        raise UserError(f"save is {config.save!r}, it must be auto, true or false")
-    for key in ("project", "entity", "group", "runs"):
-        if not isinstance(config[key], str | None) or config[key] == "":
-            raise UserError(f"{key} is {config[key]!r}, it must be text or null")
-    if Path(config.out).is_dir():
-        raise UserError(f"out is {config.out!r}, a folder; it must be a JSON file")
-
-
 def is_to_be_saved(save: str | bool) -> bool:
     """Say why not, where `auto` says no."""
     if save is False:
@@ -318,7 +310,7 @@ def save_workspace(workspace: Any, out: Path) -> None:
 
 def dashboard(config: Any) -> Any:
     """Write config.out and, where it is wanted, save to W&B; returns the library's Workspace."""
-    check_settings(config)
+    check(config, DASHBOARD)
     saving = is_to_be_saved(config.save)
     logged = None if config.runs is None else read_logged(config.runs)
     workspace, out = build(config, logged), Path(config.out)

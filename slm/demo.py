@@ -34,7 +34,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from slm.checks import check
 from slm.cli import command
+from slm.command_keys import DEMO
 from slm.errors import UserError
 from slm.shards import atomic_file
 
@@ -293,6 +295,7 @@ def report(out: Path) -> None:
 
 @command("demo")
 def main(config: Any) -> None:
+    check(config, DEMO)
     start, out = time.perf_counter(), Path(config.out)
     if not (out / "text" / "heldout.jsonl").exists():  # written last
         write_texts(out / "text")

@@ -24,8 +24,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from slm.analysis import Analysis, analyse, run_chooser
 from slm.arms import folders_of, run_folders
 from slm.checkpoint import check_checkpoint, is_due, read_sidecar, sidecar, step_ended
-from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit, check_threshold
+from slm.checks import check
+from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit
 from slm.cli import command, progress
+from slm.command_keys import DYNAMICS
 from slm.data import Windows, open_references
 from slm.errors import NonFiniteError, UserError
 from slm.model import SelectiveLM, check_length
@@ -33,7 +35,7 @@ from slm.names import path_component
 from slm.panels import dynamics_metrics, excess_histograms, final_media, final_summary
 from slm.progress import send
 from slm.rules import import_modules
-from slm.score import DTYPES, check_count, computing, pick_device
+from slm.score import DTYPES, computing, pick_device
 from slm.shards import Corpus, Json, hash_json, nested, read_json
 from slm.token_set import TokenSet, draw_windows, read_windows
 from slm.tokenizer import is_tokenizer_of, load_corpus_tokenizer, share_tokenizer
@@ -143,10 +145,6 @@ class TokenDynamics(Callback):
         threshold: float,
         mean_loss: float | None,
     ):
-        check_count("callbacks.dynamics.num_targets", num_targets)
-        if every_tokens is not None:
-            check_count("callbacks.dynamics.every_tokens", every_tokens)
-        check_threshold(threshold, mean_loss)
         self.run_dir = Path(run_dir)
         self.folder = store_folder(self.run_dir, name, "callbacks.dynamics.")
         self.windows = open_windows(corpus, references, combine, "size", "callbacks.dynamics.")
@@ -404,17 +402,9 @@ def analyse_stores(
 # ---- the command --------------------------------------------------------------------------------
 
 
-def check_settings(config: Any) -> None:
-    for key in ("num_targets", "batch_size"):
-        check_count(key, config[key])
-    check_threshold(config.threshold, config.mean_loss)
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype is {config.dtype!r}, it must be one of {tuple(DTYPES)}")
-
-
 def dynamics(config: Any) -> list[Analysis]:
     """Fill the stores of all runs, then classify."""
-    check_settings(config)
+    check(config, DYNAMICS)
     import_modules(config.modules)
     runs = run_folders(folders_of(config.runs))
     windows = open_windows(config.corpus, config.references, config.combine, config.check, "")

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from slm.checks import check
 from slm.cli import command, progress
+from slm.command_keys import EVALUATE
 from slm.data import IGNORE_INDEX, Windows, spread, to_device
-from slm.errors import UserError
+from slm.fields import OBJECT, check_fields, one_of
 from slm.model import SelectiveLM, load_model
 from slm.model_folder import check_model_folder
 from slm.score import (
     DTYPES,
-    check_count,
     check_fits,
     check_tokenizer,
     computing,
@@ -90,22 +90,6 @@ def mean_loss(nats: float, num_targets: int, num_bytes: int) -> CorpusLoss:
 # ---- the command --------------------------------------------------------------------------------
 
 
-def check_settings(config: Any) -> None:
-    for key in ("models", "sets"):
-        if not isinstance(config[key], DictConfig | None):
-            raise UserError(f"{key} is {config[key]}, it must be {{name: folder, ...}}")
-    if not config.models or not config.sets:
-        raise UserError(
-            "models and sets must each name at least one folder: 'models={a: runs/a/model}' "
-            "'sets={b: corpus/heldout}'"
-        )
-    check_count("batch_size", config.batch_size)
-    if config.max_windows is not None:
-        check_count("max_windows", config.max_windows)
-    if config.out is not None and Path(config.out).is_dir():
-        raise UserError(f"out is {config.out!r}, a folder; it must be a CSV file")
-
-
 def num_tokens(corpus: Corpus, max_windows: int | None) -> int:
     return len(spread(corpus.num_windows, max_windows)) * corpus.seq_len
 
@@ -113,8 +97,12 @@ def num_tokens(corpus: Corpus, max_windows: int | None) -> int:
 def warn_of_other_precision(folder: str, dtype: str) -> None:
     """The held-out losses of a run are computed as it trains."""
     path = Path(folder) / "slm.json"
-    lineage = read_json(path)["lineage"] if path.is_file() else {}
-    trained = PRECISIONS[lineage["precision"]] if "precision" in lineage else dtype
+    record = read_json(path) if path.is_file() else {"lineage": {}}
+    check_fields(path, record, {"lineage": OBJECT})
+    if "precision" not in record["lineage"]:
+        return
+    check_fields(path, record["lineage"], {"precision": one_of(*PRECISIONS)})
+    trained = PRECISIONS[record["lineage"]["precision"]]
     if trained != dtype:
         log.warning(
             "%s was trained in %s, and so were its held-out losses: dtype=%s gives the same ones, "
@@ -160,7 +148,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 @command("evaluate")
 def main(config: Any) -> None:
-    check_settings(config)
+    check(config, EVALUATE)
     rows = evaluate(dict(config.models), dict(config.sets), config)
     print_table(rows)
     if config.out is not None:

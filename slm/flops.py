@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from slm.architecture import text_config
+
 # How mixtures of experts name the experts that a token goes to, and whether there are any.
 CHOSEN_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -44,7 +46,7 @@ def flops_parts(model: PreTrainedModel, seq_len: int) -> tuple[float, int, int] 
     head: Any = model.get_output_embeddings().weight  # type: ignore[union-attr]
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     left_out = {id(parameter) for parameter in [head, *tables]}
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     weights = {n: p for n, p in model.named_parameters() if id(p) not in left_out}
     body = active_parameters(weights, config)
     if body is None:

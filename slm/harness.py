@@ -38,12 +38,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from slm.checks import check
 from slm.cli import LINE_EVERY_S, command
+from slm.command_keys import HARNESS
 from slm.errors import UserError
 from slm.shards import write_csv
 
@@ -340,15 +341,16 @@ def check_room(folder: str, max_new_tokens: int) -> None:
     """lm_eval gives the prompt what max_new_tokens leaves of the model's positions."""
     from transformers import AutoConfig
 
+    from slm.architecture import position_limit
     from slm.tokenizer import first_line
     from slm.trust import check_no_code
 
     check_no_code(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model {folder} has a damaged config.json: {first_line(error)}") from None
-    limit = getattr(config, "max_position_embeddings", None)  # models without positions have none
+    limit = position_limit(config)
     if limit is not None and max_new_tokens >= limit:
         raise UserError(
             f"max_new_tokens is {max_new_tokens}, it must be less than the "
@@ -436,26 +438,6 @@ def harness(models: dict[str, str], settings: Any) -> list[Row]:
 # ---- the command --------------------------------------------------------------------------------
 
 
-def check_whole(key: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{key} is {value!r}, it must be a whole number of at least {least}")
-
-
-def check_settings(config: Any) -> None:
-    if not isinstance(config.models, DictConfig) or not config.models:
-        raise UserError(f"models is {config.models}, it must be {{name: model folder, ...}}")
-    if not isinstance(config.tasks, ListConfig) or not config.tasks:
-        raise UserError(f"tasks is {config.tasks}, it must be a list such as [gsm8k,svamp_text]")
-    for key, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_fewshot", 0)):
-        check_whole(key, config[key], least)
-    if config.limit is not None:
-        check_whole("limit", config.limit, 1)
-    if BARE_PROMPT not in str(config.prompt):
-        raise UserError(f"prompt is {config.prompt!r}, it must hold {BARE_PROMPT}")
-    if config.out is not None and Path(config.out).is_dir():
-        raise UserError(f"out is {config.out!r}, a folder; it must be a CSV file")
-
-
 def cell(row: Row) -> str:
     return f"{row['value']:.4f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
 
@@ -476,7 +458,7 @@ def print_table(rows: list[Row]) -> None:
 
 @command("harness")
 def main(config: Any) -> None:
-    check_settings(config)
+    check(config, HARNESS)
     check_installed()
     go_offline()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slm.architecture import text_config
 from slm.errors import UserError
 from slm_kernels import token_cross_entropy
 
@@ -35,7 +36,7 @@ class Head(NamedTuple):
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    fields = model.config.get_text_config().to_dict()
+    fields = text_config(model.config).to_dict()
     present = {name: value for name, value in fields.items() if value is not None}
     scale = 1.0
     for name in present.keys() & set(SCALE_FIELDS):
@@ -48,7 +49,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def loss_terms(model: PreTrainedModel) -> str | None:
     """What our loss would leave out of the model's own, as `field is value`; None where nothing."""
-    fields = model.config.get_text_config().to_dict()
+    fields = text_config(model.config).to_dict()
     present = [name for name in LOSS_TERM_FIELDS if name in fields and fields[name]]
     return f"{present[0]} is {fields[present[0]]}" if present else None
 

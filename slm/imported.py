@@ -188,8 +188,6 @@ def check_logprobs(values: list[Any], where: str) -> np.ndarray:  # (T,) float32
 
 def response_files(given: Any) -> list[Path]:
     paths = [Path(given)] if isinstance(given, str) else [Path(path) for path in given]
-    if not paths:
-        raise UserError("responses is an empty list, it must name the files with the answers")
     for path in paths:
         if not path.is_file():
             raise UserError(f"responses: {path} is no file")

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from slm.architecture import new_model
+from slm.architecture import new_model, position_limit, text_config
 from slm.chat import end_of_turn
 from slm.data import IGNORE_INDEX, Batch, to_device
 from slm.errors import UserError
@@ -159,15 +159,22 @@ def set_special_ids(
     for those who generate, what ends an answer in its chat template.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    for config in filter(None, (model.config, model.generation_config)):
+    text = text_config(model.config)
+    for config in filter(None, (model.config, text, model.generation_config)):
         for name, own in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", pad)):
-            if not loaded or getattr(config, name, None) is None:  # RWKV's has no pad
-                setattr(config, name, own)
-        stops = [*(ids_of(config.eos_token_id) if loaded else []), tokenizer.eos_token_id]
+            kept = id_in(config, name, text) if loaded else None
+            setattr(config, name, own if kept is None else kept)
+        before = ids_of(id_in(config, "eos_token_id", text)) if loaded else []
+        stops = [*before, tokenizer.eos_token_id]
         if config is model.generation_config:
             stops += ids_of(end_of_turn(tokenizer))
         stops = list(dict.fromkeys(stops))
         config.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
+def id_in(config: Any, name: str, text: PreTrainedConfig) -> int | list[int] | None:
+    """A config around the text's has none of its own, RWKV's knows no pad."""
+    return getattr(config, name, getattr(text, name, None))
 
 
 def ids_of(value: int | list[int] | None) -> list[int]:
@@ -285,7 +292,7 @@ def check_saved(lm: SelectiveLM, batch: Batch, folder: Path) -> None:
 
 
 def check_length(config: PreTrainedConfig, seq_len: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)  # models without positions have none
+    limit = position_limit(config)
     if limit is not None and seq_len > limit:
         raise UserError(f"corpus seq_len is {seq_len}, model max_position_embeddings is {limit}")
 

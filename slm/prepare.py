@@ -25,8 +25,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from slm.chat import chat_format, find_template
+from slm.checks import check
 from slm.claims import Claim, claim, owner_of, remove_temporaries
 from slm.cli import command
+from slm.command_keys import PREPARE
 from slm.errors import UserError
 from slm.overlap import Exclusion, Overlap, read_exclusion
 from slm.packing import (
@@ -58,7 +60,7 @@ from slm.shards import (
     write_manifest,
     write_record,
 )
-from slm.sources import Source, check_choice, parse_sources
+from slm.sources import Source, parse_sources
 from slm.tokenizer import encoder_state, load_tokenizer, tokenizer_sha256, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -137,30 +139,15 @@ def show_bar(speed: Speed, total_bytes: int | None) -> Iterator[Callable[[], Non
 
 
 def check_config(config: Any) -> None:
-    """Every setting has a value of the right type, in its range."""
-    check_number("seq_len", config.seq_len, int, 1, 2**31)
-    check_number("heldout_ratio", config.heldout_ratio, float, 0, 1)
-    check_number("max_document_mb", config.max_document_mb, float, 1e-6, 2**20)
-    check_number("shard_tokens", config.shard_tokens, int, config.seq_len + 1, 2**40)
-    check_choice("packing", config.packing, ("concat", "documents"))
-    check_choice("on_bad_record", config.on_bad_record, ("stop", "skip"))
-    if config.num_proc is not None:
-        check_number("num_proc", config.num_proc, int, 1, 4096)
+    check(config, PREPARE)
+    if config.shard_tokens <= config.seq_len:
+        raise UserError(
+            f"shard_tokens is {config.shard_tokens}, it must be more than seq_len, {config.seq_len}"
+        )
     if (config.tokenizer.path is None) == (config.tokenizer.vocab_size is None):
         raise UserError("exactly one of tokenizer.path and tokenizer.vocab_size must be set")
-    if config.tokenizer.vocab_size is not None:
-        check_number("tokenizer.vocab_size", config.tokenizer.vocab_size, int, 1, 2**31)
-        check_number("tokenizer.train_mb", config.tokenizer.train_mb, float, 1e-6, 2**20)
-        if config.heldout_ratio == 1:
-            raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
-
-
-def check_number(key: str, value: Any, kind: type, low: float, high: float) -> None:
-    if type(value) not in (int, kind):
-        wanted = "a whole number" if kind is int else "a number"
-        raise UserError(f"{key} must be {wanted}, found {value!r}")
-    if not low <= value <= high:
-        raise UserError(f"{key} is {value}, it must be between {low} and {high}")
+    if config.tokenizer.vocab_size is not None and config.heldout_ratio == 1:
+        raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
 
 
 @contextmanager

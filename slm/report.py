@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
 from slm.analysis import Analysis, analyse, rule_name, run_chooser, store_folders
 from slm.arms import (
@@ -37,8 +36,10 @@ from slm.arms import (
     read_runs,
     run_folders,
 )
+from slm.checks import check
 from slm.classes import MIN_CHECKPOINTS
 from slm.cli import command, progress
+from slm.command_keys import REPORT
 from slm.errors import UserError
 from slm.figures import paper_figures
 from slm.names import file_name
@@ -52,7 +53,6 @@ from slm.plots import (
 )
 from slm.report_table import REACH_NOTE, control_losses, markdown, table_rows
 from slm.rules import import_modules
-from slm.score import check_count
 from slm.shards import Json, atomic_file, nested, read_json, write_csv
 from slm.trajectories import TrajectoryStore
 from slm.truth import kept_rows, truth_rows
@@ -162,12 +162,6 @@ def tokens_figures(sets: Sequence[str], arms: Sequence[Arm], out: Path) -> None:
 
 
 # ---- the command --------------------------------------------------------------------------------
-
-
-def check_settings(config: Any) -> None:
-    if not isinstance(config.baselines, DictConfig | None):
-        raise UserError(f"baselines is {config.baselines}, it must be {{name: folder, ...}}")
-    check_count("max_dynamics", config.max_dynamics)
 
 
 def chosen_sets(runs: Sequence[Run], wanted: Any) -> list[str]:
@@ -319,7 +313,7 @@ def dynamics_report(
 
 def report(config: Any) -> list[Json]:
     """Write everything into config.out; returns the table's rows."""
-    check_settings(config)
+    check(config, REPORT)
     import_modules(config.modules)
     check_own(Path(config.out), ["report.html"], MADE_BY)  # the others when they are known
     folders = folders_of(config.runs)

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slm.checks import check
 from slm.cli import command, duration, progress
+from slm.command_keys import SCORE
 from slm.cost import copy_lineage
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
@@ -53,7 +55,6 @@ log = logging.getLogger("slm.score")
 # How a forward computes: the dtype of the weights. bf16-mixed is the trainer's, bf16 compute over
 # float32 weights.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16-mixed": torch.float32}
-STORE_DTYPES = ("float32", "float16")
 WAYS = {  # what says where the scores come from: what it needs beside the corpus
     "reference_model": ("out",),
     "requests": ("served_model",),
@@ -62,14 +63,6 @@ WAYS = {  # what says where the scores come from: what it needs beside the corpu
 
 
 # ---- what is asked for --------------------------------------------------------------------------
-
-
-def check_settings(config: Any) -> None:
-    for key, known in (("dtype", tuple(DTYPES)), ("store_dtype", STORE_DTYPES)):
-        if config[key] not in known:
-            raise UserError(f"{key} is {config[key]!r}, it must be one of {known}")
-    check_count("batch_size", config.batch_size)
-    check_way(config)
 
 
 def check_way(config: Any) -> None:
@@ -91,11 +84,6 @@ def way_of(config: Any) -> str:
         found = " and ".join(given) or "none"
         raise UserError(f"one of {', '.join(WAYS)} must be given, found {found}")
     return given[0]
-
-
-def check_count(key: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{key} is {value!r}, it must be a whole number of at least 1")
 
 
 def pick_device(name: str) -> torch.device:
@@ -306,7 +294,8 @@ def score_from_responses(config: Any, corpus: Corpus) -> Path:
 
 
 def score(config: Any) -> Path:
-    check_settings(config)
+    check(config, SCORE)
+    check_way(config)
     corpus = Corpus.open(config.corpus, config.check)
     if config.reference_model is not None:
         return score_with_model(config, corpus)

@@ -25,7 +25,7 @@ from slm.shards import Corpus, Json, hash_json
 from slm.trust import check_no_code
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("slm.tokenizer")
@@ -35,6 +35,8 @@ BATCH_SETTINGS = ("padding", "truncation")
 MAX_TOKEN_LENGTH = 128
 # A longer text is encoded in pieces of about so many characters: an encoding is 150 times its text.
 PIECE_CHARACTERS = 2**16
+# Tables have a row for each id up to the highest; the largest vocabularies have 0.9 million.
+MAX_VOCABULARY = 2**21
 # The pre-tokenizers of GPT-2, Llama 3, Qwen 2 and GPT-4o: none joins what SAFE_CUT parts, a letter
 # or digit and the space (or line end) after it, and what they find goes by nothing left of it.
 WORDS = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -62,13 +64,20 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     if not Path(name).exists() and not looks_like_hub_name(str(name)):
         raise UserError(f"no tokenizer at {name}: there is no such folder")
     check_no_code(name)
+    check_vocabulary(name, rows_of(Path(name) / "tokenizer.json"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    # `tokenizers` raises a bare Exception on a damaged file.
-    except Exception as error:
-        raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
+    # `tokenizers` raises a bare Exception on a damaged file, or panics.
+    except BaseException as error:
+        if isinstance(error, Exception) or is_panic(error):
+            raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
+        raise
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: a fast tokenizer is needed, found {type(tokenizer).__name__}")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # Of a folder without files transformers makes one by the model's type.
+        raise UserError(f"no tokenizer at {name}: special tokens are all that it has")
+    check_vocabulary(name, vocabulary_size(tokenizer))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token; documents end with one")
     return tokenizer
@@ -80,8 +89,36 @@ def looks_like_hub_name(name: str) -> bool:
     return "/" not in rest and not Path(name).exists() and not Path(owner or "/").exists()
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def rows_of(path: Path) -> int:
+    """Rows for the ids in a tokenizer.json; 0 where there is none or it is damaged."""
+    try:
+        state = json.loads(path.read_bytes())
+        vocab, added = state["model"]["vocab"], len(state["added_tokens"])
+        highest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+        return max(highest + 1, len(vocab) + added)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+
+
+def check_vocabulary(name: str | Path, rows: int) -> None:
+    """Before `tokenizers` reads a huge one for minutes, or tables of it take the whole memory."""
+    if rows > MAX_VOCABULARY:
+        raise UserError(f"{name}: the vocabulary needs {rows:,} ids, at most {MAX_VOCABULARY:,} do")
+
+
+def is_panic(error: BaseException) -> bool:
+    """`tokenizers` gives up in a panic, e.g. where a pattern exhausts its regex engine.
+
+    That is no Exception, and its class can be imported from nowhere.
+    """
+    return type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
+    """And those after it, where it ends with a colon."""
+    lines = [line.strip() for line in str(error).split("\n")]
+    said = " ".join(lines) if lines[0].endswith(":") else lines[0]
+    return said or type(error).__name__
 
 
 def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int):
@@ -306,6 +343,19 @@ def cut_text(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def encode_batch(backend: Tokenizer, texts: list[str]) -> list[array[int] | str]:
+    """Ids without special tokens; a sentence for a text that the backend panics at."""
+    try:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [array("I", encoding.ids) for encoding in encodings]
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        if len(texts) == 1:
+            return [f"the tokenizer gives up on the text ({first_line(error)})"]
+    return [encoded for text in texts for encoded in encode_batch(backend, [text])]
+
+
 class Encoder:
     """Encodes texts without special tokens; special-token strings in a text are ordinary text."""
 
@@ -327,25 +377,28 @@ class Encoder:
     def can_cut(self) -> bool:
         return has_safe_cuts(json.loads(self.state.backend))
 
-    def encode_each(self, texts: list[str], places: list[int] | None) -> Iterator[Sequence[int]]:
-        """Ids of the texts in their order; every one AT_START without `places`."""
+    def encode_each(
+        self, texts: list[str], places: list[int] | None
+    ) -> Iterator[Sequence[int] | str]:
+        """Ids of the texts in their order, or why there are none; AT_START without `places`."""
         places = [AT_START] * len(texts) if places is None else places
         long = {i for i, t in enumerate(texts) if len(t) > 2 * PIECE_CHARACTERS and self.can_cut}
-        found: dict[int, Encoding] = {}
+        found: dict[int, Sequence[int] | str] = {}
         for place in set(places):
             mine = [i for i, here in enumerate(places) if here == place and i not in long]
-            batch = [texts[i] for i in mine]
-            encodings = self.backends[place].encode_batch_fast(batch, add_special_tokens=False)
+            encodings = encode_batch(self.backends[place], [texts[i] for i in mine])
             found |= zip(mine, encodings, strict=True)
         for i, text in enumerate(texts):
-            yield self.encode_long(text) if i in long else found.pop(i).ids
+            yield self.encode_long(text) if i in long else found.pop(i)
 
-    def encode_long(self, text: str) -> array[int]:
+    def encode_long(self, text: str) -> array[int] | str:
         """In pieces; what can be cut has no space put in front, whatever its place."""
         ids = array("I")
         for piece in cut_text(text):
-            (encoding,) = self.backend.encode_batch_fast([piece], add_special_tokens=False)
-            ids.extend(encoding.ids)
+            (found,) = encode_batch(self.backend, [piece])
+            if isinstance(found, str):
+                return found
+            ids.extend(found)
         return ids
 
     def encode(
@@ -356,13 +409,16 @@ class Encoder:
     ) -> Encoded:
         """Tokens of all texts in one array, EOS after each, and the bytes that each stands for."""
         ids, lengths = array("I"), np.empty(len(texts), dtype=np.int64)
+        unread: dict[int, str] = {}
         for i, found in enumerate(self.encode_each(texts, places)):
             before = len(ids)
+            if isinstance(found, str):
+                unread[i], found = found, [self.state.eos_id]  # some token, for its bytes
             ids.extend(found)
             ids.append(self.state.eos_id)
             lengths[i] = len(ids) - before
         tokens = np.array(ids, dtype=np.uint32)
-        faults = self.find_faults(tokens, lengths, num_bytes)
+        faults = self.find_faults(tokens, lengths, num_bytes) | unread
         sizes = self.count_bytes(texts, num_bytes, tokens, lengths, faults, places)
         return Encoded(
             tokens.astype(self.state.token_dtype),

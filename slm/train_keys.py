@@ -15,6 +15,7 @@ from slm.checks import (
     check_known,
     each,
     flag,
+    number,
     optional,
     real,
     seed,
@@ -87,6 +88,8 @@ TRAIN: Table = TRAINER | {
     "callbacks.dynamics.by_source": flag,
     "callbacks.dynamics.every_tokens": count_or_null,
     "callbacks.dynamics.batch_size": count,
+    "callbacks.dynamics.threshold": real(0),
+    "callbacks.dynamics.mean_loss": optional(number),
     "logger": anything,
 }
 LENGTH = "max_tokens alone says how long a run is"

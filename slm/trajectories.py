@@ -43,6 +43,7 @@ from slm.shards import (
 from slm.token_set import TOKEN_SET_FILES, TokenSet, parts, read_token_set, write_token_set
 
 KIND = "dynamics"
+RUN = {"selection": OBJECT, "selection_start": INDEX, "micro_batch_size": SIZE}
 STORE_FILES = (
     "losses-*.json",
     "losses-*.npy",
@@ -258,4 +259,5 @@ def read_plan(folder: Path) -> Json:
     if plan.get("kind") != KIND:
         raise UserError(f"{folder}/plan.json: kind is {plan.get('kind')!r}, expected {KIND!r}")
     check_fields(folder / "plan.json", plan, {"sources": list_of(TEXT), "run": OBJECT})
+    check_fields(folder / "plan.json", plan["run"], RUN)
     return plan

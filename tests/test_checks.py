@@ -10,12 +10,17 @@ from slm.checks import (
     anything,
     check,
     each,
+    either,
+    file,
     flag,
+    folders,
     number,
     optional,
     real,
     seed,
+    several,
     text,
+    texts,
     whole,
     word,
 )
@@ -35,6 +40,12 @@ FITS = [
     (flag, [True, False], [0, 1, "true", None]),
     (optional(whole(1)), [None, 1], [0, ""]),
     (each(real(0, 1, "[)"), 2), [[0.9, 0.95]], [[0.9], [0.9, 0.9, 0.9], [0.9, 1.0], 0.9, "ab"]),
+    (several(text), [["a"], ["a", "b"]], [[], "ab", ["a", 3], None, {"a": "b"}]),
+    (several(whole(1), least=0), [[], [3]], [[0], None]),
+    (texts, ["a", ["a", "b"]], ["", [], [""], {"a": "b"}, 3]),
+    (either(flag, whole(2)), [True, 2], [1, "true", None]),
+    (folders, [{"a": "b"}, {"a": "b", "c": "d"}], [{}, {"a": None}, {0.4: "b"}, ["a"], "a", None]),
+    (file, ["no-such-file.csv"], [".", "", None, 3]),
 ]
 
 
@@ -53,6 +64,9 @@ def test_what_fits(kind: Kind, good: list, bad: list):
         (whole(1), "100K", "k is '100K', it must be a whole number of at least 1"),
         (optional(seed), -1, "k is -1, it must be a whole number from 0 to 4294967295, or null"),
         (real(0, 1, "(]"), 0, "k is 0, it must be a number in (0, 1]"),
+        (whole(1), 1e6, "k is 1000000.0, it must be a whole number of at least 1, as in 1_000_000"),
+        (optional(whole(0, 9)), 10.0, "k is 10.0, it must be a whole number from 0 to 9, or null"),
+        (whole(), math.inf, "k is inf, it must be a whole number of at least 1"),
         (each(real(0), 2), [1], "k is [1], it must be a list of 2, each a number of at least 0"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_scored_shard_leaves_its_seconds_tokens_and_flops(tmp_path, text_corpu
         cost = json.loads((out / f"cost-{index:05}.json").read_text())
         assert cost["tokens"] == 320 and cost["flops"] == 320 * per_token
         assert cost["device"] == device_name(torch.device("cpu"))
-        assert 0.1 < cost["seconds"] < 5  # two batches
+        assert 0.1 < cost["seconds"] < 60  # two batches
 
 
 def test_a_shard_is_not_done_before_its_cost_is_written(tmp_path, text_corpus, monkeypatch):

@@ -280,8 +280,8 @@ def test_projects_that_are_unclear_are_asked_for(tmp_path):
     ("keys", "message"),
     [
         ({"save": "maybe"}, "save is 'maybe', it must be auto, true or false"),
-        ({"group": ""}, "group is '', it must be text or null"),
-        ({"entity": 3}, "entity is 3, it must be text or null"),
+        ({"group": ""}, "group is '', it must be a text that is not empty, or null"),
+        ({"entity": 3}, "entity is 3, it must be a text that is not empty, or null"),
         ({"name": "k=0.4"}, "name is 'k=0.4', W&B refuses it: Value error, Emojis are not allowed"),
     ],
 )
@@ -293,7 +293,7 @@ def test_wrong_values_are_refused(tmp_path, keys, message):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(UserError, match="out is '.*', a folder; it must be a JSON file"):
+    with pytest.raises(UserError, match="out is '.*', it must be a file, no folder"):
         dashboard(config(tmp_path))
 
 

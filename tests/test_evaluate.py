@@ -13,12 +13,14 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm import evaluate as evaluation
+from slm.checks import check
+from slm.command_keys import EVALUATE
 from slm.data import Windows
 from slm.errors import UserError
 from slm.evaluate import corpus_loss, evaluate, mean_loss
 from slm.model import SelectiveLM
 from slm.model_folder import save_model
-from slm.shards import Corpus, write_csv
+from slm.shards import Corpus, read_json, write_csv, write_record
 from slm.tokenizer import token_bytes, train_tokenizer
 
 V = 300
@@ -221,20 +223,35 @@ def test_a_damaged_model_is_refused_with_check_full(models, sets):
 
 
 @pytest.mark.parametrize(
+    ("lineage", "message"),
+    [
+        ({"precision": "16-mixed"}, "precision is '16-mixed', expected one of 32-true, bf16-mixed"),
+        ({"precision": ["32-true"]}, r"precision is \['32-true'\], expected one of"),
+        ("none", "lineage is 'none', expected an object"),
+    ],
+)
+def test_a_record_that_says_nonsense_is_one_sentence(models, sets, lineage, message):
+    path = Path(models["a"], "slm.json")
+    write_record(path, read_json(path) | {"lineage": lineage})
+    with pytest.raises(UserError, match=f"a/slm.json: {message}"):
+        evaluate(models, sets, settings())
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": {}}, "models and sets must each name at least one folder"),
-        ({"sets": None}, "models and sets must each name at least one folder"),
+        ({"models": {}}, "models is {}, it must be {name: folder, ...}, one or more"),
+        ({"sets": None}, "sets is None, it must be {name: folder, ...}, one or more"),
         ({"models": ["m"]}, r"models is \['m'\], it must be {name: folder, ...}"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_windows": -1}, "max_windows is -1"),
-        ({"out": "."}, "out is '.', a folder"),
+        ({"out": "."}, "out is '.', it must be a file, no folder, or null"),
     ],
 )
 def test_wrong_settings_are_refused(changes, message):
     config = settings(**({"models": {"a": "m"}, "sets": {"b": "c"}} | changes))
     with pytest.raises(UserError, match=message):
-        evaluation.check_settings(config)
+        check(config, EVALUATE)
 
 
 @pytest.mark.parametrize("name", ["no/such/model", "./nothing"])

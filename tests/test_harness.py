@@ -16,15 +16,23 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    XLNetConfig,
+)
 
 from run_helpers import TINY_MODEL
 from slm import harness as harnessing
+from slm.checks import check
+from slm.command_keys import HARNESS
 from slm.errors import UserError
 from slm.harness import (
     BOXED,
     NUMBER,
-    check_settings,
+    check_room,
     decimal,
     expand_tasks,
     gsm8k,
@@ -493,6 +501,15 @@ def test_wrong_folders_are_refused_before_any_model_is_loaded(
     assert not list(Path(tmp_path).glob("slm-harness-*"))
 
 
+def test_the_room_is_what_the_text_part_of_a_config_says(tmp_path):
+    Gemma3Config(text_config={"max_position_embeddings": 40}).save_pretrained(tmp_path / "gemma")
+    check_room(str(tmp_path / "gemma"), 39)
+    with pytest.raises(UserError, match="max_new_tokens is 40, it must be less than the 40 max"):
+        check_room(str(tmp_path / "gemma"), 40)
+    XLNetConfig().save_pretrained(tmp_path / "xlnet")  # -1 stands for any length
+    check_room(str(tmp_path / "xlnet"), 10**6)
+
+
 def test_a_damaged_model_is_one_sentence(model, problems):
     weights = Path(model) / "model.safetensors"
     whole = weights.read_bytes()
@@ -516,22 +533,22 @@ def test_a_damaged_model_is_one_sentence(model, problems):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": {}}, r"models is {}, it must be {name: model folder, ...}"),
+        ({"models": {}}, r"models is {}, it must be {name: folder, ...}"),
         ({"models": ["m"]}, r"models is \['m'\], it must be"),
-        ({"tasks": "gsm8k"}, "tasks is gsm8k, it must be a list"),
+        ({"tasks": "gsm8k"}, "tasks is 'gsm8k', it must be a list"),
         ({"tasks": []}, r"tasks is \[\], it must be a list"),
         ({"limit": 0}, "limit is 0, it must be a whole number of at least 1"),
         ({"limit": 0.5}, "limit is 0.5, it must be a whole number"),
         ({"batch_size": "auto"}, "batch_size is 'auto', it must be a whole number"),
         ({"num_fewshot": -1}, "num_fewshot is -1, it must be a whole number of at least 0"),
-        ({"prompt": "Answer:"}, "prompt is 'Answer:', it must hold {question}"),
-        ({"out": "."}, "out is '.', a folder; it must be a CSV file"),
+        ({"prompt": "Answer:"}, "prompt is 'Answer:', it must be a text with {question} in it"),
+        ({"out": "."}, "out is '.', it must be a file, no folder"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, changes, message):
     config = settings(tmp_path, **({"models": {"a": "m"}} | changes))
     with pytest.raises(UserError, match=message):
-        check_settings(config)
+        check(config, HARNESS)
 
 
 def test_without_lm_eval_it_says_what_to_install(call, monkeypatch, tmp_path):

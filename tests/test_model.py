@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3Config, PreTrainedModel, XLNetConfig
 
 from model_helpers import (
     APART,
@@ -25,6 +25,7 @@ from model_helpers import (
     LLAMA,
     RECURRENT_OR_BLIND,
     REFUSED,
+    SIZES,
     TRAINABLE,
     VOCAB,
     make_batch,
@@ -37,10 +38,12 @@ from slm.head import head_arguments, loss_terms
 from slm.model import (
     SelectiveLM,
     build_lm,
+    check_length,
     check_model,
     check_saved,
     check_trainable,
     load_model,
+    set_special_ids,
 )
 from slm.model_folder import save_model
 from slm.module import norm_of, scale_gradients
@@ -241,6 +244,39 @@ def test_windows_longer_than_the_model_are_refused():
     lm = make_lm("llama", max_position_embeddings=LENGTH - 1)
     with pytest.raises(UserError, match="seq_len is 12, .*max_position_embeddings is 11"):
         check_model(lm, make_batch())
+
+
+def gemma3(**text: Any) -> PreTrainedModel:
+    """Its config holds one for the text and one for pictures."""
+    widths = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=SIZES | {"vocab_size": VOCAB, "num_key_value_heads": 1, "head_dim": 8} | text,
+        vision_config=widths | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_the_positions_of_a_nested_config_are_its_texts():
+    lm = SelectiveLM(gemma3(max_position_embeddings=LENGTH - 1))
+    with pytest.raises(UserError, match="seq_len is 12, .*max_position_embeddings is 11"):
+        check_model(lm, make_batch())
+    check_model(SelectiveLM(gemma3(max_position_embeddings=LENGTH)), make_batch())
+
+
+def test_positions_of_minus_one_are_no_limit():
+    config = XLNetConfig()
+    assert config.max_position_embeddings == -1
+    check_length(config, 10**6)
+
+
+def test_a_nested_config_keeps_the_ids_to_stop_at(tokenizer):
+    model = gemma3(eos_token_id=[7, 9], vocab_size=300)
+    set_special_ids(model, tokenizer, loaded=True)
+    expected = [7, 9, tokenizer.eos_token_id]
+    for config in (model.config, model.config.text_config, model.generation_config):
+        assert config.eos_token_id == expected
+    assert model.config.bos_token_id == model.config.text_config.bos_token_id == 1  # their own
 
 
 # ---- building -------------------------------------------------------------------------------

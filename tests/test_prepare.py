@@ -778,12 +778,12 @@ def test_foreign_folders_are_refused(run, tmp_path):
     ("settings", "message"),
     [
         ({"sources": []}, "sources is empty"),
-        ({"seq_len": 0}, "seq_len is 0, it must be between 1 and"),
-        ({"seq_len": 4.5}, "seq_len must be a whole number, found 4.5"),
-        ({"heldout_ratio": 1.5}, "heldout_ratio is 1.5, it must be between 0 and 1"),
-        ({"shard_tokens": 4}, "shard_tokens is 4, it must be between 5"),
-        ({"packing": "best"}, "packing is 'best', expected one of concat, documents"),
-        ({"on_bad_record": "no"}, "on_bad_record is 'no', expected one of stop, skip"),
+        ({"seq_len": 0}, "seq_len is 0, it must be a whole number from 1 to"),
+        ({"seq_len": 4.5}, "seq_len is 4.5, it must be a whole number"),
+        ({"heldout_ratio": 1.5}, r"heldout_ratio is 1.5, it must be a number in \[0, 1\]"),
+        ({"shard_tokens": 4}, "shard_tokens is 4, it must be more than seq_len, 4"),
+        ({"packing": "best"}, "packing is 'best', it must be one of .'concat', 'documents'"),
+        ({"on_bad_record": "no"}, "on_bad_record is 'no', it must be one of"),
         ({"num_proc": 0}, "num_proc is 0"),
         ({"tokenizer": {"path": None}}, "exactly one of tokenizer.path and tokenizer.vocab_size"),
         ({"tokenizer": {"path": "/none"}}, "no tokenizer at /none"),
@@ -838,7 +838,7 @@ def test_two_quick_interrupts_end_the_workers(tmp_path, bytes_folder):
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-    process.communicate(timeout=5)
+    process.communicate(timeout=30)
     assert process.returncode != 0
     for worker in workers:
         wait_for(Path(f"/proc/{worker}"), exists=False)

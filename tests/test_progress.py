@@ -196,20 +196,25 @@ def without_speed(path: Path) -> list[dict[str, str]]:
 
 
 class Pause(Callback):
-    """What an evaluation does to the clock."""
+    """What an evaluation of 1000 s does to the clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.patch, self.clock = monkeypatch, time.perf_counter
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == 2:
-            time.sleep(0.5)
+            self.patch.setattr(time, "perf_counter", lambda: self.clock() + 1000)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_speed_is_of_a_step_and_not_of_what_interrupts_it(tmp_path: Path) -> None:
-    fit(tmp_path, 3, more=[Pause()])
+def test_speed_is_of_a_step_and_not_of_what_interrupts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path, 3, more=[Pause(monkeypatch)])
     (row,) = read_csv(tmp_path / "train.csv")
-    assert float(row["perf/step_s"]) < 0.4
+    assert float(row["perf/step_s"]) < 300
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -273,9 +278,9 @@ def test_flops_of_a_run_count_every_token_once_and_its_online_reference() -> Non
 
 def test_peak_is_quick_repeatable_and_draws_no_random_number() -> None:
     state = torch.get_rng_state()
-    start = time.perf_counter()
+    start = time.process_time()
     peak = measured_peak(torch.float32)
-    assert time.perf_counter() - start < 1  # 0.16 s where nothing else runs
+    assert time.process_time() - start < 1  # 0.16 s
     assert peak.flops_per_s is not None and 1e8 < peak.flops_per_s < 1e14
     assert "measured here: 512x512 matmul, torch.float32" in peak.source
     assert torch.equal(torch.get_rng_state(), state)

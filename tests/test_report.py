@@ -277,7 +277,10 @@ def test_many_panels_become_a_picture_a_set(tmp_path, monkeypatch, rules, expect
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("runs", {"a": "b"}, "runs is "), ("baselines", "folder", "baselines is folder, it must be")],
+    [
+        ("runs", {"a": "b"}, "runs is "),
+        ("baselines", "folder", "baselines is 'folder', it"),
+    ],
 )
 def test_settings_of_the_wrong_shape_are_refused(tmp_path, key, value, message):
     make_run(tmp_path / "a")

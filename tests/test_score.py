@@ -312,7 +312,7 @@ def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, 
         ({"device": "gpu"}, "device 'gpu' cannot be used here"),
         ({"reference_model": "no/such"}, "reference_model no/such is no model folder"),
         ({"corpus": "no/such"}, "no/such is not a finished corpus"),
-        ({"check": "deep"}, "check must be one of"),
+        ({"check": "deep"}, "check is 'deep', it must be one of"),
         ({"reference_model": None}, "one of .* must be given, found none"),
         ({"requests": "r"}, "must be given, found reference_model and requests"),
         ({"reference_model": None, "responses": "r"}, "served_model must be given with responses"),
@@ -511,8 +511,11 @@ WORKERS = textwrap.dedent(
     from omegaconf import OmegaConf
     from slm import score, scorer
     from slm.errors import UserError
+    from slm.model import load_model
 
+    EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "sync")
     config, slow_s = OmegaConf.create(sys.argv[1]), float(sys.argv[2])
+    load_model(config.reference_model)  # the first call takes a second
     compute = score.window_scores
     scorer.POLL_S = 0.02
 
@@ -522,10 +525,30 @@ WORKERS = textwrap.dedent(
 
     score.window_scores = slowed
 
-    def work(limit_bytes=None):
+    def kill_at(moment):
+        # Before this process's so manieth call that opens, names, removes or syncs a file.
+        left, fsync = moment, os.fsync
+
+        def count(event, arguments):
+            nonlocal left
+            if event in EVENTS and str(arguments[0]).startswith(config.out + "/"):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def sync(descriptor):
+            count("sync", (config.out + "/",))
+            fsync(descriptor)
+
+        sys.addaudithook(count)
+        os.fsync = sync
+
+    def work(limit_bytes=None, moment=None):
         pid = os.fork()
         if pid:
             return pid
+        if moment is not None:
+            kill_at(moment)
         if limit_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
         try:
@@ -576,22 +599,22 @@ def test_processes_that_share_a_folder_write_what_one_writes(many_shards):
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(many_shards):
+    """Moments are counted in calls that change the folder, so that no machine is too slow."""
     config, expected = many_shards
     course = """
         random.seed(0)
         killed, found = 0, set()
-        while killed < 12 or (len(found) < 3 and killed < 60):  # a busy machine starts late
-            pid = work()
-            time.sleep(random.uniform(0.05, 0.6))
-            os.kill(pid, signal.SIGKILL)
-            killed += end(pid) == -signal.SIGKILL
+        while killed < 15:
+            code = end(work(moment=random.randint(1, 80)))
+            assert code in (0, -signal.SIGKILL), code
+            killed += code != 0
             found.add(len(os.listdir(config.out)) if os.path.exists(config.out) else 0)
             if os.path.exists(config.out + "/manifest.json"):
                 shutil.rmtree(config.out)  # whole too soon: once more from the beginning
         print(len(found), end(work()))
     """
-    moments, last = map(int, workers(config, 0.03, course).split())
-    assert moments >= 3 and last == 0
+    moments, last = map(int, workers(config, 0.0, course).split())
+    assert moments >= 6 and last == 0
     assert contents(Path(config.out)) == expected
 
 

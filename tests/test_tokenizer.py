@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import swap_ids
 from slm import tokenizer as tokenizer_module
 from slm.errors import UserError
+from slm.parts import Part, encode_parts
 from slm.shards import Corpus, read_json, write_json, write_manifest
 from slm.tokenizer import (
     EOS,
@@ -224,6 +225,32 @@ def test_texts_that_cannot_be_documents():
     }
 
 
+def gives_up(tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer whose pattern takes exponential time on many x."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    split = pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+
+
+def test_a_text_that_exhausts_the_pattern_is_a_fault_and_the_others_are_read(tokenizer):
+    changed = gives_up(tokenizer)
+    encoded = encode(changed, ["some", "x" * 60, "more"])
+    assert encoded.faults.keys() == {1}
+    assert "the tokenizer gives up on the text (Onig: " in encoded.faults[1]
+    alone = encode(changed, ["more"])
+    np.testing.assert_array_equal(encoded.tokens[-alone.lengths[0] :], alone.tokens, strict=True)
+
+
+def test_a_prompt_that_exhausts_the_pattern_drops_its_document(tokenizer):
+    """Masked parts without a token are no fault, but this one has some."""
+    parts = [(Part("x" * 60, False), Part("answer", True)), (Part("asked", False),)]
+    found = encode_parts(Encoder(encoder_state(gives_up(tokenizer))), parts)
+    assert found.faults.keys() == {0}
+    assert "gives up" in found.faults[0]
+
+
 def test_special_token_strings_are_text(tokenizer):
     tokens = encode(tokenizer, [f"{EOS}{EOS}"]).tokens
     assert (tokens == tokenizer.eos_token_id).tolist() == [False] * (len(tokens) - 1) + [True]
@@ -294,6 +321,52 @@ def test_a_mistyped_path_is_not_looked_for_on_a_hub(tmp_path, monkeypatch):
     for name in ("corpus/tokenizer", "./tokenizer", "a/b/c"):
         with pytest.raises(UserError, match=f"no tokenizer at {name}: there is no such folder"):
             load_tokenizer(name)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "llama", None])
+def test_a_folder_without_files_is_no_tokenizer(tmp_path, model_type):
+    """transformers makes an empty tokenizer, or says what is missing on the lines after a colon."""
+    if model_type is not None:
+        write_json(tmp_path / "config.json", {"model_type": model_type})
+    with pytest.raises(UserError, match="no tokenizer at ") as caught:
+        load_tokenizer(tmp_path)
+    said = str(caught.value)
+    assert "special tokens are all that it has" in said or "serialization file" in said
+    assert "\n" not in said and not said.rstrip().endswith(":")
+
+
+def huge(state: dict, kind: str) -> None:
+    vocab, some = state["model"]["vocab"], 1000
+    if kind == "an id":
+        vocab["xqz"] = 2**31 - 5
+    elif kind == "entries":
+        vocab |= {f"xq{i}": 7 for i in range(some)}
+    else:
+        state["added_tokens"] += [state["added_tokens"][0]] * some
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids"), [("an id", "2,147,483,644"), ("entries", "1,301"), ("added", "1,301")]
+)
+def test_a_huge_vocabulary_is_refused_before_it_is_loaded(
+    tokenizer, tmp_path, kind, ids, monkeypatch
+):
+    tokenizer.save_pretrained(tmp_path)
+    state = read_json(tmp_path / "tokenizer.json")
+    huge(state, kind)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(tokenizer_module, "MAX_VOCABULARY", 1000)
+    with pytest.raises(UserError, match=f"the vocabulary needs {ids} ids, at most 1,000 do"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_huge_vocabulary_of_another_format_is_refused(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(tokenizer_module, "MAX_VOCABULARY", 299)
+    monkeypatch.setattr(tokenizer_module, "rows_of", lambda path: 0)
+    with pytest.raises(UserError, match="the vocabulary needs 300 ids, at most 299 do"):
+        load_tokenizer(tmp_path)
 
 
 def test_loading_refuses_what_is_no_tokenizer(tmp_path):

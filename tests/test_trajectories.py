@@ -13,10 +13,11 @@ from slm.architecture import new_model
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
 from slm.model import SelectiveLM
+from slm.shards import write_record
 from slm.token_set import read_windows
 from slm.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
 
-RUN = {"fingerprint": "run"}
+RUN = {"selection": {"rule": "all"}, "selection_start": 0, "micro_batch_size": 2}
 
 
 def make_store(folder, corpus, numbers, tokenizer, run=RUN) -> TrajectoryStore:
@@ -115,9 +116,26 @@ def test_what_does_not_belong_is_refused(tmp_path, text_corpus, tokenizer, make_
     with pytest.raises(UserError, match="windows_sha256 is"):
         make_store(tmp_path / "d", text_corpus, np.array([0, 2]), tokenizer)
     with pytest.raises(UserError, match="run is"):
-        make_store(tmp_path / "d", text_corpus, numbers, tokenizer, {"fingerprint": "other"})
+        make_store(tmp_path / "d", text_corpus, numbers, tokenizer, RUN | {"seed": 1})
     other = make_corpus(tmp_path / "c", [np.arange(33)], 16)
     with pytest.raises(UserError, match="corpus_fingerprint is"):
         make_store(tmp_path / "d", other, numbers, tokenizer)
     with pytest.raises(UserError, match=r"holds no token losses \(plan.json is missing\)"):
         TrajectoryStore(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("selection_start", "0"),
+        ("micro_batch_size", 0),
+        ("micro_batch_size", None),
+        ("selection", 3),
+    ],
+)
+def test_a_plan_of_another_type_is_refused(tmp_path, text_corpus, tokenizer, name, value):
+    path = tmp_path / "d" / "plan.json"
+    plan = make_store(path.parent, text_corpus, np.array([0]), tokenizer).plan
+    write_record(path, plan | {"run": plan["run"] | {name: value}})
+    with pytest.raises(UserError, match=f"plan.json: {name} is {value!r}, expected "):
+        TrajectoryStore(path.parent)

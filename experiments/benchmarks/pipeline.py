@@ -272,7 +272,7 @@ def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, 
     }
 
     def write(
-        name: str, kind: str, column: str, make: Callable[[], np.ndarray], **more: str
+        name: str, kind: str, column: str, make: Callable[[], np.ndarray], **more: Any
     ) -> Path:
         path = folder / name
         path.mkdir(parents=True)
@@ -286,11 +286,13 @@ def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, 
         return path
 
     tokens = write("corpus", "corpus", "tokens",
-                   lambda: generator.integers(0, 32000, length, dtype=np.uint16))  # fmt: skip
+                   lambda: generator.integers(0, 32000, length, dtype=np.uint16),
+                   eos_id=0, sources=["random"])  # fmt: skip
     corpus = Corpus.open(tokens)
     scores = write("references", "reference", "logprobs",
                    lambda: -generator.random(length, dtype=np.float32),
-                   corpus_fingerprint=corpus.fingerprint, model_sha256="")  # fmt: skip
+                   corpus_fingerprint=corpus.fingerprint, model_sha256=None,
+                   scoring={})  # fmt: skip
     return corpus, References.open(scores)
 
 

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, Features, LargeList, List, Value
 from transformers import PreTrainedModel
 
+from slm.architecture import position_limit
 from slm.data import IGNORE_INDEX, positions
 from slm.integrations.dataset_rows import COLUMN, Rows, check_dataset, read_rows
 from slm.integrations.signatures import check_parameters
@@ -78,18 +79,13 @@ def load_folder(name: str | Path) -> PreTrainedModel:
 
 def check_fits(lm: SelectiveLM, documents: bool) -> None:
     """Refuse a model that our loss does not reproduce, or that looks across documents."""
-    limit, width = position_limit(lm), vocabulary(lm)
+    limit, width = position_limit(lm.model.config), vocabulary(lm)
     length = PROBE_TOKENS if limit is None else min(PROBE_TOKENS, limit)
     ids = torch.arange(2 * length, device=lm.model.device).view(2, length) % width
     batch = {"input_ids": ids, "targets": ids.roll(-1, 1)}
     if documents:
         batch["position_ids"] = torch.arange(length, device=ids.device).expand_as(ids)
     check_model(lm, batch)
-
-
-def position_limit(lm: SelectiveLM) -> int | None:
-    """Models without positions have none."""
-    return getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def vocabulary(lm: SelectiveLM) -> int:
@@ -121,7 +117,7 @@ def with_format_of(dataset: Dataset, scored: Dataset) -> Dataset:
 def score_table(lm: SelectiveLM, table: pa.Table, number: int, batch_size: int) -> pa.Table:
     """The table with the new column; `number` is the first row's."""
     rows = read_rows(table, number, vocabulary(lm))
-    check_fit(rows, position_limit(lm))
+    check_fit(rows, position_limit(lm.model.config))
     scores = score_rows(lm, rows, batch_size)
     wrong = np.flatnonzero(~np.isfinite(scores) & ~rows.first)
     if len(wrong):

@@ -1,0 +1,121 @@
+"""The keys of every command but `slm train`, whose table is in train_keys.py.
+
+`anything` is left to its reader, whose sentence says more.
+"""
+
+from slm.checks import (
+    Kind,
+    Table,
+    anything,
+    file,
+    flag,
+    folders,
+    number,
+    optional,
+    real,
+    seed,
+    several,
+    text,
+    texts,
+    whole,
+    word,
+)
+from slm.shards import CHECKS
+
+count, rate = whole(1), real(0)
+check = word(*CHECKS)
+megabytes = real(1e-6, 1e6)
+FORWARD: Table = {
+    "batch_size": count,
+    "dtype": word("float32", "bfloat16", "bf16-mixed"),
+    "device": text,
+    "check": check,
+}
+PREPARE: Table = {
+    "out": text,
+    "sources": anything,
+    "exclude": anything,
+    "tokenizer.path": optional(text),
+    "tokenizer.vocab_size": optional(whole(1, 2**31)),
+    "tokenizer.train_mb": megabytes,
+    "tokenizer.chat_template": optional(text),
+    "seq_len": whole(1, 2**31),
+    "packing": word("concat", "documents"),
+    "heldout_ratio": real(0, 1),
+    "on_bad_record": word("stop", "skip"),
+    "max_document_mb": megabytes,
+    "shard_tokens": whole(2, 2**40),
+    "num_proc": optional(whole(1, 4096)),
+}
+SCORE: Table = FORWARD | {
+    "corpus": text,
+    "reference_model": optional(text),
+    "requests": optional(text),
+    "responses": optional(texts),
+    "served_model": optional(text),
+    "out": optional(text),
+    "entropy": flag,
+    "store_dtype": word("float32", "float16"),
+}
+EVALUATE: Table = FORWARD | {
+    "models": folders,
+    "sets": folders,
+    "max_windows": optional(count),
+    "out": optional(file),
+}
+HARNESS: Table = {
+    "models": folders,
+    "problems": text,
+    "tasks": several(text),
+    "limit": optional(count),
+    "num_fewshot": whole(0),
+    "prompt": Kind("a text with {question} in it", lambda v: text.fits(v) and "{question}" in v),
+    "batch_size": count,
+    "max_new_tokens": count,
+    "device": text,
+    "out": optional(file),
+}
+DYNAMICS: Table = FORWARD | {
+    "runs": texts,
+    "corpus": text,
+    "name": anything,
+    "references": optional(texts),
+    "combine": anything,
+    "num_targets": count,
+    "seed": seed,
+    "by_source": flag,
+    "threshold": rate,
+    "mean_loss": optional(number),
+    "modules": anything,
+}
+REPORT: Table = {
+    "runs": texts,
+    "out": text,
+    "baselines": optional(folders),
+    "sets": optional(several(text)),
+    "max_dynamics": count,
+    "modules": anything,
+    "check": check,
+}
+DASHBOARD: Table = {
+    "project": optional(text),
+    "entity": optional(text),
+    "name": text,
+    "group": optional(text),
+    "runs": optional(text),
+    "out": file,
+    "save": Kind("auto, true or false", lambda v: v == "auto" or isinstance(v, bool)),
+}
+DEMO: Table = {
+    "out": text,
+    "vocab_size": whole(1, 2**31),
+    "seq_len": count,
+    "base_tokens": whole(16),
+    "target_tokens": whole(16),  # looked at 16 times as it trains
+    "base_lr": rate,
+    "continue_lr": rate,
+    "select_ratio": real(0, 1, "(]"),
+    "seeds": count,
+    "dynamics_targets": count,
+    "train": several(text, least=0),
+}

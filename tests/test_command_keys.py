@@ -1,0 +1,101 @@
+"""Every row has a key in conf/, every key a row; what does not fit is refused first of all."""
+
+import re
+from importlib import import_module
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from slm import command_keys
+from slm.checks import ABSENT, Table, check
+from slm.cli import COMMANDS, conf_folder
+from slm.command_keys import FORWARD
+from slm.score import DTYPES
+
+GIVEN = {  # what must be given; nothing of it is there
+    "prepare": ["out=x", "sources=[no.jsonl]", "tokenizer.path=no"],
+    "score": ["corpus=no", "reference_model=no", "out=x"],
+    "evaluate": ["models={a: no}", "sets={b: no}"],
+    "harness": ["models={a: no}", "problems=no"],
+    "dynamics": ["runs=no", "corpus=no"],
+    "report": ["runs=no", "out=x"],
+    "dashboard": ["out=x"],
+    "demo": ["out=x"],
+}
+
+
+def table_of(name: str) -> Table:
+    return getattr(command_keys, name.upper())
+
+
+def test_every_command_with_a_configuration_has_a_table():
+    assert GIVEN.keys() | {"train", "verify"} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_rows_are_the_keys_of_the_configuration_and_its_values_fit(name):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose(name, overrides=GIVEN[name])
+    table = table_of(name)
+    check(config, table)  # or a key has no row
+    assert ABSENT not in [OmegaConf.select(config, key, default=ABSENT) for key in table]
+
+
+def test_words_of_a_forward_are_those_that_it_knows():
+    assert all(FORWARD["dtype"].fits(name) for name in DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "sentence"),
+    [
+        (
+            "prepare",
+            "seq_len=4.5",
+            "seq_len is 4.5, it must be a whole number from 1 to",
+        ),
+        ("prepare", "shard_tokens=1e6", "shard_tokens is 1000000.0, .*, as in 1_000_000$"),
+        ("prepare", "heldout_ratio=half", r"heldout_ratio is 'half', .* number in \[0, 1\]"),
+        (
+            "prepare",
+            "tokenizer.vocab_size=big",
+            "tokenizer.vocab_size is 'big', it must be",
+        ),
+        ("prepare", "+seqlen=4", "seqlen is given, and nothing reads it, did you mean seq_len?"),
+        ("prepare", "+tokenizer.name=x", "tokenizer.name is given, and nothing reads it"),
+        ("score", "batch_size=true", "batch_size is True, it must be a whole number of at least 1"),
+        ("score", "entropy=yes_please", "entropy is 'yes_please', it must be true or false"),
+        (
+            "score",
+            "responses=[]",
+            r"responses is \[\], it must be a text .*, or a list of at least",
+        ),
+        ("score", "check=deep", "check is 'deep', it must be one of .'size', 'full'"),
+        ("score", "+model.name=x", "model.name is given, and nothing reads it"),
+        ("evaluate", "dtype=float16", "dtype is 'float16', it must be one of .*'bf16-mixed'"),
+        ("evaluate", "models={a: 3}", "models is {'a': 3}, it must be {name: folder, ...}"),
+        ("evaluate", "max_windows=-1", "max_windows is -1, it must be a whole .*, or null"),
+        ("harness", "limit=0.5", "limit is 0.5, it must be a whole number"),
+        ("harness", "device=0", "device is 0, it must be a text"),
+        ("dynamics", "by_source=1", "by_source is 1, it must be true or false"),
+        ("dynamics", "seed=-1", "seed is -1, it must be a whole number from 0 to 4294967295"),
+        ("dynamics", "runs=[]", r"runs is \[\], it must be a text .*, or a list of at least 1"),
+        ("report", "sets=math", "sets is 'math', it must be a list of at least 1"),
+        ("report", "max_dynamics=few", "max_dynamics is 'few', it must be a whole number"),
+        ("report", "baselines=[a]", r"baselines is \['a'\], it must be {name: folder, ...}"),
+        ("dashboard", "save=1", "save is 1, it must be auto, true or false"),
+        ("dashboard", "runs=[a]", r"runs is \['a'\], it must be a text"),
+        ("demo", "seeds=0", "seeds is 0, it must be a whole number of at least 1"),
+        ("demo", "target_tokens=1e5", "target_tokens is 100000.0, .*, as in 100_000$"),
+        ("demo", "select_ratio=0", r"select_ratio is 0, it must be a number in \(0, 1\]"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(
+    call: Any, tmp_path, monkeypatch, name: str, word: str, sentence: str
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(import_module(f"slm.{name}").main, *GIVEN[name], word)
+    assert (code, out, err.count("\n")) == (1, "", 1), err
+    assert re.match(f"slm {name}: {sentence}", err.strip()), err
+    assert list(tmp_path.iterdir()) == []
