@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -373,7 +373,7 @@ def load_lm(folder: str, batch_size: int, device: str) -> Any:
     from slm.model_folder import quiet_without_terminal
     from slm.tokenizer import first_line, load_tokenizer
 
-    hf: Any = huggingface.HFLM
+    hf = cast(Any, huggingface.HFLM)
 
     class Model(hf):
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:

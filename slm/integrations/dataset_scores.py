@@ -4,6 +4,7 @@ Costs one forward pass. No logits are kept; a batch holds rows of similar length
 """
 
 import uuid
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from datasets import Dataset, Features, LargeList, List, Value
 from transformers import PreTrainedModel
 
+from slm import __version__
 from slm.architecture import position_limit
 from slm.data import IGNORE_INDEX, positions
 from slm.integrations.dataset_rows import COLUMN, Rows, check_dataset, read_rows
@@ -43,8 +45,9 @@ def score_dataset(
 
     TRL's pack_dataset takes the column along. Its strategy "wrapped" forgets where documents begin,
     so that their first tokens stay without a score: pack first, then score the packed rows.
-    `datasets` caches the column under the hash of a folder's weights; what a
-    hub name or a loaded model gave is computed anew each time, since its weights have no such name.
+    `datasets` caches the column under the hash of a folder's weights and the way it was computed
+    (device, attention, dtype, versions); what a hub name or a loaded model gave is computed anew
+    each time, since its weights have no such name. Scores are float32 also under autocast.
     """
     rows = check_dataset(dataset)
     if COLUMN in dataset.column_names:
@@ -55,16 +58,17 @@ def score_dataset(
     training = lm.model.training
     lm.eval()
     try:
-        check_fits(lm, bool({"seq_lengths", "position_ids"} & {*dataset.column_names}))
-        scored = rows.map(
-            lambda table, numbers: score_table(lm, table, numbers[0], batch_size),
-            with_indices=True,
-            batched=True,
-            batch_size=batch_size * BATCHES_AT_ONCE,
-            features=scored_features(rows),
-            new_fingerprint=scored_fingerprint(rows, model, batch_size),
-            desc="scoring",
-        )
+        with torch.autocast(lm.model.device.type, enabled=False):
+            check_fits(lm, bool({"seq_lengths", "position_ids"} & {*dataset.column_names}))
+            scored = rows.map(
+                lambda table, numbers: score_table(lm, table, numbers[0], batch_size),
+                with_indices=True,
+                batched=True,
+                batch_size=batch_size * BATCHES_AT_ONCE,
+                features=scored_features(rows),
+                new_fingerprint=scored_fingerprint(rows, model, lm, batch_size),
+                desc="scoring",
+            )
     finally:
         lm.model.train(training)
     return with_format_of(dataset, scored)
@@ -99,10 +103,22 @@ def scored_features(rows: Dataset) -> Features:
     return Features({**rows.features, COLUMN: kind(Value("float32"))})
 
 
-def scored_fingerprint(rows: Dataset, model: Any, batch_size: int) -> str:
+def scored_fingerprint(rows: Dataset, model: Any, lm: SelectiveLM, batch_size: int) -> str:
     if isinstance(model, PreTrainedModel) or not Path(model).is_dir():
         return uuid.uuid4().hex
-    return hash_json([rows._fingerprint, "score_dataset", model_sha256(model), batch_size])
+    way = {"batch_size": batch_size} | way_of_computing(lm.model)
+    return hash_json([rows._fingerprint, "score_dataset", model_sha256(model), way])
+
+
+def way_of_computing(model: PreTrainedModel) -> dict[str, str]:
+    """What changes scores of the same weights."""
+    return {
+        "device": model.device.type,
+        "dtype": str(model.dtype),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "attn_implementation": model.config._attn_implementation,
+        "slm": __version__,
+    } | {name: version(name) for name in ("torch", "transformers")}
 
 
 def with_format_of(dataset: Dataset, scored: Dataset) -> Dataset:
@@ -174,4 +190,4 @@ def token_loss(
     if first[:, 1:].any():
         batch["position_ids"] = positions(first)
     tensors = {name: torch.from_numpy(a).to(lm.model.device) for name, a in batch.items()}
-    return lm(tensors).loss.float().cpu().numpy()
+    return lm(tensors).loss.cpu().numpy()

@@ -172,6 +172,49 @@ def test_a_folder_is_cached_by_its_weights(model, token_lists, tmp_path, monkeyp
         assert_same(found, [expected(one, ids) for ids in token_lists])
 
 
+class Asked(Exception):
+    pass
+
+
+def test_another_way_of_computing_is_not_what_is_cached(model, token_lists, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    Dataset.from_dict({"input_ids": token_lists}).save_to_disk(str(tmp_path / "data"))
+    dataset = Dataset.load_from_disk(str(tmp_path / "data"))
+    score_dataset(dataset, tmp_path / "model")
+
+    def asked(*_: Any) -> None:
+        raise Asked
+
+    monkeypatch.setattr(dataset_scores, "score_rows", asked)
+    score_dataset(dataset, tmp_path / "model")  # the same way: nothing is asked
+    eager = LlamaForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    ways = [
+        (dataset_scores, "__version__", "0.0.0"),
+        (dataset_scores, "load_folder", lambda name: eager),
+        (dataset_scores, "version", lambda name: f"another {name}"),
+        (torch, "get_float32_matmul_precision", lambda: "high"),
+    ]
+    for owner, name, value in ways:
+        with monkeypatch.context() as patched, pytest.raises(Asked):
+            patched.setattr(owner, name, value)
+            score_dataset(dataset, tmp_path / "model")
+
+
+def test_the_way_of_computing_names_device_and_dtype(model):
+    way = dataset_scores.way_of_computing(model)
+    assert (way["device"], way["dtype"]) == ("cpu", "torch.float32")
+    with torch.device("meta"):
+        other = dataset_scores.way_of_computing(LlamaForCausalLM(model.config).bfloat16())
+    assert (other["device"], other["dtype"]) == ("meta", "torch.bfloat16")
+
+
+def test_autocast_around_it_changes_no_score(model, token_lists):
+    dataset = Dataset.from_dict({"input_ids": token_lists})
+    with torch.autocast("cpu", torch.bfloat16):
+        scored = score_dataset(dataset, model)
+    assert_same(scored["reference_logprob"][:], [expected(model, ids) for ids in token_lists])
+
+
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
