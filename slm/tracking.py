@@ -31,12 +31,14 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from slm.errors import UserError
+from slm.names import file_name
 from slm.progress import TOKENS_SEEN, RewindableLogger
 from slm.shards import Json, atomic_file, read_json, write_record
 
 log = logging.getLogger("slm.tracking")
 OWN_TABLES = ("heldout", "dynamics")  # metrics that are logged at steps of their own
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+MOST_OF_NAME, MOST_OF_JOB_TYPE, MOST_OF_TAG = 128, 64, 64  # characters: W&B's limits
 INIT_LIMIT_S = 30.0
 FINISH_LIMIT_S = 60.0
 
@@ -214,6 +216,23 @@ def resolve_mode(mode: str) -> tuple[str, str]:
     return "online", ""
 
 
+def short(text: str, most: int) -> str:
+    """Cut, with a hash; job folders have longer names than W&B takes."""
+    return text if len(text) <= most else file_name(text, most)
+
+
+def fitting_tags(tags: Sequence[Any]) -> list[str]:
+    """W&B starts no run over one tag that it does not take."""
+    texts = [str(tag) for tag in tags]
+    for text in texts:
+        if not 1 <= len(text) <= MOST_OF_TAG:
+            log.warning(
+                "logger.wandb.tags: %r is left out, W&B takes 1 to %d characters and it has %d",
+                *(text, MOST_OF_TAG, len(text)),
+            )
+    return [text for text in texts if 1 <= len(text) <= MOST_OF_TAG]
+
+
 class Media(Protocol):
     """A histogram, a table or the like: plain values, and how W&B wants them."""
 
@@ -244,8 +263,18 @@ class WandbLog(WandbLogger):
         if mode not in WANDB_MODES:
             raise UserError(f"logger.wandb.mode is {mode!r}, it must be one of {WANDB_MODES}")
         self.folder, self.mode = Path(folder), mode
-        labels: Json = {"group": group, "job_type": job_type, "tags": list(tags)}
-        super().__init__(name or self.folder.name, folder, project=project, **labels)
+        if len(project) > MOST_OF_NAME or re.search(r"[/\\#?%:]", project):
+            raise UserError(
+                f"logger.wandb.project is {project!r}, W&B takes at most {MOST_OF_NAME} "
+                "characters, and none of /\\#?%:"
+            )
+        labels: Json = {
+            "group": group and short(group, MOST_OF_NAME),
+            "job_type": job_type and short(job_type, MOST_OF_JOB_TYPE),
+            "tags": list(tags),
+        }
+        shown = short(name or self.folder.name, MOST_OF_NAME)
+        super().__init__(shown, folder, project=project, **labels)
 
     @property
     @rank_zero_experiment
@@ -273,6 +302,7 @@ class WandbLog(WandbLogger):
             finish_timeout=FINISH_LIMIT_S,
         )
         arguments = self._wandb_init | {"id": self._id, "mode": self.mode, "settings": settings}
+        arguments["tags"] = fitting_tags(arguments["tags"])
         run = self._experiment = wandb.init(**arguments)
         for axis in ("trainer/global_step", TOKENS_SEEN):  # the last is the default axis
             run.define_metric(axis)
@@ -340,7 +370,8 @@ class WandbLog(WandbLogger):
         import wandb
 
         def call() -> None:
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type=kind)
+            safe = re.sub(r"[^\w.-]", "-", short(name, MOST_OF_NAME))
+            artifact = wandb.Artifact(safe, type=kind)
             artifact.add_reference(manifest.resolve().as_uri(), checksum=True)
             record = run.use_artifact if is_input else run.log_artifact
             record(artifact)

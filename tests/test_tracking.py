@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 import slm.sweep  # noqa: F401  # its resolver is in conf/logger/wandb.yaml
 from slm import tracking
+from slm.errors import UserError
 from slm.panels import Histogram, Lines, Page, Rows
 from slm.shards import read_json
 from slm.tracking import CsvLog, WandbLog
@@ -199,6 +200,38 @@ def test_wandb_offline_two_jobs_in_one_process_and_a_continued_run(
     first_line = said[0]
     assert "no login found" in first_line and f"wandb sync {tmp_path}/k=0.4/wandb/" in first_line
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_wandb_does_not_take_costs_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its limits: 64 characters of a tag and of a job type, 128 of a name and of a group."""
+    tags = ["ok", "x" * 65, "", "y" * 64, 7]
+    long = {"group": "g" * 200, "name": "a/b" + "n" * 130, "job_type": "j" * 65, "tags": tags}
+    log = WandbLog(str(tmp_path), mode="offline", **cast(Any, WANDB | long))
+    log.log_metrics({"train/loss": 1.5, "data/tokens_seen": 64}, 2)
+    log.finalize("success")
+    assert wandb_history(tmp_path)[0]["train/loss"] == 1.5
+    (run,) = [r.run for r in wandb_records(tmp_path) if r.WhichOneof("record_type") == "run"]
+    assert list(run.tags) == ["ok", "y" * 64, "7"]
+    for shown, given, most in [
+        (run.run_group, "g", 128),
+        (run.display_name, "a_bn", 128),
+        (run.job_type, "j", 64),
+    ]:
+        assert shown.startswith(given) and len(shown) <= most
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    where = "logger.wandb.tags: "
+    assert said == [
+        f"{where}{'x' * 65!r} is left out, W&B takes 1 to 64 characters and it has 65",
+        f"{where}'' is left out, W&B takes 1 to 64 characters and it has 0",
+    ]
+
+
+@pytest.mark.parametrize("project", ["a/b", "x" * 129])
+def test_a_project_that_wandb_refuses_is_refused_before_training(tmp_path, project):
+    with pytest.raises(UserError, match="^logger.wandb.project is '(a/b|x+)', W&B takes at most"):
+        WandbLog(str(tmp_path), mode="offline", **cast(Any, WANDB | {"project": project}))
 
 
 def test_wandb_offline_has_media_and_summary(
