@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,6 +17,13 @@ from transformers import (
 from slm.errors import UserError
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling")  # accepted by every config with rotary positions
+COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def new_model(
@@ -24,27 +32,68 @@ def new_model(
     """Random weights. `architecture` may set a vocab_size above the tokenizer's, for padding."""
     fields: dict[str, Any] = {"vocab_size": vocab_size} | dict(architecture)
     config_class = known_config(fields.pop("model_type", None))
-    check_fields(fields, config_class)
+    check_counts(fields)
     try:
         config = config_class(**fields)
+        check_fields(fields, config)
+        check_heads(fields, config)
         return AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             trust_remote_code=False,
         )
-    except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.architecture makes no causal LM: {reason}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the constructors of 150 kinds raise all sorts on odd values
+        how = with_attention(attn_implementation)
+        raise UserError(f"model.architecture makes no causal LM{how}: {told(error)}") from None
+
+
+def with_attention(name: str | None) -> str:
+    return "" if name is None else f" with attn_implementation={name}"
+
+
+def told(error: Exception) -> str:
+    """In one line; with its kind, where the text alone may be a mere word."""
+    text = " ".join(str(error).split())
+    plain = isinstance(error, OSError | ValueError | ImportError | StrictDataclassError)
+    return text if plain else f"{type(error).__name__}: {text}"
 
 
 def known_config(model_type: str | None) -> type[PreTrainedConfig]:
+    where = f"model.architecture.model_type is {model_type!r}"
     if model_type is None or model_type not in CONFIG_MAPPING:
+        raise UserError(f"{where}, it must be a model type of transformers, e.g. llama")
+    kind = CONFIG_MAPPING[model_type]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{where}, of which transformers has no causal LM")
+    parts: Any = kind.sub_configs
+    if "text_config" in parts:
         raise UserError(
-            f"model.architecture.model_type is {model_type!r}, it must be a model type of "
-            "transformers, e.g. llama"
+            f"{where}, a model of more than text: take the model type of its text part, as "
+            "gemma3_text of gemma3"
         )
-    return CONFIG_MAPPING[model_type]
+    return kind
+
+
+def check_counts(fields: Mapping[str, Any]) -> None:
+    for name in fields.keys() & set(COUNTS):
+        value = fields[name]
+        if type(value) is int and value < 1:
+            raise UserError(f"model.architecture.{name} is {value}, it must be at least 1")
+
+
+def check_heads(fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    name = "num_key_value_heads"
+    if name not in fields or not isinstance(fields[name], int):  # some have one a layer
+        return
+    heads = config.num_attention_heads
+    if heads % fields[name]:
+        raise UserError(
+            f"model.architecture.{name} is {fields[name]}, it must divide num_attention_heads, "
+            f"which is {heads}"
+        )
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -58,11 +107,35 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return limit if limit is not None and limit > 0 else None
 
 
-def check_fields(fields: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> None:
+def check_fields(fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """A config keeps fields it does not know, and so a typing error would train another model."""
-    known = {*inspect.signature(config_class).parameters, *config_class.attribute_map, *ROPE_FIELDS}
-    for name in fields.keys() - known:
+    kind = type(config)
+    known = {*inspect.signature(kind).parameters, *kind.attribute_map, *ROPE_FIELDS}
+    others = fields.keys() - known
+    for name in others and others - fields_read(config):
         raise UserError(
-            f"model.architecture.{name} is no field of {config_class.__name__}; "
+            f"model.architecture.{name} is no field of {kind.__name__}; "
             f"it has {', '.join(sorted(known))}"
         )
+
+
+def fields_read(config: PreTrainedConfig) -> set[str]:
+    """What the code of its model asks a config for while it builds one; takes no memory.
+
+    Model code reads fields that no config declares: head_dim in some 60 model types.
+    """
+    kind, read = type(config), set()
+
+    class Watched(kind):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    config.__class__ = Watched
+    try:
+        with torch.device("meta"):
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+            model_class._from_config(config)
+    finally:
+        config.__class__ = kind
+    return {name for name in read if not hasattr(kind, name)}  # of itself: methods, properties

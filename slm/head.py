@@ -90,6 +90,8 @@ def check_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     batch: input_ids (B, T), targets (B, T), none of them ignored, and position_ids where they are
     """
     check_causal(model)
+    if model.base_model is model:  # llama4, mllama: their backbone has another name
+        raise UserError(f"{type(model).__name__} has no base model that gives hidden states")
     largest = compare_head(model, batch, gain=1.0)
     compare_head(model, batch, gain=PROBE_LOGIT / max(largest, 1e-6))
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from slm.architecture import new_model, position_limit, text_config
+from slm.architecture import new_model, position_limit, text_config, told, with_attention
 from slm.chat import end_of_turn
 from slm.data import IGNORE_INDEX, Batch, to_device
 from slm.errors import UserError
@@ -137,9 +136,9 @@ def load_model(folder: str | Path, attn_implementation: str | None = None) -> Pr
             output_loading_info=True,
             trust_remote_code=False,
         )
-    # ImportError: of what a quantized model needs; RuntimeError: weights of other shapes.
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"no causal LM at {folder}: {first_line(error)}") from None
+    except Exception as error:  # a foreign config makes 150 kinds of models raise all sorts
+        how = with_attention(attn_implementation)
+        raise UserError(f"no causal LM at {folder}{how}: {told(error)}") from None
     model, report = loaded
     if report["missing_keys"]:  # transformers would go on with random ones
         missing = sorted(report["missing_keys"])
@@ -243,9 +242,12 @@ def check_model(lm: SelectiveLM, batch: Batch) -> None:
     few = few_tokens(batch)
     training = lm.training
     lm.eval()
-    check_head(lm.model, few)
-    if "position_ids" in few:
-        check_documents(lm, few)
+    try:
+        check_head(lm.model, few)
+        if "position_ids" in few:
+            check_documents(lm, few)
+    except RuntimeError as error:  # fields of its config that do not go together
+        raise UserError(f"{type(lm.model).__name__} computes no batch: {told(error)}") from error
     lm.train(training)
 
 

@@ -209,6 +209,23 @@ def test_windows_of_prompts_alone_do_not_hide_other_logits():
         check_model(make_lm(REFUSED[0]), batch)
 
 
+def test_a_backbone_without_hidden_states_is_refused():
+    """Its base model is itself: the backbone has a name that base_model_prefix does not say."""
+    fields = {"intermediate_size_mlp": 24, "num_local_experts": 2, "head_dim": 4}
+    model = new_model(LLAMA | {"model_type": "llama4_text"} | fields, VOCAB, None)
+    with pytest.raises(UserError, match="^Llama4ForCausalLM has no base model that gives hidden"):
+        check_model(SelectiveLM(model), make_batch())
+
+
+def test_a_model_that_computes_no_batch_is_one_sentence():
+    lm = make_lm("llama")
+    lm.model.get_submodule("model.layers.1").mlp = torch.nn.Linear(LENGTH, 3)
+    with pytest.raises(
+        UserError, match=r"^LlamaForCausalLM computes no batch: RuntimeError: [^\n]+$"
+    ):
+        check_model(lm, make_batch())
+
+
 def test_check_puts_the_mode_back_and_leaves_no_hook():
     for training in (True, False):
         lm = make_lm("llama").train(training)
@@ -342,6 +359,12 @@ def test_attention_that_the_class_lacks_is_refused_and_null_takes_what_it_has(bu
     assert lm.model.config._attn_implementation == "eager"
     lm = build(attn_implementation=None)
     assert lm.model.config._attn_implementation == "sdpa"
+
+
+def test_attention_that_is_not_installed_is_refused_by_name(saved, build):
+    message = f"^no causal LM at {saved} with attn_implementation=flash_attention_2: [^\n]+$"
+    with pytest.raises(UserError, match=message):
+        build(saved, attn_implementation="flash_attention_2")
 
 
 def test_a_quantized_base_is_refused_before_its_weights_are_read(saved, build):
