@@ -44,7 +44,12 @@ class WindowDataset(torch.utils.data.Dataset):
     """Item w is window w, shifted as in slm.data: ``input_ids``, ``targets`` (T,) int64 and, where
     there are any, ``reference_logprob`` (T,) float32 and ``position_ids`` (T,) int64.
 
-    default_collate stacks items; workers of a DataLoader map the files themselves.
+    default_collate stacks items; workers of a DataLoader map the files themselves. With
+    packing=documents a model of transformers must be called like this, in your own loop:
+
+        model(input_ids=..., position_ids=..., use_cache=False)  # and no attention_mask
+
+    With a cache, its default, or with a mask it reads over the documents' borders without a word.
     """
 
     NAMES = ("input_ids", "targets", COLUMN, "position_ids")

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm.data import Windows
 from slm.errors import UserError
@@ -60,6 +62,36 @@ def test_a_loader_gives_the_batches_of_windows(folders, packing, num_workers):
     for name in batches[0]:
         found = torch.cat([batch[name] for batch in batches])
         assert torch.equal(found.nan_to_num(7), expected[name].nan_to_num(7)), name
+
+
+def test_a_stock_model_keeps_documents_apart_without_a_cache(tmp_path, make_corpus):
+    """The call that the docstring gives, against each document by itself, in float64."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 50, 33)
+    corpus = make_corpus(tmp_path / "c", [tokens], 16, "documents", [[0, 5, 19]])
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,  # so that what stands before a token matters
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).double()
+    batch = next(iter(DataLoader(WindowDataset(corpus.folder), batch_size=2)))
+
+    def loss(logits: torch.Tensor) -> float:
+        return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten()).item()
+
+    apart = torch.zeros(2, 16, 50, dtype=torch.float64)
+    for row, start, end in [(0, 0, 5), (0, 5, 16), (1, 0, 3), (1, 3, 16)]:
+        apart[row, start:end] = model(batch["input_ids"][row : row + 1, start:end]).logits[0]
+    assert (batch["targets"] == -100).nonzero().tolist() == [[0, 4], [1, 2]]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    assert loss(model(**inputs, use_cache=False).logits) == pytest.approx(loss(apart), rel=1e-12)
+    across = loss(model(batch["input_ids"], use_cache=False).logits)
+    assert across != pytest.approx(loss(apart), rel=1e-4)
 
 
 def test_windows_beyond_the_last_end_an_iteration(folders):
