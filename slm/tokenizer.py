@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("slm.tokenizer")
 EOS = "<|endoftext|>"
+PAD = "<|pad|>"  # not EOS: collators take what pads for no target, and no document would end
 BATCH_SETTINGS = ("padding", "truncation")
 # A longer token is a ruler of dashes or spaces: useless, and it would not fit the uint8 column.
 MAX_TOKEN_LENGTH = 128
@@ -122,7 +123,7 @@ def first_line(error: BaseException) -> str:
 
 
 def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int):
-    """A byte-level BPE of exactly `vocab_size` entries, EOS included; any text can be encoded."""
+    """A byte-level BPE of exactly `vocab_size` entries, EOS and PAD among them, for any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -130,14 +131,16 @@ def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
+    least = len(alphabet) + 2
+    if vocab_size < least:
         raise UserError(
-            f"tokenizer.vocab_size is {vocab_size}, it must exceed the {len(alphabet)} single bytes"
+            f"tokenizer.vocab_size is {vocab_size}, it must be at least {least}: the single bytes, "
+            f"{EOS} and {PAD}"
         )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=alphabet,
-        special_tokens=[EOS],
+        special_tokens=[EOS, PAD],
         max_token_length=MAX_TOKEN_LENGTH,
         show_progress=False,
     )
@@ -147,7 +150,7 @@ def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int):
             f"the text supports only {backend.get_vocab_size()} token types, "
             f"tokenizer.vocab_size asks for {vocab_size}"
         )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=PAD)
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -327,7 +327,8 @@ def test_new_model_is_float32_and_knows_the_special_ids(build, tokenizer):
     lm = build(fields={"dtype": "bfloat16"})
     assert {p.dtype for p in lm.parameters()} == {torch.float32}
     for config in (lm.model.config, lm.model.generation_config):
-        assert config.eos_token_id == config.pad_token_id == tokenizer.eos_token_id
+        ids = (config.eos_token_id, config.pad_token_id)
+        assert ids == (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
         assert config.bos_token_id == tokenizer.bos_token_id
     assert lm.model.config.vocab_size == 300
 

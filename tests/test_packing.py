@@ -23,7 +23,7 @@ from slm.tokenizer import EncoderState, encoder_state, train_tokenizer
 @pytest.fixture(scope="module")
 def state() -> EncoderState:
     """A tokenizer without merges: every byte is a token."""
-    return encoder_state(train_tokenizer(["a"], 257))
+    return encoder_state(train_tokenizer(["a"], 258))
 
 
 def make_job(state: EncoderState, path: Path, *lines: str, **settings) -> Job:

@@ -30,7 +30,7 @@ from text_helpers import DATA, needs_data, write_records
 def bytes_folder(tmp_path_factory) -> str:
     """A tokenizer without merges: every byte is a token."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["a"], 257).save_pretrained(folder)
+    train_tokenizer(["a"], 258).save_pretrained(folder)
     return str(folder)
 
 
@@ -100,7 +100,7 @@ def test_arrays_by_hand(run, tmp_path):
     assert report["train"]["windows"] == 4
     assert corpus.column("tokens", 0).dtype == np.uint16
     assert corpus.column("bytes", 0).dtype == np.uint8
-    expected = {"split": "train", "sources": ["one", "two"], "packing": "concat", "vocab_size": 257}
+    expected = {"split": "train", "sources": ["one", "two"], "packing": "concat", "vocab_size": 258}
     assert {key: corpus.manifest[key] for key in expected} == expected
 
 

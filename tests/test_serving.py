@@ -109,9 +109,9 @@ def test_what_training_saves_breaks_no_rule(make, shape):
 def test_ids_are_those_that_transformers_reads(whole, tokenizer):
     loaded: Any = AutoTokenizer.from_pretrained(whole)
     expected = {name: getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    assert special_ids(whole) == expected == {"bos": None, "eos": 0, "pad": 0}
+    assert special_ids(whole) == expected == {"bos": None, "eos": 0, "pad": 1}
     config = GenerationConfig.from_pretrained(whole)
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 0, 0)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 0, 1)
 
 
 def test_ids_of_a_tokenizer_with_three_special_tokens(tmp_path, tokenizer):
@@ -172,7 +172,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no padding": (
         lambda f: change(f / "generation_config.json", pad_token_id="gone"),
-        "{f}/generation_config.json: pad_token_id is None, the tokenizer's is 0",
+        "{f}/generation_config.json: pad_token_id is None, the tokenizer's is 1",
     ),
     "tied, with a head": (
         untie,

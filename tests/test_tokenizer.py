@@ -17,7 +17,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from conftest import swap_ids
 from slm import tokenizer as tokenizer_module
@@ -308,9 +308,18 @@ def test_training_is_deterministic_and_exact():
     assert max(map(len, first.get_vocab())) <= 128
 
 
+def test_padding_is_masked_and_the_end_of_a_document_is_not(tokenizer):
+    rows = [tokenizer.encode("ab") + [tokenizer.eos_token_id], tokenizer.encode("abcdef")]
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    labels = collate([{"input_ids": row} for row in rows])["labels"].tolist()
+    assert labels == [rows[0] + [-100] * (len(rows[1]) - len(rows[0])), rows[1]]
+    assert encode(tokenizer, ["<|pad|>"]).tokens.tolist().count(tokenizer.pad_token_id) == 0
+
+
 def test_training_refuses_impossible_sizes():
-    with pytest.raises(UserError, match="vocab_size is 256, it must exceed the 256"):
-        train_tokenizer(TEXTS, 256)
+    with pytest.raises(UserError, match="vocab_size is 257, it must be at least 258: the single"):
+        train_tokenizer(TEXTS, 257)
+    assert len(train_tokenizer(TEXTS, 258)) == 258
     with pytest.raises(UserError, match=r"supports only \d+ token types, .* asks for 5000"):
         train_tokenizer(TEXTS, 5000)
 
@@ -346,7 +355,7 @@ def huge(state: dict, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ids"), [("an id", "2,147,483,644"), ("entries", "1,301"), ("added", "1,301")]
+    ("kind", "ids"), [("an id", "2,147,483,644"), ("entries", "1,302"), ("added", "1,302")]
 )
 def test_a_huge_vocabulary_is_refused_before_it_is_loaded(
     tokenizer, tmp_path, kind, ids, monkeypatch
