@@ -95,6 +95,11 @@ text = Kind("a text that is not empty", lambda v: isinstance(v, str) and v != ""
 texts = either(text, several(text))
 file = Kind("a file, no folder", lambda v: text.fits(v) and not Path(v).is_dir())
 folders = Kind("{name: folder, ...}, one or more", names_folders)  # with their names
+section = Kind("a section of keys", lambda v: isinstance(v, Mapping))
+sections = Kind(
+    "{name: section, ...}",
+    lambda v: isinstance(v, Mapping) and all(map(section.fits, v.values())),
+)
 number = Kind("a number", is_real)
 seed = whole(0, MAX_SEED)
 anything = Kind("anything", lambda v: True)

@@ -181,11 +181,22 @@ def run(name: str, application: Callable[[], Any]) -> None:
         if full is not None:
             raise
         fail(name, composition_error(name, error))
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's own, and of no class
+            raise
+        words = ", ".join(word for word in sys.argv if is_unknown_choice(word))
+        fail(name, f"{words}: {error} (`slm {name} --help` lists the names)")
     except KeyboardInterrupt:
         print(f"slm {name}: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         os.environ.pop(FULL_ERROR) if full is None else os.environ.update({FULL_ERROR: full})
+
+
+def is_unknown_choice(word: str) -> bool:
+    group, _, choice = word.partition("=")
+    folder = conf_folder() / group
+    return folder.is_dir() and not (folder / f"{choice}.yaml").exists()
 
 
 def fail(name: str, error: Exception | str) -> NoReturn:

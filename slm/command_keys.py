@@ -24,6 +24,7 @@ from slm.shards import CHECKS
 
 count, rate = whole(1), real(0)
 check = word(*CHECKS)
+modules = several(text, least=0)
 megabytes = real(1e-6, 1e6)
 FORWARD: Table = {
     "batch_size": count,
@@ -86,7 +87,7 @@ DYNAMICS: Table = FORWARD | {
     "by_source": flag,
     "threshold": rate,
     "mean_loss": optional(number),
-    "modules": anything,
+    "modules": modules,
 }
 REPORT: Table = {
     "runs": texts,
@@ -94,7 +95,7 @@ REPORT: Table = {
     "baselines": optional(folders),
     "sets": optional(several(text)),
     "max_dynamics": count,
-    "modules": anything,
+    "modules": modules,
     "check": check,
 }
 DASHBOARD: Table = {

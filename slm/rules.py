@@ -120,8 +120,6 @@ def is_plain(value: Any) -> bool:
 
 def import_modules(names: Sequence[str]) -> None:
     """The root key `modules`: files or dotted names, before anything that they hold is needed."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"modules is {names!r}, it must be a list of files or dotted names")
     for name in names:
         is_file = name.endswith(".py")
         register(import_file(Path(name).resolve()) if is_file else import_dotted(name))

@@ -52,7 +52,7 @@ def ratio_schedule(value: Any, key: str = "selection.select_ratio") -> RatioSche
 
 def checked_ratio(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise UserError(f"{key} is {value}, it must be in (0, 1]")
+        raise UserError(f"{key} is {value!r}, it must be in (0, 1]")
     return float(value)
 
 

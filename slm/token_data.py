@@ -43,8 +43,6 @@ class TokenData(LightningDataModule):
         self.references = open_references(references, combine, check)
         self.windows = Windows(self.corpus, self.references, combine)
         named = {} if heldout is None else heldout
-        if not isinstance(named, Mapping):
-            raise UserError(f"data.heldout is {heldout!r}, it must be {{name: folder, ...}}")
         self.heldout = {name: Corpus.open(folder, check) for name, folder in named.items()}
         self.heldout_windows = heldout_windows
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size

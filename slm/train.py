@@ -104,7 +104,7 @@ def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
         "init_from": loaded,
         "data.batch_size": plain["data"]["batch_size"],
         "data.micro_batch_size": plain["data"]["micro_batch_size"],
-        "trainer.precision": plain["trainer"]["precision"],
+        "trainer.precision": config.trainer.precision,
         **flat("model", plain["model"]),
         **flat("selection", trained_by_word(plain["selection"])),
         **flat("optimizer", plain["optimizer"]),
@@ -231,6 +231,8 @@ def accelerator(wanted: Any) -> Any:
     """auto as for `device` elsewhere: Lightning would take Apple's mps first."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator is {wanted!r}, and PyTorch finds no CUDA device here")
     return wanted
 
 

@@ -17,6 +17,8 @@ from slm.checks import (
     number,
     optional,
     real,
+    section,
+    sections,
     seed,
     several,
     text,
@@ -45,6 +47,8 @@ FITS = [
     (texts, ["a", ["a", "b"]], ["", [], [""], {"a": "b"}, 3]),
     (either(flag, whole(2)), [True, 2], [1, "true", None]),
     (folders, [{"a": "b"}, {"a": "b", "c": "d"}], [{}, {"a": None}, {0.4: "b"}, ["a"], "a", None]),
+    (section, [{}, {"a": 3}], [None, "a", 3, ["a"]]),
+    (sections, [{}, {"a": {}}], [{"a": 3}, {"a": None}, ["a"], None]),
     (file, ["no-such-file.csv"], [".", "", None, 3]),
 ]
 

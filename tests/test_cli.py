@@ -163,6 +163,12 @@ def test_an_unknown_choice_of_a_group_lists_the_known(call):
     assert "Could not find 'selection/foo'" in err and "all excess intersection loss" in err
 
 
+def test_a_group_takes_no_number(call):
+    code, out, err = call(command("train")(refuse), "model=3", "selection=all", "out=x")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("slm train: model=3: Config group override must be a string or a list")
+
+
 def test_the_required_key_that_hydra_itself_needs_is_named(call):
     assert call(command("train")(refuse)) == (1, "", "slm train: out must be given: out=...\n")
 

@@ -58,7 +58,7 @@ def test_configuration_nodes_are_understood():
         (1.01, r"select_ratio is 1.01, it must be in"),
         (math.nan, "select_ratio is nan, it must be in"),
         (True, "select_ratio is True"),
-        ("sixty", "select_ratio is sixty"),
+        ("sixty", "select_ratio is 'sixty'"),
         ({"shape": "linear"}, r"select_ratio has \['shape'\], it must have shape and points"),
         ({"shape": "square", "points": POINTS}, "select_ratio.shape is 'square'"),
         ({"shape": "step", "points": []}, r"select_ratio.points is \[\], it must be a list"),

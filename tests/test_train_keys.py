@@ -51,6 +51,20 @@ def test_every_row_is_a_key_of_the_configuration():
         ("+optimizer.adamw.foo=1", "got an unexpected keyword argument 'foo'"),
         ("+data.foo=1", "TokenData: .* got an unexpected keyword argument 'foo'"),
         ("trainer.accelerator=abacus", "^lightning.Trainer: .*abacus"),
+        (
+            "trainer.deterministic=abc",
+            "trainer.deterministic is 'abc', it must be true or false, or",
+        ),
+        ("selection.select_ratio=nan", "selection.select_ratio is nan, it must be in"),
+        ("selection.select_ratio=''", "selection.select_ratio is '', it must be in"),
+        ("modules=3", "modules is 3, it must be a list of at least 0, each a text"),
+        ("data.corpus=3", "data.corpus is 3, it must be a text that is not empty"),
+        ("data.references=[]", r"data.references is \[\], it must be a text .*, or null"),
+        ("data.heldout=c", "data.heldout is 'c', it must be {name: folder, ...}"),
+        ("optimizer.schedule=abc", "optimizer.schedule is 'abc', it must be a section of keys"),
+        ("logger.csv=3", "logger is {.*'csv': 3.*}, it must be {name: section, ...}"),
+        ("model.architecture=3", "model.architecture is 3, it must be a section of keys, or null"),
+        ("data.check=deep", "data.check is 'deep', it must be one of"),
         ("trainer.devices=0", r"^lightning.Trainer: `Trainer\(devices=0\)`"),
         ("max_tokens=1e6", "max_tokens is 1000000.0, it must be .*, as in 1_000_000$"),
         ("max_tokens=100K", "max_tokens is '100K', it must be a whole number of at least 1"),
@@ -86,7 +100,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, text_corpus, word, message)
 def test_a_gpu_where_there_is_none_is_one_sentence(tmp_path, text_corpus, monkeypatch):
     for kind in (CUDAAccelerator, MPSAccelerator):
         monkeypatch.setattr(kind, "is_available", lambda: False)
-    with pytest.raises(UserError, match="^lightning.Trainer: .*gpu") as raised:
+    with pytest.raises(UserError, match="accelerator is 'gpu', and PyTorch finds no") as raised:
         train(compose_train(tmp_path / "run", text_corpus.folder, "trainer.accelerator=gpu"))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
