@@ -30,7 +30,7 @@ from slm.chat import ChatFormat
 from slm.errors import UserError
 from slm.overlap import Excluded, Overlap
 from slm.parts import encode_documents
-from slm.readers import BLOCK_BYTES, Block
+from slm.readers import BLOCK_BYTES, Block, out_of_memory
 from slm.records import Text, read_texts
 from slm.shards import ArrayWriter, Json, Shard, atomic_file, shard_path, write_sidecar
 from slm.sources import Source
@@ -146,6 +146,13 @@ class Worker:
 
     def run(self, blocks: list[Block]) -> Result:
         """Every kept document of the blocks, in order; raises UserError at the first bad record."""
+        try:
+            return self.encode_blocks(blocks)
+        except MemoryError:
+            longest = max(blocks, key=lambda block: block.size)
+            raise out_of_memory(f"{longest.file}, {longest.unit} {longest.line + 1}") from None
+
+    def encode_blocks(self, blocks: list[Block]) -> Result:
         texts, rows, excluded, faults = [], [], [], []
         for block in blocks:
             source = self.job.sources[block.source]

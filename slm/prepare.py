@@ -3,7 +3,7 @@
 The parent process reads blocks of text in order (`slm.readers`), workers encode them, and it packs
 the token arrays in order (`slm.packing`). A document's hash alone decides on which side (train,
 heldout) it falls, so neither the order nor the number of processes matters. Memory is a few blocks
-of 0.5 MB a worker, or the longest document (some 30 bytes per byte of it, 150 where
+of 0.5 MB a worker, or the longest document (20 to 30 bytes per byte of it, 150 where
 `slm.tokenizer` cannot cut it). Speed is the tokenizer's: reading, packing and hashing cost a few
 percent of it.
 
@@ -43,7 +43,7 @@ from slm.packing import (
     side_of,
 )
 from slm.parts import window_targets
-from slm.readers import read_blocks, read_source
+from slm.readers import out_of_memory, read_blocks, read_source
 from slm.records import read_texts
 from slm.shards import (
     FORMAT,
@@ -442,12 +442,14 @@ def prepare(config: Any) -> Json:
             report = write_corpus(config, out, sources, exclude, tokenizer, template)
             mine.check()
             write_record(out / "report.json", report)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError) as error:
             mine.check()  # else it would be another's files that are removed
             clear(out)
             (out / "plan.json").unlink()
             if (cause := write_error(error, out)) is not None:
                 raise cannot_write(out, cause) from error
+            if isinstance(error, MemoryError):
+                raise out_of_memory(str(out)) from None
             raise
     say_report(out, report)
     return report

@@ -115,6 +115,15 @@ def open_stream(file: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{file} is truncated or damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
+    except MemoryError:
+        raise out_of_memory(str(file)) from None
+
+
+def out_of_memory(where: str) -> UserError:
+    return UserError(
+        f"{where}: memory ran out; a document takes some 30 bytes per byte of it "
+        "(max_document_mb bounds it), in each worker (num_proc)"
+    )
 
 
 def cut(
@@ -220,18 +229,35 @@ def read_csv(source: Source, max_bytes: int) -> Iterator[Block]:
         with open_stream(Path(file)) as stream:
             # What is not UTF-8 is found in its record.
             text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
-            try:
-                names = next(reader, [])
-                for line, row in enumerate(filter(None, reader)):
-                    data = to_record(names, row, source)
-                    yield Block(0, 0, file, line, record, data, sum(map(len, row)), "row")
-                    record += 1
-            except csv.Error as error:
+            rows = csv_rows(csv.reader(text, delimiter=delimiter, strict=True), file)
+            names = next(rows, [])
+            if isinstance(names, str):
+                raise UserError(f"{file}: its first row {names}")
+            for line, row in enumerate(rows):
+                data = to_record(names, row, source)
+                yield Block(0, 0, file, line, record, data, sum(map(len, row)), "row")
+                record += 1
+
+
+def csv_rows(reader: Any, file: str) -> Iterator[list[str] | str]:
+    """Rows that hold something, or what is wrong with one: the next begins on the next line."""
+    while True:
+        first = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "field limit" in str(error):  # whether it ends on this line, nobody knows
                 raise UserError(f"{file}, line {reader.line_num}: {error}") from None
+            row = f"has quotes that do not match (lines {first} to {reader.line_num}): {error}"
+        if row:
+            yield row
 
 
-def to_record(names: list[str], row: list[str], source: Source) -> dict[str, Any] | str:
+def to_record(names: list[str], row: list[str] | str, source: Source) -> dict[str, Any] | str:
+    if isinstance(row, str):
+        return row
     if len(row) != len(names):
         return f"has {len(row)} fields, the first row has {len(names)}"
     record: dict[str, Any] = dict(zip(names, row, strict=True))

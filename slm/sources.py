@@ -8,6 +8,7 @@ import difflib
 import glob
 import hashlib
 import json
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +28,8 @@ from slm.records import (
     unescape,
 )
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -39,6 +42,7 @@ SUFFIXES = {
 }
 FORMATS = ("jsonl", "text", "csv", "parquet", "arrow", "hub")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4")
+ARCHIVES = (".zip", ".tgz", ".tbz2", ".txz", ".7z", ".rar")  # and .tar, compressed or not
 DOCUMENTS = ("file", "paragraph", "line")
 SETTING_TYPES: dict[str, type] = {  # the others are text
     "weight": float,
@@ -263,13 +267,17 @@ def find_files(given: str, kind: str | None) -> tuple[list[Path], str]:
         files = [path]
     elif path.is_dir():
         inside = (p for p in path.rglob("*") if not is_hidden(p.relative_to(path)))
-        found = without_leftovers([p for p in inside if p.is_file() and format_of(p) is not None])
+        here = sorted(p for p in inside if p.is_file())
+        found = without_leftovers([p for p in here if format_of(p) is not None])
+        say_archives([p for p in here if is_archive(p)])
         files = [p for p in found if kind in (None, format_of(p))]
     elif kind == "hub" or (kind is None and looks_like_hub(given)):
         return [], "hub"
     else:
         matches = map(Path, glob.glob(str(path), recursive=True))
         files = without_leftovers([p for p in matches if p.is_file()])
+    if archives := sorted(file for file in files if is_archive(file)):
+        raise UserError(f"{archives[0]} is an archive, its files are not read: unpack it")
     if not files:
         wanted = "" if kind is None else f" of format {kind}"
         raise UserError(f"{given}: there is no such file, folder or glob with files{wanted}")
@@ -281,6 +289,16 @@ def find_files(given: str, kind: str | None) -> tuple[list[Path], str]:
     if len(kinds) > 1:
         raise UserError(f"{given} holds files of several formats ({', '.join(kinds)}); set format")
     return files, kinds[0]
+
+
+def is_archive(path: Path) -> bool:
+    return path.suffix in ARCHIVES or bare_suffix(path) == ".tar"
+
+
+def say_archives(archives: list[Path]) -> None:
+    if archives:
+        more = f" and {len(archives) - 1} more archives are" if archives[1:] else " is"
+        log.warning("%s%s not read: unpack what belongs to the data", archives[0], more)
 
 
 def is_hidden(path: Path) -> bool:

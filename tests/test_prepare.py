@@ -824,6 +824,26 @@ def test_disk_full_leaves_nothing_that_looks_finished(run, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "where"),
+    [
+        ("slm.readers.cut", "a.jsonl"),
+        ("slm.packing.encode_documents", "a.jsonl, line 1"),
+        ("slm.packing.ShardWriter.add", "out"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(run, tmp_path, monkeypatch, place, where):
+    def exhaust(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(place, exhaust)
+    path = write(tmp_path / "a.jsonl", "abcdefgh")
+    message = rf"{where}: memory ran out; .*\(max_document_mb bounds it\)"
+    with pytest.raises(UserError, match=message):
+        run(sources=[path])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_quick_interrupts_end_the_workers(tmp_path, bytes_folder):
     """While each worker has some seconds of work in hand, and ignores the signal itself."""

@@ -174,9 +174,24 @@ def test_faults_of_tables_of_text(tmp_path):
     ]
     missing = "a.csv, row 1: field 'body' is missing (there are: n, text)"
     assert texts(path, text="{body}")[0] == (0, missing)
-    path.write_text('n,text\n0,"a\n')
-    with pytest.raises(UserError, match=r"a\.csv, line 2: unexpected end of data"):
+    path.write_text("n,text\n0," + "a" * (csv.field_size_limit() + 1))
+    with pytest.raises(UserError, match=r"a\.csv, line 2: field larger than field limit"):
         texts(path)
+    path.write_text('n,"te"xt\n0,a\n')
+    with pytest.raises(UserError, match=r"a\.csv: its first row has quotes that do not match"):
+        texts(path)
+
+
+def test_a_row_with_unmatched_quotes_is_one_bad_record(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('n,text\n0,"a"b\n1,"c\n2,"d\n3,e\n4,"f\n5,g\n')
+    reason = "has quotes that do not match (lines"
+    assert texts(path) == [
+        (0, f"a.csv, row 1 {reason} 2 to 2): ',' expected after '\"'"),
+        (1, f"a.csv, row 2 {reason} 3 to 4): ',' expected after '\"'"),
+        (2, "e"),
+        (3, f"a.csv, row 4 {reason} 6 to 7): unexpected end of data"),
+    ]
 
 
 def make_table(path: Path) -> Path:

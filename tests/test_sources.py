@@ -129,6 +129,19 @@ def test_mistakes_in_settings(tmp_path, monkeypatch, entry, message):
         parse_sources([entry], "sources")
 
 
+@pytest.mark.parametrize("name", ["b.zip", "b.tar", "b.tar.gz", "b.jsonl.zip"])
+def test_archives_are_named_and_not_passed_over(tmp_path, caplog, name):
+    write_records(tmp_path / "a.jsonl", {"text": "1"})
+    (tmp_path / name).write_bytes(b"PK")
+    assert texts(tmp_path) == [(0, "1")]
+    said = [r.getMessage() for r in caplog.records]
+    assert said == [f"{tmp_path / name} is not read: unpack what belongs to the data"]
+    for given in (tmp_path / name, tmp_path / "*"):
+        for more in ({}, {"format": "jsonl"}):
+            with pytest.raises(UserError, match=f"{name} is an archive, its files are not read"):
+                parse_sources([{"path": str(given)} | more], "sources")
+
+
 def test_two_sources_need_two_names(tmp_path):
     path = str(write_records(tmp_path / "a.jsonl", {"text": "1"}))
     with pytest.raises(UserError, match="two entries have the name 'a'; set name"):
