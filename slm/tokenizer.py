@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -246,8 +246,10 @@ class EncoderState:
     eos_id: int
     vocab_size: int
     bytes_table: np.ndarray  # (vocab,): `token_bytes`
+    byte_level: bool
     table_is_exact: bool
     starts_with_space: np.ndarray  # (vocab,): a tokenizer may have put that space there itself
+    is_added: np.ndarray  # (vocab,): such a token may take the spaces around it; the unknown one
 
     @property
     def token_dtype(self) -> str:
@@ -262,16 +264,21 @@ class EncoderState:
 def encoder_state(tokenizer: PreTrainedTokenizerFast) -> EncoderState:
     size, eos_id = vocabulary_size(tokenizer), tokenizer.eos_token_id
     assert isinstance(eos_id, int), f"one EOS token is needed, found {eos_id!r}"
+    byte_level, byte_fallback = byte_alphabet(tokenizer)
     starts_with_space = np.zeros(size, dtype=bool)
     for token, index in tokenizer.get_vocab().items():
         starts_with_space[index] = token.startswith(("\u0120", "\u2581"))
+    is_added = np.zeros(size, dtype=bool)
+    is_added[list(tokenizer.added_tokens_decoder)] = True
     return EncoderState(
         backend=tokenizer.backend_tokenizer.to_str(),
         eos_id=eos_id,
         vocab_size=size,
         bytes_table=token_bytes(tokenizer),
-        table_is_exact=any(byte_alphabet(tokenizer)),
+        byte_level=byte_level,
+        table_is_exact=byte_level or byte_fallback,
         starts_with_space=starts_with_space,
+        is_added=is_added,
     )
 
 
@@ -453,7 +460,10 @@ class Encoder:
         faults: dict[int, str],
         places: list[int] | None,
     ) -> np.ndarray:  # (n,)
-        """Bytes of each token, by table; by offsets for texts where the table's sum is wrong."""
+        """Bytes of each token, by table; by offsets for texts where the table's sum is wrong.
+
+        Adds to `faults` where such a text was not read whole.
+        """
         ends = np.cumsum(lengths)
         starts = ends - lengths
         sizes = self.state.bytes_table[tokens]
@@ -466,11 +476,29 @@ class Encoder:
         right |= lengths == 1  # EOS alone: a special token's part has no text
         limit = np.iinfo(self.state.bytes_dtype).max
         for i in np.flatnonzero(~right):
-            if i not in faults:
-                span = slice(starts[i], ends[i] - 1)
-                backend = self.backend if places is None else self.backends[places[i]]
-                sizes[span] = fit(bytes_by_offsets(backend, texts[i], tokens[span]), limit)
+            if i in faults:
+                continue
+            span = slice(starts[i], ends[i] - 1)
+            backend = self.backend if places is None else self.backends[places[i]]
+            lost = self.count_lost(backend, texts[i], tokens[span])
+            if lost > 0:
+                faults[int(i)] = (
+                    f"{lost} of its {num_bytes[i]} bytes are in no token: as this release of "
+                    "transformers reads the tokenizer, it loses text"
+                )
+                continue
+            sizes[span] = fit(bytes_by_offsets(backend, texts[i], tokens[span]), limit)
         return sizes
+
+    def count_lost(self, backend: Tokenizer, text: str, tokens: np.ndarray) -> int:
+        """Bytes of the normalized text that no token has; a vocabulary of all bytes loses none."""
+        if not self.state.table_is_exact or self.state.is_added[tokens].any():
+            return 0
+        normalizer: Any = backend.normalizer
+        normal = text if normalizer is None else normalizer.normalize_str(text)
+        if not self.state.byte_level:
+            normal = normal.replace("\u2581", " ")
+        return len(normal.encode()) - int(self.state.bytes_table[tokens].sum())
 
 
 def bytes_by_offsets(backend: Tokenizer, text: str, tokens: np.ndarray) -> np.ndarray:

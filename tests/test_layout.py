@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -163,3 +164,12 @@ def test_the_sweeps_account_shows_its_results():
         assert [float(cell) for cell in rows[label][:3]] == pytest.approx(expected, abs=5.1e-4), (
             label
         )
+
+
+def test_the_floor_of_transformers_is_the_release_that_ci_runs():
+    """Below it nothing was tried, and tokenizers were read otherwise."""
+    needed = re.findall(
+        r'^    "transformers>=([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    pinned = re.findall(r"^transformers==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert needed == pinned and len(needed) == 1

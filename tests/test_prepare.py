@@ -23,7 +23,7 @@ from slm.packing import side_of
 from slm.prepare import prepare
 from slm.shards import ArrayWriter, Corpus
 from slm.tokenizer import EOS, train_tokenizer
-from text_helpers import DATA, needs_data, write_records
+from text_helpers import DATA, loses_spaces, needs_data, write_records
 
 
 @pytest.fixture(scope="module")
@@ -713,6 +713,17 @@ def test_bad_record_stops_or_is_counted(run, tmp_path, num_proc):
         "5",
     ]
     assert report["train"]["documents"] == 2
+
+
+def test_a_tokenizer_that_loses_text_is_refused_by_name(run, tmp_path, tokenizer):
+    loses_spaces(tokenizer).save_pretrained(tmp_path / "lossy")
+    sources = [write(tmp_path / "a.jsonl", "word", "two words")]
+    settings = {"sources": sources, "tokenizer": {"path": str(tmp_path / "lossy")}}
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: 1 of its 9 bytes are in no token"):
+        run(**settings)
+    assert not (tmp_path / "out").exists()
+    report = run(**settings, on_bad_record="skip", seq_len=2)
+    assert (report["bad_records"]["skipped"], report["train"]["documents"]) == (1, 1)
 
 
 def test_another_run_is_refused_and_a_finished_one_left_alone(run, tmp_path, caplog):

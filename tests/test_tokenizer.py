@@ -40,6 +40,7 @@ from slm.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from text_helpers import loses_spaces
 
 TEXTS = [
     "plain words, and 12 numbers",
@@ -212,6 +213,17 @@ def test_sizes_by_offsets_where_spaces_are_dropped():
     assert encoded.tokens.tolist() == [2, 3, 0, 1, 2, 1]
     assert encoded.sizes.tolist() == [2, 4, 4, 0, 3, 0]
     assert encoded.sizes.dtype == np.uint16
+
+
+def test_text_that_is_in_no_token_is_a_fault(tokenizer):
+    texts = ["some words, and more", "word"]
+    assert encode(tokenizer, texts).faults == {}
+    changed = loses_spaces(tokenizer)
+    assert changed.decode(changed.encode(texts[0])) == "somewords,andmore"
+    assert encode(changed, texts).faults == {
+        0: "3 of its 20 bytes are in no token: as this release of transformers reads the "
+        "tokenizer, it loses text"
+    }
 
 
 def test_texts_that_cannot_be_documents():

@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from slm.readers import read_blocks
 from slm.records import read_texts
 from slm.sources import Source, parse_sources
+from slm.tokenizer import EOS
 
 DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(
@@ -40,3 +43,11 @@ def write_records(path: Path, *records) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def loses_spaces(tokenizer) -> PreTrainedTokenizerFast:
+    """A byte-level vocabulary read as a SentencePiece one, as transformers 5.10.1 does by class."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
