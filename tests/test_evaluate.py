@@ -4,6 +4,7 @@ import csv
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,15 @@ def test_loss_and_bits_per_byte_equal_float64_sums(lm, text_corpus, tokenizer):
     assert (found.num_targets, found.num_bytes) == (640, num_bytes)
     assert found.loss == pytest.approx(total / 640, abs=1e-5)
     assert found.bits_per_byte == pytest.approx(total / math.log(2) / num_bytes, abs=1e-5)
+
+
+def test_sums_of_a_model_on_apples_gpu_are_on_the_cpu(lm, text_corpus, monkeypatch):
+    """mps has no float64."""
+    expected = corpus_loss(lm, text_corpus, batch_size=3)
+    there = SimpleNamespace(device=torch.device("mps"))
+    monkeypatch.setattr(lm, "parameters", lambda: iter([there]))
+    monkeypatch.setattr(evaluation, "to_device", lambda batch, device: batch)
+    assert corpus_loss(lm, text_corpus, batch_size=3) == expected
 
 
 def test_eos_counts_its_nats_and_no_bytes(lm, tmp_path, tokenizer, make_corpus):

@@ -71,6 +71,8 @@ def test_a_plan_says_what_is_labelled(tmp_path):
         ({"pth": "x"}, r"sources\[0\] must have a path"),
         ({"path": "a.txt", "wieght": 2}, "unknown setting 'wieght', did you mean weight"),
         ({"path": "a.txt", "weight": "2"}, r"sources\[0\].weight must be a number, found '2'"),
+        ("", r"sources\[0\].path is '', it must be a text that is not empty"),
+        ({"path": "a.txt", "name": ""}, "name is '', it must be a text that is not empty"),
         ({"path": "a.txt", "weight": 0}, "weight is 0, it must be positive"),
         ({"path": "a.txt", "text": 3}, "text must be text, found 3"),
         ({"path": "a.txt", "document": "page"}, "document is 'page', expected one of file"),
