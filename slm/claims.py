@@ -10,6 +10,7 @@ written once; it raises ClaimLost where the token is another's.
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -67,10 +68,13 @@ def process_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{start_of(os.getpid())}"
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Temporary files and folders that are named after dead processes of this host."""
+def remove_temporaries(folder: Path, of: str | None = None) -> None:
+    """Temporary files and folders that are named after dead processes of this host.
+
+    of: the file that they were to become; without it, all of the folder
+    """
     host = re.escape(socket.gethostname())
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(".*.tmp" if of is None else f".{glob.escape(of)}.*.tmp"):
         made = re.fullmatch(rf"\..+\.{host}-(\d+)(?:-(\d+))?\.tmp", path.name)
         if made is None:
             continue

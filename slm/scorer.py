@@ -181,6 +181,7 @@ def remove_leftovers(out: Path) -> None:
 def is_finished(scorer: Scorer) -> bool:
     if scorer.missing() or not (scorer.out / "manifest.json").exists():
         return False
+    remove_leftovers(scorer.out)  # of one that was killed while another finished
     log.info(f"{scorer.out} is finished already, nothing to do")
     return True
 

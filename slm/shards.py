@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from slm.claims import process_name
+from slm.claims import process_name, remove_temporaries
 from slm.errors import UserError
 from slm.fields import (
     COLUMN,
@@ -93,9 +93,11 @@ Advance = Callable[[int], None]
 def atomic_file(path: Path, needed: int = 0) -> Iterator[BufferedRandom]:
     """An open temporary file in the folder of `path`; synced and renamed to it on success.
 
+    What a killed process has left of the same file is removed.
     needed: the bytes that it will have at least, where that is known
     """
     temporary = path.with_name(f".{path.name}.{process_name()}.tmp")
+    remove_temporaries(path.parent, path.name)
     with naming(path, temporary, needed):
         with open(temporary, "w+b") as file:
             yield file

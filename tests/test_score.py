@@ -461,6 +461,8 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_cleared(config):
     temporary = f".logprobs-00000.npy.{socket.gethostname()}-{dead.pid}.tmp"
     (out / temporary).write_bytes(b"half")
     assert contents(score.score(config)) == expected
+    (out / temporary).write_bytes(b"half")  # killed when another had finished
+    assert contents(score.score(config)) == expected
 
 
 def test_what_another_machine_finishes_is_waited_for_and_counted(config, monkeypatch, caplog):

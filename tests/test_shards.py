@@ -86,7 +86,12 @@ def test_kill_during_a_write_leaves_no_finished_file(tmp_path):
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
-    assert not (tmp_path / "a.npy").exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".a.npy.") and left.suffix == ".tmp"
+    write_record(tmp_path / "b.json", {})  # another file's temporary may be another's to remove
+    assert left.exists()
+    write_array(tmp_path / "a.npy", np.zeros(3))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npy", "b.json"}
 
 
 @pytest.mark.parametrize("column", ["tokens", "documents", "bytes"])
