@@ -118,8 +118,11 @@ def run_chooser(store: TrajectoryStore, warns: bool = False) -> Chooser | None:
 
 def rule_name(selection: Json) -> str:
     """excess 0.6; all tokens, also where a rule keeps them all"""
-    if takes_all_tokens(selection):
-        return "all tokens"
+    return "all tokens" if takes_all_tokens(selection) else rule_and_ratio(selection)
+
+
+def rule_and_ratio(selection: Json) -> str:
+    """excess 0.6; excess 1"""
     record = by_word(selection)
     ratio = record["select_ratio"] if "select_ratio" in record else None
     return f"{record['rule']} {ratio:g}" if isinstance(ratio, int | float) else record["rule"]

@@ -78,11 +78,16 @@ def class_lines(analysis: Analysis) -> list[Line]:
     found = []
     for index, name in enumerate(CLASSES):
         share, values = analysis.shares[name], analysis.class_losses[:, index]
-        label = f"{ARROWS[name]} ({100 * share.share:.0f}% of tokens)"
+        label = f"{ARROWS[name]} ({share_text(share.share)} of tokens)"
         if share.num_tokens:
             colour = CLASS_COLOURS[name]
             found.append(Line("classes", name, label, colour, analysis.tokens_seen, values))
     return found
+
+
+def share_text(share: float) -> str:
+    """A class that has tokens never has 0% of them."""
+    return "under 1%" if share < 0.01 else f"{100 * share:.0f}%"
 
 
 def fluctuating(analysis: Analysis, name: str, count: int, seed: int) -> np.ndarray:

@@ -33,7 +33,7 @@ function fillText(element, text) {
 
 function marked(part) {
   if (part === " ") return [make("span", "space", " ")];
-  if (part === "\n") return [make("span", "mark", "↵"), "\n"];
+  if (part === "\n") return [make("span", "mark", "↵"), make("span", "break", "\n")];
   if (part === "\t") return [make("span", "mark", "→"), "\t"];
   if (part === "\r") return [make("span", "hex", "⟨CR⟩")];
   if (!INVISIBLE.test(part)) return null;

@@ -192,7 +192,8 @@ def tokens_figure(grid: Sequence[Sequence[TokensPanel]], path: Path) -> None:
         rows * len(grid), columns, figsize=size, layout="constrained", squeeze=False, sharex=True
     )
     labels = sorted({curve.label for row in grid for panel in row for curve in panel.curves})
-    shades = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(labels)))
+    middles = (np.arange(len(labels)) + 0.5) / max(1, len(labels))
+    shades = plt.get_cmap("viridis")(0.85 - 0.75 * middles)  # the ends are too pale, too black
     for number, panels in enumerate(grid):
         mine = places[number * rows : (number + 1) * rows].flat
         draw_set(list(mine), panels, dict(zip(labels, shades, strict=True)))

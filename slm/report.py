@@ -24,7 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from slm.analysis import Analysis, analyse, rule_name, run_chooser, store_folders
+from slm.analysis import (
+    Analysis,
+    analyse,
+    rule_and_ratio,
+    rule_name,
+    run_chooser,
+    store_folders,
+)
 from slm.arms import (
     Arm,
     Run,
@@ -260,15 +267,21 @@ def analysis_names(stores: Sequence[tuple[Path, Path]]) -> list[str]:
 
 
 def job_names(runs: Sequence[Path]) -> dict[Path, str]:
-    """excess 0.4, seed 0 for the jobs of a sweep, where that tells them apart."""
-    names = {run: job_name(run) for run in dict.fromkeys(runs) if "=" in run.name}
-    taken = list(names.values())
-    return {run: name for run, name in names.items() if taken.count(name) == 1}
+    """excess 0.4, seed 0 for the jobs of a sweep, where that tells them apart.
+
+    Where several rules take all tokens: excess 1, seed 0, as in the table.
+    """
+    found: dict[Path, str] = {}
+    for words in (rule_and_ratio, rule_name):
+        names = {run: job_name(run, words) for run in dict.fromkeys(runs) if "=" in run.name}
+        taken = list(names.values())
+        found |= {run: name for run, name in names.items() if taken.count(name) == 1}
+    return found
 
 
-def job_name(run: Path) -> str:
+def job_name(run: Path, words: Callable[[Json], str]) -> str:
     identity = read_json(run / "run.json")
-    return f"{rule_name(nested(identity, 'selection.'))}, seed {identity['seed']}"
+    return f"{words(nested(identity, 'selection.'))}, seed {identity['seed']}"
 
 
 def short_paths(folders: Sequence[Path]) -> dict[Path, str]:

@@ -30,6 +30,7 @@ from slm.figures import (
     paper_figures,
     perplexity_figure,
     selection_figure,
+    share_text,
     spread_checkpoints,
 )
 from slm.plots import Curve
@@ -64,10 +65,17 @@ def test_classes_and_tokens_are_counted_by_hand(make, tmp_path, kept):
         assert_drawn(kept[0].axes[number], list(tokens.values()))
     assert_drawn(kept[0].axes[0], [lines["classes", name] for name in CLASSES])
     shown = [text.get_text() for text in kept[0].axes[0].get_legend().get_texts()]
-    expected = [round(100 * np.mean(label == index)) for index in range(4)]
+    expected = [f"{100 * np.mean(label == index):.0f}" for index in range(4)]
     assert shown == [
         f"{name[0]}\u2192{name[1]} ({share}% of tokens)"
         for name, share in zip(CLASSES, expected, strict=True)
+    ]
+
+
+def test_a_class_of_few_tokens_is_not_said_to_have_none():
+    shares = (0.0001, 0.0099, 0.01, 0.256, 0.999, 1.0)
+    assert [share_text(share) for share in shares] == [
+        *("under 1%", "under 1%", "1%", "26%", "100%", "100%")
     ]
 
 

@@ -367,13 +367,22 @@ def test_a_damaged_store_is_named_and_left_out(tmp_path, caplog):
 
 
 def test_jobs_of_a_sweep_have_short_names(tmp_path):
-    for seed in range(2):
-        folder = tmp_path / "sweep" / f"selection=excess,selection.select_ratio=0.4,seed={seed}"
-        make_run(folder, "Excess", 0.4, seed)
+    """Both rules take all tokens at k = 1."""
+    for rule, ratio, seed in (("Excess", 0.4, 0), ("Excess", 0.4, 1), ("Excess", 1.0, 0)):
+        folder = tmp_path / "sweep" / f"selection=excess,selection.select_ratio={ratio},seed={seed}"
+        make_run(folder, rule, ratio, seed)
         make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
-    report(config(tmp_path / "sweep", tmp_path / "out"))
-    data = data_of(tmp_path / "out" / "report.html")
-    assert [run["name"] for run in data["runs"]] == ["excess 0.4, seed 0", "excess 0.4, seed 1"]
+    names = ["excess 0.4, seed 0", "excess 0.4, seed 1", "all tokens, seed 0"]
+    assert names_shown(tmp_path) == names
+    folder = tmp_path / "sweep" / "selection=random,selection.select_ratio=1.0,seed=0"
+    make_run(folder, "Random", 1.0, 0)
+    make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
+    assert names_shown(tmp_path) == [*names[:2], "excess 1, seed 0", "random 1, seed 0"]
+
+
+def names_shown(folder: Path) -> list[str]:
+    report(config(folder / "sweep", folder / "out"))
+    return [run["name"] for run in data_of(folder / "out" / "report.html")["runs"]]
 
 
 def test_figures_of_an_earlier_report_go(tmp_path):
