@@ -541,6 +541,9 @@ def test_settings_that_would_change_the_loss_are_refused(tmp_path, monkeypatch, 
 def test_models_that_the_loss_would_not_reproduce_are_refused(tmp_path):
     with pytest.raises(UserError, match="its logits are not its head"):
         train(tmp_path, make_rows([5, 5]), make_model("hyperclovax"))
+    model = make_model(model_type="mixtral", num_local_experts=2, output_router_logits=True)
+    with pytest.raises(ValueError, match="output_router_logits is True, its auxiliary loss would"):
+        train(tmp_path, make_rows([5, 5]), model)
     with pytest.raises(ValueError, match="Linear is no causal LM"):
         door.attach(torch.nn.Linear(2, 2), door.SelectiveLoss(0.5))
 
