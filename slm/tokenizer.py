@@ -81,6 +81,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     check_vocabulary(name, vocabulary_size(tokenizer))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token; documents end with one")
+    # A model's folder gets its tokenizer.json, and who reads that alone would have texts cut.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -284,6 +284,18 @@ def test_truncation_padding_and_special_tokens_of_the_file_are_ignored(tokenizer
     )
 
 
+def test_what_is_loaded_is_saved_without_truncation_and_padding(tokenizer, tmp_path):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    changed = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    changed.save_pretrained(tmp_path / "cuts")
+    assert len(Tokenizer.from_file(str(tmp_path / "cuts" / "tokenizer.json")).encode("a").ids) == 9
+    load_tokenizer(tmp_path / "cuts").save_pretrained(tmp_path / "saved")
+    raw = Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert raw.encode("one two three").ids == tokenizer.encode("one two three")
+
+
 @pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (70_000, "uint32")])
 def test_dtype_of_large_vocabularies(size, dtype):
     vocab = {"[UNK]": 0, "</s>": 1} | {f"w{i}": i for i in range(2, size)}
