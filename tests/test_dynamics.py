@@ -458,12 +458,12 @@ def test_longer_windows_than_the_model_has_positions(tmp_path, text_corpus, make
         train(compose_train(tmp_path / "new", text_corpus.folder, *during(other)))
 
 
-def test_an_older_checkpoint_says_too_little(text_corpus, run):
+def test_a_record_without_its_tokens_seen_is_damaged(text_corpus, run):
     record = run / "checkpoints" / "step-00000004.ckpt.json"
     found = json.loads(record.read_text())
     del found["tokens_seen"], found["seal"]
     record.write_text(json.dumps(found))
-    with pytest.raises(UserError, match="does not say how many tokens it has seen: an older"):
+    with pytest.raises(UserError, match="is damaged: it has no .tokens_seen"):
         dynamics(compose_dynamics(run, text_corpus.folder))
 
 
