@@ -195,7 +195,7 @@ def check_settings(entry: dict[str, Any], key: str) -> None:
         wanted = "a whole number" if kind is int else JSON_TYPES[kind]
         if type(value) not in ((int, float) if kind is float else (kind,)):
             raise UserError(f"{key}.{name} must be {wanted}, found {value!r}")
-        if value == "" and name in ("path", "name"):  # an empty path would be the current folder
+        if name in ("path", "name") and not value:  # an empty path would be the current folder
             raise UserError(f"{key}.{name} is '', it must be a text that is not empty")
         if name == "weight" and not 0 < value < math.inf:
             raise UserError(f"{key}.weight is {value}, it must be positive")
