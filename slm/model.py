@@ -7,7 +7,8 @@ which compares one batch with cross-entropy of the model's own logits, and refus
 Letters: B windows, T positions, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,12 +244,27 @@ def check_model(lm: SelectiveLM, batch: Batch) -> None:
     training = lm.training
     lm.eval()
     try:
-        check_head(lm.model, few)
-        if "position_ids" in few:
-            check_documents(lm, few)
+        with attention_of_torch(lm.model):
+            check_head(lm.model, few)
+            if "position_ids" in few:
+                check_documents(lm, few)
     except RuntimeError as error:  # fields of its config that do not go together
         raise UserError(f"{type(lm.model).__name__} computes no batch: {told(error)}") from error
     lm.train(training)
+
+
+@contextmanager
+def attention_of_torch(model: PreTrainedModel) -> Iterator[None]:
+    """Flash attentions compute neither on a CPU nor in float32, where the checks are made."""
+    chosen = model.config._attn_implementation
+    if chosen in (None, "eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
 
 
 def check_trainable(lm: SelectiveLM, batch: Batch) -> None:
@@ -281,7 +297,8 @@ def check_saved(lm: SelectiveLM, batch: Batch, folder: Path) -> None:
     """
     few, training = few_tokens(batch), lm.training
     theirs = SelectiveLM(load_model(folder))(few).loss
-    with torch.compiler.set_stance("force_eager"):  # not worth a compilation
+    # A compilation is not worth it.
+    with torch.compiler.set_stance("force_eager"), attention_of_torch(lm.model):
         ours = lm.eval()(to_device(few, lm.model.device)).loss.cpu()
     lm.train(training)
     difference = (ours - theirs).abs().mean().item()

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Gemma3Config, PreTrainedModel, XLNetConfig
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    PreTrainedModel,
+    XLNetConfig,
+)
 
 from model_helpers import (
     APART,
@@ -243,6 +249,21 @@ def test_a_model_whose_weights_depend_on_its_mode_is_refused():
         check_trainable(lm, make_batch())
     for fields in ({"rescale_every": 0}, {"rescale_every": 2}):  # 2: what is divided by 1 stays
         check_trainable(make_lm("rwkv", **fields), make_batch())
+
+
+def test_an_attention_of_other_devices_is_checked_with_torchs(monkeypatch, tmp_path):
+    def flash(module, query, *args, **kwargs):
+        raise RuntimeError("takes float16 and bfloat16 of CUDA only")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "of_cuda", flash)
+    lm = make_lm("llama")
+    lm.model.save_pretrained(tmp_path)
+    lm.model.set_attn_implementation("of_cuda")
+    check_trainable(lm, make_batch(documents=True))
+    check_saved(lm, make_batch(), tmp_path)
+    assert lm.model.config._attn_implementation == "of_cuda"
+    with pytest.raises(RuntimeError, match="of CUDA only"):
+        lm.model(make_batch()["input_ids"])
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
