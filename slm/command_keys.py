@@ -30,6 +30,7 @@ FORWARD: Table = {
     "batch_size": count,
     "dtype": word("float32", "bfloat16", "bf16-mixed"),
     "device": text,
+    "modules": modules,
     "check": check,
 }
 PREPARE: Table = {
@@ -74,6 +75,7 @@ HARNESS: Table = {
     "batch_size": count,
     "max_new_tokens": count,
     "device": text,
+    "modules": modules,
     "out": optional(file),
 }
 DYNAMICS: Table = FORWARD | {
@@ -87,7 +89,6 @@ DYNAMICS: Table = FORWARD | {
     "by_source": flag,
     "threshold": rate,
     "mean_loss": optional(number),
-    "modules": modules,
 }
 REPORT: Table = {
     "runs": texts,

@@ -25,6 +25,7 @@ from slm.data import IGNORE_INDEX, Windows, spread, to_device
 from slm.fields import OBJECT, check_fields, one_of
 from slm.model import SelectiveLM, load_model
 from slm.model_folder import check_model_folder
+from slm.rules import import_modules
 from slm.score import (
     DTYPES,
     check_fits,
@@ -149,6 +150,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 @command("evaluate")
 def main(config: Any) -> None:
     check(config, EVALUATE)
+    import_modules(config.modules)
     rows = evaluate(dict(config.models), dict(config.sets), config)
     print_table(rows)
     if config.out is not None:

@@ -32,6 +32,7 @@ from slm.imported import Responses, check_packing, response_files, write_request
 from slm.lineage import device_name
 from slm.model import SelectiveLM, check_length, check_model, load_model
 from slm.model_folder import check_model_folder, model_sha256
+from slm.rules import import_modules
 from slm.scorer import (
     Columns,
     Scorer,
@@ -295,6 +296,7 @@ def score_from_responses(config: Any, corpus: Corpus) -> Path:
 
 def score(config: Any) -> Path:
     check(config, SCORE)
+    import_modules(config.modules)
     check_way(config)
     corpus = Corpus.open(config.corpus, config.check)
     if config.reference_model is not None:

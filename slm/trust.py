@@ -1,5 +1,8 @@
 """Nothing that a model's folder brings along is executed: no code of its own, no fetched kernel.
 
+Who wants a folder's code names its file by the key `modules`, and the file registers its classes
+(`AutoConfig.register`, `AutoModelForCausalLM.register`); of the folder no code is run even then.
+
 Transformers asks on the terminal whether to run a folder's own modules, and fetches the attention
 kernel that a config names, whatever implementation its caller asks for.
 """
@@ -36,16 +39,28 @@ def fields_of(read: Callable[[], Json]) -> Json:
 def refuse_code(where: str, fields: Any) -> None:
     """`fields`: of a config, as its JSON says them."""
     for key, value in pairs_of(fields):
-        if key == "auto_map":
+        if key == "auto_map" and not is_registered(fields):
             raise UserError(
                 f"{where}: auto_map names code of its own ({value}), which is never run; take it "
-                "out of a copy of the folder if transformers has a class for it, else convert it"
+                "out of a copy of the folder if transformers has a class for it, else give "
+                "modules=[FILE.py], which registers its classes with AutoConfig and "
+                "AutoModelForCausalLM"
             )
         if key in ATTENTION_KEYS and value not in BUILT_IN:
             raise UserError(
                 f"{where}: {key} is {value!r}, for which a kernel would be fetched; take it out "
                 "(model.attn_implementation says what training computes with)"
             )
+
+
+def is_registered(fields: Json) -> bool:
+    """The user's own code has a class for it, and transformers has none."""
+    from transformers import CONFIG_MAPPING
+
+    is_named = isinstance(fields, dict) and "model_type" in fields
+    name = fields["model_type"] if is_named else None
+    known = isinstance(name, str) and name in CONFIG_MAPPING
+    return known and not CONFIG_MAPPING[name].__module__.startswith("transformers.")
 
 
 def pairs_of(fields: Any) -> Iterator[tuple[str, Any]]:

@@ -1,11 +1,17 @@
 """Folders that bring code: refused by name, and none of it runs, whatever is answered."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import dynamic_module_utils, modeling_utils
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    dynamic_module_utils,
+    modeling_utils,
+)
 
 from model_helpers import small_llama
 from slm.dynamics import load_checkpoint
@@ -13,6 +19,7 @@ from slm.errors import UserError
 from slm.harness import check_room
 from slm.model import load_model
 from slm.model_folder import save_model
+from slm.rules import import_modules
 from slm.tokenizer import load_tokenizer, tokenizer_sha256
 from slm.trust import refuse_code
 
@@ -84,6 +91,40 @@ def test_a_config_fetches_no_kernel(folder, load, key, monkeypatch):
     assert fetched == []
     change(folder / "config.json", **{key: "eager"})
     load(folder)
+
+
+REGISTERED = """
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+class Config(LlamaConfig):
+    model_type = "marked"
+
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+
+AutoConfig.register("marked", Config)
+AutoModelForCausalLM.register(Config, Model)
+"""
+
+
+def test_code_that_the_user_names_is_used_and_the_folders_is_not(folder, monkeypatch):
+    expected = load_model(folder).state_dict()
+    change(folder / "config.json", auto_map=CODE, model_type="marked", architectures=["Model"])
+    (folder.parent / "registered.py").write_text(REGISTERED)
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+    with pytest.raises(UserError, match=r"else give modules=\[FILE\.py\]"):
+        load_model(folder)
+    import_modules([str(folder.parent / "registered.py")])
+    loaded = load_model(folder)
+    assert type(loaded) is sys.modules.pop("registered").Model
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+    assert check_room(str(folder), 1) is None
+    assert not (folder.parent / "mark").exists()
 
 
 def test_nested_configs_are_looked_into():
