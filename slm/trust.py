@@ -57,10 +57,10 @@ def is_registered(fields: Json) -> bool:
     """The user's own code has a class for it, and transformers has none."""
     from transformers import CONFIG_MAPPING
 
-    is_named = isinstance(fields, dict) and "model_type" in fields
-    name = fields["model_type"] if is_named else None
-    known = isinstance(name, str) and name in CONFIG_MAPPING
-    return known and not CONFIG_MAPPING[name].__module__.startswith("transformers.")
+    name = fields["model_type"] if isinstance(fields, dict) and "model_type" in fields else None
+    if not isinstance(name, str) or name not in CONFIG_MAPPING:
+        return False
+    return not CONFIG_MAPPING[name].__module__.startswith("transformers.")
 
 
 def pairs_of(fields: Any) -> Iterator[tuple[str, Any]]:
