@@ -130,30 +130,34 @@ def cut(
     chunks: Iterator[bytes], separator: re.Pattern[bytes], max_bytes: int
 ) -> Iterator[tuple[bytes | None, int]]:
     """Pieces that end with a separator, and their lines; None for a record that is too long."""
-    pending, passed = b"", 0  # passed: lines of a record that is being skipped
-    skipping = False
+    pending = bytearray()  # grows in place: a record may be of many chunks
+    start = 0  # where a separator may begin that ends in the next chunk
+    skipping, passed = False, 0  # passed: lines of a record that is being skipped
     for chunk in chunks:
         pending += chunk
         if skipping:
-            match = separator.search(pending)
+            found = next((match.end() for match in separator.finditer(pending)), None)
             # A separator may begin in this chunk and end in the next.
-            end = match.end() if match else max(0, len(pending) - 64)
+            end = max(0, len(pending) - 64) if found is None else found
             passed += pending.count(b"\n", 0, end)
-            pending = pending[end:]
-            if match is None:
+            del pending[:end]
+            if found is None:
                 continue
             yield None, passed
-            skipping = False
-        end = max((match.end() for match in separator.finditer(pending)), default=0)
+            skipping, start = False, 0
+        end = max((match.end() for match in separator.finditer(pending, start)), default=0)
         if end:
-            yield pending[:end], pending.count(b"\n", 0, end)
-            pending = pending[end:]
+            yield bytes(memoryview(pending)[:end]), pending.count(b"\n", 0, end)
+            del pending[:end]
+            start = 0
         elif len(pending) > max_bytes:
             skipping, passed = True, 0
+        newline = pending.rfind(b"\n", start)
+        start = newline if newline >= 0 else len(pending)
     if skipping:
         yield None, passed + pending.count(b"\n") + 1
     elif pending:
-        yield pending, pending.count(b"\n") + (not pending.endswith(b"\n"))
+        yield bytes(pending), pending.count(b"\n") + (not pending.endswith(b"\n"))
 
 
 # ---- JSON that is no lines ----------------------------------------------------------------------
