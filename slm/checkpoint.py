@@ -11,6 +11,7 @@ exit code 0 on SIGTERM and trains on after NaN; the pieces here replace that.
 
 import logging
 import os
+import pickle
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -63,8 +64,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         aside(path).unlink(missing_ok=True)  # there is a whole one of this step again
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True):
-        check_checkpoint(Path(path))
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return read_checkpoint(Path(path), map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
         sidecar(Path(path)).unlink(missing_ok=True)
@@ -74,6 +74,21 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 def tensor_bytes(checkpoint: dict[str, Any]) -> int:
     leaves = tree_leaves(checkpoint)
     return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Plain types and tensors of a file that verifies; nothing else that it may hold is made."""
+    check_checkpoint(path)
+    try:
+        saved = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path} is no checkpoint of slm train, though its hash is the one beside it "
+            f"({type(error).__name__})"
+        ) from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint of slm train")
+    return saved
 
 
 def check_checkpoint(path: Path) -> None:

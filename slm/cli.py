@@ -223,6 +223,9 @@ def composition_error(name: str, error: Exception) -> str:
     if unknown is None:
         return f"{text} ({FULL_ERROR}=1 shows where)"
     key, keys = unknown["key"], known_keys(name)
+    new = re.search(r"full_key: (?P<key>\S+)", str(error.__cause__))
+    if new is not None and new["key"].startswith(f"{key}."):  # the value is a dict with another key
+        return f"there is no {new['key']} yet, and a dict is merged: +{new['key']}=... adds it"
     if key in keys:
         return f"the groups chosen here have no key {key!r}: it belongs to another choice"
     last = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]

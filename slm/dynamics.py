@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slm.analysis import Analysis, analyse, run_chooser
 from slm.arms import folders_of, run_folders
-from slm.checkpoint import check_checkpoint, is_due, read_sidecar, sidecar, step_ended
+from slm.checkpoint import is_due, read_checkpoint, read_sidecar, sidecar, step_ended
 from slm.checks import check
 from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS, RunningFit
 from slm.cli import command, progress
@@ -278,8 +278,7 @@ def check_same_tokenizer(mine: Corpus, training: Corpus) -> None:
 
 def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
     """The model of a checkpoint that fits the corpus."""
-    check_checkpoint(path)
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(path)
     if "about" not in saved:
         raise UserError(f"{path} does not say its architecture: an older version wrote it")
     about, expected = saved["about"], corpus.manifest["tokenizer_sha256"]

@@ -331,7 +331,8 @@ def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Jso
     if num_shards == 0:
         hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
         raise UserError(
-            f"the {folder.name} side has {counts['tokens']} tokens, fewer than the "
+            f"the {folder.name} side has {counts['tokens']} tokens in {counts['documents']} "
+            "documents (a text file is one, see `document` of a source), fewer than the "
             f"{config.seq_len + 1} of one window (heldout_ratio={config.heldout_ratio}, "
             f"seq_len={config.seq_len}): {hint}"
         )

@@ -145,6 +145,10 @@ def test_under_multirun_the_other_jobs_go_on_and_the_end_is_1(call, application)
         ),
         (["needed=1", "nest.iner=2"], "no key 'nest.iner', did you mean nest.inner? (`slm toy"),
         (["needed=1", "other.inner=2"], "no key 'other.inner', did you mean nest.inner?"),
+        (
+            ["needed=1", "nest={inner: 1, other: 2}"],
+            "there is no nest.other yet, and a dict is merged: +nest.other=... adds it",
+        ),
         (["needed=1", "zzzz=2"], "no key 'zzzz' (`slm toy --help` lists them)"),
         ([], "needed must be given: needed=..."),
         (["needed=a=b"], "cannot read 'needed=a=b'; a value with a comma"),

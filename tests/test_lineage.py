@@ -112,6 +112,7 @@ def test_card_of_a_hub_model_and_of_new_weights(tmp_path: Path) -> None:
         "tokens_selected": 10,
         "train_seconds": None,
         "train_flops": None,
+        "precision": "32-true",
         "device": torch.device("cpu"),
     }
     card = model_card(lineage(init_from="org/name", **shared), {})

@@ -1,6 +1,5 @@
 """Rules by word: nothing that a folder says is imported, called or believed unseen."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from slm import rules as rules_module
 from slm.errors import UserError
 from slm.rules import RULES, by_word, import_modules, make_rule, takes_all_tokens, trained_by_word
 from slm.selection import Excess, Random
+from slm.shards import read_json, write_record
 
 MARK = "from pathlib import Path\nPath(r'{mark}').touch()\ntouch = dict\n"
 RULE = "from dataclasses import dataclass\nfrom slm.selection import Excess\n\n\n"
@@ -70,12 +70,11 @@ def test_a_report_of_hostile_runs_runs_nothing_and_says_so(mark, tmp_path, call)
     for number, selection in enumerate(HOSTILE):
         plan = folder / "dynamics" / str(number) / "plan.json"
         make_analysis(plan.parent, prose(4, 9))
-        body = json.loads(plan.read_text())
+        body = read_json(plan)
         body["run"]["selection"] = selection
-        plan.write_text(json.dumps(body))
-    identity = json.loads((folder / "run.json").read_text())
-    identity |= {"selection._target_": "marking.touch"}
-    (folder / "run.json").write_text(json.dumps(identity))
+        write_record(plan, body)  # whoever makes a hostile folder makes its seals too
+    identity = read_json(folder / "run.json")
+    write_record(folder / "run.json", identity | {"selection._target_": "marking.touch"})
     code, _, err = call(report.main, f"runs='{folder}'", f"out='{tmp_path / 'out'}'")
     assert code == 0, err
     assert not mark.exists() and "marking" not in sys.modules

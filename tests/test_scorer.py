@@ -1,14 +1,14 @@
 """Shards from a source whose scores are known; tests/test_score.py has them from a model."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from slm.errors import UserError
+from slm.score import make_plan
 from slm.scorer import Columns, Scorer, finish, is_finished, store_bytes, stored
-from slm.shards import FORMAT, IDENTITY, Corpus, References, write_json
+from slm.shards import Corpus, References, write_json
 
 T = 16
 
@@ -29,8 +29,7 @@ class Counted:
 def scorer(tmp_path: Path, text_corpus: Corpus) -> Scorer:
     out = tmp_path / "out"
     out.mkdir()
-    plan: dict[str, Any] = {field: text_corpus.manifest[field] for field in IDENTITY}
-    write_json(out / "plan.json", plan | {"format": FORMAT, "kind": "reference"})
+    write_json(out / "plan.json", make_plan(text_corpus, None, {}))
     return Scorer(Counted(), text_corpus, out, 3, "float32")
 
 

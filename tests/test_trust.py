@@ -138,6 +138,6 @@ def test_a_checkpoint_that_names_code_is_refused(tmp_path, text_corpus, tokenize
     about["config"] = json.dumps(small_llama().config.to_dict() | {"auto_map": CODE})
     path = tmp_path / "step-1.ckpt"
     torch.save({"about": about, "state_dict": {}}, path)
-    monkeypatch.setattr("slm.dynamics.check_checkpoint", lambda path: None)
+    monkeypatch.setattr("slm.checkpoint.check_checkpoint", lambda path: None)
     with pytest.raises(UserError, match=r"step-1\.ckpt: auto_map names code of its own"):
         load_checkpoint(path, text_corpus)
