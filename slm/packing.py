@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -226,9 +226,30 @@ def drop_faulty(
 _worker: Worker
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """An interrupt waits: a worker that is half started would be waited for for ever.
+
+    What is started here hears none, not while it imports either: the mask is inherited. In this
+    process another thread may be told of it, and Python's handler runs in the main one anyway.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no interrupt arrives there
+        yield
+        return
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt
+
+
 def start_worker(job: Job) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=die_with_parent, daemon=True).start()
     _worker = Worker(job)
 
@@ -254,7 +275,8 @@ def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Gene
     pending: deque[Any] = deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(run_in_worker, batch))
+            with undisturbed():  # a call may start a worker
+                pending.append(pool.submit(run_in_worker, batch))
             if len(pending) >= BATCHES_PER_WORKER * num_proc:
                 yield pending.popleft().result()
         while pending:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from hashlib import blake2b
 from itertools import islice
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from slm.claims import claim
 from slm.cli import conf_folder
 from slm.errors import UserError
-from slm.packing import side_of
+from slm.packing import side_of, undisturbed
 from slm.prepare import prepare
 from slm.shards import ArrayWriter, Corpus
 from slm.tokenizer import EOS, train_tokenizer
@@ -876,6 +877,33 @@ def test_two_quick_interrupts_end_the_workers(tmp_path, bytes_folder):
     assert process.returncode != 0
     for worker in workers:
         wait_for(Path(f"/proc/{worker}"), exists=False)
+
+
+def test_workers_hear_no_interrupt_while_they_start(tmp_path, bytes_folder):
+    """A terminal sends it to every process; it is the parent's to handle."""
+    write(tmp_path / "a.jsonl", *["abcdefgh" * 1000] * 700)
+    arguments = ("out=x", "sources=[a.jsonl]", f"tokenizer.path={bytes_folder}", "num_proc=2")
+    process = start(tmp_path, *arguments, "heldout_ratio=0")
+    while len(workers := children(process.pid)) < 3:  # one of them tracks resources
+        time.sleep(0.01)
+    for pid in workers:
+        os.kill(pid, signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in message, message
+
+
+def test_an_interrupt_waits_until_a_worker_has_started():
+    """Also where another thread is told of it, as Python's handlers run in the main one."""
+    over, started = threading.Event(), False
+    other = threading.Thread(target=over.wait)
+    other.start()
+    with pytest.raises(KeyboardInterrupt), undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        started = True
+    over.set()
+    other.join()
+    assert started and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_worker_that_dies_is_reported(tmp_path, bytes_folder):
