@@ -45,6 +45,7 @@ def config(tmp_path, text_corpus, tokenizer) -> Any:
             "dtype": "float32",
             "store_dtype": "float32",
             "device": "cpu",
+            "modules": [],
             "check": "size",
         }
     )

@@ -77,6 +77,7 @@ def config(tmp_path, text_corpus, model) -> Any:
             "dtype": "float32",
             "store_dtype": "float32",
             "device": "cpu",
+            "modules": [],
             "check": "size",
         }
     )
