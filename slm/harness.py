@@ -46,7 +46,6 @@ from slm.checks import check
 from slm.cli import LINE_EVERY_S, command
 from slm.command_keys import HARNESS
 from slm.errors import UserError
-from slm.rules import import_modules
 from slm.shards import write_csv
 
 log = logging.getLogger("slm.harness")
@@ -459,6 +458,8 @@ def print_table(rows: list[Row]) -> None:
 
 @command("harness")
 def main(config: Any) -> None:
+    from slm.rules import import_modules  # imports torch
+
     check(config, HARNESS)
     import_modules(config.modules)
     check_installed()
