@@ -223,9 +223,6 @@ def drop_faulty(
 
 # ---- the pool -----------------------------------------------------------------------------------
 
-_worker: Worker
-
-
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """An interrupt waits: a worker that is half started would be waited for for ever.
@@ -246,6 +243,9 @@ def undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if heard:
         raise KeyboardInterrupt
+
+
+_worker: Worker
 
 
 def start_worker(job: Job) -> None:

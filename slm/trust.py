@@ -29,7 +29,7 @@ def check_no_code(name: str | Path) -> None:
 
 
 def fields_of(read: Callable[[], Json]) -> Json:
-    """None where there is no such file, or a damaged one: whoever loads it says so."""
+    """Empty where there is no such file, or a damaged one: whoever loads it says so."""
     try:
         return read()
     except (OSError, ValueError, TypeError, RecursionError):
