@@ -223,6 +223,7 @@ def drop_faulty(
 
 # ---- the pool -----------------------------------------------------------------------------------
 
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """An interrupt waits: a worker that is half started would be waited for for ever.
