@@ -14,11 +14,10 @@ import numpy as np
 
 from slm.errors import UserError
 from slm.plots import Curve, heldout_sets, read_curve
-from slm.rules import by_word, rule_word, takes_all_tokens
+from slm.rules import RULES, by_word, rule_word, takes_all_tokens
 from slm.shards import Json, read_json
 
 SEEDS = {"seed", "selection.seed"}
-WITHOUT_REFERENCES = {"all", "random", "loss", "middle"}  # rules that at most log the scores
 HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -50,7 +49,7 @@ class Run(NamedTuple):
         """False for rules that use no scores; older lineages do not say so, their rule does."""
         if "needs_references" in self.lineage:
             return self.lineage["needs_references"]
-        return self.rule not in WITHOUT_REFERENCES
+        return self.rule not in RULES or bool(RULES[self.rule].needs)
 
 
 class Arm(NamedTuple):

@@ -36,7 +36,6 @@ from slm.figure_parts import (
 )
 from slm.plots import COLOURS, LEGEND_SIZE, Curve, dress, pyplot, shared_legend
 from slm.rules import takes_all_tokens
-from slm.selection import Random, Soft
 from slm.text_figure import text_figure
 
 log = logging.getLogger(__name__)
@@ -306,14 +305,14 @@ def is_drawn(draw: Draw, path: Path) -> bool:
 
 
 def selects(analysis: Analysis) -> bool:
-    """Has its rule a rank for each token, and is the rank known? The log says why not."""
+    """Does its rule pick tokens, and is it known which? The log says why not."""
     try:
         chooser = chooser_of(analysis)
     except UserError as error:
         log.info("%s: no figures of what is selected: %s", analysis.name, error)
         return False
     everything = takes_all_tokens(analysis.store.plan["run"]["selection"])
-    if everything or isinstance(chooser.rule, (Random, Soft)):
+    if everything or not chooser.rule.picks_tokens:
         log.info("%s: figures of what is selected do not apply to %s", analysis.name, chooser.name)
         return False
     return True

@@ -50,11 +50,14 @@ class Selection:
     needs_token_loss:  False: the choice can be made before the forward pass
     divides_by:        the loss's denominator over the whole optimizer step: the number of
                        "selected" or of "valid" tokens
+    picks_tokens:      False: what it selects says nothing of a token, for it takes all, any by
+                       chance, or weighs them
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     needs_token_loss: ClassVar[bool] = False
     divides_by: ClassVar[str] = "selected"
+    picks_tokens: ClassVar[bool] = True
     scope: str = "batch"
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
@@ -84,6 +87,8 @@ class Selection:
 @dataclass(frozen=True)
 class All(Selection):
     """Every token: causal language modeling (Rho-1, Eq 2); it trains the reference too."""
+
+    picks_tokens = False
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         valid = self.candidates(batch)
@@ -179,6 +184,7 @@ class Random(Ranked):
     split, and differs between passes over the corpus.
     """
 
+    picks_tokens = False
     seed: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -276,6 +282,7 @@ class Soft(Selection):
     needs = ("reference_logprob",)
     needs_token_loss = True
     divides_by = "valid"
+    picks_tokens = False
     temperature: float
 
     def __post_init__(self) -> None:
