@@ -19,7 +19,8 @@ from slm.checkpoint import sidecar
 from slm.classes import CLASSES, classify
 from slm.cli import conf_folder
 from slm.data import Windows
-from slm.dynamics import TokenDynamics, attention_of, dynamics, even_part, load_checkpoint, main
+from slm.dynamics import attention_of, dynamics, load_checkpoint, main
+from slm.dynamics_callback import TokenDynamics, even_part
 from slm.errors import NonFiniteError, UserError
 from slm.shards import nested, read_json, write_json, write_manifest
 from slm.tokenizer import tokenizer_sha256, train_tokenizer
@@ -163,7 +164,7 @@ def test_a_broken_model_stops_the_training(tmp_path, text_corpus, monkeypatch):
     def broken(*arguments: Any) -> np.ndarray:
         return np.full((len(arguments[2]), 16), np.nan, np.float32)
 
-    monkeypatch.setattr("slm.dynamics.token_losses", broken)
+    monkeypatch.setattr("slm.dynamics_callback.token_losses", broken)
     with pytest.raises(NonFiniteError, match=r"step 0: the loss of 112 of the 112 tokens"):
         train(compose_train(tmp_path / "run", text_corpus.folder, *during(text_corpus)))
 

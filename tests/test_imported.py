@@ -19,8 +19,8 @@ from slm.errors import UserError
 from slm.imported import is_logprob
 from slm.model import load_model
 from slm.model_folder import save_model
+from slm.settings import warn_of_other_precision
 from slm.shards import References
-from slm.train import warn_of_other_precision
 from slm.verify import verify
 
 Lines = list[dict[str, Any]]

@@ -29,9 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import swap_ids
 from model_helpers import ARCHITECTURES, small_llama
 from run_helpers import TINY_MODEL, leave_strays
-from slm import train as train_module
+from slm import building
 from slm.analysis import analyse
 from slm.architecture import new_model
+from slm.building import accelerator, check_device
 from slm.checkpoint import check_checkpoint
 from slm.claims import ClaimLost
 from slm.cli import conf_folder
@@ -43,8 +44,9 @@ from slm.model import check_model
 from slm.model_folder import save_model
 from slm.module import SelectiveModule
 from slm.score import load_reference, score
+from slm.settings import warn_of_other_precision
 from slm.shards import References, read_json
-from slm.train import accelerator, check_device, train, warn_of_other_precision
+from slm.train import train
 from slm.trajectories import TrajectoryStore
 
 TINY = [
@@ -94,7 +96,7 @@ class Crash(Callback):
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
     """Hand the trainer a bar that crashes: the last of all callbacks."""
     bar = Callback() if step is None else Crash(step)
-    monkeypatch.setattr(train_module, "progress_bar", lambda: bar)
+    monkeypatch.setattr(building, "progress_bar", lambda: bar)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -297,7 +299,7 @@ def test_all_excess_and_random_see_the_same_order(
         ) -> None:
             orders[-1].append(batch["window"].tolist())
 
-    monkeypatch.setattr(train_module, "progress_bar", Spy)
+    monkeypatch.setattr(building, "progress_bar", Spy)
     for rule in ("all", "random", "excess"):
         orders.append([])
         references_word = f"data.references='{references.folder}'"
@@ -445,7 +447,7 @@ def test_weights_that_depend_on_the_mode_are_neither_trained_nor_exported(
     save_model(tmp_path / "base", base, tokenizer, "card", {})
     with pytest.raises(UserError, match="RwkvForCausalLM changes its weights .* rescale_every=0"):
         train(config)
-    monkeypatch.setattr(train_module, "check_trainable", check_model)
+    monkeypatch.setattr(building, "check_trainable", check_model)
     with pytest.raises(UserError, match="RwkvForCausalLM: the loss of one batch is .* as saved"):
         train(config)
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -481,7 +483,7 @@ def test_who_loses_the_folder_to_another_process_ends_before_it_writes(
             if trainer.global_step == 3:
                 (folder / "run.claim").write_text('{"host": "elsewhere", "pid": 7}')
 
-    monkeypatch.setattr(train_module, "progress_bar", Lose)
+    monkeypatch.setattr(building, "progress_bar", Lose)
     config = compose_train(folder, text_corpus.folder)
     with pytest.raises(ClaimLost, match="has lost .*run.claim to pid 7 on elsewhere"):
         train(config)
@@ -581,7 +583,7 @@ def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(
             if trainer.global_step == 5:
                 next(pl_module.lm.parameters()).data[0] = torch.nan
 
-    monkeypatch.setattr(train_module, "progress_bar", Poison)
+    monkeypatch.setattr(building, "progress_bar", Poison)
     with pytest.raises(NonFiniteError, match="step 5: loss sum nan.*windows of this rank"):
         train(compose_train(tmp_path / "run", text_corpus.folder))
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))

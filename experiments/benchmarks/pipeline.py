@@ -378,11 +378,11 @@ import json, sys, time
 from pathlib import Path
 from lightning import Callback
 times = next(word for word in sys.argv if word.startswith("+times=")); sys.argv.remove(times)
-import slm.train
+import slm.building, slm.train
 class Clock(Callback):
     marks = []
     def on_train_batch_end(self, *_): self.marks.append(time.perf_counter())
-slm.train.progress_bar = Clock
+slm.building.progress_bar = Clock
 slm.train.main()
 gaps = [b - a for a, b in zip(Clock.marks, Clock.marks[1:])]
 Path(times.removeprefix("+times=").strip("'")).write_text(json.dumps(gaps))
@@ -560,7 +560,7 @@ def callback_share(out: Path, corpus: Path, steps: int, targets: int) -> float:
 CALLBACK_TIMES = """
 import json, time
 from collections import defaultdict
-import slm.dynamics, slm.train
+import slm.dynamics_callback, slm.train
 spent = defaultdict(float)
 def clocked(name, function):
     def timed(*arguments, **more):
@@ -571,9 +571,9 @@ def clocked(name, function):
             spent[name] += time.perf_counter() - start
     return timed
 for hook in ("on_train_start", "on_train_batch_end", "on_train_end"):
-    whole = clocked("callback", getattr(slm.dynamics.TokenDynamics, hook))
-    setattr(slm.dynamics.TokenDynamics, hook, whole)
-slm.dynamics.token_losses = clocked("forward", slm.dynamics.token_losses)
+    whole = clocked("callback", getattr(slm.dynamics_callback.TokenDynamics, hook))
+    setattr(slm.dynamics_callback.TokenDynamics, hook, whole)
+slm.dynamics_callback.token_losses = clocked("forward", slm.dynamics_callback.token_losses)
 from lightning import Trainer
 Trainer.fit = clocked("training", Trainer.fit)
 slm.train.main()
