@@ -27,7 +27,7 @@ from slm.errors import UserError
 from slm.model import SelectiveLM, check_trainable
 from slm.model_folder import check_model_folder
 from slm.module import SelectiveModule
-from slm.progress import Metrics, StepClock, progress_bar
+from slm.progress import Metrics, StepClock, StepProgress
 from slm.score import load_reference
 from slm.selection import Selection
 from slm.settings import check_config
@@ -83,7 +83,7 @@ def build_trainer(config: DictConfig, data: TokenData, check_owner: Callable[[],
         logger=loggers,
         callbacks=[
             *(OnlyWriter(check_owner), RandomStates(), *callbacks),
-            *(StopOnSignal(checkpoints), progress_bar(), *clocks),
+            *(StopOnSignal(checkpoints), StepProgress(), *clocks),
         ],
         plugins=[VerifiedCheckpointIO(check_owner)],
         enable_checkpointing=False,  # Checkpoints saves, and it alone

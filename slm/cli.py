@@ -2,23 +2,21 @@
 
 It imports nothing heavy: `slm --help` must answer at once. `command` makes a function a Hydra
 application that works from a checkout and from an installed wheel, in any directory, and that ends
-with one sentence where the input is wrong. `progress` is what every command counts with.
+with one sentence where the input is wrong.
 """
 
 import difflib
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from slm import __version__
-from slm.errors import NonFiniteError, UserError
+from slm.errors import NonFiniteError, UserError, fail, reported
 
 COMMANDS = {  # name: (what it does, an example)
     "prepare": (
@@ -52,7 +50,6 @@ COMMANDS = {  # name: (what it does, an example)
 }
 SHOWS_ONLY = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c"}
 FULL_ERROR = "HYDRA_FULL_ERROR"
-LINE_EVERY_S = 30.0
 
 
 def usage() -> str:
@@ -123,7 +120,7 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    import_module("slm.sweep")  # its resolvers are in the configurations
+    import_module("slm.hydra_names")  # the resolvers in the configurations
 
     def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
         @wraps(function)
@@ -153,17 +150,6 @@ def checked(function: Callable[[Any], Any], config: Any) -> Any:
         examples = " ".join(f"{key}=..." for key in missing)
         raise UserError(f"{', '.join(missing)} must be given: {examples}")
     return function(config)
-
-
-def reported(error: BaseException | None) -> Exception | None:
-    """The error that one sentence is enough for, be it wrapped by Hydra's `instantiate`."""
-    while error is not None:
-        if isinstance(error, UserError | NonFiniteError):
-            return error
-        if isinstance(error, OSError) and error.filename is not None:
-            return UserError(f"{error.filename}: {error.strerror}")
-        error = error.__cause__
-    return None
 
 
 def run(name: str, application: Callable[[], Any]) -> None:
@@ -197,13 +183,6 @@ def is_unknown_choice(word: str) -> bool:
     group, _, choice = word.partition("=")
     folder = conf_folder() / group
     return folder.is_dir() and not (folder / f"{choice}.yaml").exists()
-
-
-def fail(name: str, error: Exception | str) -> NoReturn:
-    """One sentence instead of a traceback, and exit code 1."""
-    sys.stdout.flush()
-    print(f"slm {name}: {error}", file=sys.stderr)
-    sys.exit(1)
 
 
 def composition_error(name: str, error: Exception) -> str:
@@ -252,59 +231,6 @@ def dotted(config: Any, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{key}.")
-
-
-# ---- progress -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields advance(count): a bar where stderr is a terminal, else a line every 30 s."""
-    if not sys.stderr.isatty():
-        yield Lines(label, total, unit).advance
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    text = "{task.completed:,.0f}/{task.total:,.0f} " + unit + "  {task.fields[rate]:,.0f}/s"
-    columns = (TextColumn(label), BarColumn(), TextColumn(text), TimeRemainingColumn())
-    start = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, rate=0.0)
-
-        def advance(count: int) -> None:
-            done = bar.tasks[0].completed + count
-            bar.update(task, advance=count, rate=done / max(1e-9, time.monotonic() - start))
-
-        yield advance
-
-
-class Lines:
-    """A plain line every LINE_EVERY_S, for logs that nobody watches live."""
-
-    def __init__(self, label: str, total: int, unit: str):
-        self.label, self.total, self.unit, self.done = label, total, unit, 0
-        self.started_s = self.printed_s = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.printed_s < LINE_EVERY_S:
-            return
-        self.printed_s = now
-        rate = self.done / (now - self.started_s)
-        print(
-            f"{self.label} {self.done:,}/{self.total:,} {self.unit}  {rate:,.0f}/s  "
-            f"{duration((self.total - self.done) / max(1e-9, rate))} left",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def duration(seconds: float) -> str:
-    """3661.0 -> 1:01:01"""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 if __name__ == "__main__":

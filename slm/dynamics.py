@@ -24,8 +24,9 @@ from slm.arms import folders_of, run_folders
 from slm.checkpoint import read_checkpoint, read_sidecar, sidecar
 from slm.checks import check
 from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS
-from slm.cli import command, progress
+from slm.cli import command
 from slm.command_keys import DYNAMICS
+from slm.console import progress
 from slm.data import Windows
 from slm.dynamics_stores import (
     classify_run,

@@ -1,4 +1,7 @@
-"""The two ways in which a command ends early on purpose."""
+"""The two ways in which a command ends early on purpose, and how it says so."""
+
+import sys
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -10,3 +13,21 @@ class UserError(ValueError):
 
 class NonFiniteError(FloatingPointError):
     """The loss or the gradient norm is NaN or infinite; raised before the optimizer step."""
+
+
+def reported(error: BaseException | None) -> Exception | None:
+    """The error that one sentence is enough for, be it wrapped by Hydra's `instantiate`."""
+    while error is not None:
+        if isinstance(error, UserError | NonFiniteError):
+            return error
+        if isinstance(error, OSError) and error.filename is not None:
+            return UserError(f"{error.filename}: {error.strerror}")
+        error = error.__cause__
+    return None
+
+
+def fail(name: str, error: Exception | str) -> NoReturn:
+    """One sentence instead of a traceback, and exit code 1."""
+    sys.stdout.flush()
+    print(f"slm {name}: {error}", file=sys.stderr)
+    sys.exit(1)

@@ -19,8 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from slm.checks import check
-from slm.cli import command, progress
+from slm.cli import command
 from slm.command_keys import EVALUATE
+from slm.console import progress
 from slm.data import IGNORE_INDEX, Windows, spread, to_device
 from slm.fields import OBJECT, check_fields, one_of
 from slm.model import SelectiveLM, load_model

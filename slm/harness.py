@@ -43,8 +43,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from slm.checks import check
-from slm.cli import LINE_EVERY_S, command
+from slm.cli import command
 from slm.command_keys import HARNESS
+from slm.console import LINE_EVERY_S
 from slm.errors import UserError
 from slm.shards import write_csv
 

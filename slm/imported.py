@@ -36,7 +36,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from slm.cli import progress
+from slm.console import progress
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
 from slm.scorer import Columns

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from slm.checks import check
 from slm.claims import Claim, claim, owner_of, remove_temporaries
 from slm.cli import command
 from slm.command_keys import PREPARE
+from slm.console import Progress, progress
 from slm.errors import UserError
 from slm.overlap import Exclusion, Overlap, read_exclusion
 from slm.packing import (
@@ -66,18 +67,17 @@ from slm.tokenizer import encoder_state, load_tokenizer, tokenizer_sha256, train
 log = logging.getLogger(__name__)
 
 SIDES = ("train", "heldout")
-LINE_EVERY_S = 60
 
 
 # ---- progress -----------------------------------------------------------------------------------
 
 
 class Speed:
-    """What was read and made of it so far."""
+    """What was read and made of it so far, as the progress bar says it."""
 
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.read_bytes, self.text_bytes, self.tokens = 0, 0, 0
+    def __init__(self, show: Progress) -> None:
+        self.show, self.started = show, time.monotonic()
+        self.text_bytes, self.tokens = 0, 0
 
     @property
     def seconds(self) -> float:
@@ -88,51 +88,19 @@ class Speed:
         return f"{mb / self.seconds:.2f} MB/s, {thousands / self.seconds:.0f}k tokens/s"
 
     def add(self, result: Result) -> None:
-        self.read_bytes += result.num_input_bytes
         self.text_bytes += int(result.documents[:, 4].sum())
         self.tokens += int(result.documents[:, 0].sum())
+        self.show(result.num_input_bytes, str(self))
 
 
 @contextmanager
-def show_progress(total_bytes: int | None) -> Iterator[Callable[[Result], None]]:
-    """Yields `update(result)`: a bar on a terminal, elsewhere one line a minute.
-
-    `slm.cli.progress` needs a total; that of a compressed file, a table or the hub is not known.
-    """
-    speed = Speed()
-    with show_bar(speed, total_bytes) if sys.stderr.isatty() else show_lines(speed) as show:
-
-        def update(result: Result) -> None:
-            speed.add(result)
-            show()
-
-        yield update
+def show_progress(total_bytes: int | None) -> Iterator[Speed]:
+    """total_bytes: not known of a compressed file, a table or the hub"""
+    with progress("preparing", total_bytes, "bytes") as show:
+        speed = Speed(show)
+        yield speed
     if speed.text_bytes:
         log.info("%.1f MB of text in %.1f s: %s", speed.text_bytes / 1e6, speed.seconds, speed)
-
-
-@contextmanager
-def show_lines(speed: Speed) -> Iterator[Callable[[], None]]:
-    said = speed.started
-
-    def say() -> None:
-        nonlocal said
-        if time.monotonic() - said >= LINE_EVERY_S:
-            said = time.monotonic()
-            log.info("%.1f MB read, %s", speed.read_bytes / 1e6, speed)
-
-    yield say
-
-
-@contextmanager
-def show_bar(speed: Speed, total_bytes: int | None) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [BarColumn(), DownloadColumn(), TextColumn("{task.description}")]
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total_bytes)
-        yield lambda: bar.update(task, completed=speed.read_bytes, description=str(speed))
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -309,7 +277,7 @@ def encode_corpus(
     num_proc = count_workers(job.sources) if config.num_proc is None else config.num_proc
     batches = group_blocks(read_blocks(job.sources, job.max_bytes))
     with ExitStack() as stack:
-        update = stack.enter_context(show_progress(input_bytes(job.sources)))
+        speed = stack.enter_context(show_progress(input_bytes(job.sources)))
         shape = (config.seq_len, config.shard_tokens, job.encoder, job.has_masks, job.has_signal)
         writers = {
             side: stack.enter_context(ShardWriter(out / SIDES[side], *shape)) for side in sides
@@ -322,7 +290,7 @@ def encode_corpus(
                 names = (job.sources[excluded.source].name for excluded in result.excluded)
                 file.writelines(map(exclusion.line, result.excluded, names))
             tally.add(result)
-            update(result)
+            speed.add(result)
         return {side: (writer.finish(), writer.num_shards) for side, writer in writers.items()}
 
 

@@ -21,13 +21,10 @@ from lightning import Callback, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from slm.bookkeeping import source_metrics, token_metrics
 from slm.checkpoint import step_ended
-from slm.cli import duration
+from slm.console import Progress, new_progress
 from slm.flops import flops_per_token, forward_flops_per_token
 
 if TYPE_CHECKING:
@@ -57,11 +54,12 @@ def summary(metrics: dict[str, float]) -> str:
 
 
 class StepProgress(ProgressBar):
-    """Counts optimizer steps; the two ways to show them are below."""
+    """Counts optimizer steps: loss of all tokens, kept share, tokens/s, time left."""
 
     def __init__(self) -> None:
         super().__init__()
         self.enabled, self.text = True, ""
+        self.shown: Progress | None = None
 
     def enable(self) -> None:
         self.enabled = True
@@ -73,89 +71,23 @@ class StepProgress(ProgressBar):
         """Take over the numbers of the step that just ended."""
         self.text = summary(metrics) or self.text
 
-    def begin(self, step: int, max_steps: int) -> None: ...
-    def advance(self, step: int) -> None: ...
-    def end(self, step: int) -> None: ...
-
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.enabled:
-            self.begin(trainer.global_step, trainer.max_steps)
+            self.shown = new_progress("train", trainer.max_steps, done=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.enabled and step_ended(trainer, batch_idx):
-            self.advance(trainer.global_step)
+        if self.shown is not None and step_ended(trainer, batch_idx):
+            self.shown(1, self.text)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if self.enabled:
-            self.end(trainer.global_step)
+        if self.shown is not None:
+            self.shown.end()
+            self.shown = None
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-class Progress(StepProgress):
-    """A bar on the terminal: steps, loss of all tokens, kept share, tokens/s, time left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bar = RichProgress(
-            TextColumn("train"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(compact=True),
-            console=Console(stderr=True),
-            refresh_per_second=4,
-            speed_estimate_period=120,
-        )
-
-    def begin(self, step: int, max_steps: int) -> None:
-        self.task = self.bar.add_task("train", total=max_steps, completed=step, text="")
-        self.bar.start()
-
-    def advance(self, step: int) -> None:
-        self.bar.update(self.task, completed=step, text=self.text)
-
-    def end(self, step: int) -> None:
-        self.bar.stop()
-
-
-class ProgressLines(StepProgress):
-    """A line every `every_s` seconds and one at the end, for logs that nobody watches live."""
-
-    def __init__(self, every_s: float = 30.0):
-        super().__init__()
-        self.every_s, self.ended = every_s, True
-
-    def begin(self, step: int, max_steps: int) -> None:
-        self.first_step, self.max_steps = step, max_steps
-        self.started_s = self.printed_s = time.monotonic()
-        self.ended = False
-
-    def advance(self, step: int) -> None:
-        now = time.monotonic()
-        if now - self.printed_s >= self.every_s:
-            self.printed_s = now
-            self._print(step, f"{duration(self._left_s(step, now))} left")
-
-    def end(self, step: int) -> None:
-        if not self.ended:
-            self.ended = True
-            self._print(step, f"{duration(time.monotonic() - self.started_s)} in all")
-
-    def _left_s(self, step: int, now: float) -> float:
-        return (now - self.started_s) / (step - self.first_step) * (self.max_steps - step)
-
-    def _print(self, step: int, time_text: str) -> None:
-        parts = [f"train {step}/{self.max_steps}", self.text, time_text]
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
-
-
-def progress_bar() -> StepProgress:
-    """A bar where stderr is a terminal, else lines."""
-    return Progress() if sys.stderr.isatty() else ProgressLines()
 
 
 # ---- model FLOPs utilisation ------------------------------------------------------------------

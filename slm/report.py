@@ -45,8 +45,9 @@ from slm.arms import (
 )
 from slm.checks import check
 from slm.classes import MIN_CHECKPOINTS
-from slm.cli import command, progress
+from slm.cli import command
 from slm.command_keys import REPORT
+from slm.console import progress
 from slm.errors import UserError
 from slm.figures import paper_figures
 from slm.names import file_name

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from slm.checks import check
-from slm.cli import command, duration, progress
+from slm.cli import command
 from slm.command_keys import SCORE
+from slm.console import duration, progress
 from slm.cost import copy_lineage
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError

@@ -9,7 +9,7 @@
     <out>/sweep.csv           the table of the last sweep in this folder
 
 A job may run in a process that a launcher started. sys.argv is not the user's there, and only
-what unpickling needs is imported: the callback, hence this module, which registers the resolvers.
+what unpickling needs is imported: the callback, hence this module, and through it the resolvers.
 """
 
 import atexit
@@ -18,25 +18,20 @@ import logging
 import sys
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from slm.cli import fail, reported
-from slm.errors import UserError
-from slm.names import file_name
+import slm.hydra_names  # noqa: F401  # the configuration's resolvers
+from slm.errors import UserError, fail, reported
 from slm.plots import final_losses
 from slm.shards import read_json, write_csv, write_record
 
@@ -45,45 +40,6 @@ STATUS = "status.json"
 COMPLETE = ("finished", "skipped")
 COLUMNS = ("job", "status", "error")  # of sweep.csv; the others are held-out sets
 WIDTH = 160  # of a table that goes to a file
-
-
-# ---- names --------------------------------------------------------------------------------------
-
-
-def command_line() -> list[str]:
-    """The words of the command; Hydra copies cached values from a sweep's config to its jobs'."""
-    return sys.argv[1:]
-
-
-def job_name(given: list[str], number: int, *, _root_: DictConfig) -> str:
-    """Folder name of a job: the overrides that differ between jobs, `k=0.4,seed=1`.
-
-    Those are the ones that neither the command line nor hydra.sweeper.params fixes. A sweep of one
-    job has its number. What can be no folder's name is cut and has a hash.
-    """
-    params = OmegaConf.select(_root_, "hydra.sweeper.params") or {}
-    parser, last = OverridesParser.create(), {}
-    for text in [*(f"{key}={value}" for key, value in params.items()), *given]:
-        with suppress(HydraException):  # options such as -m are no overrides
-            word = parser.parse_override(text)
-            last[word.key_or_group] = word
-    fixed = {key for key, word in last.items() if not word.is_sweep_override()}
-    jobs = parser.parse_overrides(list(_root_.hydra.overrides.task))
-    differing = [str(word.input_line) for word in jobs if word.key_or_group not in fixed]
-    return file_name(",".join(differing) or str(number))
-
-
-def sweep_group() -> str | None:
-    """Name for what belongs to one sweep, from its folder; None in a single run."""
-    config: Any = HydraConfig.instance().cfg
-    if config is None or config.hydra.mode != RunMode.MULTIRUN:
-        return None
-    return "-".join(Path(config.hydra.sweep.dir).resolve().parts[-2:]).strip("/-")
-
-
-OmegaConf.register_new_resolver("slm.command_line", command_line, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("slm.job_name", job_name, replace=True)
-OmegaConf.register_new_resolver("slm.sweep_group", sweep_group, replace=True)
 
 
 # ---- states -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slm.cli import progress
+from slm.console import progress
 from slm.cost import references_cost
 from slm.errors import UserError
 from slm.fields import CHECKPOINT, OBJECT, TEXT, check_fields, one_of

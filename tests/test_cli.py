@@ -1,7 +1,6 @@
 """The command line: help at once, one sentence for a mistake, any directory, any path."""
 
 import csv
-import io
 import os
 import pty
 import re
@@ -23,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import slm
 from run_helpers import leave_strays
 from slm import cli, evaluate, score, verify
-from slm.cli import COMMANDS, command, conf_folder, dispatch, duration, progress, reported
-from slm.errors import NonFiniteError, UserError
+from slm.cli import COMMANDS, command, conf_folder, dispatch
+from slm.errors import NonFiniteError, UserError, reported
 from slm.model import set_special_ids
 from slm.model_folder import save_model
 from slm.shards import References
@@ -340,54 +339,6 @@ def test_slm_from_an_installed_wheel(tmp_path):
         assert done.returncode == 0 and expected in done.stdout, done.stderr
     done = subprocess.run([program, "verify", "nowhere"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 1 and done.stdout == "NOT WHOLE: nowhere does not exist\n"
-
-
-# ---- progress -----------------------------------------------------------------------------------
-
-
-def test_lines_come_at_most_every_so_often(capsys, monkeypatch):
-    now = iter([0.0, 10.0, 31.0, 40.0, 62.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
-    with progress("scoring", 4000, "tokens") as advance:
-        for _ in range(4):
-            advance(1000)
-    assert capsys.readouterr().err.splitlines() == [
-        "scoring 2,000/4,000 tokens  65/s  0:00:31 left",
-        "scoring 4,000/4,000 tokens  65/s  0:00:00 left",
-    ]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_a_bar(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "xterm")
-    with progress("scoring", 4000, "tokens") as advance:
-        advance(1000)
-        advance(3000)
-    said = terminal.getvalue()
-    assert "scoring" in said and "4,000/4,000 tokens" in said and "/s" in said
-
-
-def test_nothing_to_do_is_no_division_by_zero(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "LINE_EVERY_S", 0.0)
-    with progress("verifying", 0, "bytes") as advance:
-        advance(0)
-    assert "verifying 0/0 bytes" in capsys.readouterr().err
-
-
-def test_duration():
-    assert [duration(s) for s in (0.4, 59.6, 3661.0, 360000)] == [
-        "0:00:00",
-        "0:01:00",
-        "1:01:01",
-        "100:00:00",
-    ]
 
 
 @pytest.mark.slow

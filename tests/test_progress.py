@@ -17,16 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from model_helpers import small_llama
-from slm import progress
+from slm import console, progress
 from slm.flops import flops_per_token, forward_flops_per_token
 from slm.module import TokenRecord
 from slm.progress import (
     Metrics,
-    Progress,
-    ProgressLines,
+    StepProgress,
     loss_metrics,
     measured_peak,
-    progress_bar,
     summary,
 )
 from slm.tracking import CsvLog
@@ -174,7 +172,7 @@ def fit(
         max_steps=steps,
         accumulate_grad_batches=2,
         logger=[CsvLog(str(folder))] if loggers is None else loggers,
-        callbacks=[Metrics(every_steps=3), ProgressLines(every_s=0.0), *more],
+        callbacks=[Metrics(every_steps=3), StepProgress(), *more],
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -220,8 +218,9 @@ def test_speed_is_of_a_step_and_not_of_what_interrupts_it(
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch")
 def test_a_continued_fit_logs_what_an_uninterrupted_one_logs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
     other = Recorder()
     fit(tmp_path / "whole", 10, loggers=[CsvLog(str(tmp_path / "whole")), other])
     rows = read_csv(tmp_path / "whole" / "train.csv")
@@ -299,15 +298,13 @@ def test_peak_of_gpus_is_dense_or_unknown(monkeypatch: pytest.MonkeyPatch) -> No
     assert progress.peak_flops(torch.device("meta"), "32-true").flops_per_s is None
 
 
-def test_progress_bar_depends_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(progress_bar(), ProgressLines)
+def test_a_bar_on_the_terminal_counts_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    bar = progress_bar()
-    assert isinstance(bar, Progress)
+    bar = StepProgress()
     bar.show({"train/loss_all": 3.25, "slm/kept_frac": 0.6, "perf/tokens_per_s": 12345.6})
     bar.show({"heldout/x/loss": 1.0})  # says nothing that the bar shows
     trainer: Any = SimpleNamespace(global_step=5, max_steps=10, accumulate_grad_batches=1)
@@ -323,26 +320,37 @@ def test_progress_before_training_starts_has_nothing_to_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     trainer: Any = SimpleNamespace(global_step=0)
-    for bar in (Progress(), ProgressLines()):
-        bar.on_exception(trainer, None, ValueError())
+    StepProgress().on_exception(trainer, None, ValueError())
     assert capsys.readouterr().err.strip() == ""
+
+
+def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = StepProgress()
+    bar.disable()
+    trainer: Any = SimpleNamespace(global_step=0, max_steps=1, accumulate_grad_batches=1)
+    bar.on_train_start(trainer, None)
+    bar.on_train_batch_end(trainer, None, None, None, 0)
+    bar.on_train_end(trainer, None)
+    assert capsys.readouterr().err == ""
 
 
 def test_lines_wait_for_their_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    bar = ProgressLines()
-    bar.begin(20, 140)
-    for step in range(21, 61):
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    bar = StepProgress()
+    bar.show({"train/loss_all": 3.25})
+    trainer: Any = SimpleNamespace(global_step=20, max_steps=140, accumulate_grad_batches=1)
+    bar.on_train_start(trainer, None)
+    for _ in range(40):
         now[0] += 2.0
-        bar.advance(step)
-    bar.end(60)
-    bar.end(60)
+        bar.on_train_batch_end(trainer, None, None, None, 0)
+    bar.on_train_end(trainer, None)
+    bar.on_train_end(trainer, None)
     assert capsys.readouterr().err.splitlines() == [
-        "train 35/140  0:03:30 left",
-        "train 50/140  0:03:00 left",
-        "train 60/140  0:01:20 in all",
+        "train 35/140  loss_all 3.2500  0:03:30 left",
+        "train 50/140  loss_all 3.2500  0:03:00 left",
+        "train 60/140  loss_all 3.2500  0:01:20 in all",
     ]
     assert summary({}) == ""

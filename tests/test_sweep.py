@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from run_helpers import TINY_MODEL, leave_strays
 from slm.errors import UserError
-from slm.sweep import Sweep, job_name, show, sweep_group
+from slm.hydra_names import job_name, sweep_group
+from slm.sweep import Sweep, show
 
 PARAMS = {"selection": "excess,random", "selection.select_ratio": "0.2,0.4", "seed": "0,1"}
 TINY = [

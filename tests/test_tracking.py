@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.demos import BoringModel
 from omegaconf import OmegaConf
 
-import slm.sweep  # noqa: F401  # its resolver is in conf/logger/wandb.yaml
+import slm.hydra_names  # noqa: F401  # its resolver is in conf/logger/wandb.yaml
 from slm import tracking
 from slm.errors import UserError
 from slm.panels import Histogram, Lines, Page, Rows

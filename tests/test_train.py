@@ -96,7 +96,7 @@ class Crash(Callback):
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
     """Hand the trainer a bar that crashes: the last of all callbacks."""
     bar = Callback() if step is None else Crash(step)
-    monkeypatch.setattr(building, "progress_bar", lambda: bar)
+    monkeypatch.setattr(building, "StepProgress", lambda: bar)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -299,7 +299,7 @@ def test_all_excess_and_random_see_the_same_order(
         ) -> None:
             orders[-1].append(batch["window"].tolist())
 
-    monkeypatch.setattr(building, "progress_bar", Spy)
+    monkeypatch.setattr(building, "StepProgress", Spy)
     for rule in ("all", "random", "excess"):
         orders.append([])
         references_word = f"data.references='{references.folder}'"
@@ -483,7 +483,7 @@ def test_who_loses_the_folder_to_another_process_ends_before_it_writes(
             if trainer.global_step == 3:
                 (folder / "run.claim").write_text('{"host": "elsewhere", "pid": 7}')
 
-    monkeypatch.setattr(building, "progress_bar", Lose)
+    monkeypatch.setattr(building, "StepProgress", Lose)
     config = compose_train(folder, text_corpus.folder)
     with pytest.raises(ClaimLost, match="has lost .*run.claim to pid 7 on elsewhere"):
         train(config)
@@ -583,7 +583,7 @@ def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(
             if trainer.global_step == 5:
                 next(pl_module.lm.parameters()).data[0] = torch.nan
 
-    monkeypatch.setattr(building, "progress_bar", Poison)
+    monkeypatch.setattr(building, "StepProgress", Poison)
     with pytest.raises(NonFiniteError, match="step 5: loss sum nan.*windows of this rank"):
         train(compose_train(tmp_path / "run", text_corpus.folder))
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))

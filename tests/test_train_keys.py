@@ -128,7 +128,7 @@ def test_a_run_that_ends_before_its_tokens_has_no_model_and_goes_on(
 ):
     config = compose_train(tmp_path / "run", text_corpus.folder)
     with monkeypatch.context() as patched:
-        patched.setattr(building, "progress_bar", Stop)
+        patched.setattr(building, "StepProgress", Stop)
         with pytest.raises(UserError, match="ended at step 3 of 12, so no model is written"):
             train(config)
     assert not (tmp_path / "run" / "model").exists()
