@@ -23,9 +23,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from slm.documents import BadRecord, Message, Part, Span
 from slm.errors import UserError
-from slm.parts import Part
-from slm.records import BadRecord, Message
 from slm.tokenizer import first_line
 
 if TYPE_CHECKING:
@@ -53,8 +52,6 @@ ESCAPE = "\ufdd1"  # inside what would be a special token
 OPEN, CLOSE = "\ufdd2", "\ufdd3"  # where {% generation %} begins and ends
 NO_MARKS = dict.fromkeys(map(ord, (END, ESCAPE, OPEN, CLOSE)))
 NO_GENERATION = dict.fromkeys(map(ord, (OPEN, CLOSE)))
-
-Span = tuple[int, int]
 
 
 # ---- the template -------------------------------------------------------------------------------

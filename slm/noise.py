@@ -12,7 +12,7 @@ from collections.abc import Callable
 from hashlib import blake2b
 from itertools import pairwise
 
-from slm.spans import Span
+from slm.documents import Span
 
 MAX_SHARE = 0.9  # of the result: ten times the text
 MIN_PIECE = 8  # characters; a smaller rest is drawn for

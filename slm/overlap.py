@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slm.documents import Text
 from slm.errors import UserError
 from slm.readers import read_blocks
-from slm.records import Text, read_texts
+from slm.records import read_texts
 from slm.shards import Json
 from slm.sources import Source
 

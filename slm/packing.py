@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.chat import ChatFormat
+from slm.documents import Block, Text
 from slm.errors import UserError
 from slm.overlap import Excluded, Overlap
 from slm.parts import encode_documents
-from slm.readers import BLOCK_BYTES, Block, out_of_memory
-from slm.records import Text, read_texts
+from slm.readers import BLOCK_BYTES, out_of_memory
+from slm.records import read_texts
 from slm.shards import ArrayWriter, Json, Shard, atomic_file, shard_path, write_sidecar
 from slm.sources import Source
 from slm.spans import NOISE, SIGNAL, label_tokens

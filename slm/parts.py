@@ -9,26 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from slm.documents import Part, Text
 from slm.shards import Corpus, Json
 from slm.tokenizer import AFTER_SPECIAL, AFTER_TEXT, AT_START, Encoder
 
-if TYPE_CHECKING:  # records.py needs `Part`
-    from slm.records import Text
-
-
 WINDOWS_AT_ONCE = 4096
-
-
-class Part(NamedTuple):
-    """A piece of a document; the EOS that ends the document counts to its last part."""
-
-    text: str
-    is_target: bool
-    special: int | None = None  # the id of the special token that this is; it has no text
 
 
 class Documents(NamedTuple):

@@ -24,10 +24,10 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
+from slm.documents import BLANK_LINE, LINE_END, Block
 from slm.errors import UserError
-from slm.records import BLANK_LINE, LINE_END
 from slm.sources import Source, bare_suffix
 
 BLOCK_BYTES = 2**19
@@ -39,22 +39,6 @@ TEXT_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 MARK = re.compile(rb'["\[\]{},]')
 HEAD_BYTES = 2**16  # of a JSON file, which tell how it is laid out
 IN_LIST, IN_A_ROW = 1, 0  # how deep the records of a JSON file lie
-
-
-class Block(NamedTuple):
-    """A piece of one file.
-
-    `data` is whole lines, a whole file, a row, a text that says what is wrong, or None: too long.
-    """
-
-    source: int  # index in the list of sources
-    copy: int  # the how manieth reading of the source, from 0
-    file: str
-    line: int  # lines (rows) of the file before it
-    record: int  # lines (rows, elements, files) of the source before it
-    data: bytes | dict[str, Any] | str | None
-    size: int  # bytes of input
-    unit: str | None = "line"  # what `line` counts, for messages; None: the file is one record
 
 
 def read_blocks(sources: list[Source], max_bytes: int) -> Iterator[Block]:

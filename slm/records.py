@@ -15,148 +15,31 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from slm.errors import UserError
+from slm.chat import ChatFormat
+from slm.documents import (
+    BLANK_LINE,
+    JSON_TYPES,
+    LINE_END,
+    ROLES,
+    BadRecord,
+    Block,
+    Message,
+    Part,
+    Span,
+    Text,
+)
 from slm.noise import inject, record_seed
-from slm.parts import Part
-from slm.spans import Span
+from slm.sources import Source
+from slm.template import Field, descend, look_up
 
-if TYPE_CHECKING:  # sources.py needs `Template`, chat.py `BadRecord`
-    from slm.chat import ChatFormat
-    from slm.readers import Block
-    from slm.sources import Source
-
-LINE_END = re.compile(rb"\n")
-BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)*")
-JSON_TYPES = {
-    dict: "an object",
-    list: "a list",
-    str: "text",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # What a message may hold beside its content and what must not be lost without a word.
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
-class BadRecord(Exception):
-    """One record that cannot be a document: why, and in which field where that is known."""
-
-    def __init__(self, reason: str, field: str | None = None):
-        super().__init__(reason)
-        self.reason, self.field = reason, field
-
-
-# ---- templates ----------------------------------------------------------------------------------
-
-
-class Join(NamedTuple):
-    """The step `[separator]` of a path: every element of a list, joined."""
-
-    separator: str
-
-
-class Field(NamedTuple):
-    name: str  # as written
-    steps: tuple[str | int | Join, ...]
-    as_text: bool  # `!s`: a number becomes text
-
-
-def unescape(text: str) -> str:
-    """`\\n` and `\\t` typed in a shell or in single quotes are meant as line end and tab."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def parse_field(name: str) -> Field:
-    """`question.tags[, ]` -> ("question", "tags", Join(", ")); `[]` joins by a line end."""
-    path, as_text = name.removesuffix("!s"), name.endswith("!s")
-    tokens = re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", path)
-    steps: list[str | int | Join] = []
-    for key, bracket in tokens:
-        if key:
-            steps.append(key)
-        elif bracket.isdigit():
-            steps.append(int(bracket))
-        else:
-            steps.append(Join(unescape(bracket) or "\n"))
-    if not steps or not isinstance(steps[0], str):
-        raise UserError(f"{{{name}}} in a template names no field")
-    return Field(path, tuple(steps), as_text)
-
-
-class Template:
-    """`{question}\\n{answers[].text}`: how a record becomes a text; `{{` and `}}` are braces."""
-
-    def __init__(self, text: str):
-        self.pieces: list[str | Field] = []
-        at = 0
-        for match in re.finditer(r"\{\{|\}\}|\{([^{}]*)\}|[{}]", text):
-            self.pieces.append(unescape(text[at : match.start()]))
-            at = match.end()
-            if match[0] in ("{{", "}}"):
-                self.pieces.append(match[0][0])
-            elif match[1] is None:
-                raise UserError(
-                    f"template {text!r}: a single {match[0]} (double it to mean a brace)"
-                )
-            else:
-                self.pieces.append(parse_field(match[1]))
-        self.pieces.append(unescape(text[at:]))
-        self.fields = [piece for piece in self.pieces if isinstance(piece, Field)]
-        if not self.fields:
-            raise UserError(f"template {text!r} has no field: write {{text}} for the field text")
-
-    @property
-    def is_one_field(self) -> bool:
-        """Is the text a field as it stands, its characters those of the record?"""
-        steps = self.fields[0].steps
-        return [*filter(None, self.pieces)] == self.fields[:1] and Join not in map(type, steps)
-
-    def render(self, record: Any) -> str:
-        values = [p if isinstance(p, str) else look_up(record, p) for p in self.pieces]
-        if not any(v.strip() for v, p in zip(values, self.pieces, strict=True) if p in self.fields):
-            raise BadRecord("is empty", self.fields[0].name)
-        return "".join(values)
-
-
-def look_up(record: Any, field: Field) -> str:
-    return descend(record, field.steps, field)
-
-
-def descend(value: Any, steps: tuple[str | int | Join, ...], field: Field, kind: type = str) -> Any:
-    for i, step in enumerate(steps):
-        expect(value, dict if isinstance(step, str) else list, field)
-        if isinstance(step, Join):
-            return step.separator.join(descend(v, steps[i + 1 :], field) for v in value)
-        if isinstance(step, str) and step not in value:
-            raise BadRecord(f"is missing (there are: {', '.join(value) or 'none'})", field.name)
-        if isinstance(step, int) and step >= len(value):
-            raise BadRecord(f"is missing (the list has {len(value)} elements)", field.name)
-        value = value[step]
-    if field.as_text and type(value) in (int, float):
-        return str(value)
-    return expect(value, kind, field)
-
-
-def expect(value: Any, kind: type, field: Field) -> Any:
-    if not isinstance(value, kind):
-        found = JSON_TYPES[type(value)] if type(value) in JSON_TYPES else type(value).__name__
-        raise BadRecord(f"is {found}, expected {JSON_TYPES[kind]}", field.name)
-    return value
-
-
 # ---- chats --------------------------------------------------------------------------------------
-
-
-class Message(NamedTuple):
-    role: str
-    content: str
 
 
 def read_messages(record: Any, field: Field, roles: tuple[str, ...]) -> list[Message]:
@@ -206,30 +89,6 @@ def read_span(value: Any, name: str, length: int) -> Span:
 
 
 # ---- block -> texts -----------------------------------------------------------------------------
-
-
-class Text(NamedTuple):
-    """One document, or the reason why it is none."""
-
-    where: str  # file and line, for messages
-    record: int
-    text: str  # prompt and answer; the contents of a chat, whatever the template
-    data: bytes  # the text in UTF-8
-    fault: str | None  # a sentence with the place
-    parts: tuple[Part, ...] = ()  # none: one text, all of it targets
-    spans: tuple[Span, ...] | None = None  # of the signal in `text`; None: nobody knows
-    clean: str | None = None  # the text before noise was injected, where it was
-
-    @property
-    def origin(self) -> str:
-        """What was read: it decides what is evaluation text."""
-        return self.text if self.clean is None else self.clean
-
-    @property
-    def digest(self) -> bytes:
-        """Of what was read: copies fall on one side, whatever noise each has."""
-        data = self.data if self.clean is None else self.clean.encode()
-        return blake2b(data, digest_size=16).digest()
 
 
 def read_texts(

@@ -16,17 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slm.documents import JSON_TYPES, ROLES
 from slm.errors import UserError
 from slm.noise import MAX_SHARE
-from slm.records import (
-    JSON_TYPES,
-    ROLES,
-    Field,
-    Join,
-    Template,
-    parse_field,
-    unescape,
-)
+from slm.template import Field, Join, Template, parse_field, unescape
 
 log = logging.getLogger(__name__)
 

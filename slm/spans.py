@@ -9,14 +9,10 @@ d documents have n tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # records.py needs `Span`
-    from slm.records import Text
-
-Span = tuple[int, int]  # [start, end) characters
+from slm.documents import Span, Text
 
 SIGNAL, NOISE, UNKNOWN = 1, 0, -1
 LABELS = (UNKNOWN, NOISE, SIGNAL)

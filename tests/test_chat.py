@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from slm.chat import DEFAULT_TEMPLATE, chat_format, end_of_turn, find_template
+from slm.documents import BadRecord, Message, Part
 from slm.errors import UserError
-from slm.parts import Documents, Part, encode_parts
-from slm.records import BadRecord, Message
+from slm.parts import Documents, encode_parts
 from slm.tokenizer import EOS, Encoder, encoder_state
 
 ASSISTANT = ("assistant",)

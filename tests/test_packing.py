@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slm.documents import Block
 from slm.packing import (
     Job,
     ShardWriter,
@@ -14,7 +15,7 @@ from slm.packing import (
     run_batches,
     side_of,
 )
-from slm.readers import BLOCK_BYTES, Block, read_blocks
+from slm.readers import BLOCK_BYTES, read_blocks
 from slm.shards import read_sidecars
 from slm.sources import parse_sources
 from slm.tokenizer import EncoderState, encoder_state, train_tokenizer

@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from slm import parts
-from slm.parts import Part, encode_documents, encode_parts
-from slm.records import Text
+from slm.documents import Part, Text
+from slm.parts import encode_documents, encode_parts
 from slm.tokenizer import Encoder, encoder_state
 
 

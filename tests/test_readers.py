@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from slm import readers
+from slm.documents import LINE_END
 from slm.errors import UserError
 from slm.readers import cut, open_stream, read_blocks
-from slm.records import LINE_END, read_texts
+from slm.records import read_texts
 from text_helpers import LIMIT, source, texts, write_records
 
 

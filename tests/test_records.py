@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from slm.documents import BadRecord
 from slm.errors import UserError
 from slm.readers import read_blocks
-from slm.records import BadRecord, Template, read_texts
+from slm.records import read_texts
+from slm.template import Template
 from text_helpers import DATA, LIMIT, needs_data, source, texts, write_records
 
 # ---- templates ----------------------------------------------------------------------------------

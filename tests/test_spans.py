@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm.records import Text
+from slm.documents import Text
 from slm.spans import NOISE, SIGNAL, UNKNOWN, byte_edges, label_text, label_tokens, merge
 
 TEXTS = st.text(st.sampled_from("ab \n\u00e9\u0301\u4e2d\U0001f600"), min_size=1, max_size=30)

@@ -21,8 +21,9 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 from conftest import swap_ids
 from slm import tokenizer as tokenizer_module
+from slm.documents import Part
 from slm.errors import UserError
-from slm.parts import Part, encode_parts
+from slm.parts import encode_parts
 from slm.shards import Corpus, read_json, write_json, write_manifest
 from slm.tokenizer import (
     EOS,
