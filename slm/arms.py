@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slm.curves import Curve, heldout_sets, read_curve, run_folders
 from slm.errors import UserError
-from slm.plots import Curve, heldout_sets, read_curve
 from slm.rules import RULES, by_word, rule_word, takes_all_tokens
 from slm.shards import Json, read_json
 
@@ -93,24 +93,6 @@ def read_runs(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
         else:
             left_out[folder] = reason
     return runs, left_out
-
-
-def folders_of(value: Any) -> list[str]:
-    """The configuration's `runs`."""
-    return [value] if isinstance(value, str) else list(value)
-
-
-def run_folders(folders: Sequence[str]) -> list[Path]:
-    found: dict[Path, None] = {}
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder")
-        marks = [path for name in ("run.json", "status.json") for path in folder.rglob(name)]
-        if not marks:
-            raise UserError(f"{folder} holds no run (no run.json in it or below it)")
-        found |= dict.fromkeys(sorted(path.parent.resolve() for path in marks))
-    here = Path.cwd()
-    return [path.relative_to(here) if path.is_relative_to(here) else path for path in found]
 
 
 def why_left_out(folder: Path) -> str | None:

@@ -15,19 +15,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerFast
 
-from slm.checkpoint import (
-    Checkpoints,
-    OnlyWriter,
-    RandomStates,
-    StopOnSignal,
-    VerifiedCheckpointIO,
-)
+from slm.checkpoint import VerifiedCheckpointIO
+from slm.checkpoint_callbacks import Checkpoints, OnlyWriter, RandomStates, StopOnSignal
 from slm.data import Batch
 from slm.errors import UserError
+from slm.hooks import StepProgress
 from slm.model import SelectiveLM, check_trainable
 from slm.model_folder import check_model_folder
 from slm.module import SelectiveModule
-from slm.progress import Metrics, StepClock, StepProgress
+from slm.progress import Metrics, StepClock
 from slm.score import load_reference
 from slm.selection import Selection
 from slm.settings import check_config

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from slm.errors import UserError
 
 ABSENT = object()
+CHECKS = ("size", "full")  # of hashes, where a folder is opened
 MAX_SEED = 2**32 - 1  # NumPy's
 
 

@@ -208,3 +208,12 @@ def class_losses(label: np.ndarray, losses: Sequence[np.ndarray]) -> np.ndarray:
     sums = np.stack([np.bincount(label, column, len(CLASSES)) for column in losses])
     with np.errstate(invalid="ignore"):
         return sums / counts
+
+
+def draw_examples(label: np.ndarray, per_class: int, seed: int) -> list[np.ndarray]:
+    """Of each class some tokens, by seed: indices into M, ascending."""
+    rng = np.random.default_rng(seed)
+    groups = [np.flatnonzero(label == number) for number in range(len(CLASSES))]
+    return [
+        np.sort(rng.choice(group, min(per_class, len(group)), replace=False)) for group in groups
+    ]

@@ -4,6 +4,7 @@
 """
 
 from slm.checks import (
+    CHECKS,
     Kind,
     Table,
     anything,
@@ -20,7 +21,6 @@ from slm.checks import (
     whole,
     word,
 )
-from slm.shards import CHECKS
 
 count, rate = whole(1), real(0)
 check = word(*CHECKS)

@@ -266,7 +266,8 @@ def print_table(out: Path, config: Any) -> None:
 
 
 def figure(out: Path) -> None:
-    from slm.plots import loss_figure, read_curve
+    from slm.curves import read_curve
+    from slm.plots import loss_figure
 
     folders = run_folders(out)
     names = {

@@ -20,14 +20,15 @@ from rich.table import Table
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slm.analysis import Analysis, run_chooser
-from slm.arms import folders_of, run_folders
 from slm.checkpoint import read_checkpoint, read_sidecar, sidecar
 from slm.checks import check
 from slm.classes import ARROWS, CLASSES, MIN_CHECKPOINTS
 from slm.cli import command
 from slm.command_keys import DYNAMICS
 from slm.console import progress
+from slm.curves import folders_of, run_folders
 from slm.data import Windows
+from slm.device import DTYPES, computing, pick_device
 from slm.dynamics_stores import (
     classify_run,
     draw,
@@ -39,7 +40,6 @@ from slm.dynamics_stores import (
 from slm.errors import UserError
 from slm.model import SelectiveLM, check_length
 from slm.rules import import_modules
-from slm.score import DTYPES, computing, pick_device
 from slm.shards import Corpus, Json, read_json
 from slm.token_set import TokenSet
 from slm.tokenizer import is_tokenizer_of

@@ -13,8 +13,8 @@ import torch
 from lightning import Callback, Trainer
 
 from slm.analysis import run_chooser
-from slm.checkpoint import is_due, step_ended
 from slm.classes import MIN_CHECKPOINTS, RunningFit
+from slm.device import PRECISIONS
 from slm.dynamics_stores import (
     check_same_tokenizer,
     classify_run,
@@ -25,12 +25,11 @@ from slm.dynamics_stores import (
     warn_of_training_text,
 )
 from slm.errors import NonFiniteError
+from slm.hooks import is_due, send, step_ended
 from slm.model import check_length
 from slm.panels import dynamics_metrics, excess_histograms, final_media, final_summary
-from slm.progress import send
 from slm.shards import Corpus
 from slm.tracking import WandbLog
-from slm.train_keys import PRECISIONS
 from slm.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
 
 log = logging.getLogger("slm.dynamics")

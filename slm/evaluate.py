@@ -23,20 +23,14 @@ from slm.cli import command
 from slm.command_keys import EVALUATE
 from slm.console import progress
 from slm.data import IGNORE_INDEX, Windows, spread, to_device
+from slm.device import DTYPES, PRECISIONS, computing, pick_device
 from slm.fields import OBJECT, check_fields, one_of
 from slm.model import SelectiveLM, load_model
 from slm.model_folder import check_model_folder
 from slm.rules import import_modules
-from slm.score import (
-    DTYPES,
-    check_fits,
-    check_tokenizer,
-    computing,
-    pick_device,
-)
+from slm.score import check_fits, check_tokenizer
 from slm.shards import Advance, Corpus, nothing, read_json, write_csv
 from slm.tokenizer import looks_like_hub_name
-from slm.train_keys import PRECISIONS
 
 log = logging.getLogger("slm.evaluate")
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from slm.analysis import Analysis, mean_or_nan
 from slm.classes import ARROWS, CLASSES
+from slm.curves import Curve
 from slm.errors import UserError
 from slm.excerpts import FONT, legend_text
 from slm.figure_parts import (
@@ -34,7 +35,7 @@ from slm.figure_parts import (
     finish,
     line_rows,
 )
-from slm.plots import COLOURS, LEGEND_SIZE, Curve, dress, pyplot, shared_legend
+from slm.plots import COLOURS, LEGEND_SIZE, dress, pyplot, shared_legend
 from slm.rules import takes_all_tokens
 from slm.text_figure import text_figure
 

@@ -409,9 +409,9 @@ def run_tasks(lm: Any, folder: Path, names: list[str], limit: int | None) -> lis
 
 def harness(models: dict[str, str], settings: Any) -> list[Row]:
     """Rows of every model and task, with the versions that made them."""
+    from slm.device import pick_device
     from slm.model import load_model
     from slm.model_folder import check_model_folder
-    from slm.score import pick_device
     from slm.verify import verify_weights
 
     names = expand_tasks(list(settings.tasks))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.analysis import Analysis
-from slm.classes import CLASSES
 from slm.shards import Json
 from slm.spans import NOISE, SIGNAL, UNKNOWN
 from slm.token_set import TokenSet
@@ -151,12 +150,3 @@ def excess_limit(analysis: Analysis) -> float | None:
 
 
 # ---- examples -----------------------------------------------------------------------------------
-
-
-def draw_examples(label: np.ndarray, per_class: int, seed: int) -> list[np.ndarray]:
-    """Of each class some tokens, by seed: indices into M, ascending."""
-    rng = np.random.default_rng(seed)
-    groups = [np.flatnonzero(label == number) for number in range(len(CLASSES))]
-    return [
-        np.sort(rng.choice(group, min(per_class, len(group)), replace=False)) for group in groups
-    ]

@@ -4,9 +4,8 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from slm.checkpoint import is_due, step_ended
 from slm.evaluate import corpus_loss
-from slm.progress import send
+from slm.hooks import is_due, send, step_ended
 
 
 class HeldoutLoss(Callback):

@@ -21,6 +21,7 @@ import torch
 from slm import __version__
 from slm.cost import reference_lineage, references_cost
 from slm.data import spread
+from slm.device import device_name
 from slm.rules import by_word
 from slm.shards import Json, References
 
@@ -124,12 +125,6 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
 
 
 CARD = """---

@@ -18,10 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from slm.analysis import Analysis, rule_name
-from slm.classes import ARROWS, CLASSES, MEANING
+from slm.classes import ARROWS, CLASSES, MEANING, draw_examples
 from slm.heat_map import (
     Sample,
-    draw_examples,
     draw_sample,
     excess_limit,
     in_context,

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.analysis import Analysis, histogram
-from slm.classes import ARROWS, CLASSES, MEANING
-from slm.heat_map import draw_examples
+from slm.classes import ARROWS, CLASSES, MEANING, draw_examples
 from slm.token_set import TokenSet
 from slm.token_texts import whole_characters
 from slm.tracking import Media

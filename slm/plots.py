@@ -3,10 +3,8 @@
 Nothing here looks at a live run: the input is heldout.csv of each run.
 """
 
-import csv
 import math
 import textwrap
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slm.curves import Curve, by_label, mean_curve
 from slm.shards import atomic_file
 
 # Okabe and Ito's palette: colour-blind readers can tell them apart.
@@ -21,54 +20,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 DASHES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 LOOKS = tuple(zip(COLOURS, "osD^vPX", strict=True))  # colours and markers of rules
-PREFIX, SUFFIX = "heldout/", "/loss"  # of a set's column in heldout.csv
 TOKENS_AXIS, LOSS_AXIS = "training tokens seen", "held-out loss (nats per token)"
 LEGEND_SIZE, TITLE_SIZE = 9, 11  # points
-
-
-class Curve(NamedTuple):
-    """One run's held-out loss over training."""
-
-    label: str
-    tokens_seen: np.ndarray  # (n,)
-    loss: np.ndarray  # (n,), nats
-
-
-def read_curve(run: Path, label: str, name: str) -> Curve:
-    """The loss on the held-out set `name` from the run's heldout.csv."""
-    column = f"{PREFIX}{name}{SUFFIX}"
-    with open(run / "heldout.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row[column]]
-    seen = np.array([float(row["tokens_seen"]) for row in rows])
-    return Curve(label, seen, np.array([float(row[column]) for row in rows]))
-
-
-def heldout_sets(run: Path) -> list[str]:
-    """Names of the held-out sets in the run's heldout.csv: whatever is between, slashes too."""
-    with open(run / "heldout.csv", newline="") as file:
-        columns = csv.DictReader(file).fieldnames or []
-    mine = [column for column in columns if column.startswith(PREFIX) and column.endswith(SUFFIX)]
-    return [column.removeprefix(PREFIX).removesuffix(SUFFIX) for column in mine]
-
-
-def final_losses(run: Path) -> dict[str, float]:
-    """The last loss on every held-out set; nothing where the run wrote no heldout.csv."""
-    names = heldout_sets(run) if (run / "heldout.csv").exists() else []
-    return {name: float(read_curve(run, "", name).loss[-1]) for name in names}
-
-
-def by_label(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
-    groups: dict[str, list[Curve]] = defaultdict(list)
-    for curve in curves:
-        groups[curve.label].append(curve)
-    return groups
-
-
-def mean_curve(runs: Sequence[Curve]) -> Curve:
-    """At the first one's points."""
-    seen = runs[0].tokens_seen
-    losses = [np.interp(seen, run.tokens_seen, run.loss) for run in runs]
-    return Curve(runs[0].label, seen, np.mean(losses, axis=0))
 
 
 def draw_curves(axes: Any, runs: Sequence[Curve], start: float, **style: Any) -> None:

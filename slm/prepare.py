@@ -32,20 +32,11 @@ from slm.command_keys import PREPARE
 from slm.console import Progress, progress
 from slm.errors import UserError
 from slm.overlap import Exclusion, Overlap, read_exclusion
-from slm.packing import (
-    COUNTS,
-    Job,
-    Result,
-    ShardWriter,
-    Tally,
-    bad_record,
-    group_blocks,
-    run_batches,
-    side_of,
-)
+from slm.packing import COUNTS, Job, Result, Tally, bad_record, group_blocks, run_batches, side_of
 from slm.parts import window_targets
 from slm.readers import out_of_memory, read_blocks, read_source
 from slm.records import read_texts
+from slm.shard_writer import ShardWriter
 from slm.shards import (
     FORMAT,
     Corpus,

@@ -9,9 +9,8 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from slm.checkpoint import is_due, step_ended
 from slm.data import Batch, spread, to_device
-from slm.progress import send
+from slm.hooks import is_due, send, step_ended
 
 
 class MaskOverlap(Callback):

@@ -13,24 +13,19 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import Logger
 
 from slm.bookkeeping import source_metrics, token_metrics
-from slm.checkpoint import step_ended
-from slm.console import Progress, new_progress
 from slm.flops import flops_per_token, forward_flops_per_token
+from slm.hooks import RewindableLogger, datamodule_of, send, step_ended
 
 if TYPE_CHECKING:
     from slm.module import StepResult
 
-TOKENS_SEEN = "data/tokens_seen"
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
 # Lightning 2.6 lists H200 and NVL boards with sparsity, at twice what a dense matmul can reach.
 # The H200 computes like the H100 SXM; NVL boards stay unknown.
@@ -39,55 +34,6 @@ H200_TF32 = 494.7e12
 
 
 # ---- the bar ----------------------------------------------------------------------------------
-
-
-def summary(metrics: dict[str, float]) -> str:
-    """What one line says of the last logged step."""
-    formats = {
-        "train/loss_all": "loss_all {:.4f}",
-        "slm/kept_frac": "kept {:.1%}",
-        "perf/tokens_per_s": "{:,.0f} tokens/s",
-    }
-    return "  ".join(
-        form.format(metrics[name]) for name, form in formats.items() if name in metrics
-    )
-
-
-class StepProgress(ProgressBar):
-    """Counts optimizer steps: loss of all tokens, kept share, tokens/s, time left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enabled, self.text = True, ""
-        self.shown: Progress | None = None
-
-    def enable(self) -> None:
-        self.enabled = True
-
-    def disable(self) -> None:  # Lightning calls it on all ranks but the first
-        self.enabled = False
-
-    def show(self, metrics: dict[str, float]) -> None:
-        """Take over the numbers of the step that just ended."""
-        self.text = summary(metrics) or self.text
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if self.enabled:
-            self.shown = new_progress("train", trainer.max_steps, done=trainer.global_step)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.shown is not None and step_ended(trainer, batch_idx):
-            self.shown(1, self.text)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if self.shown is not None:
-            self.shown.end()
-            self.shown = None
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
 
 
 # ---- model FLOPs utilisation ------------------------------------------------------------------
@@ -143,26 +89,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 # ---- metrics ----------------------------------------------------------------------------------
-
-
-class RewindableLogger(Logger):
-    """A logger that can forget: a continued run logs again what came after its checkpoint."""
-
-    def truncate_after(self, step: int) -> None: ...
-
-
-def send(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Hand metrics of the step that just ended to every logger and to the progress bar."""
-    step, data = trainer.global_step, datamodule_of(trainer)
-    numbers = {TOKENS_SEEN: step * data.tokens_per_step, **metrics}
-    for logger in trainer.loggers:
-        logger.log_metrics(numbers, step)
-    if isinstance(trainer.progress_bar_callback, StepProgress):
-        trainer.progress_bar_callback.show(numbers)
-
-
-def datamodule_of(trainer: Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit()
 
 
 def loss_metrics(result: "StepResult") -> dict[str, float]:

@@ -32,22 +32,13 @@ from slm.analysis import (
     run_chooser,
     store_folders,
 )
-from slm.arms import (
-    Arm,
-    Run,
-    arms_of,
-    base,
-    check_heldout,
-    check_runs,
-    folders_of,
-    read_runs,
-    run_folders,
-)
+from slm.arms import Arm, Run, arms_of, base, check_heldout, check_runs, read_runs
 from slm.checks import check
 from slm.classes import MIN_CHECKPOINTS
 from slm.cli import command
 from slm.command_keys import REPORT
 from slm.console import progress
+from slm.curves import folders_of, run_folders
 from slm.errors import UserError
 from slm.figures import paper_figures
 from slm.names import file_name

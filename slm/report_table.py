@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from slm.arms import Arm, costs
-from slm.plots import Curve
+from slm.curves import Curve
 from slm.shards import Json
 
 REACH_NOTE = (

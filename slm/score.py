@@ -27,10 +27,10 @@ from slm.command_keys import SCORE
 from slm.console import duration, progress
 from slm.cost import copy_lineage
 from slm.data import IGNORE_INDEX, Windows, to_device
+from slm.device import DTYPES, computing, device_name, pick_device
 from slm.errors import UserError
 from slm.flops import forward_flops_per_token
 from slm.imported import Responses, check_packing, response_files, write_requests
-from slm.lineage import device_name
 from slm.model import SelectiveLM, check_length, check_model, load_model
 from slm.model_folder import check_model_folder, model_sha256
 from slm.rules import import_modules
@@ -54,9 +54,6 @@ from slm.shards import (
 from slm.tokenizer import is_tokenizer_of, load_tokenizer, tokenizer_sha256
 
 log = logging.getLogger("slm.score")
-# How a forward computes: the dtype of the weights. bf16-mixed is the trainer's, bf16 compute over
-# float32 weights.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16-mixed": torch.float32}
 WAYS = {  # what says where the scores come from: what it needs beside the corpus
     "reference_model": ("out",),
     "requests": ("served_model",),
@@ -86,16 +83,6 @@ def way_of(config: Any) -> str:
         found = " and ".join(given) or "none"
         raise UserError(f"one of {', '.join(WAYS)} must be given, found {found}")
     return given[0]
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device  # a device that is not there says so here
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}") from None
 
 
 def check_tokenizer(model: str, corpus: Corpus) -> None:
@@ -134,12 +121,6 @@ def load_reference(
     lm = SelectiveLM(load_model(folder)).eval()
     check_fits(lm, corpus)  # in float32: bfloat16 logits would differ by their rounding
     return lm.to(where, DTYPES[dtype])
-
-
-def computing(device: torch.device, dtype: str) -> torch.autocast:
-    """The context of a forward with weights of DTYPES[dtype], as Lightning's."""
-    is_mixed = dtype == "bf16-mixed"
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_mixed, cache_enabled=False)
 
 
 def make_plan(corpus: Corpus, model: str | None, scoring: Json) -> Json:

@@ -8,11 +8,11 @@ import logging
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from slm.device import PRECISIONS
 from slm.errors import UserError
 from slm.selection import Selection
 from slm.shards import References
 from slm.token_data import TokenData
-from slm.train_keys import PRECISIONS
 
 log = logging.getLogger("slm.train")
 

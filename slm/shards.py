@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from slm.checks import CHECKS
 from slm.claims import process_name, remove_temporaries
 from slm.errors import UserError
 from slm.fields import (
@@ -57,7 +58,6 @@ from slm.fields import (
 )
 
 FORMAT = 1
-CHECKS = ("size", "full")
 BLOCK_BYTES = 1 << 22
 SEAL = "seal"
 SHARD = {

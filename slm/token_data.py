@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 
-from slm.data import MicroBatches, Order, Steps, Windows, open_references
+from slm.data import Windows, open_references
 from slm.errors import UserError
+from slm.order import MicroBatches, Order, Steps
 from slm.shards import Corpus
 from slm.tokenizer import share_tokenizer
 

@@ -31,8 +31,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from slm.errors import UserError
+from slm.hooks import TOKENS_SEEN, RewindableLogger
 from slm.names import file_name
-from slm.progress import TOKENS_SEEN, RewindableLogger
 from slm.shards import Json, atomic_file, read_json, write_record
 
 log = logging.getLogger("slm.tracking")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from omegaconf import DictConfig
 
 from slm.checks import (
+    CHECKS,
     Kind,
     Table,
     anything,
@@ -30,10 +31,9 @@ from slm.checks import (
     whole,
     word,
 )
-from slm.shards import CHECKS
+from slm.device import PRECISIONS
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
-PRECISIONS = {"32-true": "float32", "bf16-mixed": "bf16-mixed"}  # as `slm score` names them
 count, count_or_null = whole(1), optional(whole(1))
 
 # The rest of Lightning's arguments are set by us, or would train on other or fewer tokens than the

@@ -12,16 +12,18 @@ import torch
 
 from slm import shards
 from slm.checkpoint import (
-    Checkpoints,
-    OnlyWriter,
-    RandomStates,
     VerifiedCheckpointIO,
     check_checkpoint,
     newest_checkpoint,
-    random_state,
     read_checkpoint,
-    set_random_state,
     sidecar,
+)
+from slm.checkpoint_callbacks import (
+    Checkpoints,
+    OnlyWriter,
+    RandomStates,
+    random_state,
+    set_random_state,
 )
 from slm.claims import ClaimLost
 from slm.errors import UserError

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm.cost import copy_lineage, reference_lineage, references_cost, write_cost
 from slm.data import Windows
-from slm.lineage import device_name
+from slm.device import device_name
 from slm.model import SelectiveLM
 from slm.model_folder import save_model
 from slm.score import ModelScores

@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from slm.data import (
-    COMBINE,
-    IGNORE_INDEX,
-    MicroBatches,
-    Order,
-    Steps,
-    Windows,
-    combine,
-    positions,
-    spread,
-)
+from slm.data import COMBINE, IGNORE_INDEX, Windows, combine, positions, spread
 from slm.errors import UserError
+from slm.order import MicroBatches, Order, Steps
 
 
 def naive_windows(shards: list[np.ndarray], seq_len: int) -> list[np.ndarray]:

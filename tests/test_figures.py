@@ -22,6 +22,7 @@ from figure_helpers import (
     rows_of,
 )
 from slm.classes import CLASSES
+from slm.curves import Curve
 from slm.errors import UserError
 from slm.figures import (
     class_figure,
@@ -33,7 +34,6 @@ from slm.figures import (
     share_text,
     spread_checkpoints,
 )
-from slm.plots import Curve
 from slm.text_figure import text_figure
 
 KINDS = ("classes", "text-classes", "text-selected", "selection", "perplexity")  # file names

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from page_helpers import make_analysis, make_token_set, prose
-from slm.classes import CLASSES
+from slm.classes import CLASSES, draw_examples
 from slm.heat_map import (
     Sample,
-    draw_examples,
     draw_sample,
     excess_limit,
     in_context,

@@ -21,9 +21,10 @@ from slm import page as page_module
 from slm.analysis import Analysis
 from slm.arms import arms_of, read_runs
 from slm.classes import CLASSES
+from slm.curves import Curve
 from slm.heat_map import draw_sample, shown_targets
 from slm.page import SweepFigures, as_json, sweep_table, write_page
-from slm.plots import Curve, RatioPanel, TokensPanel
+from slm.plots import RatioPanel, TokensPanel
 from slm.report import control_losses, ratio_panel, table_rows, tokens_panels
 from test_page_truth import rows as truth_rows_of
 

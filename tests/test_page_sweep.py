@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from slm.curves import Curve
 from slm.page_sweep import ratio_figure, tokens_figures
-from slm.plots import Curve, RatioPanel, TokensPanel
+from slm.plots import RatioPanel, TokensPanel
 
 
 def lines_of(figure) -> dict:

@@ -5,18 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.plots import (
-    Curve,
-    RatioPanel,
-    TokensPanel,
-    final_losses,
-    heldout_sets,
-    loss_figure,
-    mean_curve,
-    ratio_figure,
-    read_curve,
-    tokens_figure,
-)
+from slm.curves import Curve, final_losses, heldout_sets, mean_curve, read_curve
+from slm.plots import RatioPanel, TokensPanel, loss_figure, ratio_figure, tokens_figure
 
 
 def test_read_curve_reads_one_set_and_skips_rows_without_it(tmp_path):

@@ -264,7 +264,8 @@ def test_prompts_and_chats_have_the_same_bytes_whatever_num_proc(
 
 
 def test_a_training_step_counts_the_answers_and_eos_alone(run, tmp_path, chat_folder, asked):
-    from slm.data import Order, Steps, Windows
+    from slm.data import Windows
+    from slm.order import Order, Steps
     from slm.tokenizer import load_tokenizer
 
     ids, masks = expected_stream(load_tokenizer(chat_folder))
@@ -844,7 +845,7 @@ def test_disk_full_leaves_nothing_that_looks_finished(run, tmp_path, monkeypatch
     [
         ("slm.readers.cut", "a.jsonl"),
         ("slm.packing.encode_documents", "a.jsonl, line 1"),
-        ("slm.packing.ShardWriter.add", "out"),
+        ("slm.shard_writer.ShardWriter.add", "out"),
     ],
 )
 def test_too_little_memory_is_one_sentence(run, tmp_path, monkeypatch, place, where):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from slm.data import IGNORE_INDEX
+from slm.hooks import RewindableLogger
 from slm.probe import MaskOverlap
-from slm.progress import RewindableLogger
 from slm.selection import All, Excess, Random, Selection, Sigmoid
 from slm_kernels import select_top_k
 

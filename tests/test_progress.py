@@ -19,14 +19,9 @@ from transformers import PreTrainedModel
 from model_helpers import small_llama
 from slm import console, progress
 from slm.flops import flops_per_token, forward_flops_per_token
+from slm.hooks import StepProgress, summary
 from slm.module import TokenRecord
-from slm.progress import (
-    Metrics,
-    StepProgress,
-    loss_metrics,
-    measured_peak,
-    summary,
-)
+from slm.progress import Metrics, loss_metrics, measured_peak
 from slm.tracking import CsvLog
 
 SEQ_LEN, BATCH = 8, 4

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from slm.plots import Curve
+from slm.curves import Curve
 from slm.report_table import line_of, tokens_to_reach
 
 

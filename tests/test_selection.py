@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from slm.data import IGNORE_INDEX, Batch, Order, Steps, Windows
+from slm.data import IGNORE_INDEX, Batch, Windows
 from slm.errors import UserError
+from slm.order import Order, Steps
 from slm.selection import (
     SCOPES,
     All,

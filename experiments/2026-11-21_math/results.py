@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slm.plots import Curve, loss_figure, read_curve
+from slm.curves import Curve, read_curve
+from slm.plots import loss_figure
 
 HERE = Path(__file__).parent
 SETS = ("gsm8k_test", "math_500", "noisy")

@@ -227,7 +227,8 @@ def peak_mb(command: list[str]) -> float:
 
 def bench_data(rows: Rows, folder: Path, small: bool) -> None:
     """Tokens/s that the datamodule supplies on one core, page cache warm."""
-    from slm.data import MicroBatches, Order, Steps, Windows
+    from slm.data import Windows
+    from slm.order import MicroBatches, Order, Steps
 
     for seq_len, target in ((2048, ">= 50e6"), (128, ">= 10e6")):
         corpus, references = random_store(folder / str(seq_len), seq_len, 1 if small else 32)

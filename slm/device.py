@@ -1,0 +1,34 @@
+"""Where and how a model computes: the device, its name, the dtype of weights and of compute."""
+
+import platform
+
+import torch
+
+from slm.errors import UserError
+
+# How a forward computes: the dtype of the weights. bf16-mixed is the trainer's, bf16 compute over
+# float32 weights.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16-mixed": torch.float32}
+PRECISIONS = {"32-true": "float32", "bf16-mixed": "bf16-mixed"}  # Lightning's words
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device  # a device that is not there says so here
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here: {reason}") from None
+
+
+def computing(device: torch.device, dtype: str) -> torch.autocast:
+    """The context of a forward with weights of DTYPES[dtype], as Lightning's."""
+    is_mixed = dtype == "bf16-mixed"
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_mixed, cache_enabled=False)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"

@@ -1,0 +1,97 @@
+"""What callbacks have in common: when a step ended, what is due, where its numbers go."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
+
+from slm.console import Progress, new_progress
+
+TOKENS_SEEN = "data/tokens_seen"
+
+
+class RewindableLogger(Logger):
+    """A logger that can forget: a continued run logs again what came after its checkpoint."""
+
+    def truncate_after(self, step: int) -> None: ...
+
+
+def send(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand metrics of the step that just ended to every logger and to the progress bar."""
+    step, data = trainer.global_step, datamodule_of(trainer)
+    numbers = {TOKENS_SEEN: step * data.tokens_per_step, **metrics}
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step)
+    if isinstance(trainer.progress_bar_callback, StepProgress):
+        trainer.progress_bar_callback.show(numbers)
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit()
+
+
+def step_ended(trainer: Trainer, batch_idx: int) -> bool:
+    """True at the last micro-batch of an optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def is_due(trainer: Trainer, every_tokens: int | None, parts: int) -> bool:
+    """True where the step that just ended crossed a multiple of `every_tokens`, and at the end.
+
+    Without `every_tokens`, `parts` times in the run.
+    """
+    per_step = trainer.datamodule.tokens_per_step  # type: ignore[attr-defined]
+    every = every_tokens or max(1, trainer.max_steps * per_step // parts)
+    seen = trainer.global_step * per_step
+    return seen // every > (seen - per_step) // every or trainer.global_step == trainer.max_steps
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """What one line says of the last logged step."""
+    formats = {
+        "train/loss_all": "loss_all {:.4f}",
+        "slm/kept_frac": "kept {:.1%}",
+        "perf/tokens_per_s": "{:,.0f} tokens/s",
+    }
+    return "  ".join(
+        form.format(metrics[name]) for name, form in formats.items() if name in metrics
+    )
+
+
+class StepProgress(ProgressBar):
+    """Counts optimizer steps: loss of all tokens, kept share, tokens/s, time left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled, self.text = True, ""
+        self.shown: Progress | None = None
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def disable(self) -> None:  # Lightning calls it on all ranks but the first
+        self.enabled = False
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Take over the numbers of the step that just ended."""
+        self.text = summary(metrics) or self.text
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.enabled:
+            self.shown = new_progress("train", trainer.max_steps, done=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.shown is not None and step_ended(trainer, batch_idx):
+            self.shown(1, self.text)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.shown is not None:
+            self.shown.end()
+            self.shown = None
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
