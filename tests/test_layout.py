@@ -73,7 +73,7 @@ def test_every_module_has_its_test_file():
     modules = {path.stem for path in (ROOT / "slm").glob("*.py") if path.stem != "__init__"}
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert modules - tested == UNTESTED
-    assert tested - modules <= {"layout", "conf", "pipeline", "benchmarks", "doors"}
+    assert tested - modules <= {"layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
 
 
 def test_every_adapter_has_its_test_file():

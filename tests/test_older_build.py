@@ -1,0 +1,186 @@
+"""What 0.1.0 at commit 84709bf left on disk (fixtures/) opens, resumes and compares with ours."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from run_helpers import TINY_MODEL
+from slm import dynamics as dynamics_module
+from slm.arms import arms_of, read_runs
+from slm.cli import conf_folder
+from slm.data import Windows
+from slm.dynamics import dynamics
+from slm.evaluate import evaluate
+from slm.report import report
+from slm.shards import Corpus, References
+from slm.sweep import sweep_rows
+from slm.train import train
+from slm.trajectories import TrajectoryStore
+from slm.verify import verify
+
+WRITTEN = Path(__file__).parent / "fixtures" / "written_by_0_1_0"
+
+
+@pytest.fixture
+def disk(tmp_path) -> Path:
+    return shutil.copytree(WRITTEN, tmp_path / "disk")
+
+
+def composed(command: str, *words: str) -> Any:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose(command, overrides=list(words))
+
+
+def train_words(disk: Path, out: Path, *more: str) -> list[str]:
+    """As make.sh has them."""
+    return [
+        f"out='{out}'",
+        f"run_dir='{out}'",
+        f"data.corpus='{disk}/corpus/train'",
+        f"data.references='{disk}/references'",
+        f"data.heldout={{held: '{disk}/corpus/heldout'}}",
+        *TINY_MODEL,
+        "model.architecture.intermediate_size=16",
+        "model.architecture.max_position_embeddings=32",
+        "data.batch_size=8",
+        "data.micro_batch_size=4",
+        "callbacks.metrics.every_steps=1",
+        "callbacks.heldout.every_tokens=512",
+        "callbacks.checkpoints.every_tokens=512",
+        "logger=csv",
+        "max_tokens=2048",
+        *more,
+    ]
+
+
+HALF = ("selection=excess", "selection.select_ratio=0.5")
+
+
+def losses(path: Path) -> list[dict[str, float]]:
+    """A log without what measures time or memory."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: float(v) for k, v in row.items() if v and "perf/" not in k} for row in rows]
+
+
+def same_losses(one: Path, other: Path) -> None:
+    for log in ("train.csv", "heldout.csv"):
+        found, expected = losses(one / log), losses(other / log)
+        assert len(found) == len(expected) > 1
+        for mine, its in zip(found, expected, strict=True):
+            assert mine == pytest.approx(its, rel=1e-4, abs=1e-4)  # another CPU rounds otherwise
+
+
+def test_every_folder_verifies(disk):
+    found = {str(path.relative_to(disk)): (whole, text) for path, whole, text in verify(disk)}
+    assert len(found) > 20
+    assert [name for name, (whole, _) in found.items() if not whole] == ["interrupted"], found
+    assert "is unfinished" in found["interrupted"][1]
+
+
+def test_a_corpus_and_its_scores_are_windows(disk):
+    windows = Windows(Corpus.open(disk / "corpus/train"), [References.open(disk / "references")])
+    batch = windows.batch(np.arange(len(windows)))
+    assert windows.has_entropy and batch["input_ids"].shape[1] == 16
+    assert (batch["reference_logprob"] <= 0).all() and (batch["reference_entropy"] >= 0).all()
+    answers = Windows(Corpus.open(disk / "answers/train"))
+    assert (answers.batch(np.arange(len(answers)))["targets"] == -100).any()
+
+
+@pytest.mark.parametrize(
+    ("run", "more"),
+    [
+        ("finished", HALF),
+        ("sweep/selection=excess", ("selection=excess",)),
+        ("sweep/selection=random", ("selection=random",)),
+    ],
+)
+def test_a_finished_run_is_finished(disk, caplog, run, more):
+    caplog.set_level("INFO")
+    model = disk / run / "model" / "model.safetensors"
+    before = model.read_bytes(), model.stat().st_mtime_ns
+    train(composed("train", *train_words(disk, disk / run, *more)))
+    assert (model.read_bytes(), model.stat().st_mtime_ns) == before
+    assert "is complete already" in caplog.text
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_its_finished_twin(disk, caplog):
+    caplog.set_level("INFO")
+    run = disk / "interrupted"
+    done = losses(run / "train.csv")
+    train(composed("train", *train_words(disk, run, *HALF)))
+    assert "continuing" in caplog.text and 0 < len(done) < len(losses(run / "train.csv"))
+    same_losses(run, disk / "finished")
+
+
+def test_a_new_run_is_of_the_same_arm(disk):
+    train(composed("train", *train_words(disk, disk / "new", *HALF, "seed=1")))
+    runs, left_out = read_runs([str(disk / "finished"), str(disk / "new")])
+    (arm,) = arms_of(runs)
+    assert (arm.label, len(arm.runs), left_out) == ("excess 0.5", 2, {})
+
+
+@pytest.mark.slow  # it draws the figures of two stores of token losses
+def test_a_report_has_a_new_run_beside_the_older_one(disk):
+    train(composed("train", *train_words(disk, disk / "new", *HALF, "seed=1")))
+    paths = ", ".join(f"'{disk}/{name}'" for name in ("finished", "new"))
+    report(composed("report", f"runs=[{paths}]", f"out='{disk}/report'"))
+    with open(disk / "report" / "table.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["arm"], row["seeds"]) == ("excess 0.5", "2")
+    assert (disk / "report" / "figures").is_dir()
+
+
+def test_a_sweep_is_two_arms(disk):
+    runs, left_out = read_runs([str(disk / "sweep")])
+    assert [arm.label for arm in arms_of(runs)] == ["excess 0.6", "random 0.6"] and not left_out
+    folder = disk / "sweep"
+    number = json.loads((folder / "selection=random" / "status.json").read_text())["sweep"]
+    rows = sweep_rows(folder, number)
+    assert [(row.job, row.status) for row in rows] == [
+        ("selection=excess", "finished"),
+        ("selection=random", "finished"),
+    ]
+    assert all(row.losses["held"] > 1 for row in rows)
+
+
+def dynamics_of(disk: Path) -> Any:
+    return composed(
+        "dynamics",
+        f"runs='{disk}/finished'",
+        f"corpus='{disk}/corpus/heldout'",
+        f"references='{disk}/heldout_references'",
+        "num_targets=320",
+    )
+
+
+def test_token_losses_are_used_and_what_is_missing_is_added(disk, monkeypatch):
+    store = TrajectoryStore(disk / "finished" / "dynamics" / "checkpoints", "full")
+    assert TrajectoryStore(disk / "finished" / "dynamics" / "tokens", "full").checkpoints
+    before = [np.array(column) for column in store.losses()]
+    classes = (store.folder / "classes.csv").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(dynamics_module, "load_if_there", None)  # no checkpoint is read
+        (analysis,) = dynamics(dynamics_of(disk))
+    assert (store.folder / "classes.csv").read_bytes() == classes
+    assert analysis.chooser is not None and analysis.chooser.name == "excess 0.5"
+    last = store.checkpoints[-1].tokens_seen
+    store.path(last, ".json").unlink()
+    dynamics(dynamics_of(disk))
+    for found, expected in zip(store.losses(), before, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_model_is_evaluated(disk):
+    settings = composed("evaluate", f"models={{m: '{disk}/finished/model'}}", "sets={}")
+    (row,) = evaluate(
+        {"m": str(disk / "finished/model")}, {"held": str(disk / "corpus/heldout")}, settings
+    )
+    last = losses(disk / "finished" / "heldout.csv")[-1]
+    assert row["loss"] == pytest.approx(last["heldout/held/loss"], rel=1e-5)
