@@ -8,7 +8,7 @@ its summed loss; before the update the whole gradient is divided once, by what t
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -18,48 +18,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from slm.books import StepResult, TokenRecord, mean_threshold, named, no_sums, step_sums
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import NonFiniteError, UserError
 from slm.model import SelectiveLM
 from slm.selection import All, Choice, Selection
-
-SUMS: tuple[str, ...] = (
-    "loss_weighted",  # nats, token_weight * token_loss
-    "loss_selected",  # nats, over selected tokens
-    "loss_valid",  # nats, over every target
-    "num_selected",
-    "num_trained",  # with a weight, selected or not
-    "num_valid",
-    "reference_loss",  # nats, over tokens with a reference score
-    "reference_loss_selected",
-    "num_scored",
-    "num_below_reference",  # excess_loss < 0
-    "weight",  # sum of the token weights
-    "weight_squared",
-)
-
-
-class TokenRecord(NamedTuple):
-    """What one micro-batch on this rank did, token by token."""
-
-    window: Tensor  # (B,)
-    valid: Tensor  # (B, T)
-    selected: Tensor  # (B, T)
-    token_loss: Tensor  # (B, T) nats
-    reference_loss: Tensor | None  # (B, T) nats
-    token_weight: Tensor  # (B, T)
-
-
-class StepResult(NamedTuple):
-    """Sums over one optimizer step, all ranks, and what the update looked like."""
-
-    sums: dict[str, float]
-    divided_by: float  # the loss's denominator
-    select_ratio: float | None  # asked for at this step; None: the rule has none
-    threshold: float | None  # lowest selected score of this rank's last micro-batch; with
-    #                          scope=sequence the mean over its windows; None: no rule for it
-    grad_norm: float
-    tokens: list[TokenRecord]  # of this rank
 
 
 class SelectiveModule(LightningModule):
@@ -144,7 +107,7 @@ class SelectiveModule(LightningModule):
         return batch
 
     def _begin_step(self) -> None:
-        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+        self._sums = no_sums(self.device)
         self._records: list[TokenRecord] = []
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -184,8 +147,8 @@ class SelectiveModule(LightningModule):
             )
         gradients = [p.grad for p in self.lm.parameters() if p.grad is not None]
         norm, totals = norm_of(gradients), self._sum_over_ranks(self._sums)
-        *values, norm_value = torch.cat([totals, norm.double()[None]]).tolist()
-        self._totals = dict(zip(SUMS, values, strict=True))
+        *values, norm_value = torch.cat([totals, norm.to(totals.dtype)[None]]).tolist()
+        self._totals = named(values)
         self._divided_by = max(1.0, self._totals[f"num_{self.rule().divides_by}"])
         # Data-parallel wrappers average over the ranks what is to be summed.
         scale = self._provisional * self.trainer.world_size / self._divided_by
@@ -250,25 +213,6 @@ class SelectiveModule(LightningModule):
             setattr(self, name, checkpoint[name])
 
 
-def step_sums(record: TokenRecord) -> Tensor:  # (len(SUMS),) float64
-    """No synchronisation, which indexing with a mask would be."""
-    valid, selected, loss = record.valid, record.selected, record.token_loss
-    token_weight = record.token_weight.double()
-    terms = [
-        masked_sum(token_weight * loss, valid),
-        *(masked_sum(loss, mask) for mask in (selected, valid)),
-        *(mask.sum().double() for mask in (selected, token_weight != 0, valid)),
-    ]
-    if record.reference_loss is None:
-        terms += [terms[0].new_zeros(())] * 4
-    else:
-        reference = record.reference_loss
-        terms += [masked_sum(reference, mask) for mask in (valid, selected)]
-        terms += [valid.sum().double(), (valid & (loss < reference)).sum().double()]
-    terms += [token_weight.sum(), (token_weight**2).sum()]
-    return torch.stack(terms)
-
-
 def norm_of(gradients: list[Tensor]) -> Tensor:  # ()
     norm = get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # DTensor: sharded by FSDP
@@ -277,16 +221,3 @@ def norm_of(gradients: list[Tensor]) -> Tensor:  # ()
 def scale_gradients(gradients: list[Tensor], factor: float) -> None:
     """In place, sharded ones too."""
     torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as torch's clipping
-
-
-def masked_sum(values: Tensor, mask: Tensor) -> Tensor:  # (B, T), (B, T) -> () float64
-    """Sum of the values under the mask. No synchronisation, which indexing with a mask would be."""
-    return values.detach().double().masked_fill(~mask, 0.0).sum()
-
-
-def mean_threshold(threshold: Tensor | None) -> float | None:  # (), or (B,) with scope=sequence
-    """Mean over the windows where something was selected; infinite in the others."""
-    if threshold is None:
-        return None
-    finite = threshold[threshold.isfinite()]
-    return finite.mean().item() if len(finite) else None

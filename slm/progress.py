@@ -13,18 +13,15 @@ import sys
 import time
 import warnings
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from slm.bookkeeping import source_metrics, token_metrics
+from slm.books import loss_metrics, source_metrics, token_metrics
 from slm.flops import flops_per_token, forward_flops_per_token
 from slm.hooks import RewindableLogger, datamodule_of, send, step_ended
-
-if TYPE_CHECKING:
-    from slm.module import StepResult
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
 # Lightning 2.6 lists H200 and NVL boards with sparsity, at twice what a dense matmul can reach.
@@ -89,38 +86,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 # ---- metrics ----------------------------------------------------------------------------------
-
-
-def loss_metrics(result: "StepResult") -> dict[str, float]:
-    """Means over one optimizer step, nats; what has no tokens to be a mean of is left out."""
-    sums, metrics = result.sums, {}
-    valid, selected, scored = sums["num_valid"], sums["num_selected"], sums["num_scored"]
-
-    def mean(name: str, total: float, count: float) -> None:
-        if count > 0:
-            metrics[name] = total / count
-
-    mean("train/loss", sums["loss_weighted"], result.divided_by)
-    mean("train/loss_all", sums["loss_valid"], valid)
-    mean("train/loss_selected", sums["loss_selected"], selected)
-    mean("train/loss_unselected", sums["loss_valid"] - sums["loss_selected"], valid - selected)
-    mean("slm/kept_frac", selected, valid)
-    mean("slm/weight_mean", sums["weight"], valid)
-    # Kish's effective number: so many tokens of equal weight would vary as little.
-    mean("slm/effective_frac", sums["weight"] ** 2, sums["weight_squared"] * valid)
-    if scored > 0:
-        reference, reference_selected = sums["reference_loss"], sums["reference_loss_selected"]
-        mean("slm/reference_loss", reference, scored)
-        mean("slm/reference_loss_selected", reference_selected, selected)
-        mean("slm/excess_mean", sums["loss_valid"] - reference, scored)
-        excess_selected = sums["loss_selected"] - reference_selected
-        mean("slm/excess_mean_selected", excess_selected, selected)
-        mean("slm/below_reference_frac", sums["num_below_reference"], scored)
-    if result.select_ratio is not None:
-        metrics["slm/select_ratio"] = result.select_ratio
-    if result.threshold is not None:
-        metrics["slm/threshold"] = result.threshold
-    return metrics | {"slm/num_selected": selected, "train/grad_norm": result.grad_norm}
 
 
 def ranked_together(scope: str, trainer: Trainer) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from slm.architecture import new_model
+from slm.books import SUMS, StepResult
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import NonFiniteError, UserError
 from slm.head import head_arguments
 from slm.model import SelectiveLM
-from slm.module import SUMS, SelectiveModule, StepResult
+from slm.module import SelectiveModule
 from slm.selection import All, Excess, Mixture, Random, Relu, Selection, Sigmoid, Softmax
 
 VOCAB, LENGTH, STEP_ROWS = 41, 8, 8
@@ -190,6 +191,7 @@ def expected_step(
         sums["reference_loss"] += reference[live].sum().item()
         sums["reference_loss_selected"] += reference[selected].sum().item()
         sums["num_scored"] += live.sum().item()
+        sums["loss_scored"] += losses[live].sum().item()
     (sums["loss_selected"] / sums["num_selected"]).backward()
     sums["loss_weighted"] = sums["loss_selected"] = sums["loss_selected"].item()
     for name in ("num_trained", "weight", "weight_squared"):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from model_helpers import small_llama
-from slm import console, progress
+from slm import books, console, progress
+from slm.books import StepResult, TokenRecord
 from slm.flops import flops_per_token, forward_flops_per_token
 from slm.hooks import StepProgress, summary
-from slm.module import TokenRecord
-from slm.progress import Metrics, loss_metrics, measured_peak
+from slm.progress import Metrics, measured_peak
 from slm.tracking import CsvLog
 
 SEQ_LEN, BATCH = 8, 4
@@ -35,28 +35,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 # ---- metrics of a fit ---------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    sums: dict[str, float]
-    divided_by: float
-    select_ratio: float | None
-    threshold: float | None
-    grad_norm: float
-    tokens: list[TokenRecord]
-
-
-SUMS = {
-    "loss_weighted": 36.0,
-    "loss_selected": 30.0,
-    "loss_valid": 40.0,
+SUMS = dict.fromkeys(books.SUMS, 0.0) | {
     "num_selected": 10.0,
     "num_trained": 12.0,
     "num_valid": 20.0,
-    "reference_loss": 25.0,
-    "reference_loss_selected": 12.0,
-    "num_scored": 20.0,
-    "num_below_reference": 5.0,
-    "weight": 8.0,
-    "weight_squared": 6.4,
 }
 
 
@@ -69,40 +51,6 @@ RECORD = TokenRecord(
     torch.tensor([[0.5, 1.5]]),
     torch.tensor([[1.0, 0.0]]),
 )
-
-
-def test_loss_metrics_by_hand() -> None:
-    metrics = loss_metrics(cast(Any, Result(SUMS, 12.0, 0.55, 0.5, 3.0, [])))
-    assert metrics == {
-        "train/loss": 3.0,
-        "train/loss_all": 2.0,
-        "train/loss_selected": 3.0,
-        "train/loss_unselected": 1.0,
-        "slm/kept_frac": 0.5,
-        "slm/weight_mean": 0.4,
-        "slm/effective_frac": 0.5,  # 8 * 8 / 6.4 = 10 of 20
-        "slm/select_ratio": 0.55,
-        "slm/reference_loss": 1.25,
-        "slm/reference_loss_selected": 1.2,
-        "slm/excess_mean": 0.75,
-        "slm/excess_mean_selected": 1.8,
-        "slm/below_reference_frac": 0.25,
-        "slm/threshold": 0.5,
-        "slm/num_selected": 10.0,
-        "train/grad_norm": 3.0,
-    }
-    everything = {"loss_selected": 40.0, "num_selected": 20.0, "num_scored": 0.0}
-    metrics = loss_metrics(cast(Any, Result(SUMS | everything, 18.0, None, None, 3.0, [])))
-    assert metrics == {
-        "train/loss": 2.0,
-        "train/loss_all": 2.0,
-        "train/loss_selected": 2.0,
-        "slm/kept_frac": 1.0,
-        "slm/weight_mean": 0.4,
-        "slm/effective_frac": 0.5,
-        "slm/num_selected": 20.0,
-        "train/grad_norm": 3.0,
-    }
 
 
 class FakeData(LightningDataModule):
@@ -131,9 +79,9 @@ class FakeModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tokens_selected += 16 // self.trainer.accumulate_grad_batches
 
-    def step_result(self) -> Result:
+    def step_result(self) -> StepResult:
         step = self.trainer.global_step
-        return Result(SUMS | {"loss_valid": 20.0 * step}, 12.0, 0.5, 0.5, 3.0, [RECORD])
+        return StepResult(SUMS | {"loss_valid": 20.0 * step}, 12.0, 0.5, 0.5, 3.0, [RECORD])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD([self.weight], lr=1.0)

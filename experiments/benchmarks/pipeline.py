@@ -412,9 +412,8 @@ def bare_step_s(lm: Any, adamw: Any, corpus: Any, steps: int) -> float:
 def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
     """Choosing among 16,384 tokens and keeping its books, against a step of the demo's model."""
     from slm import selection
-    from slm.bookkeeping import source_metrics, token_metrics
+    from slm.books import TokenRecord, source_metrics, step_sums, token_metrics
     from slm.data import Windows
-    from slm.module import TokenRecord, step_sums
     from slm.shards import Corpus
 
     windows = Windows(Corpus.open(make_corpus(folder, 0.5 if small else 3)))

@@ -25,7 +25,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from slm.integrations.loss import COLUMN, SUMS, SelectiveLoss, means, step_sums
+from slm.books import means, named, no_sums, step_sums
+from slm.integrations.loss import COLUMN, SelectiveLoss, record_of
 from slm.integrations.signatures import check_parameters
 
 MADE_FOR = "lightning 2.6"
@@ -69,7 +70,7 @@ class SelectiveMixin:
         mean = output.loss.detach() * PROVISIONAL / output.selected.sum().clamp(min=1)
         scaled = output.loss * me.trainer.accumulate_grad_batches
         returned = scaled - scaled.detach() + mean
-        self._pending = returned, step_sums(output, targets, reference_logprob)
+        self._pending = returned, step_sums(record_of(output, targets, reference_logprob))
         return returned
 
     def _begin(self, step: int, device: torch.device) -> None:
@@ -80,7 +81,7 @@ class SelectiveMixin:
                 f"the gradients of step {self._open_step} were not divided: does "
                 f"{type(self).__name__}.on_before_optimizer_step call super()?"
             )
-        self._open_step, self._sums = step, torch.zeros(len(SUMS), device=device)
+        self._open_step, self._sums = step, no_sums(device)
 
     def on_fit_start(self) -> None:
         """A step that an earlier fit left unfinished has no gradients any more."""
@@ -110,7 +111,8 @@ class SelectiveMixin:
             return
         module: Any = self
         sums = torch.as_tensor(module.trainer.strategy.reduce(self._sums, reduce_op="sum"))
-        _, _, valid, kept, _ = values = sums.tolist()
+        found = named(sums.tolist())
+        valid, kept = found["num_valid"], found["num_selected"]
         if valid and not kept:
             raise ValueError(f"all of the step's {valid:.0f} targets have NaN as their {COLUMN}")
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -120,9 +122,9 @@ class SelectiveMixin:
         self._open_step = None
         if not valid:
             return
-        found = means(values)
-        logged = {"train/loss": found["loss_selected"], "train/loss_all": found["loss_all"]}
-        module.log_dict(logged | {"slm/kept_frac": found["kept_frac"]}, rank_zero_only=True)
+        mean = means(found)
+        logged = {"train/loss": mean["loss_selected"], "train/loss_all": mean["loss_all"]}
+        module.log_dict(logged | {"slm/kept_frac": mean["kept_frac"]}, rank_zero_only=True)
 
 
 def is_alone(loss: Tensor, returned: Tensor) -> bool:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slm.books import TokenRecord
+from slm.data import IGNORE_INDEX
 from slm_kernels import (
     select_count,
     select_top_k,
@@ -27,8 +29,7 @@ from slm_kernels import (
 from slm_kernels.selection import SCOPES, check_select_ratio
 
 COLUMN = "reference_logprob"
-SUMS = ("loss_all", "loss_selected", "num_valid", "num_selected", "num_scored")
-IGNORE_INDEX = -100
+LOGGED = ("loss_all", "loss_selected", "loss_unselected", "kept_frac", "scored_frac")  # of means
 SELECTIONS = ("excess", "random")
 
 
@@ -138,30 +139,16 @@ class SelectiveLoss:
         return candidates.sum(-1) if self.scope == "sequence" else candidates.sum()
 
 
-@torch.no_grad()
-def step_sums(
-    output: SelectiveOutput, targets: Tensor, reference_logprob: Tensor
-) -> Tensor:  # (len(SUMS),)
-    """What a trainer adds up over the micro-batches of a step, on this rank."""
-    valid = targets != IGNORE_INDEX
-    terms = [
-        output.token_loss.sum(),
-        output.token_loss.masked_fill(~output.selected, 0.0).sum(),
-        *(mask.sum() for mask in (valid, output.selected, valid & ~reference_logprob.isnan())),
-    ]
-    return torch.stack([term.float() for term in terms])
-
-
-def means(sums: list[float]) -> dict[str, float]:
-    """loss_all, loss_selected, loss_unselected; kept_frac, scored_frac: shares of the targets."""
-    total, selected, valid, kept, scored = sums
-    return {
-        "loss_all": total / max(1.0, valid),
-        "loss_selected": selected / max(1.0, kept),
-        "loss_unselected": (total - selected) / max(1.0, valid - kept),
-        "kept_frac": kept / max(1.0, valid),
-        "scored_frac": scored / max(1.0, valid),
-    }
+def record_of(output: SelectiveOutput, targets: Tensor, reference_logprob: Tensor) -> TokenRecord:
+    """Of a micro-batch, for its books; a door has no numbers of windows, so rows are counted."""
+    return TokenRecord(
+        window=torch.arange(len(targets)),
+        valid=targets != IGNORE_INDEX,
+        selected=output.selected,
+        token_loss=output.token_loss.detach(),
+        reference_loss=-reference_logprob,
+        token_weight=output.selected,
+    )
 
 
 def is_candidate(targets: Tensor, reference_logprob: Tensor) -> Tensor:  # (B, T), bool

@@ -27,16 +27,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from slm.books import means, named, no_sums, step_sums
+from slm.data import IGNORE_INDEX
 from slm.head import check_causal, check_head, head_arguments, loss_terms, projection_of
-from slm.integrations.loss import (
-    COLUMN,
-    IGNORE_INDEX,
-    SUMS,
-    SelectiveLoss,
-    means,
-    shifted,
-    step_sums,
-)
+from slm.integrations.loss import COLUMN, LOGGED, SelectiveLoss, record_of, shifted
 from slm.integrations.signatures import check_attributes, check_parameters
 
 MADE_FOR = "transformers 5.23"
@@ -223,7 +217,7 @@ class SelectiveTrainerMixin:
             me.model_accepts_loss_kwargs = True
         me.loss_is_scaled_for_ga = True
         attach(me.model, self.selective)
-        self._sums = torch.zeros(len(SUMS), device=me.args.device)
+        self._sums = no_sums(me.args.device)
         self._waiting: list[Any] = []  # micro-batches of a step that the end of a stream cut short
 
     def check_rows(self, names: list[str]) -> None:
@@ -286,7 +280,7 @@ class SelectiveTrainerMixin:
         scores_of(inputs)
         output = model(**inputs, denominator=num_items_in_batch)
         targets, scores = shifted(inputs["labels"], inputs[COLUMN])
-        self._sums += step_sums(output, targets, scores)
+        self._sums += step_sums(record_of(output, targets, scores))
         # The denominator counts every rank's tokens, and data-parallel wrappers average gradients.
         loss = output.loss * self.accelerator.num_processes  # type: ignore[attr-defined]
         return (loss, output) if return_outputs else loss
@@ -302,7 +296,8 @@ class SelectiveTrainerMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside `loss`, of every step since the last log; `loss_all` compares select ratios."""
         if "loss" in logs:
-            logs |= means(self._sum_over_ranks(self._sums).tolist())
+            found = means(named(self._sum_over_ranks(self._sums).tolist()))
+            logs |= {name: found[name] for name in LOGGED if name in found}
             self._sums.zero_()
         me: Any = super()
         me.log(logs, start_time)
