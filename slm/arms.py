@@ -14,7 +14,7 @@ import numpy as np
 
 from slm.curves import Curve, heldout_sets, read_curve, run_folders
 from slm.errors import UserError
-from slm.rules import RULES, by_word, rule_word, takes_all_tokens
+from slm.rules import RULES, in_words, rule_word, takes_all_tokens
 from slm.shards import Json, read_json
 
 SEEDS = {"seed", "selection.seed"}
@@ -113,7 +113,7 @@ def why_left_out(folder: Path) -> str | None:
 def read_run(folder: Path) -> Run:
     record = read_json(folder / "model" / "slm.json")["lineage"]
     curves = {name: read_curve(folder, "", name) for name in heldout_sets(folder)}
-    return Run(folder, record, by_word(read_json(folder / "run.json"), "selection."), curves)
+    return Run(folder, record, in_words(read_json(folder / "run.json")), curves)
 
 
 def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:

@@ -1,19 +1,22 @@
-"""Selection rules by word: what folders say of a rule, and rules of a user's own.
+"""Words in place of class paths: what folders say of a run, and rules of a user's own.
 
-A configuration names a rule's class (`_target_`), and its user composed it. A folder may come from
-anybody, so it holds a word and plain values,
+A configuration names classes (`_target_`), and its user composed it. What is written to disk names
+none, and no module: a rule, an optimizer, a schedule, a model's builder is a word, beside plain
+values,
 
     {"rule": "excess", "select_ratio": 0.6, "scope": "batch"}
+    {"kind": "adamw", "lr": 0.001, "betas": [0.9, 0.95], ...}
 
-the word is looked up in RULES, and nothing that a folder says is imported or called. A user's own
-rule is in RULES once its module was imported by the root key `modules` (`import_modules`); folders
-that hold a class path are read through the same table.
+so that classes may move, and a folder, which may come from anybody, has nothing to import or call.
+The word is the class's name. Rules are made from their words again, by RULES; a user's own rule is
+in it once its module was imported by the root key `modules` (`import_modules`). Folders that hold
+class paths are read as the words they mean.
 """
 
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -38,44 +41,78 @@ BUILT_IN: tuple[type[Selection], ...] = (
     ours.Mixture,
 )
 RULES: dict[str, type[Selection]] = {word_of(rule.__name__): rule for rule in BUILT_IN}
-WORDS = {f"slm.selection.{rule.__name__}": word_of(rule.__name__) for rule in BUILT_IN}
+# Of a run's identity: the key of a word, and the words that are ours.
+KEYS = {"selection": "rule", "optimizer": "kind", "model": "kind"}
+OURS = {
+    "selection": set(RULES),
+    "optimizer.adamw": {"adamw"},
+    "optimizer.schedule": {"warmup_cosine"},
+    "model": {"build_lm"},
+}
+CALL = ("_target_", "_partial_", "_convert_", "_recursive_")  # how Hydra is to call a class
 
 
 # ---- what folders say ---------------------------------------------------------------------------
 
 
-def by_word(record: Mapping[str, Any], prefix: str = "") -> Json:
-    """A selection with its word in place of the class path; `prefix` where its keys have one."""
-    rest = dict(record)
-    path, word = f"{prefix}_target_", f"{prefix}rule"
-    if path in rest:
-        if word in rest:
-            raise UserError(f"{path} and {word} are both given: no field of a rule can be `rule`")
-        rest[word] = known_word(rest.pop(path))
-    if prefix == "" and not ("rule" in rest and isinstance(rest["rule"], str)):
-        raise UserError(f"a selection must name its rule, found {sorted(record)}")
-    return rest
-
-
-def known_word(path: Any) -> str:
-    """Another's class of a built-in rule's name keeps its path: it must not pass for that rule."""
+def known_word(path: Any, place: str) -> str:
+    """Another's class of a built-in's name keeps its path: it must not pass for that."""
     if not isinstance(path, str):
-        raise UserError(f"selection._target_ is {path!r}, it must be a class path")
-    if path in WORDS:
-        return WORDS[path]
+        raise UserError(f"{place}._target_ is {path!r}, it must be a class path")
     word = word_of(path.rsplit(".", 1)[-1])
-    return path if word in WORDS.values() else word
+    is_taken = place in OURS and word in OURS[place] and not path.startswith("slm.")
+    return path if is_taken else word
 
 
-def trained_by_word(selection: Mapping[str, Any]) -> Json:
-    """`by_word` of what is about to be trained with: the word must mean this rule alone."""
-    record = by_word(selection)
-    if "." in record["rule"]:
-        raise UserError(
-            f"selection._target_ is {record['rule']}: a built-in rule has that class name, "
-            "choose another"
-        )
-    return record
+def trained_word(path: Any, place: str) -> str:
+    """Of what is about to be trained with: the word must mean this class alone."""
+    word = known_word(path, place)
+    if word == path and "." in path:
+        raise UserError(f"{place}._target_ is {path}: a built-in has that name, choose another")
+    if place == "selection" and word in RULES and word not in OURS[place]:
+        check_rule(path, RULES[word])
+    return word
+
+
+def check_rule(path: str, rule: type[Selection]) -> None:
+    """`modules` has this rule, perhaps under several paths."""
+    module, _, name = path.rpartition(".")
+    found = vars(sys.modules[module]) if module in sys.modules else {}
+    if name not in found or found[name] is not rule:
+        known = f"{rule.__module__}.{rule.__name__}"
+        raise UserError(f"selection._target_ is {path}, and {known} has its name: rename one")
+
+
+def in_words(record: Any, place: str = "", word: Callable[[Any, str], str] = known_word) -> Any:
+    """A configuration, nested or flat, without class paths: words where KEYS has one.
+
+    place: where it stands in the whole configuration; word: `known_word`, or a stricter one
+    """
+    if isinstance(record, list):
+        return [in_words(item, place, word) for item in record]
+    if not isinstance(record, Mapping):
+        return record
+    found: Json = {}
+    for name, value in record.items():
+        key = f"{place}.{name}" if place else str(name)
+        above, _, last = key.rpartition(".")
+        node, root = str(name).removesuffix(last), above.split(".")[0]
+        if last not in CALL or f"{node}_target_" not in record:
+            found[name] = in_words(value, key, word)
+        elif last == "_target_" and root in KEYS:
+            its_word = node + KEYS[root]
+            if its_word in record:
+                raise UserError(f"{key} and {its_word} are both given: no argument can be that")
+            found[its_word] = word(value, above)
+    return found
+
+
+def by_word(selection: Mapping[str, Any]) -> Json:
+    """A selection with its word in place of the class path."""
+    found = in_words(selection, "selection")
+    if not ("rule" in found and isinstance(found["rule"], str)):
+        raise UserError(f"a selection must name its rule, found {sorted(selection)}")
+    return found
 
 
 def rule_word(selection: Mapping[str, Any]) -> str:

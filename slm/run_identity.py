@@ -12,7 +12,7 @@ from slm.checkpoint import newest_checkpoint
 from slm.claims import Claim, claim, owner_of, remove_temporaries
 from slm.errors import UserError
 from slm.model_folder import check_model_folder, model_sha256
-from slm.rules import by_word, trained_by_word
+from slm.rules import by_word, in_words, trained_word
 from slm.shards import read_json, write_record
 from slm.token_data import TokenData
 
@@ -21,7 +21,7 @@ log = logging.getLogger("slm.train")
 
 def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
     """What must not change when a run is continued; folders may move, so hashes stand for them."""
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = in_words(OmegaConf.to_container(config, resolve=True), word=trained_word)
     init_from = plain["model"].pop("init_from")
     if init_from is not None:
         del plain["model"]["architecture"]  # the folder's own counts
@@ -39,7 +39,7 @@ def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
         "data.micro_batch_size": plain["data"]["micro_batch_size"],
         "trainer.precision": config.trainer.precision,
         **flat("model", plain["model"]),
-        **flat("selection", trained_by_word(plain["selection"])),
+        **flat("selection", by_word(plain["selection"])),
         **flat("optimizer", plain["optimizer"]),
     }
 
@@ -82,7 +82,7 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
     if not path.exists() or not kept:
         write_record(path, identity)
         return None
-    before = by_word(read_json(path), "selection.")
+    before = in_words(read_json(path))
     for field in [*identity, *sorted(before.keys() - identity.keys())]:
         if identity.get(field) != before.get(field):
             raise UserError(

@@ -5,7 +5,8 @@
     slm train -m experiment=sweep_k hydra/launcher=submitit_slurm ...    jobs of a cluster
 
     <out>/<job>/status.json   running, finished, skipped (was complete already) or failed, and why;
-                              what the job was given, whole (a folder's name may be cut)
+                              what the job was given, whole (a folder's name may be cut),
+                              but for classes: run.json has their words
     <out>/sweep.csv           the table of the last sweep in this folder
 
 A job may run in a process that a launcher started. sys.argv is not the user's there, and only
@@ -78,7 +79,7 @@ class Sweep(Callback):
     def _write(self, config: DictConfig, status: str, error: str = "") -> None:
         number, given = config.hydra.job.num, list(config.hydra.overrides.task)
         body = {"sweep": self.id, "number": number, "status": status, "error": error}
-        body["overrides"] = given
+        body["overrides"] = [word for word in given if "_target_" not in word]
         write_record(job_folder(config) / STATUS, body)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:

@@ -35,10 +35,10 @@ from slm.model import check_saved
 from slm.model_folder import save_model
 from slm.module import SelectiveModule
 from slm.progress import Metrics
-from slm.rules import import_modules, trained_by_word
+from slm.rules import import_modules, in_words
 from slm.run_identity import adopt_run, only_writer, run_identity
 from slm.settings import check_overrides
-from slm.shards import hash_file, write_record
+from slm.shards import hash_file, nested, write_record
 from slm.token_data import TokenData
 from slm.tokenizer import load_corpus_tokenizer
 from slm.tracking import WandbLog
@@ -63,7 +63,7 @@ def export(
     trainer, folder = module.trainer, Path(config.run_dir)
     record = lineage(
         datamodule=data,
-        selection=trained_by_word(OmegaConf.to_container(config.selection, resolve=True)),  # type: ignore[arg-type]
+        selection=nested(identity, "selection."),
         needs_references=bool(module.selection.needs),
         online_reference=identity["online_reference"],
         seed=config.seed,
@@ -202,7 +202,8 @@ def log_inputs(
     trainer: Trainer, config: DictConfig, data: TokenData, model_config: dict[str, Any]
 ) -> None:
     """The configuration and what the references cost to every logger; to W&B's lineage, folders."""
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = in_words(OmegaConf.to_container(config, resolve=True))
+    del plain["modules"]
     if config.model.init_from is not None:
         plain["model"]["architecture"] = model_config
     plain["reference_records"] = [reference_record(store) for store in data.references]

@@ -144,7 +144,7 @@ def test_a_sweep_is_filtered_by_its_group_and_seeds_are_averaged(tmp_path, group
         {"key": {"section": "run", "name": "group"}, "op": "=", "value": group, "disabled": False}
     ]
     assert [key["name"] for key in runs["grouping"]] == [
-        "selection.value._target_",
+        "selection.value.rule",
         "selection.value.select_ratio",
     ]
     found = panels(view)

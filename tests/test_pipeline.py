@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM
 
+from slm.cli import conf_folder
 from slm.data import Windows
+from slm.dynamics import dynamics
+from slm.report import report
+from slm.score import score
 from slm.shards import Corpus, References
+from slm.train import train
+from test_dynamics import compose_dynamics, during
+from test_report import config as compose_report
+from test_train import compose_train
 from text_helpers import DATA, needs_data
 
 TINY = ["experiment=smoke", "logger=csv", "data.batch_size=8", "data.micro_batch_size=4"]
@@ -86,3 +96,26 @@ def check_evaluation(folder: Path) -> None:
         last = list(csv.DictReader(file))[-1]
     if len(windows) <= 256:  # what training evaluates at most
         assert float(last["heldout/gsm/loss"]) == pytest.approx(float(row["loss"]), rel=1e-6)
+
+
+CLASS = re.compile(
+    r"_target_|slm\.[a-z_.]+\.[A-Za-z]|lightning\.|torch\.[a-z_]+\.|transformers\.[a-z]"
+)
+
+
+def test_nothing_that_is_written_names_a_class(tmp_path, text_corpus):
+    """Classes may move, and a folder from anybody has nothing to import or call."""
+    corpus, keep = text_corpus.folder, "callbacks.checkpoints.keep=null"
+    train(compose_train(tmp_path / "first", corpus, "selection=all"))
+    model, scores = tmp_path / "first" / "model", tmp_path / "scores"
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        named = [f"corpus='{corpus}'", f"reference_model='{model}'", f"out='{scores}'"]
+        score(compose("score", overrides=named))
+    words = ("selection=excess", f"data.references='{scores}'", keep)
+    train(compose_train(tmp_path / "run", corpus, *words, *during(text_corpus)))
+    dynamics(compose_dynamics(tmp_path / "run", corpus))
+    report(compose_report([tmp_path / "first", tmp_path / "run"], tmp_path / "report"))
+    files = [path for end in ("json", "csv") for path in sorted(tmp_path.rglob(f"*.{end}"))]
+    assert len(files) > 40
+    found = {str(path.relative_to(tmp_path)): CLASS.findall(path.read_text()) for path in files}
+    assert {name: names for name, names in found.items() if names} == {}

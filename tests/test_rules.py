@@ -6,13 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import get_method
+from omegaconf import OmegaConf
 
 from page_helpers import make_analysis, prose
 from run_helpers import make_run
 from slm import report
 from slm import rules as rules_module
 from slm.errors import UserError
-from slm.rules import RULES, by_word, import_modules, make_rule, takes_all_tokens, trained_by_word
+from slm.rules import (
+    OURS,
+    RULES,
+    by_word,
+    import_modules,
+    in_words,
+    make_rule,
+    takes_all_tokens,
+    trained_word,
+)
 from slm.selection import Excess, Random
 from slm.shards import read_json, write_record
 
@@ -57,6 +68,10 @@ def write_rule(tmp_path, monkeypatch):
         sys.modules.pop(path.stem, None)
 
 
+def trained_in_words(selection: dict[str, Any]) -> dict[str, Any]:
+    return in_words(selection, "selection", trained_word)
+
+
 @pytest.mark.parametrize("selection", HOSTILE)
 def test_what_a_folder_says_is_neither_imported_nor_called(mark, selection):
     with pytest.raises(UserError):
@@ -91,9 +106,35 @@ def test_every_configuration_of_a_rule_has_its_word_and_comes_back_from_it():
     assert make_rule(by_word(old) | {"rule": "mixture"}).ratio(50) == 0.75
 
 
-def test_words_replace_paths_under_a_prefix_too():
-    old = {"seed": 1, "selection._target_": "slm.selection.ReferenceLoss"}
-    assert by_word(old, "selection.") == {"seed": 1, "selection.rule": "reference_loss"}
+def test_words_replace_paths_in_flat_records_and_in_nested_ones():
+    flat = {
+        "seed": 1,
+        "selection._target_": "slm.selection.ReferenceLoss",
+        "optimizer.adamw._target_": "slm.optim.adamw",
+        "optimizer.adamw._partial_": True,
+        "optimizer.adamw.lr": 0.1,
+        "model._target_": "slm.model.build_lm",
+        "model._convert_": "all",
+    }
+    assert in_words(flat) == {
+        "seed": 1,
+        "selection.rule": "reference_loss",
+        "optimizer.adamw.kind": "adamw",
+        "optimizer.adamw.lr": 0.1,
+        "model.kind": "build_lm",
+    }
+    nested = {
+        "optimizer": {"schedule": {"_target_": "mine.Linear", "_partial_": True, "x": [{"y": 2}]}},
+        "callbacks": {"metrics": {"_target_": "slm.progress.Metrics", "kind": "its own"}},
+    }
+    assert in_words(nested) == {
+        "optimizer": {"schedule": {"kind": "linear", "x": [{"y": 2}]}},
+        "callbacks": {"metrics": {"kind": "its own"}},
+    }
+    assert in_words(in_words(flat)) == in_words(flat)
+
+
+def test_what_rules_have_words():
     assert takes_all_tokens({"_target_": "slm.selection.All"}) and takes_all_tokens({"rule": "all"})
     assert takes_all_tokens({"rule": "random", "select_ratio": 1.0, "seed": 0, "scope": "batch"})
     assert not takes_all_tokens({"rule": "random", "select_ratio": 0.9, "scope": "batch"})
@@ -123,15 +164,39 @@ def test_anothers_class_does_not_pass_for_a_built_in_rule():
     selection = {"_target_": "mine.Excess", "select_ratio": 0.5}
     with pytest.raises(UserError, match="no rule 'mine.Excess' is known"):
         make_rule(selection)
-    with pytest.raises(UserError, match="mine.Excess: a built-in rule has that class name"):
-        trained_by_word(selection)
+    with pytest.raises(UserError, match="mine.Excess: a built-in has that name"):
+        trained_in_words(selection)
+
+
+@pytest.mark.parametrize(
+    ("place", "word"), [(place, sorted(words)[0]) for place, words in OURS.items()]
+)
+def test_no_class_of_anothers_has_a_word_of_ours(place, word):
+    """In old folders it keeps its path, so that the two are never taken for one."""
+    assert in_words({f"{place}._target_": f"mine.{word}"}) != in_words(
+        {f"{place}._target_": f"slm.x.{word}"}
+    )
+    with pytest.raises(UserError, match=f"{place}._target_ is mine.{word}: a built-in has that"):
+        trained_word(f"mine.{word}", place)
+    assert trained_word(f"slm.anywhere.{word}", place) == word
+
+
+def test_the_words_of_the_configurations_are_ours():
+    for place, words in OURS.items():
+        group, _, node = place.partition(".")
+        for path in (Path("conf") / group).glob("*.yaml"):
+            tree: Any = OmegaConf.to_container(OmegaConf.load(path))
+            node_of = tree[node] if node else tree
+            if "_target_" in node_of:
+                word = trained_word(node_of["_target_"], place)
+                assert word in words and callable(get_method(node_of["_target_"]))
 
 
 # ---- modules of a user's own --------------------------------------------------------------------
 
 
 def test_a_rule_of_ones_own_has_a_word_once_its_module_is_given(write_rule):
-    record = trained_by_word({"_target_": "own_rules.Steep", "select_ratio": 0.5, "extra": 2.0})
+    record = trained_in_words({"_target_": "own_rules.Steep", "select_ratio": 0.5, "extra": 2.0})
     assert record == {"rule": "steep", "select_ratio": 0.5, "extra": 2.0}
     with pytest.raises(UserError, match="no rule 'steep' is known here"):
         make_rule(record)
@@ -141,6 +206,10 @@ def test_a_rule_of_ones_own_has_a_word_once_its_module_is_given(write_rule):
     rule: Any = make_rule(record)
     assert type(rule).__name__ == "Steep" and asdict(rule)["extra"] == 2.0
     assert sys.modules["own_rules"].Steep is type(rule)  # what `_target_` finds
+    assert trained_in_words({"_target_": "own_rules.Steep", "select_ratio": 0.5})["rule"] == "steep"
+    for other in ("other.Steep", "own_rules.steep"):
+        with pytest.raises(UserError, match=f"is {other}, and own_rules.Steep has its name"):
+            trained_in_words({"_target_": other, "select_ratio": 0.5})
 
 
 def test_modules_that_cannot_be_taken(write_rule, tmp_path):

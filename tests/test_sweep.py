@@ -65,7 +65,8 @@ def test_a_job_is_named_after_what_differs(params, given, job, name):
 
 def hydra_config(folder: Path, mode: RunMode = RunMode.MULTIRUN, number: int = 0) -> Any:
     runtime, job = {"output_dir": str(folder)}, {"num": number, "name": "train"}
-    sweep, overrides = {"dir": str(folder.parent)}, {"task": [f"number={number}"]}
+    given = [f"number={number}", "selection._target_=mine.Rule", "+x={_target_: mine.X}"]
+    sweep, overrides = {"dir": str(folder.parent)}, {"task": given}
     return OmegaConf.create(
         {
             "hydra": {

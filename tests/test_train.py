@@ -531,12 +531,19 @@ def test_a_folder_with_another_run_is_refused(whole, text_corpus, override, mess
         train(compose_train(whole, text_corpus.folder, override))
 
 
-def test_a_run_whose_folder_names_a_class_path_is_the_same_run(whole, text_corpus):
+def test_a_run_whose_folder_names_class_paths_is_the_same_run(whole, text_corpus):
     path = whole / "run.json"
     identity = read_json(path)  # without its seal, which such folders lack
-    assert not [value for key, value in identity.items() if key.startswith("selection._")]
-    assert identity.pop("selection.rule") == "random"
-    path.write_text(json.dumps(identity | {"selection._target_": "slm.selection.Random"}))
+    paths = {"model._convert_": "all", "optimizer.adamw._partial_": True}
+    for key, word, old in [
+        ("selection.rule", "random", "slm.selection.Random"),
+        ("optimizer.adamw.kind", "adamw", "slm.optim.adamw"),
+        ("optimizer.schedule.kind", "warmup_cosine", "slm.optim.warmup_cosine"),
+        ("model.kind", "build_lm", "slm.model.build_lm"),
+    ]:
+        assert identity.pop(key) == word
+        paths[f"{key.rpartition('.')[0]}._target_"] = old
+    path.write_text(json.dumps(identity | paths))
     before = (whole / "model" / "model.safetensors").stat().st_mtime_ns
     assert train(compose_train(whole, text_corpus.folder)) == whole / "model"
     assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
