@@ -29,9 +29,9 @@ from slm.classes import (
 )
 from slm.data import IGNORE_INDEX, Batch
 from slm.errors import UserError
+from slm.files import Json
 from slm.rules import by_word, make_rule, takes_all_tokens
 from slm.selection import All, Selection
-from slm.shards import Json
 from slm.spans import UNKNOWN
 from slm.token_set import TokenSet, parts
 from slm.trajectories import TrajectoryStore

@@ -14,8 +14,8 @@ import numpy as np
 
 from slm.curves import Curve, heldout_sets, read_curve, run_folders
 from slm.errors import UserError
+from slm.files import Json, read_json
 from slm.rules import RULES, in_words, rule_word, takes_all_tokens
-from slm.shards import Json, read_json
 
 SEEDS = {"seed", "selection.seed"}
 HASH = re.compile(r"[0-9a-f]{64}")

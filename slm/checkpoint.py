@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from slm.errors import UserError
 from slm.fields import CHECKPOINT, check_fields
-from slm.shards import Json, atomic_file, check_hash, hash_file, read_json, write_record
+from slm.files import Json, atomic_file, check_hash, hash_file, read_json, write_record
 
 log = logging.getLogger("slm.checkpoint")
 

@@ -10,7 +10,8 @@ scoring that ended up in a shard counts, not what a killed process had begun, no
 from pathlib import Path
 
 from slm.fields import NUMBER, TEXT, check_fields, optional
-from slm.shards import Json, read_json, shard_path, write_record
+from slm.files import Json, read_json, write_record
+from slm.shards import shard_path
 
 SUMMED = ("seconds", "tokens", "flops")
 

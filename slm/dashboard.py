@@ -21,8 +21,8 @@ from slm.classes import CLASSES
 from slm.cli import command
 from slm.command_keys import DASHBOARD
 from slm.errors import UserError
+from slm.files import read_json, write_json
 from slm.hooks import TOKENS_SEEN
-from slm.shards import read_json, write_json
 from slm.tracking import resolve_mode
 
 log = logging.getLogger("slm.dashboard")

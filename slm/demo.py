@@ -38,7 +38,7 @@ from slm.checks import check
 from slm.cli import command
 from slm.command_keys import DEMO
 from slm.errors import UserError
-from slm.shards import atomic_file
+from slm.files import atomic_file
 
 log = logging.getLogger("slm.demo")
 HELDOUT_SHARE = 0.12

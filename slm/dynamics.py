@@ -38,9 +38,10 @@ from slm.dynamics_stores import (
     warn_of_training_text,
 )
 from slm.errors import UserError
+from slm.files import Json, read_json
 from slm.model import SelectiveLM, check_length
 from slm.rules import import_modules
-from slm.shards import Corpus, Json, read_json
+from slm.shards import Corpus
 from slm.token_set import TokenSet
 from slm.tokenizer import is_tokenizer_of
 from slm.trajectories import TrajectoryStore, make_plan, token_losses

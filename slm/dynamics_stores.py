@@ -11,8 +11,9 @@ from slm.analysis import Analysis, analyse
 from slm.classes import CLASSES
 from slm.data import Windows, open_references
 from slm.errors import UserError
+from slm.files import Json, hash_json, nested, read_json
 from slm.names import path_component
-from slm.shards import Corpus, Json, hash_json, nested, read_json
+from slm.shards import Corpus
 from slm.token_set import TokenSet, draw_windows, read_windows
 from slm.tokenizer import load_corpus_tokenizer, share_tokenizer
 from slm.trajectories import TrajectoryStore

@@ -25,11 +25,12 @@ from slm.console import progress
 from slm.data import IGNORE_INDEX, Windows, spread, to_device
 from slm.device import DTYPES, PRECISIONS, computing, pick_device
 from slm.fields import OBJECT, check_fields, one_of
+from slm.files import Advance, nothing, read_json, write_csv
 from slm.model import SelectiveLM, load_model
 from slm.model_folder import check_model_folder
 from slm.rules import import_modules
 from slm.score import check_fits, check_tokenizer
-from slm.shards import Advance, Corpus, nothing, read_json, write_csv
+from slm.shards import Corpus
 from slm.tokenizer import looks_like_hub_name
 
 log = logging.getLogger("slm.evaluate")

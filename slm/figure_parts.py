@@ -9,8 +9,8 @@ import numpy as np
 from slm.analysis import Analysis, Chooser, rule_name
 from slm.classes import CLASSES
 from slm.errors import UserError
+from slm.files import write_csv
 from slm.plots import COLOURS, TOKENS_AXIS, dress, plain, pyplot, save_figure, token_ticks
-from slm.shards import write_csv
 
 WIDTH = 6.8  # inches: the text of a page
 # As on the page: H→L blue, L→L green.

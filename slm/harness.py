@@ -47,7 +47,7 @@ from slm.cli import command
 from slm.command_keys import HARNESS
 from slm.console import LINE_EVERY_S
 from slm.errors import UserError
-from slm.shards import write_csv
+from slm.files import write_csv
 
 log = logging.getLogger("slm.harness")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.analysis import Analysis
-from slm.shards import Json
+from slm.files import Json
 from slm.spans import NOISE, SIGNAL, UNKNOWN
 from slm.token_set import TokenSet
 from slm.token_texts import whole_characters

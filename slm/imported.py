@@ -39,8 +39,9 @@ import numpy as np
 from slm.console import progress
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
+from slm.files import Json, atomic_file, naming
 from slm.scorer import Columns
-from slm.shards import Corpus, Json, atomic_file, naming
+from slm.shards import Corpus
 from slm.token_texts import TokenTexts
 from slm.tokenizer import load_corpus_tokenizer
 

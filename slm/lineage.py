@@ -22,8 +22,9 @@ from slm import __version__
 from slm.cost import reference_lineage, references_cost
 from slm.data import spread
 from slm.device import device_name
+from slm.files import Json
 from slm.rules import by_word
-from slm.shards import Json, References
+from slm.shards import References
 
 if TYPE_CHECKING:
     from slm.token_data import TokenData

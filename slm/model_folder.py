@@ -13,15 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from slm.errors import UserError
-from slm.shards import (
-    check_files,
-    hash_file,
-    hash_json,
-    naming,
-    read_json,
-    sealed,
-    sync_folder,
-)
+from slm.files import check_files, hash_file, hash_json, naming, read_json, sealed, sync_folder
 
 
 def quiet_without_terminal() -> None:

@@ -17,9 +17,9 @@ import numpy as np
 
 from slm.documents import Text
 from slm.errors import UserError
+from slm.files import Json
 from slm.readers import read_blocks
 from slm.records import read_texts
-from slm.shards import Json
 from slm.sources import Source
 
 NGRAM = 13

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slm.claims import process_name, remove_temporaries
 from slm.errors import UserError
-from slm.shards import cannot_write, hash_file, read_json, write_error, write_json
+from slm.files import cannot_write, hash_file, read_json, write_error, write_json
 
 log = logging.getLogger("slm.own_files")
 RECORD = "made.json"

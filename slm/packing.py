@@ -5,7 +5,7 @@ the number of processes: a worker parses, fills templates, hashes, looks for eva
 tokenizes.
 
 A few batches of 0.5 MB a worker are in flight, or the longest document (some 30 bytes for each
-byte of it, 150 where `slm.tokenizer` cannot cut it). Workers import neither torch nor transformers.
+byte of it, 150 where `slm.encoder` cannot cut it). Workers import neither torch nor transformers.
 """
 
 import multiprocessing
@@ -26,15 +26,15 @@ import numpy as np
 
 from slm.chat import ChatFormat
 from slm.documents import Block, Text
+from slm.encoder import Encoder, EncoderState
 from slm.errors import UserError
+from slm.files import Json
 from slm.overlap import Excluded, Overlap
 from slm.parts import encode_documents
 from slm.readers import BLOCK_BYTES, out_of_memory
 from slm.records import read_texts
-from slm.shards import Json
 from slm.sources import Source
 from slm.spans import NOISE, SIGNAL, label_tokens
-from slm.tokenizer import Encoder, EncoderState
 
 BATCHES_PER_WORKER = 3  # in flight
 MAX_FAULTS_SHOWN = 10

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from slm.analysis import Analysis, rule_name
 from slm.classes import ARROWS, CLASSES, MEANING, draw_examples
+from slm.files import Json, atomic_file
 from slm.heat_map import (
     Sample,
     draw_sample,
@@ -39,7 +40,6 @@ from slm.page_figures import (
 from slm.page_sweep import ratio_figure, tokens_figures
 from slm.page_truth import truth_figures, truth_ratios, truth_table
 from slm.plots import RatioPanel, TokensPanel
-from slm.shards import Json, atomic_file
 
 log = logging.getLogger("slm.page")
 HERE = Path(__file__).parent

@@ -12,9 +12,9 @@ import numpy as np
 
 from slm.analysis import Analysis, histogram
 from slm.classes import ARROWS, CLASSES
+from slm.files import Json
 from slm.heat_map import numbers
 from slm.plots import TOKENS_AXIS
-from slm.shards import Json
 
 MAX_POINTS = 200  # of a line
 MAX_SOURCES = 10  # lines of sources: the largest

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from slm.curves import Curve, by_label, mean_curve
+from slm.files import Json
 from slm.heat_map import numbers
 from slm.page_figures import MARKS, SEEN_AXIS, colour, figure, line, plain, titled
 from slm.plots import LOSS_AXIS, RatioPanel, TokensPanel
-from slm.shards import Json
 
 DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")
 

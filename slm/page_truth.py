@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from slm.analysis import Analysis
+from slm.files import Json
 from slm.page_figures import MARKS, SEEN_AXIS, SHARE, colour, figure, line, titled
-from slm.shards import Json
 
 SCORES = {  # in the order of the legend
     "excess_loss": "high excess loss",

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from slm.documents import Part, Text
-from slm.shards import Corpus, Json
-from slm.tokenizer import AFTER_SPECIAL, AFTER_TEXT, AT_START, Encoder
+from slm.encoder import AFTER_SPECIAL, AFTER_TEXT, AT_START, Encoder
+from slm.files import Json
+from slm.shards import Corpus
 
 WINDOWS_AT_ONCE = 4096
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.curves import Curve, by_label, mean_curve
-from slm.shards import atomic_file
+from slm.files import atomic_file
 
 # Okabe and Ito's palette: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

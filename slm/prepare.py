@@ -4,7 +4,7 @@ The parent process reads blocks of text in order (`slm.readers`), workers encode
 the token arrays in order (`slm.packing`). A document's hash alone decides on which side (train,
 heldout) it falls, so neither the order nor the number of processes matters. Memory is a few blocks
 of 0.5 MB a worker, or the longest document (20 to 30 bytes per byte of it, 150 where
-`slm.tokenizer` cannot cut it). Speed is the tokenizer's: reading, packing and hashing cost a few
+`slm.encoder` cannot cut it). Speed is the tokenizer's: reading, packing and hashing cost a few
 percent of it.
 
 An interrupted run starts over when it is run again, and ends with the same bytes.
@@ -30,30 +30,27 @@ from slm.claims import Claim, claim, owner_of, remove_temporaries
 from slm.cli import command
 from slm.command_keys import PREPARE
 from slm.console import Progress, progress
+from slm.encoder import encoder_state
 from slm.errors import UserError
+from slm.files import (
+    Json,
+    atomic_file,
+    cannot_write,
+    hash_json,
+    naming,
+    read_json,
+    write_error,
+    write_record,
+)
 from slm.overlap import Exclusion, Overlap, read_exclusion
 from slm.packing import COUNTS, Job, Result, Tally, bad_record, group_blocks, run_batches, side_of
 from slm.parts import window_targets
 from slm.readers import out_of_memory, read_blocks, read_source
 from slm.records import read_texts
 from slm.shard_writer import ShardWriter
-from slm.shards import (
-    FORMAT,
-    Corpus,
-    Json,
-    adopt_plan,
-    atomic_file,
-    cannot_write,
-    hash_json,
-    naming,
-    read_json,
-    read_sidecars,
-    write_error,
-    write_manifest,
-    write_record,
-)
+from slm.shards import FORMAT, Corpus, adopt_plan, read_sidecars, write_manifest
 from slm.sources import Source, parse_sources
-from slm.tokenizer import encoder_state, load_tokenizer, tokenizer_sha256, train_tokenizer
+from slm.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
 
 log = logging.getLogger(__name__)
 

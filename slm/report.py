@@ -41,6 +41,7 @@ from slm.console import progress
 from slm.curves import folders_of, run_folders
 from slm.errors import UserError
 from slm.figures import paper_figures
+from slm.files import Json, atomic_file, nested, read_json, write_csv
 from slm.names import file_name
 from slm.own_files import check_own, replacing
 from slm.page import SweepFigures, write_page
@@ -52,7 +53,6 @@ from slm.plots import (
 )
 from slm.report_table import REACH_NOTE, control_losses, markdown, table_rows
 from slm.rules import import_modules
-from slm.shards import Json, atomic_file, nested, read_json, write_csv
 from slm.trajectories import TrajectoryStore
 from slm.truth import kept_rows, truth_rows
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from slm.arms import Arm, costs
 from slm.curves import Curve
-from slm.shards import Json
+from slm.files import Json
 
 REACH_NOTE = (
     "Tokens to all tokens' loss: where the held-out loss first is at or below the mean final loss "

@@ -26,8 +26,8 @@ from typing import Any
 
 from slm import selection as ours
 from slm.errors import UserError
+from slm.files import Json
 from slm.selection import Selection
-from slm.shards import Json
 
 
 def word_of(name: str) -> str:

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from slm.checkpoint import newest_checkpoint
 from slm.claims import Claim, claim, owner_of, remove_temporaries
 from slm.errors import UserError
+from slm.files import read_json, write_record
 from slm.model_folder import check_model_folder, model_sha256
 from slm.rules import by_word, in_words, trained_word
-from slm.shards import read_json, write_record
 from slm.token_data import TokenData
 
 log = logging.getLogger("slm.train")

@@ -29,6 +29,7 @@ from slm.cost import copy_lineage
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.device import DTYPES, computing, device_name, pick_device
 from slm.errors import UserError
+from slm.files import Json
 from slm.flops import forward_flops_per_token
 from slm.imported import Responses, check_packing, response_files, write_requests
 from slm.model import SelectiveLM, check_length, check_model, load_model
@@ -43,14 +44,7 @@ from slm.scorer import (
     num_targets,
     store_bytes,
 )
-from slm.shards import (
-    FORMAT,
-    IDENTITY,
-    Corpus,
-    Json,
-    Shard,
-    adopt_plan,
-)
+from slm.shards import FORMAT, IDENTITY, Corpus, Shard, adopt_plan
 from slm.tokenizer import is_tokenizer_of, load_tokenizer, tokenizer_sha256
 
 log = logging.getLogger("slm.score")

@@ -18,16 +18,8 @@ from slm.claims import ClaimLost, claim, owner_of, remove_temporaries
 from slm.cost import write_cost
 from slm.data import Windows
 from slm.errors import UserError
-from slm.shards import (
-    Corpus,
-    Json,
-    References,
-    Shard,
-    shard_path,
-    write_array,
-    write_manifest,
-    write_sidecar,
-)
+from slm.files import Json, write_array
+from slm.shards import Corpus, References, Shard, shard_path, write_manifest, write_sidecar
 
 log = logging.getLogger("slm.score")
 Columns = dict[str, np.ndarray]

@@ -25,7 +25,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from slm.shards import Json
+from slm.files import Json
 
 VLLM_VERSION = "0.33.0"  # what the two lists were read from
 # Common classes that vLLM implements itself, and those that it runs through transformers.

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from slm.shards import ArrayWriter, Shard, atomic_file, shard_path, write_sidecar
-from slm.tokenizer import EncoderState
+from slm.encoder import EncoderState
+from slm.files import ArrayWriter, atomic_file
+from slm.shards import Shard, shard_path, write_sidecar
 
 
 class ShardWriter:

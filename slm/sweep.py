@@ -34,7 +34,7 @@ from rich.table import Table
 import slm.hydra_names  # noqa: F401  # the configuration's resolvers
 from slm.curves import final_losses
 from slm.errors import UserError, fail, reported
-from slm.shards import read_json, write_csv, write_record
+from slm.files import read_json, write_csv, write_record
 
 log = logging.getLogger("slm.sweep")
 STATUS = "status.json"

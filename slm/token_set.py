@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
 from slm.fields import FILES, SIZE, check_fields
-from slm.shards import hash_file, map_array, read_json, write_array, write_json, write_record
+from slm.files import hash_file, map_array, read_json, write_array, write_json, write_record
 from slm.token_texts import vocabulary_bytes
 
 COLUMNS = {  # of every target: dtype on disk

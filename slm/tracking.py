@@ -31,9 +31,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from slm.errors import UserError
+from slm.files import Json, atomic_file, read_json, write_record
 from slm.hooks import TOKENS_SEEN, RewindableLogger
 from slm.names import file_name
-from slm.shards import Json, atomic_file, read_json, write_record
 
 log = logging.getLogger("slm.tracking")
 OWN_TABLES = ("heldout", "dynamics")  # metrics that are logged at steps of their own

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from slm.building import build, build_module, build_trainer, first_windows
 from slm.cli import command
 from slm.errors import UserError
+from slm.files import hash_file, nested, write_record
 from slm.lineage import lineage, model_card, reference_record
 from slm.model import check_saved
 from slm.model_folder import save_model
@@ -38,7 +39,6 @@ from slm.progress import Metrics
 from slm.rules import import_modules, in_words
 from slm.run_identity import adopt_run, only_writer, run_identity
 from slm.settings import check_overrides
-from slm.shards import hash_file, nested, write_record
 from slm.token_data import TokenData
 from slm.tokenizer import load_corpus_tokenizer
 from slm.tracking import WandbLog

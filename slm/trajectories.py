@@ -24,11 +24,8 @@ from slm.classes import Trajectories
 from slm.data import IGNORE_INDEX, Windows, to_device
 from slm.errors import UserError
 from slm.fields import INDEX, OBJECT, SHA256, SIZE, TEXT, check_fields, list_of
-from slm.model import SelectiveLM
-from slm.shards import (
-    FORMAT,
+from slm.files import (
     Json,
-    adopt_plan,
     check_files,
     check_hash,
     hash_file,
@@ -40,6 +37,8 @@ from slm.shards import (
     write_json,
     write_record,
 )
+from slm.model import SelectiveLM
+from slm.shards import FORMAT, adopt_plan
 from slm.token_set import TOKEN_SET_FILES, TokenSet, parts, read_token_set, write_token_set
 
 KIND = "dynamics"

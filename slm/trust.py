@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.errors import UserError
-from slm.shards import Json
+from slm.files import Json
 
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 BUILT_IN = (None, "eager", "sdpa", "flex_attention")

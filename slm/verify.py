@@ -19,22 +19,17 @@ from slm.console import progress
 from slm.cost import references_cost
 from slm.errors import UserError
 from slm.fields import CHECKPOINT, OBJECT, TEXT, check_fields, one_of
-from slm.serving import broken_rules, notes
-from slm.shards import (
+from slm.files import (
     Advance,
-    Corpus,
-    References,
-    Shard,
-    Store,
     check_files,
     check_hash,
     check_regular,
-    make_manifest,
     nothing,
     read_json,
     read_sealed,
-    read_sidecars,
 )
+from slm.serving import broken_rules, notes
+from slm.shards import Corpus, References, Shard, Store, make_manifest, read_sidecars
 from slm.spans import LABELS
 from slm.tokenizer import load_corpus_tokenizer
 

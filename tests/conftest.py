@@ -12,19 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from slm.shards import (
-    FORMAT,
-    Corpus,
-    References,
-    Shard,
-    read_json,
-    shard_path,
-    write_array,
-    write_json,
-    write_manifest,
-    write_sidecar,
-)
-from slm.tokenizer import token_bytes, tokenizer_sha256, train_tokenizer
+from slm.encoder import token_bytes
+from slm.files import read_json, write_array, write_json
+from slm.shards import FORMAT, Corpus, References, Shard, shard_path, write_manifest, write_sidecar
+from slm.tokenizer import tokenizer_sha256, train_tokenizer
 
 # Triton's kernels run in its interpreter where there is no GPU; it must know before its import.
 if not torch.cuda.is_available():

@@ -9,9 +9,10 @@ import pytest
 
 from slm.chat import DEFAULT_TEMPLATE, chat_format, end_of_turn, find_template
 from slm.documents import BadRecord, Message, Part
+from slm.encoder import Encoder, encoder_state
 from slm.errors import UserError
 from slm.parts import Documents, encode_parts
-from slm.tokenizer import EOS, Encoder, encoder_state
+from slm.tokenizer import EOS
 
 ASSISTANT = ("assistant",)
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>"]

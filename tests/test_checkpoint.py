@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm import shards
+from slm import files
 from slm.checkpoint import (
     VerifiedCheckpointIO,
     check_checkpoint,
@@ -27,7 +27,7 @@ from slm.checkpoint_callbacks import (
 )
 from slm.claims import ClaimLost
 from slm.errors import UserError
-from slm.shards import hash_file, write_record
+from slm.files import hash_file, write_record
 
 IO = VerifiedCheckpointIO(lambda: None)
 
@@ -142,7 +142,7 @@ def test_a_failed_save_leaves_the_old_checkpoints_alone(tmp_path, monkeypatch):
 
     body = {"global_step": 6, "about": {"tokens_seen": 6}, "w": torch.ones(50_000)}
     with monkeypatch.context() as patch, pytest.raises(UserError) as told:
-        patch.setattr(shards, "open", opened, raising=False)
+        patch.setattr(files, "open", opened, raising=False)
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         IO.save_checkpoint(body, tmp_path / "step-00000006.ckpt")
     assert str(told.value) == (

@@ -22,7 +22,8 @@ from slm.data import Windows
 from slm.dynamics import attention_of, dynamics, load_checkpoint, main
 from slm.dynamics_callback import TokenDynamics, even_part
 from slm.errors import NonFiniteError, UserError
-from slm.shards import nested, read_json, write_json, write_manifest
+from slm.files import nested, read_json, write_json
+from slm.shards import write_manifest
 from slm.tokenizer import tokenizer_sha256, train_tokenizer
 from slm.train import train
 from slm.trajectories import TrajectoryStore, token_losses

@@ -17,12 +17,14 @@ from slm import evaluate as evaluation
 from slm.checks import check
 from slm.command_keys import EVALUATE
 from slm.data import Windows
+from slm.encoder import token_bytes
 from slm.errors import UserError
 from slm.evaluate import corpus_loss, evaluate, mean_loss
+from slm.files import read_json, write_csv, write_record
 from slm.model import SelectiveLM
 from slm.model_folder import save_model
-from slm.shards import Corpus, read_json, write_csv, write_record
-from slm.tokenizer import token_bytes, train_tokenizer
+from slm.shards import Corpus
+from slm.tokenizer import train_tokenizer
 
 V = 300
 

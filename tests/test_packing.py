@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from slm.documents import Block
+from slm.encoder import EncoderState, encoder_state
 from slm.packing import Job, Tally, group_blocks, is_kept, run_batches, side_of
 from slm.readers import BLOCK_BYTES, read_blocks
 from slm.shard_writer import ShardWriter
 from slm.shards import read_sidecars
 from slm.sources import parse_sources
-from slm.tokenizer import EncoderState, encoder_state, train_tokenizer
+from slm.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

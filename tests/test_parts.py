@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from slm import parts
 from slm.documents import Part, Text
+from slm.encoder import Encoder, encoder_state
 from slm.parts import encode_documents, encode_parts
-from slm.tokenizer import Encoder, encoder_state
 
 
 def text(pieces: tuple[Part, ...]) -> Text:

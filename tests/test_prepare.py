@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from slm.claims import claim
 from slm.cli import conf_folder
 from slm.errors import UserError
+from slm.files import ArrayWriter
 from slm.packing import side_of, undisturbed
 from slm.prepare import prepare
-from slm.shards import ArrayWriter, Corpus
+from slm.shards import Corpus
 from slm.tokenizer import EOS, train_tokenizer
 from text_helpers import DATA, loses_spaces, needs_data, write_records
 

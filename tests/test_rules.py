@@ -14,6 +14,7 @@ from run_helpers import make_run
 from slm import report
 from slm import rules as rules_module
 from slm.errors import UserError
+from slm.files import read_json, write_record
 from slm.rules import (
     OURS,
     RULES,
@@ -25,7 +26,6 @@ from slm.rules import (
     trained_word,
 )
 from slm.selection import Excess, Random
-from slm.shards import read_json, write_record
 
 MARK = "from pathlib import Path\nPath(r'{mark}').touch()\ntouch = dict\n"
 RULE = "from dataclasses import dataclass\nfrom slm.selection import Excess\n\n\n"

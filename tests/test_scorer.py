@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from slm.errors import UserError
+from slm.files import write_json
 from slm.score import make_plan
 from slm.scorer import Columns, Scorer, finish, is_finished, store_bytes, stored
-from slm.shards import Corpus, References, write_json
+from slm.shards import Corpus, References
 
 T = 16
 

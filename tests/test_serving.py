@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from slm.architecture import new_model
+from slm.files import hash_file, read_json, write_json
 from slm.model import set_special_ids
 from slm.model_folder import save_model
 from slm.serving import (
@@ -21,7 +22,6 @@ from slm.serving import (
     notes,
     special_ids,
 )
-from slm.shards import hash_file, read_json, write_json
 from slm.verify import verify
 
 SIZES: dict[str, Any] = {

@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 import slm.hydra_names  # noqa: F401  # its resolver is in conf/logger/wandb.yaml
 from slm import tracking
 from slm.errors import UserError
+from slm.files import read_json
 from slm.panels import Histogram, Lines, Page, Rows
-from slm.shards import read_json
 from slm.tracking import CsvLog, WandbLog
 from wandb_helpers import media_file, wandb_history, wandb_records, wandb_summary
 

@@ -39,13 +39,14 @@ from slm.cli import conf_folder
 from slm.data import Windows
 from slm.errors import NonFiniteError, UserError
 from slm.evaluate import evaluate
+from slm.files import read_json
 from slm.heldout import HeldoutLoss
 from slm.model import check_model
 from slm.model_folder import save_model
 from slm.module import SelectiveModule
 from slm.score import load_reference, score
 from slm.settings import warn_of_other_precision
-from slm.shards import References, read_json
+from slm.shards import References
 from slm.train import train
 from slm.trajectories import TrajectoryStore
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from slm.architecture import new_model
 from slm.data import IGNORE_INDEX, Windows
 from slm.errors import UserError
+from slm.files import write_record
 from slm.model import SelectiveLM
-from slm.shards import write_record
 from slm.token_set import read_windows
 from slm.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
 

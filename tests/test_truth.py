@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slm.analysis import analyse
 from slm.data import Windows
-from slm.shards import write_csv
+from slm.files import write_csv
 from slm.token_set import read_windows
 from slm.trajectories import TrajectoryStore, make_plan
 from slm.truth import RATIOS, auc, kept_rows, precision_at, separation, truth_rows

@@ -21,18 +21,10 @@ from slm import verify as verification
 from slm.checkpoint import VerifiedCheckpointIO
 from slm.cost import write_cost
 from slm.errors import UserError
+from slm.files import hash_file, write_array, write_json, write_record
 from slm.model import set_special_ids
 from slm.model_folder import save_model
-from slm.shards import (
-    References,
-    Shard,
-    hash_file,
-    write_array,
-    write_json,
-    write_manifest,
-    write_record,
-    write_sidecar,
-)
+from slm.shards import References, Shard, write_manifest, write_sidecar
 from slm.verify import verify
 
 

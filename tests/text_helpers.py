@@ -4,10 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from slm.encoder import Encoder, encoder_state
 from slm.readers import read_blocks
 from slm.records import read_texts
 from slm.sources import Source, parse_sources
@@ -51,3 +53,18 @@ def loses_spaces(tokenizer) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+
+
+TEXTS = [
+    "plain words, and 12 numbers",
+    " leading space\n\n  and   runs \t of them ",
+    "Zürich, 東京, \U0001f600\U0001f600, e\u0301 (decomposed), \ufb01 (ligature)",
+    "x",
+    "a <|endoftext|> in the text is text",
+]
+
+
+def encode(tokenizer, texts):
+    encoder = Encoder(encoder_state(tokenizer))
+    sizes = np.array([len(text.encode()) for text in texts], np.int64)
+    return encoder.encode(texts, sizes)

@@ -12,7 +12,7 @@ import numpy as np
 
 from slm.analysis import rule_name
 from slm.classes import CLASSES
-from slm.shards import write_csv
+from slm.files import write_csv
 from slm.spans import NOISE, SIGNAL
 from slm.trajectories import TrajectoryStore
 

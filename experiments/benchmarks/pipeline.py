@@ -251,14 +251,13 @@ def bench_data(rows: Rows, folder: Path, small: bool) -> None:
 
 def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, Any]:
     """A corpus of random ids with random scores; four shards."""
+    from slm.files import write_array, write_json
     from slm.shards import (
         FORMAT,
         Corpus,
         References,
         Shard,
         shard_path,
-        write_array,
-        write_json,
         write_manifest,
         write_sidecar,
     )

@@ -17,23 +17,20 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from slm.data import IGNORE_INDEX
+from slm.encoder import EncoderState, encoder_state
+from slm.files import ArrayWriter, Json, atomic_file, naming, write_json
 from slm.integrations.dataset_rows import COLUMN, Rows, beside, check_dataset, read_rows
 from slm.shards import (
     FORMAT,
     IDENTITY,
-    ArrayWriter,
-    Json,
     Shard,
     adopt_plan,
-    atomic_file,
     fingerprint,
-    naming,
     shard_path,
-    write_json,
     write_manifest,
     write_sidecar,
 )
-from slm.tokenizer import EncoderState, encoder_state, load_tokenizer, tokenizer_sha256
+from slm.tokenizer import load_tokenizer, tokenizer_sha256
 
 TOKENS_AT_ONCE = 1 << 20
 Columns = dict[str, np.ndarray]

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from slm import __version__
 from slm.architecture import position_limit
 from slm.data import IGNORE_INDEX, positions
+from slm.files import hash_json
 from slm.integrations.dataset_rows import COLUMN, Rows, check_dataset, read_rows
 from slm.integrations.signatures import check_parameters
 from slm.model import SelectiveLM, check_model, load_model
 from slm.model_folder import check_model_folder, model_sha256
-from slm.shards import hash_json
 from slm.tokenizer import looks_like_hub_name
 
 NEEDED = ("with_indices", "features", "new_fingerprint", "desc")

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from slm.data import Windows, open_references
 from slm.errors import UserError
+from slm.files import hash_json
 from slm.integrations.dataset_corpus import from_hf_dataset
 from slm.integrations.dataset_rows import COLUMN
 from slm.integrations.dataset_scores import score_dataset
 from slm.integrations.dataset_windows import WindowRows
-from slm.shards import Corpus, hash_json
+from slm.shards import Corpus
 
 __all__ = ["WindowDataset", "from_hf_dataset", "score_dataset", "to_hf_dataset"]
 

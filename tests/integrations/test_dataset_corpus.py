@@ -13,11 +13,11 @@ from hydra import compose, initialize_config_dir
 from run_helpers import TINY_MODEL
 from slm.cli import conf_folder
 from slm.data import IGNORE_INDEX, Windows
+from slm.encoder import token_bytes
 from slm.errors import UserError
 from slm.integrations import dataset_corpus
 from slm.integrations.datasets import from_hf_dataset, to_hf_dataset
 from slm.shards import Corpus, References
-from slm.tokenizer import token_bytes
 from slm.train import train
 from slm.verify import verify
 
