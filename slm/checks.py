@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-
 from slm.errors import UserError
 
 ABSENT = object()
@@ -106,8 +104,10 @@ seed = whole(0, MAX_SEED)
 anything = Kind("anything", lambda v: True)
 
 
-def check(config: DictConfig, table: Table, instead: Mapping[str, str] | None = None) -> None:
+def check(config: Any, table: Table, instead: Mapping[str, str] | None = None) -> None:
     """instead: for keys in no row that people would try, what does their work."""
+    from omegaconf import OmegaConf  # which those who read a store in their own trainer may not have
+
     for key in keys_of(OmegaConf.to_container(config, resolve=False), table):
         check_known(key, table, instead or {})
     for key, kind in table.items():
