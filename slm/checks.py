@@ -106,7 +106,7 @@ anything = Kind("anything", lambda v: True)
 
 def check(config: Any, table: Table, instead: Mapping[str, str] | None = None) -> None:
     """instead: for keys in no row that people would try, what does their work."""
-    from omegaconf import OmegaConf  # which those who read a store in their own trainer may not have
+    from omegaconf import OmegaConf  # readers of a store alone may not have it
 
     for key in keys_of(OmegaConf.to_container(config, resolve=False), table):
         check_known(key, table, instead or {})
