@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+import warm
 from door_folder import DOORS
 from model_helpers import ARCHITECTURES, VOCAB
 from slm.architecture import new_model
@@ -148,15 +148,22 @@ def real_texts(count: int) -> list[str]:
 
 
 def run_python(*arguments: str, doors: bool = False, timeout: int = 120) -> str:
-    """A new process from the repository root; `doors`: with the trainers of tests/doors.txt."""
+    """A process from the repository root; `doors`: with the trainers of tests/doors.txt."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
     if doors:
         assert DOORS.is_dir(), f"{DOORS} is missing: `make .venv/.installed` makes it"
         paths.append(str(DOORS))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SLM_DATA": str(DATA)}
     command = [sys.executable, *arguments]
-    done = subprocess.run(
+    done = warm.run(
         command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_on_ranks(script: str, folder: Path) -> None:
+    """Two processes of a test's own file, which is given a folder for what they find."""
+    command = [sys.executable, "-W", "ignore", script, str(folder)]
+    codes, said = warm.run_ranks(2, command, PYTHONPATH=os.pathsep.join(sys.path))
+    assert codes == [0, 0], said

@@ -2,13 +2,13 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import warm
+from slm import demo
 from slm.demo import docstrings, is_heldout, quoted, source_files, write_texts
 
 
@@ -78,13 +78,14 @@ def write_less_text(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_demo_runs_from_another_folder(tmp_path):
+def test_the_whole_demo_runs_from_another_folder(tmp_path, monkeypatch, call):
     write_less_text(tmp_path / "a b,c=d" / "text")
+    monkeypatch.setattr(demo.subprocess, "run", warm.run)  # of the stages
+    monkeypatch.chdir(tmp_path)
     words = ['out="a b,c=d"', "base_tokens=16384", "target_tokens=8192", "seeds=2"]
     more = ['train=["logger=csv"]', "vocab_size=512", "dynamics_targets=500"]
-    command = [sys.executable, "-m", "slm.demo", *words, *more]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
+    code, _, errors = call(demo.main, *words, *more)
+    assert code == 0, errors
     out = tmp_path / "a b,c=d"
     with open(out / "results.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+import warm
 from slm.analysis import analyse
 from slm.checkpoint import sidecar
 from slm.classes import CLASSES, classify
@@ -28,7 +27,7 @@ from slm.tokenizer import tokenizer_sha256, train_tokenizer
 from slm.train import train
 from slm.trajectories import TrajectoryStore, token_losses
 from slm.verify import verify
-from test_train import command, compose_train, crash_at, same_results
+from test_train import TWO_RANKS, command, compose_train, crash_at, same_results
 from wandb_helpers import media_file, wandb_history
 
 SETTINGS = ["num_targets=100", "name=c"]
@@ -577,13 +576,11 @@ def test_wandb_has_what_the_store_has(tmp_path, text_corpus, make_references):
 @pytest.mark.slow
 def test_two_processes_leave_the_store_of_one(tmp_path, text_corpus):
     words = during(text_corpus, "data.micro_batch_size=2", "optimizer.adamw.lr=1e-4")
-    for folder, more in (
-        ("one", []),
-        ("two", ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]),
-    ):
+    for ranks, folder, more in ((1, "one", []), (2, "two", TWO_RANKS)):
         line = command(tmp_path / folder, text_corpus.folder, "max_tokens=1536", *words, *more)
         line = [word for word in line if "attention_dropout" not in word]
-        subprocess.run(line, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        codes, said = warm.run_ranks(ranks, line)
+        assert codes == [0] * ranks, said
     one, two = (TrajectoryStore(tmp_path / name / "dynamics" / "tokens") for name in ("one", "two"))
     assert [c.tokens_seen for c in one.checkpoints] == [c.tokens_seen for c in two.checkpoints]
     for mine, theirs in zip(one.losses(), two.losses(), strict=True):

@@ -1,8 +1,8 @@
 """The loss inside `SelectiveLM` is the model's own, or the model is refused."""
 
 import json
+import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import (
     XLNetConfig,
 )
 
+import warm
 from model_helpers import (
     APART,
     ARCHITECTURES,
@@ -531,9 +532,10 @@ def test_a_model_of_chats_stops_at_the_end_of_a_turn(tokenizer, build, saved, tm
 # ---- sharded --------------------------------------------------------------------------------
 
 
-def sharded_gradients(folder: str, rank: str, layers_too: str) -> None:
+def sharded_gradients(folder: str, layers_too: str) -> None:
     """One of two processes: its window's loss, every gradient gathered, against one process."""
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     whole = make_batch()
     plain = make_lm("llama tied")
     plain(whole, top_excess(whole, 4.0, 0.5, "sequence")).loss.backward()
@@ -545,7 +547,7 @@ def sharded_gradients(folder: str, rank: str, layers_too: str) -> None:
         for layer in layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(lm, mesh=mesh)
-    mine = {key: value[int(rank) : int(rank) + 1] for key, value in whole.items()}
+    mine = {key: value[rank : rank + 1] for key, value in whole.items()}
     total = 6 + 6  # round(0.5 * 12) and round(0.5 * 11); the gradients are averaged over 2 ranks
     lm(mine, top_excess(mine, 4.0, 0.5, "sequence"), denominator=total / 2).loss.backward()
     norm = torch.nn.utils.get_total_norm(expected.values())
@@ -580,14 +582,9 @@ def test_logits_cache_changes_gradients_by_its_rounding_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("layers_too", [False, True])
 def test_fully_sharded_module_has_the_gradients_of_one_process(tmp_path, layers_too):
-    command = [sys.executable, __file__, "sharded_gradients", str(tmp_path)]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(layers_too)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=240)
-        assert worker.returncode == 0, errors
+    command = [sys.executable, __file__, "sharded_gradients", str(tmp_path), str(layers_too)]
+    codes, said = warm.run_ranks(2, command, PYTHONPATH=os.pathsep.join(sys.path))
+    assert codes == [0, 0], said
 
 
 if __name__ == "__main__":

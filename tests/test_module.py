@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+import warm
 from slm.architecture import new_model
 from slm.books import SUMS, StepResult
 from slm.data import IGNORE_INDEX, Batch
@@ -551,7 +551,6 @@ def steps_of_rank(rank: int, ranks: int) -> list[list[Batch]]:
 
 
 def train_on_ranks(folder: str, ranks: str) -> None:
-    """Lightning starts the other processes by running the same command again."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     steps = steps_of_rank(rank, int(ranks))
     state = {}
@@ -562,7 +561,7 @@ def train_on_ranks(folder: str, ranks: str) -> None:
     torch.save(state, f"{folder}/rank-{rank}.pt")
 
 
-def global_scope_on_two_ranks(folder: str) -> None:
+def global_scope_on_two_ranks(folder: str, _: str) -> None:
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     steps, state = steps_of_rank(rank, 2), {}
     for name, rule in (("hard", Excess(0.4, "global")), ("soft", Softmax(0.7, scope="global"))):
@@ -571,7 +570,7 @@ def global_scope_on_two_ranks(folder: str) -> None:
     torch.save(state, f"{folder}/rank-{rank}.pt")
 
 
-def break_one_of_two_ranks(folder: str) -> None:
+def break_one_of_two_ranks(folder: str, _: str) -> None:
     rank, lm = int(os.environ.get("LOCAL_RANK", "0")), make_lm()
     if rank == 1:
         break_a_loss(lm, (0, LENGTH - 1))
@@ -582,17 +581,17 @@ def break_one_of_two_ranks(folder: str) -> None:
     Path(folder, f"rank-{rank}.stopped").touch()
 
 
-def run_script(*arguments: str) -> None:
-    command = [sys.executable, "-W", "ignore", __file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+def run_script(function: str, folder: Path, ranks: int) -> None:
+    command = [sys.executable, "-W", "ignore", __file__, function, str(folder), str(ranks)]
+    codes, said = warm.run_ranks(ranks, command, PYTHONPATH=os.pathsep.join(sys.path))
+    assert codes == [0] * ranks, said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_times_micro_batches_get_the_weights_of_one_process(ranks, tmp_path):
     """2 x 2 and 4 x 1 against 1 x 4, windows of very different numbers of targets."""
-    run_script("train_on_ranks", str(tmp_path), str(ranks))
+    run_script("train_on_ranks", tmp_path, ranks)
     for name, rule in RULES.items():
         module, record = fit(make_lm(), rule, steps_of_rank(0, 1), 0.5)
         for rank in range(ranks):
@@ -606,7 +605,7 @@ def test_ranks_times_micro_batches_get_the_weights_of_one_process(ranks, tmp_pat
 
 @pytest.mark.slow
 def test_global_scope_is_batch_scope_on_the_ranks_rows_together(tmp_path):
-    run_script("global_scope_on_two_ranks", str(tmp_path))
+    run_script("global_scope_on_two_ranks", tmp_path, 2)
     together = [micro_batches(make_rows(seed=seed), 2) for seed in range(3)]
     for name, rule in (("hard", Excess(0.4)), ("soft", Softmax(0.7))):
         module, record = fit(make_lm(), rule, together)
@@ -620,7 +619,7 @@ def test_global_scope_is_batch_scope_on_the_ranks_rows_together(tmp_path):
 
 @pytest.mark.slow
 def test_a_broken_loss_on_one_rank_stops_both(tmp_path):
-    run_script("break_one_of_two_ranks", str(tmp_path))
+    run_script("break_one_of_two_ranks", tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"rank-0.stopped", "rank-1.stopped"}
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM
 
+import warm
 from slm.cli import conf_folder
 from slm.data import Windows
 from slm.dynamics import dynamics
@@ -30,7 +30,7 @@ TINY = ["experiment=smoke", "logger=csv", "data.batch_size=8", "data.micro_batch
 
 
 def slm(folder: Path, *words: str) -> str:
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", f"slm.{words[0]}", *words[1:]],
         cwd=folder,
         capture_output=True,

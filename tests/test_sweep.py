@@ -15,6 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+import warm
 from run_helpers import TINY_MODEL, leave_strays
 from slm.errors import UserError
 from slm.hydra_names import job_name, sweep_group
@@ -223,7 +224,7 @@ def test_a_sweep_that_is_broken_off_shows_its_table_all_the_same(tmp_path, monke
 def train(out: Path, corpus: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "slm.train", "-m", "experiment=sweep_k", f"out='{out}'"]
     command += [f"data.corpus='{corpus}'", f"data.heldout={{held: '{corpus}'}}", *TINY, *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
+    return warm.run(command, capture_output=True, text=True, cwd=out.parent)
 
 
 def table(out: Path) -> dict[str, dict[str, str]]:
@@ -271,7 +272,7 @@ def test_a_failed_job_leaves_the_others_running_and_is_tried_again(
     assert [again[name]["status"] for name in names] == ["finished", *["skipped"] * 3]
     assert [again[name]["held"] for name in names[1:]] == [rows[name]["held"] for name in names[1:]]
     command = [sys.executable, "-m", "slm.report", f"runs='{out}'", f"out='{tmp_path / 'report'}'"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert warm.run(command, capture_output=True).returncode == 0
     with open(tmp_path / "report" / "table.csv", newline="") as file:
         means = {row["arm"]: row["mean"] for row in csv.DictReader(file)}
     expected = dict(zip(["excess 0.5", "excess 1", "random 0.5", "random 1"], names, strict=True))

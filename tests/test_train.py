@@ -3,7 +3,6 @@
 import csv
 import gc
 import json
-import os
 import shutil
 import signal
 import socket
@@ -26,6 +25,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import warm
 from conftest import swap_ids
 from model_helpers import ARCHITECTURES, small_llama
 from run_helpers import TINY_MODEL, leave_strays
@@ -662,8 +662,7 @@ def command(out: Path, corpus: Path, *overrides: str) -> list[str]:
 @pytest.mark.slow
 def test_ranks_do_not_import_modules_of_the_current_folder(tmp_path, text_corpus):
     leave_strays(tmp_path)
-    words = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
-    start = command(tmp_path / "run", text_corpus.folder, *words, "max_tokens=512")
+    start = command(tmp_path / "run", text_corpus.folder, *TWO_RANKS, "max_tokens=512")
     done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model").exists()
@@ -673,7 +672,7 @@ def test_ranks_do_not_import_modules_of_the_current_folder(tmp_path, text_corpus
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_a_checkpoint_and_tells_the_scheduler(tmp_path, text_corpus, number, code):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(out, text_corpus.folder, f"max_tokens={128 * 100_000}"))
+    process = warm.Popen(command(out, text_corpus.folder, f"max_tokens={128 * 100_000}"))
     wait_for(out / "train.csv", process)
     process.send_signal(number)
     assert process.wait(60) == code
@@ -684,49 +683,44 @@ def test_signal_saves_a_checkpoint_and_tells_the_scheduler(tmp_path, text_corpus
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_weights(tmp_path, text_corpus):
     words = (text_corpus.folder, f"max_tokens={128 * 600}")
-    assert subprocess.run(command(tmp_path / "whole", *words)).returncode == 0
+    assert warm.run(command(tmp_path / "whole", *words)).returncode == 0
     out = tmp_path / "a path, with = and spaces"
     for step in (30, 31, 190, 455):
-        process = subprocess.Popen(command(out, *words))
+        process = warm.Popen(command(out, *words))
         wait_for(out / "checkpoints", process)
         wait_until(partial(is_at, out / "train.csv", step), process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    assert subprocess.run(command(out, *words)).returncode == 0
+    assert warm.run(command(out, *words)).returncode == 0
     same_results(tmp_path / "whole", out)
     steps = [int(row["step"]) for row in rows(out / "train.csv")]
     assert steps == list(range(1, 601))
 
 
-def on_two_ranks(out: Path, corpus: Path, *overrides: str) -> subprocess.CompletedProcess:
-    """As torchrun starts them: both at once, each with the whole command."""
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    python, *module = command(out, corpus, "callbacks.checkpoints.every_tokens=256", *overrides)
-    ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [python, *launch, *module, *ranks]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
+TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
 
 
 @pytest.mark.slow
 def test_rank_zero_adopts_the_folder_and_more_ranks_go_on(tmp_path, text_corpus):
-    out, words = tmp_path / "run", ("max_tokens=1536", "callbacks.checkpoints.keep=null")
-    line = command(out, text_corpus.folder, "callbacks.checkpoints.every_tokens=256", *words)
-    subprocess.run(line, check=True)
+    out = tmp_path / "run"
+    words = ["max_tokens=1536", "callbacks.checkpoints.keep=null"]
+    words.append("callbacks.checkpoints.every_tokens=256")
+    line = command(out, text_corpus.folder, *words)
+    warm.run(line, check=True)
     shutil.rmtree(out / "model")
     newest = sorted((out / "checkpoints").glob("step-*.ckpt"))[-1]
     newest.write_bytes(b"torn")
     before = newest.with_name("step-00000010.ckpt")
-    done = on_two_ranks(out, text_corpus.folder, *words)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"{newest} is damaged") == 1
-    assert f"continuing {before}" in done.stderr + done.stdout
+    codes, said = warm.run_ranks(2, [*line, *TWO_RANKS])
+    assert codes == [0, 0], said
+    assert said.count(f"{newest} is damaged") == 1
+    assert f"continuing {before}" in said
     assert (out / "model" / "slm.json").exists()
     check_checkpoint(newest)
     assert [int(row["step"]) for row in rows(out / "train.csv")] == list(range(1, 13))
-    done = on_two_ranks(out, text_corpus.folder, "seed=1", *words)  # both are told, none waits
-    assert done.returncode != 0
-    assert done.stderr.count("holds another run: seed is 0 in run.json, 1 now") == 2
+    codes, said = warm.run_ranks(2, [*line, *TWO_RANKS, "seed=1"])  # both are told, none waits
+    assert codes == [1, 1]
+    assert said.count("holds another run: seed is 0 in run.json, 1 now") == 2
 
 
 def is_at(table: Path, step: int) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import (
 )
 from trl.data_utils import pack_dataset
 
+import warm
 from slm.errors import UserError
 from slm.integrations import dataset_scores
 from slm.integrations.datasets import score_dataset
@@ -282,7 +282,7 @@ def test_the_example_prints_tokens_beside_their_scores(tmp_path, tokenizer):
     words = ["--tokenizer", str(tmp_path / "t"), "--model", str(tmp_path / "m"), "--rows", "3"]
     paths = os.pathsep.join([str(root), str(root / "kernels")])
     settings = {"PYTHONPATH": paths, "SLM_DATA": str(DATA), "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, script, *words],
         capture_output=True,
         text=True,

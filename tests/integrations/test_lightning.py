@@ -19,7 +19,7 @@ from door_helpers import (
     gradients_of,
     make_model,
     make_rows,
-    run_python,
+    run_on_ranks,
 )
 from slm.head import head_arguments
 from slm.integrations import lightning as door
@@ -273,7 +273,6 @@ def test_another_signature_is_refused_at_import(monkeypatch):
 
 
 def train_on_ranks(folder: str) -> None:
-    """Lightning starts the second process by running the same command again."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     module = Mine("sequence")
     batches = [batch_of(pair) for pair in pairs(make_rows(LENGTHS, prompt=2))[rank::2]]
@@ -284,7 +283,7 @@ def train_on_ranks(folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path):
-    run_python("-W", "ignore", __file__, str(tmp_path))
+    run_on_ranks(__file__, tmp_path)
     rows = make_rows(LENGTHS, prompt=2)
     expected, _, _ = expected_gradients(make_model(), [[row] for row in rows], 0.4)
     for rank in (0, 1):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import warm
 from door_folder import DOORS, door
 from slm.errors import UserError
 from slm_kernels import selective_cross_entropy_from_logits, token_cross_entropy
@@ -91,7 +92,7 @@ def said(out: Path, folders: dict[str, str], **selection: Any) -> tuple[int, str
     }
     settings = json.dumps({"out": str(out), "data": folders, "selection": selection})
     out.mkdir()
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-c", PROGRAM, settings],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

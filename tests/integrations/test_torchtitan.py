@@ -3,9 +3,6 @@
 import importlib
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import warm
 from door_folder import DOORS, door
 from slm_kernels import selective_cross_entropy
 from text_helpers import DATA, needs_data
@@ -260,35 +258,11 @@ def test_micro_batches_are_counted(titan):
 # ---- torchtitan's own Trainer ---------------------------------------------------------------
 
 
-def start(settings: dict[str, Any], rank: int, ranks: int, port: int) -> subprocess.Popen[str]:
-    root = HERE.parents[2]
-    environment = os.environ | {
-        "PYTHONPATH": f"{root}:{root / 'kernels'}",
-        "LOCAL_RANK": str(rank),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", ON_A_CPU, json.dumps(settings)]
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def said(ranks: int = 1, **settings: Any) -> tuple[int, str]:
     """The worst exit status of the ranks, and what they printed."""
-    port = free_port()
-    processes = [start(settings, rank, ranks, port) for rank in range(ranks)]
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    return max(abs(process.returncode) for process in processes), "\n".join(texts)
+    command = [sys.executable, "-c", ON_A_CPU, json.dumps(settings)]
+    codes, text = warm.run_ranks(ranks, command)
+    return max(map(abs, codes)), text
 
 
 def train(folder: Path, ranks: int = 1, **settings: Any) -> dict[str, Any]:

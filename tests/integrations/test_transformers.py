@@ -31,7 +31,7 @@ from door_helpers import (
     make_model,
     make_rows,
     make_tokenizer,
-    run_python,
+    run_on_ranks,
     top,
 )
 from slm.errors import UserError
@@ -571,8 +571,7 @@ def train_on_ranks(folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path):
-    launch = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run_python(*launch, "--standalone", __file__, str(tmp_path))
+    run_on_ranks(__file__, tmp_path)
     rows = make_rows(LENGTHS, prompt=2)
     pairs = [rows[i : i + 2] for i in (0, 2, 4, 6)]  # by turns for rank 0 and rank 1
     groups = {
