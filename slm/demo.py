@@ -38,7 +38,7 @@ from slm.checks import check
 from slm.cli import command
 from slm.command_keys import DEMO
 from slm.errors import UserError
-from slm.files import atomic_file
+from slm.store.files import atomic_file
 
 log = logging.getLogger("slm.demo")
 HELDOUT_SHARE = 0.12
@@ -266,8 +266,8 @@ def print_table(out: Path, config: Any) -> None:
 
 
 def figure(out: Path) -> None:
-    from slm.curves import read_curve
-    from slm.plots import loss_figure
+    from slm.report.paper.plots import loss_figure
+    from slm.train.curves import read_curve
 
     folders = run_folders(out)
     names = {

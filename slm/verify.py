@@ -3,9 +3,9 @@
 Knows corpora and references (manifest.json), what `slm prepare` made (train/, heldout/), runs
 (run.json), checkpoints, models and token losses (dynamics/), in the folder itself and in those
 below it. Every file is read and its hash compared: it costs about a second a gigabyte. A model of
-ours must also be one that an inference engine can load (slm.serving). Leftovers of killed processes
-are named; they do no harm. Not covered, since no command reads it back: excluded.jsonl of a
-preparation, a run's wandb/ and .hydra/, reports and figures.
+ours must also be one that an inference engine can load (slm.model.serving). Leftovers of killed
+processes are named; they do no harm. Not covered, since no command reads it back: excluded.jsonl of
+a preparation, a run's wandb/ and .hydra/, reports and figures.
 """
 
 import argparse
@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from slm.console import progress
-from slm.cost import references_cost
 from slm.errors import UserError
-from slm.fields import CHECKPOINT, OBJECT, TEXT, check_fields, one_of
-from slm.files import (
+from slm.model.serving import broken_rules, notes
+from slm.prepare.labels import LABELS
+from slm.score.cost import references_cost
+from slm.store.fields import CHECKPOINT, OBJECT, TEXT, check_fields, one_of
+from slm.store.files import (
     Advance,
     check_files,
     check_hash,
@@ -28,10 +30,8 @@ from slm.files import (
     read_json,
     read_sealed,
 )
-from slm.serving import broken_rules, notes
-from slm.shards import Corpus, References, Shard, Store, make_manifest, read_sidecars
-from slm.spans import LABELS
-from slm.tokenizer import load_corpus_tokenizer
+from slm.store.shards import Corpus, References, Shard, Store, make_manifest, read_sidecars
+from slm.store.tokenizer import load_corpus_tokenizer
 
 STORES: dict[str, type[Store]] = {"corpus": Corpus, "reference": References}
 FIRST_COLUMN = {"corpus": "tokens", "reference": "logprobs"}
@@ -184,7 +184,7 @@ def check_labels(corpus: Corpus) -> None:
 
 
 def verify_model(path: Path, advance: Advance) -> str:
-    """Its files are whole, and an inference engine finds in them what it needs (slm.serving)."""
+    """Its files are whole, and an inference engine finds in them what it needs."""
     about = verify_weights(path, advance)
     broken = broken_rules(path)
     if broken and (path / "slm.json").exists():
@@ -243,7 +243,7 @@ def verify_run(path: Path, advance: Advance) -> str:
 
 
 def verify_dynamics(path: Path, advance: Advance) -> str:
-    from slm.trajectories import TrajectoryStore  # imports torch
+    from slm.dynamics.trajectories import TrajectoryStore  # imports torch
 
     record = path / "token_set.json"
     if not record.exists():

@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from slm.encoder import token_bytes
-from slm.files import read_json, write_array, write_json
-from slm.shards import FORMAT, Corpus, References, Shard, shard_path, write_manifest, write_sidecar
-from slm.tokenizer import tokenizer_sha256, train_tokenizer
+from slm.prepare.encoder import token_bytes
+from slm.store.files import read_json, write_array, write_json
+from slm.store.shards import (
+    FORMAT,
+    Corpus,
+    References,
+    Shard,
+    shard_path,
+    write_manifest,
+    write_sidecar,
+)
+from slm.store.tokenizer import tokenizer_sha256, train_tokenizer
 
 # Triton's kernels run in its interpreter where there is no GPU; it must know before its import.
 if not torch.cuda.is_available():

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 import warm
 from door_folder import DOORS
 from model_helpers import ARCHITECTURES, VOCAB
-from slm.architecture import new_model
+from slm.model.architecture import new_model
 from text_helpers import DATA
 
 ROOT = Path(__file__).resolve().parents[1]

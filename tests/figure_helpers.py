@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.analysis import Analysis, analyse
-from slm.token_set import TokenSet
-from slm.trajectories import TrajectoryStore
+from slm.dynamics.analysis import Analysis, analyse
+from slm.dynamics.token_set import TokenSet
+from slm.dynamics.trajectories import TrajectoryStore
 
 EXCESS = {"_target_": "slm.selection.Excess", "select_ratio": 0.5, "scope": "batch"}
 RANDOM = {"_target_": "slm.selection.Random", "select_ratio": 0.5, "scope": "batch", "seed": 1}

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from slm.architecture import new_model
-from slm.data import IGNORE_INDEX, Batch
-from slm.model import SelectiveLM
+from slm.model.architecture import new_model
+from slm.model.build import SelectiveLM
+from slm.store.windows import IGNORE_INDEX, Batch
 
 VOCAB, LENGTH = 61, 12
 SIZES = {

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from slm.analysis import Analysis, analyse
-from slm.shards import FORMAT
-from slm.token_set import TokenSet
-from slm.trajectories import KIND, TrajectoryStore
+from slm.dynamics.analysis import Analysis, analyse
+from slm.dynamics.token_set import TokenSet
+from slm.dynamics.trajectories import KIND, TrajectoryStore
+from slm.store.shards import FORMAT
 
 EXCESS = {"_target_": "slm.selection.Excess", "select_ratio": 0.5, "scope": "batch"}
 

@@ -21,12 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import slm
 from run_helpers import leave_strays
-from slm import cli, evaluate, score, verify
+from slm import cli, verify
 from slm.cli import COMMANDS, command, conf_folder, dispatch
 from slm.errors import NonFiniteError, UserError, reported
-from slm.model import set_special_ids
-from slm.model_folder import save_model
-from slm.shards import References
+from slm.evaluate import command as evaluate
+from slm.model.build import set_special_ids
+from slm.model.folder import save_model
+from slm.score import command as score
+from slm.store.shards import References
 
 SLM = [sys.executable, "-m", "slm.cli"]
 HEAVY = {"torch", "transformers", "lightning", "wandb", "datasets", "matplotlib"}

@@ -12,7 +12,7 @@ from slm import command_keys
 from slm.checks import ABSENT, Table, check
 from slm.cli import COMMANDS, conf_folder
 from slm.command_keys import FORWARD
-from slm.device import DTYPES
+from slm.model.device import DTYPES
 
 GIVEN = {  # what must be given; nothing of it is there
     "prepare": ["out=x", "sources=[no.jsonl]", "tokenizer.path=no"],

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from run_helpers import TINY_MODEL
 from slm.cli import COMMANDS, conf_folder
-from slm.train import train
+from slm.train.command import train
 
 ROOTS = sorted(path.stem for path in conf_folder().glob("*.yaml") if path.stem != "base")
 GROUPS = {

@@ -14,7 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "slm_kernels"
 # What a kernel may import: triton on first use only, so it is not there after `import slm_kernels`.
 KERNEL_IMPORTS = {"torch", "triton", "slm_kernels"}
-UNTESTED = {"errors"}  # two empty exception classes
+UNTESTED = {"slm.errors", "slm.harness", "slm.dashboard"}  # empty classes; doors of three lines
+GROUND = {"checks", "cli", "command_keys", "console", "errors", "hydra_names", "names"}
+# In the order of the data: a folder imports what stands before it, and the ground.
+FLOORS = "store prepare model selection score evaluate train dynamics report".split()
+TOP = {"integrations", "verify", "demo", "harness", "dashboard"}
+# Tests of more than one module.
+WHOLE = {"layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -69,17 +75,73 @@ def test_no_module_hides_one_of_the_standard_library():
     assert names & set(sys.stdlib_module_names) == set()
 
 
-def test_every_module_has_its_test_file():
-    modules = {path.stem for path in (ROOT / "slm").glob("*.py") if path.stem != "__init__"}
-    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    assert modules - tested == UNTESTED
-    assert tested - modules <= {"layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of everything in slm/."""
+    files = sorted((ROOT / "slm").rglob("*.py"))
+    dotted = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    return {name.removesuffix(".__init__"): path for name, path in dotted.items()}
 
 
-def test_every_adapter_has_its_test_file():
-    adapters = {path.stem for path in (ROOT / "slm" / "integrations").glob("[!_]*.py")}
-    tests = (ROOT / "tests" / "integrations").glob("test_*.py")
-    assert adapters == {path.stem.removeprefix("test_") for path in tests}
+def arrows(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of slm that a file imports: in functions and for the type checker, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in names}
+    return found & set(known)
+
+
+def floor_of(name: str) -> int:
+    parts = name.split(".")
+    if len(parts) == 1 or parts[1] in GROUND:
+        return 0
+    return FLOORS.index(parts[1]) + 1 if parts[1] in FLOORS else len(FLOORS) + 1
+
+
+def test_a_folder_imports_only_folders_below_it():
+    known = modules()
+    up = {
+        (name, other)
+        for name, path in known.items()
+        for other in arrows(path, known)
+        if floor_of(other) > floor_of(name)
+    }
+    assert up == set()
+    assert {name.split(".")[1] for name in known if floor_of(name) == len(FLOORS) + 1} == TOP
+
+
+def test_no_two_modules_import_each_other_around_a_circle():
+    known = modules()
+    left = {name: arrows(path, known) - {name} for name, path in known.items()}
+    while free := {name for name, others in left.items() if not others & set(left)}:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert left == {}  # what is in a circle, and what imports it
+
+
+def test_no_file_is_longer_than_a_reader_wants():
+    lines = {path: len(path.read_text().splitlines()) for path in modules().values()}
+    assert {path.name: count for path, count in lines.items() if count > 400} == {}
+
+
+def test_every_module_is_tested_in_its_stage():
+    for name, path in modules().items():
+        if path.stem in ("__init__", "__main__") or name in UNTESTED:
+            continue
+        tests = ROOT / "tests" / path.relative_to(ROOT / "slm").parent
+        own = tests / f"test_{path.stem}.py"
+        texts = [own.read_text()] if own.exists() else [t.read_text() for t in tests.glob("*.py")]
+        assert any(name in text or f"import {path.stem}" in text for text in texts), name
+
+
+def test_a_test_file_stands_where_its_module_stands():
+    known = {path.relative_to(ROOT / "slm").with_suffix("") for path in modules().values()}
+    found = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    named = {path.with_name(path.stem.removeprefix("test_")) for path in found}
+    strays = {path for path in named if path not in known and path.name != path.parent.name}
+    assert {str(path) for path in strays if path.parts[0] != "kernels"} <= WHOLE
 
 
 @pytest.mark.parametrize("name", ["transformers", "trl"])

@@ -11,17 +11,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from run_helpers import TINY_MODEL
-from slm import dynamics as dynamics_module
-from slm.arms import arms_of, read_runs
 from slm.cli import conf_folder
-from slm.data import Windows
-from slm.dynamics import dynamics
-from slm.evaluate import evaluate
-from slm.report import report
-from slm.shards import Corpus, References
-from slm.sweep import sweep_rows
-from slm.train import train
-from slm.trajectories import TrajectoryStore
+from slm.dynamics import command as dynamics_module
+from slm.dynamics.command import dynamics
+from slm.dynamics.trajectories import TrajectoryStore
+from slm.evaluate.command import evaluate
+from slm.report.arms import arms_of, read_runs
+from slm.report.command import report
+from slm.store.shards import Corpus, References
+from slm.store.windows import Windows
+from slm.train.command import train
+from slm.train.sweep import sweep_rows
 from slm.verify import verify
 
 WRITTEN = Path(__file__).parent / "fixtures" / "written_by_0_1_0"

@@ -11,19 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from test_dynamics import compose_dynamics, during
+from test_report import config as compose_report
+from test_train import compose_train
 from transformers import AutoModelForCausalLM
 
 import warm
 from slm.cli import conf_folder
-from slm.data import Windows
-from slm.dynamics import dynamics
-from slm.report import report
-from slm.score import score
-from slm.shards import Corpus, References
-from slm.train import train
-from test_dynamics import compose_dynamics, during
-from test_report import config as compose_report
-from test_train import compose_train
+from slm.dynamics.command import dynamics
+from slm.report.command import report
+from slm.score.command import score
+from slm.store.shards import Corpus, References
+from slm.store.windows import Windows
+from slm.train.command import train
 from text_helpers import DATA, needs_data
 
 TINY = ["experiment=smoke", "logger=csv", "data.batch_size=8", "data.micro_batch_size=4"]

@@ -16,15 +16,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import swap_ids
-from slm import shards
 from slm import verify as verification
-from slm.checkpoint import VerifiedCheckpointIO
-from slm.cost import write_cost
 from slm.errors import UserError
-from slm.files import hash_file, write_array, write_json, write_record
-from slm.model import set_special_ids
-from slm.model_folder import save_model
-from slm.shards import References, Shard, write_manifest, write_sidecar
+from slm.model.build import set_special_ids
+from slm.model.folder import save_model
+from slm.score.cost import write_cost
+from slm.store import shards
+from slm.store.files import hash_file, write_array, write_json, write_record
+from slm.store.shards import References, Shard, write_manifest, write_sidecar
+from slm.train.checkpoint import VerifiedCheckpointIO
 from slm.verify import verify
 
 

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from slm.encoder import Encoder, encoder_state
-from slm.readers import read_blocks
-from slm.records import read_texts
-from slm.sources import Source, parse_sources
-from slm.tokenizer import EOS
+from slm.prepare.encoder import Encoder, encoder_state
+from slm.prepare.readers import read_blocks
+from slm.prepare.records import read_texts
+from slm.prepare.sources import Source, parse_sources
+from slm.store.tokenizer import EOS
 
 DATA = Path(os.environ.get("SLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from slm.analysis import rule_name
-from slm.classes import CLASSES
-from slm.files import write_csv
-from slm.spans import NOISE, SIGNAL
-from slm.trajectories import TrajectoryStore
+from slm.dynamics.analysis import rule_name
+from slm.dynamics.classes import CLASSES
+from slm.dynamics.trajectories import TrajectoryStore
+from slm.prepare.labels import NOISE, SIGNAL
+from slm.store.files import write_csv
 
 HERE = Path(__file__).parent
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slm.curves import Curve, read_curve
-from slm.plots import loss_figure
+from slm.report.paper.plots import loss_figure
+from slm.train.curves import Curve, read_curve
 
 HERE = Path(__file__).parent
 SETS = ("gsm8k_test", "math_500", "noisy")

@@ -227,8 +227,8 @@ def peak_mb(command: list[str]) -> float:
 
 def bench_data(rows: Rows, folder: Path, small: bool) -> None:
     """Tokens/s that the datamodule supplies on one core, page cache warm."""
-    from slm.data import Windows
-    from slm.order import MicroBatches, Order, Steps
+    from slm.store.windows import Windows
+    from slm.train.order import MicroBatches, Order, Steps
 
     for seq_len, target in ((2048, ">= 50e6"), (128, ">= 10e6")):
         corpus, references = random_store(folder / str(seq_len), seq_len, 1 if small else 32)
@@ -251,8 +251,8 @@ def bench_data(rows: Rows, folder: Path, small: bool) -> None:
 
 def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, Any]:
     """A corpus of random ids with random scores; four shards."""
-    from slm.files import write_array, write_json
-    from slm.shards import (
+    from slm.store.files import write_array, write_json
+    from slm.store.shards import (
         FORMAT,
         Corpus,
         References,
@@ -299,7 +299,7 @@ def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, 
 def small_lm(vocab_size: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from slm.model import SelectiveLM
+    from slm.model.build import SelectiveLM
 
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=128, intermediate_size=352,
@@ -310,10 +310,10 @@ def small_lm(vocab_size: int) -> Any:
 
 def bench_score(rows: Rows, folder: Path, small: bool) -> None:
     """`slm score`'s inner loop against a bare forward pass that keeps no logits."""
-    from slm.data import Windows
-    from slm.score import ModelScores
-    from slm.scorer import Scorer
-    from slm.shards import Corpus
+    from slm.score.command import ModelScores
+    from slm.score.scorer import Scorer
+    from slm.store.shards import Corpus
+    from slm.store.windows import Windows
 
     corpus = Corpus.open(make_corpus(folder, 0.5 if small else 3))
     lm = small_lm(corpus.vocab_size).eval()
@@ -349,8 +349,8 @@ def bench_train(rows: Rows, folder: Path, small: bool) -> None:
     """A whole `slm train` step of the demo's model against the bare model, loss and optimizer."""
     import json
 
-    from slm.optim import adamw
-    from slm.shards import Corpus
+    from slm.store.shards import Corpus
+    from slm.train.optim import adamw
 
     corpus_folder = make_corpus(folder, 0.5 if small else 3)
     corpus = Corpus.open(corpus_folder)
@@ -378,12 +378,12 @@ import json, sys, time
 from pathlib import Path
 from lightning import Callback
 times = next(word for word in sys.argv if word.startswith("+times=")); sys.argv.remove(times)
-import slm.building, slm.train
+import slm.train.build, slm.train
 class Clock(Callback):
     marks = []
     def on_train_batch_end(self, *_): self.marks.append(time.perf_counter())
-slm.building.progress_bar = Clock
-slm.train.main()
+slm.train.build.progress_bar = Clock
+slm.train.command.main()
 gaps = [b - a for a, b in zip(Clock.marks, Clock.marks[1:])]
 Path(times.removeprefix("+times=").strip("'")).write_text(json.dumps(gaps))
 """
@@ -391,7 +391,7 @@ Path(times.removeprefix("+times=").strip("'")).write_text(json.dumps(gaps))
 
 def bare_step_s(lm: Any, adamw: Any, corpus: Any, steps: int) -> float:
     """Median seconds of forward, selective loss at 0.6, backward, clip, AdamW."""
-    from slm.data import Windows
+    from slm.store.windows import Windows
 
     windows = Windows(corpus)
     optimizer = adamw(lm, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -410,10 +410,10 @@ def bare_step_s(lm: Any, adamw: Any, corpus: Any, steps: int) -> float:
 
 def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
     """Choosing among 16,384 tokens and keeping its books, against a step of the demo's model."""
-    from slm import selection
-    from slm.books import TokenRecord, source_metrics, step_sums, token_metrics
-    from slm.data import Windows
-    from slm.shards import Corpus
+    from slm.selection import rules as selection
+    from slm.selection.books import TokenRecord, source_metrics, step_sums, token_metrics
+    from slm.store.shards import Corpus
+    from slm.store.windows import Windows
 
     windows = Windows(Corpus.open(make_corpus(folder, 0.5 if small else 3)))
     size = 16 if small else 128
@@ -479,8 +479,8 @@ def store_of_lines(run: Path, tokens: int, checkpoints: int) -> None:
     """A run's folder with the losses of windows of 128, references and a rule."""
     import json
 
-    from slm.token_set import TokenSet
-    from slm.trajectories import TrajectoryStore
+    from slm.dynamics.token_set import TokenSet
+    from slm.dynamics.trajectories import TrajectoryStore
 
     rng = np.random.default_rng(0)
     shape = (tokens // 128, 129)
@@ -525,8 +525,8 @@ def write_columns(folder: Path, tokens: int, checkpoints: int) -> None:
 CLASSIFY = """
 import json, resource, sys, time
 from pathlib import Path
-from slm.classes import classify
-from slm.trajectories import LossColumns
+from slm.dynamics.classes import classify
+from slm.dynamics.trajectories import LossColumns
 paths = sorted(Path(sys.argv[1]).iterdir())
 columns = LossColumns(paths, paths[0].stat().st_size // 4 - 32)
 start = time.perf_counter()
@@ -559,7 +559,7 @@ def callback_share(out: Path, corpus: Path, steps: int, targets: int) -> float:
 CALLBACK_TIMES = """
 import json, time
 from collections import defaultdict
-import slm.dynamics_callback, slm.train
+import slm.dynamics.callback, slm.train
 spent = defaultdict(float)
 def clocked(name, function):
     def timed(*arguments, **more):
@@ -570,12 +570,12 @@ def clocked(name, function):
             spent[name] += time.perf_counter() - start
     return timed
 for hook in ("on_train_start", "on_train_batch_end", "on_train_end"):
-    whole = clocked("callback", getattr(slm.dynamics_callback.TokenDynamics, hook))
-    setattr(slm.dynamics_callback.TokenDynamics, hook, whole)
-slm.dynamics_callback.token_losses = clocked("forward", slm.dynamics_callback.token_losses)
+    whole = clocked("callback", getattr(slm.dynamics.callback.TokenDynamics, hook))
+    setattr(slm.dynamics.callback.TokenDynamics, hook, whole)
+slm.dynamics.callback.token_losses = clocked("forward", slm.dynamics.callback.token_losses)
 from lightning import Trainer
 Trainer.fit = clocked("training", Trainer.fit)
-slm.train.main()
+slm.train.command.main()
 print(json.dumps(spent))
 """
 

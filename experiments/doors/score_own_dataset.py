@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl.data_utils import pack_dataset
 
 from slm.integrations.datasets import score_dataset
-from slm.tokenizer import load_tokenizer, train_tokenizer
+from slm.store.tokenizer import load_tokenizer, train_tokenizer
 
 HERE = Path(__file__).resolve()
 DATA = Path(os.environ.get("SLM_DATA", HERE.parents[3] / "shared" / "data"))

@@ -11,10 +11,10 @@
 Lightning averages the losses of accumulated micro-batches and the gradients of ranks; the selective
 loss is a sum over all of them, divided once by the number of tokens selected. So each micro-batch
 leaves the gradient of its sum, and `on_before_optimizer_step` divides, before gradients are
-clipped. It divides all gradients, so another term cannot be added to the loss: that is refused.
-The value that `selective_loss` returns is the mean over the micro-batch's selected tokens; that of
-the whole step is logged as train/loss. A step may return None, and nothing of it counts.
-`targets` and `reference_logprob` are shifted, as batches of slm.data are. For validation take
+clipped. It divides all gradients, so another term cannot be added to the loss: that is refused. The
+value that `selective_loss` returns is the mean over the micro-batch's selected tokens; that of the
+whole step is logged as train/loss. A step may return None, and nothing of it counts. `targets` and
+`reference_logprob` are shifted, as batches of slm.store.windows are. For validation take
 slm_kernels.token_cross_entropy over every target.
 """
 
@@ -25,9 +25,9 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from slm.books import means, named, no_sums, step_sums
 from slm.integrations.loss import COLUMN, SelectiveLoss, record_of
 from slm.integrations.signatures import check_parameters
+from slm.selection.books import means, named, no_sums, step_sums
 
 MADE_FOR = "lightning 2.6"
 check_parameters(LightningModule.on_before_optimizer_step, ("optimizer",), MADE_FOR)

@@ -38,9 +38,9 @@ from litgpt.utils import CycleIterator, chunked_cross_entropy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from slm.data import Windows
 from slm.integrations.signatures import check_attributes, check_parameters
-from slm.shards import Corpus, References
+from slm.store.shards import Corpus, References
+from slm.store.windows import Windows
 from slm_kernels import max_selected, selective_cross_entropy_from_logits
 from slm_kernels.ops import refuse
 from slm_kernels.selection import check_select_ratio

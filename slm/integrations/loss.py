@@ -4,8 +4,8 @@
 it: entry i is about token i. `shifted` moves both to the position that predicts.
 
 The denominator of an optimizer step is the number of tokens selected in all of its micro-batches on
-all ranks, as in slm/module.py. How many that are depends on labels and scores alone, so it is known
-before the first forward pass, and one division by it is exact however the step is split.
+all ranks, as in slm/train/module.py. How many that are depends on labels and scores alone, so it is
+known before the first forward pass, and one division by it is exact however the step is split.
 
 Letters: B rows, T positions, D width.
 """
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slm.books import TokenRecord
-from slm.data import IGNORE_INDEX
+from slm.selection.books import TokenRecord
+from slm.store.windows import IGNORE_INDEX
 from slm_kernels import (
     select_count,
     select_top_k,

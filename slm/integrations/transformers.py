@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from slm.books import means, named, no_sums, step_sums
-from slm.data import IGNORE_INDEX
-from slm.head import check_causal, check_head, head_arguments, loss_terms, projection_of
 from slm.integrations.loss import COLUMN, LOGGED, SelectiveLoss, record_of, shifted
 from slm.integrations.signatures import check_attributes, check_parameters
+from slm.model.head import check_causal, check_head, head_arguments, loss_terms, projection_of
+from slm.selection.books import means, named, no_sums, step_sums
+from slm.store.windows import IGNORE_INDEX
 
 MADE_FOR = "transformers 5.23"
 check_parameters(Trainer.compute_loss, ("inputs", "return_outputs", "num_items_in_batch"), MADE_FOR)

@@ -21,10 +21,10 @@ from door_helpers import (
     make_rows,
     run_on_ranks,
 )
-from slm.head import head_arguments
 from slm.integrations import lightning as door
 from slm.integrations.lightning import SelectiveMixin
 from slm.integrations.loss import SelectiveLoss, shifted
+from slm.model.head import head_arguments
 
 LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
 NAN = float("nan")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from door_helpers import expected_gradients, gradients_of, make_model, make_rows, top
-from slm.head import head_arguments
 from slm.integrations.loss import SelectiveLoss, shifted
+from slm.model.head import head_arguments
 
 NAN = float("nan")
 

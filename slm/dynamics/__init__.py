@@ -1,0 +1,1 @@
+"""Checkpoints + frozen tokens -> classes H->H, L->H, H->L, L->L."""

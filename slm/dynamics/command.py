@@ -1,0 +1,211 @@
+"""Token dynamics: the losses of a frozen set of tokens over training, and their classes.
+
+`slm dynamics` takes them from the checkpoints of runs; the callback of dynamics_callback.py
+(`slm train callbacks=dynamics`) while a run trains. Both leave a store in <run>/dynamics/<name>:
+see trajectories.py for what is in it, classes.py for H->H, L->H, H->L and L->L, and analysis.py for
+what selection takes of them. Costs one forward pass over the token set for each checkpoint.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import DYNAMICS
+from slm.console import progress
+from slm.dynamics.analysis import Analysis, run_chooser
+from slm.dynamics.classes import ARROWS, CLASSES, MIN_CHECKPOINTS
+from slm.dynamics.stores import (
+    classify_run,
+    draw,
+    open_windows,
+    run_record,
+    store_folder,
+    warn_of_training_text,
+)
+from slm.dynamics.token_set import TokenSet
+from slm.dynamics.trajectories import TrajectoryStore, make_plan, token_losses
+from slm.errors import UserError
+from slm.model.build import SelectiveLM, check_length
+from slm.model.device import DTYPES, computing, pick_device
+from slm.selection.registry import import_modules
+from slm.store.files import Json, read_json
+from slm.store.shards import Corpus
+from slm.store.tokenizer import is_tokenizer_of
+from slm.store.trust import refuse_code
+from slm.store.windows import Windows
+from slm.train.checkpoint import read_checkpoint, read_sidecar, sidecar
+from slm.train.curves import folders_of, run_folders
+
+log = logging.getLogger("slm.dynamics")
+EXACT = ("eager", "sdpa")  # attention that every machine has
+
+
+def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
+    """The model of a checkpoint that fits the corpus."""
+    saved = read_checkpoint(path)
+    if "about" not in saved:
+        raise UserError(f"{path} does not say its architecture: an older version wrote it")
+    about, expected = saved["about"], corpus.manifest["tokenizer_sha256"]
+    if not is_tokenizer_of(corpus, about["tokenizer_sha256"]):
+        raise UserError(
+            f"{path} was trained with tokenizer {about['tokenizer_sha256']}, {corpus.folder} was "
+            f"made with {expected}"
+        )
+    fields = json.loads(about["config"])
+    refuse_code(str(path), fields)
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    check_length(config, corpus.seq_len)
+    model = AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.float32,
+        attn_implementation=attention_of(path, about),
+        trust_remote_code=False,
+    )
+    lm, prefix = SelectiveLM(model), "lm."
+    lm.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items()})
+    return lm
+
+
+def attention_of(path: Path, about: Json) -> str | None:
+    """What the run computed with, where it is of EXACT; a folder's word fetches no kernel."""
+    trained = about["attn_implementation"] if "attn_implementation" in about else None
+    if trained in EXACT:
+        return trained
+    if trained is not None:
+        log.warning("%s: attention %r is not taken, losses differ by its rounding", path, trained)
+    return None
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Finished ones, in the order of training."""
+    found = sorted((run / "checkpoints").glob("step-*.ckpt"))
+    return [path for path in found if sidecar(path).exists()]
+
+
+def tokens_seen_by(path: Path) -> int:
+    """As its sidecar says: the file itself may have many gigabytes."""
+    return read_sidecar(path)["tokens_seen"]
+
+
+def missing(run: Path, store: TrajectoryStore) -> list[tuple[Path, int]]:
+    """(checkpoint, tokens seen) of what the store lacks; a live run may remove one meanwhile."""
+    found = []
+    for path in checkpoints_of(run):
+        with suppress(FileNotFoundError):
+            found.append((path, tokens_seen_by(path)))
+    return [(path, seen) for path, seen in found if not store.has(seen)]
+
+
+def load_if_there(path: Path, corpus: Corpus) -> SelectiveLM | None:
+    try:
+        return load_checkpoint(path, corpus)
+    except (UserError, OSError):
+        if path.exists() and sidecar(path).exists():
+            raise
+    log.warning("%s is gone: its run goes on and keeps fewer checkpoints", path)
+    return None
+
+
+def evaluate_runs(runs: Sequence[Path], windows: Windows, tokens: TokenSet, config: Any) -> list:
+    """Append what each run's store lacks."""
+    stores = [open_store(run, windows, tokens, config) for run in runs]
+    todo = [
+        (store, path, seen)
+        for run, store in zip(runs, stores, strict=True)
+        for path, seen in missing(run, store)
+    ]
+    warn_of_new_classes([store for store, _, _ in todo])
+    device = pick_device(config.device)
+    with progress("token losses", len(todo) * tokens.num_targets, "tokens") as advance:
+        for store, path, seen in todo:
+            lm = load_if_there(path, windows.corpus)
+            if lm is not None:
+                lm.to(device, DTYPES[config.dtype])
+                with computing(device, config.dtype):
+                    grid = token_losses(lm, windows, tokens.windows, config.batch_size)
+                store.append(seen, grid[tokens.live])
+                advance(tokens.num_targets)
+    return stores
+
+
+def open_store(run: Path, windows: Windows, tokens: TokenSet, config: Any) -> TrajectoryStore:
+    plan = make_plan(windows, tokens.windows, run_record(run), config.dtype)
+    warn_of_training_text(windows.corpus, read_json(run / "run.json")["corpus"])
+    folder = store_folder(run, config.name, "")
+    store = TrajectoryStore.create(folder, plan, tokens, config.check)
+    run_chooser(store, warns=True)  # what would be noticed when it is too late
+    return store
+
+
+def warn_of_new_classes(stores: Sequence[TrajectoryStore]) -> None:
+    for folder in dict.fromkeys(store.folder for store in stores):
+        if (folder / "trajectories.npy").exists():
+            log.warning("%s has classes already: with more checkpoints they are others", folder)
+
+
+def analyse_stores(
+    runs: Sequence[Path], stores: Sequence[TrajectoryStore], config: Any
+) -> list[Analysis]:
+    """Of the runs with enough checkpoints; the others are named."""
+    found = []
+    for run, store in zip(runs, stores, strict=True):
+        count = len(store.checkpoints)
+        if count < MIN_CHECKPOINTS:
+            log.warning("%s has %d checkpoints, a trajectory needs %d", run, count, MIN_CHECKPOINTS)
+            continue
+        found.append(classify_run(store, run.name, config.threshold, config.mean_loss))
+    if not found:
+        raise UserError(
+            f"none of the {len(runs)} runs has {MIN_CHECKPOINTS} checkpoints: train with "
+            "callbacks.checkpoints.keep=null, or with callbacks=dynamics"
+        )
+    return found
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def dynamics(config: Any) -> list[Analysis]:
+    """Fill the stores of all runs, then classify."""
+    check(config, DYNAMICS)
+    import_modules(config.modules)
+    runs = run_folders(folders_of(config.runs))
+    windows = open_windows(config.corpus, config.references, config.combine, config.check, "")
+    tokens = draw(windows, config.num_targets, config.seed, config.by_source)
+    stores = evaluate_runs(runs, windows, tokens, config)
+    return analyse_stores(runs, stores, config)
+
+
+def print_table(analyses: Sequence[Analysis]) -> None:
+    table = Table("run", "class", "tokens", "share", "95%", "loss, first", "last", "kept, last")
+    for analysis in analyses:
+        for number, name in enumerate(CLASSES):
+            share, losses = analysis.shares[name], analysis.class_losses[:, number]
+            kept = "" if analysis.kept is None else f"{analysis.kept.by_class[-1, number]:.1%}"
+            table.add_row(
+                escape(analysis.name) if number == 0 else "",
+                ARROWS[name],
+                f"{share.num_tokens:,}",
+                *(f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}"),
+                *(f"{losses[0]:.3f}", f"{losses[-1]:.3f}", kept),
+            )
+    Console().print(table)
+
+
+@command("dynamics")
+def main(config: Any) -> None:
+    analyses = dynamics(config)
+    print_table(analyses)
+    for analysis in analyses:
+        log.info("%s", analysis.store.folder)

@@ -1,0 +1,1 @@
+"""Models -> losses and bits per byte on named sets, and accuracy on tasks."""

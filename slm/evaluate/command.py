@@ -1,0 +1,154 @@
+"""Mean loss in nats per token and bits per byte of models on named sets: `slm evaluate`.
+
+    slm evaluate 'models={base: runs/base/model}' 'sets={math: corpus/heldout}' out=table.csv
+
+bits per byte = nats summed over the targets / (ln 2 * UTF-8 bytes of those targets). EOS counts its
+nats and no bytes. It is the measure that compares tokenizers and select ratios alike. Costs one
+forward pass; no logits are kept.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import EVALUATE
+from slm.console import progress
+from slm.model.build import SelectiveLM, load_model
+from slm.model.device import DTYPES, PRECISIONS, computing, pick_device
+from slm.model.folder import check_model_folder
+from slm.score.command import check_fits, check_tokenizer
+from slm.selection.registry import import_modules
+from slm.store.fields import OBJECT, check_fields, one_of
+from slm.store.files import Advance, nothing, read_json, write_csv
+from slm.store.shards import Corpus
+from slm.store.tokenizer import looks_like_hub_name
+from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device
+
+log = logging.getLogger("slm.evaluate")
+
+
+class CorpusLoss(NamedTuple):
+    """Loss of one model on one set."""
+
+    loss: float  # nats per target
+    bits_per_byte: float
+    num_targets: int
+    num_bytes: int
+
+
+@torch.no_grad()
+def corpus_loss(
+    lm: SelectiveLM,
+    corpus: Corpus,
+    batch_size: int,
+    max_windows: int | None = None,
+    advance: Advance = nothing,
+) -> CorpusLoss:
+    """Evaluate `lm` on the windows of `corpus` (at most `max_windows`, evenly spread).
+
+    The module's mode is put back afterwards, and no random number is drawn. `advance` is told the
+    number of tokens after each batch.
+    """
+    windows = Windows(corpus)
+    chosen = spread(len(windows), max_windows)
+    device = next(lm.parameters()).device
+    training = lm.training
+    lm.eval()
+    exact = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+    nats = torch.zeros((), dtype=torch.float64, device=exact)
+    num_targets = num_bytes = 0
+    for part in np.split(chosen, range(batch_size, len(chosen), batch_size)):
+        batch = windows.batch(part)
+        live = batch["targets"] != IGNORE_INDEX
+        num_targets += int(live.sum())
+        num_bytes += int(windows.target_bytes(part)[live].sum())
+        nats += lm(to_device(batch, device)).loss.to(exact).double().sum()
+        advance(live.numel())
+    lm.train(training)
+    return mean_loss(nats.item(), num_targets, num_bytes)
+
+
+def mean_loss(nats: float, num_targets: int, num_bytes: int) -> CorpusLoss:
+    """NaN where there is nothing to divide by."""
+    loss = nats / num_targets if num_targets else math.nan
+    bits = nats / (math.log(2) * num_bytes) if num_bytes else math.nan
+    return CorpusLoss(loss, bits, num_targets, num_bytes)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def num_tokens(corpus: Corpus, max_windows: int | None) -> int:
+    return len(spread(corpus.num_windows, max_windows)) * corpus.seq_len
+
+
+def warn_of_other_precision(folder: str, dtype: str) -> None:
+    """The held-out losses of a run are computed as it trains."""
+    path = Path(folder) / "slm.json"
+    record = read_json(path) if path.is_file() else {"lineage": {}}
+    check_fields(path, record, {"lineage": OBJECT})
+    if "precision" not in record["lineage"]:
+        return
+    check_fields(path, record["lineage"], {"precision": one_of(*PRECISIONS)})
+    trained = PRECISIONS[record["lineage"]["precision"]]
+    if trained != dtype:
+        log.warning(
+            "%s was trained in %s, and so were its held-out losses: dtype=%s gives the same ones, "
+            "%s others",
+            *(folder, trained, trained, dtype),
+        )
+
+
+def evaluate(models: dict[str, str], sets: dict[str, str], settings: Any) -> list[dict[str, Any]]:
+    """One row for every model and set."""
+    corpora = {name: Corpus.open(folder, settings.check) for name, folder in sets.items()}
+    for folder in models.values():  # all of them before the first forward
+        if not looks_like_hub_name(folder):
+            check_model_folder("model", folder, settings.check)
+        for corpus in corpora.values():
+            check_tokenizer(folder, corpus)
+        warn_of_other_precision(folder, settings.dtype)
+    device = pick_device(settings.device)
+    total = sum(num_tokens(corpus, settings.max_windows) for corpus in corpora.values())
+    rows = []
+    with progress("evaluating", total * len(models), "tokens") as advance:
+        for name, folder in models.items():
+            lm = SelectiveLM(load_model(folder))
+            for corpus in corpora.values():
+                check_fits(lm, corpus)
+            lm.to(device, DTYPES[settings.dtype])
+            for set_name, corpus in corpora.items():
+                with computing(device, settings.dtype):
+                    result = corpus_loss(
+                        lm, corpus, settings.batch_size, settings.max_windows, advance
+                    )
+                rows.append({"model": name, "set": set_name} | result._asdict())
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    table = Table("model", "set", "loss (nats)", "bits per byte", "targets")
+    for row in rows:
+        numbers = (f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['num_targets']:,}")
+        table.add_row(escape(row["model"]), escape(row["set"]), *numbers)
+    Console().print(table)
+
+
+@command("evaluate")
+def main(config: Any) -> None:
+    check(config, EVALUATE)
+    import_modules(config.modules)
+    rows = evaluate(dict(config.models), dict(config.sets), config)
+    print_table(rows)
+    if config.out is not None:
+        write_csv(Path(config.out), rows)
+        log.info(f"table: {config.out}")

@@ -1,0 +1,473 @@
+"""Models through lm_eval, the EleutherAI harness, on local files and without a network.
+
+    slm harness 'models={base: runs/base/model, slm: runs/slm/model}' problems=eval out=table.csv
+
+Every set of problems becomes JSON lines and one YAML for each of its tasks in a temporary folder,
+which lm_eval reads as it reads its own tasks. Its `hf` model loads the model folder as any user of
+lm_eval would. What a task measures:
+
+    <set>_answer    loglikelihood of the final answer after the prompt (`prompt`, no solution):
+                    acc            the answer is what greedy decoding gives
+                    nats           mean of -log p(answer), nats an answer
+                    bits_per_byte  nats summed / (ln 2 * UTF-8 bytes of the answers and their space)
+    <set>_text      loglikelihood_rolling of question, newline, solution after one special token:
+                    bits_per_byte  as above, over the whole texts, in windows of the model's length
+    <set>_generate  generate_until, greedy: exact_match of what a filter finds in the text:
+                    strict-match      the number after ####, or the last \\boxed{} (MATH)
+                    flexible-extract  the last number (none for MATH)
+
+A folder that slm wrote is asked as it was trained: texts follow an EOS, and no other special token
+stands before a text or a prompt. A model from elsewhere is asked as its tokenizer begins a text,
+after a BOS where that adds one. No special token is ever scored.
+
+exact_match compares strings, of which commas in numbers, dollar signs, .00 and a few LaTeX
+spellings are removed first; an equal answer written otherwise counts as wrong. The stderr of means
+is lm_eval's; that of bits per byte, where it gives none, is of a ratio of sums, to first order.
+Costs three passes over the problems; by far the longest is the generation.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import HARNESS
+from slm.console import LINE_EVERY_S
+from slm.errors import UserError
+from slm.store.files import write_csv
+
+log = logging.getLogger("slm.harness")
+
+Json = dict[str, Any]
+Row = dict[str, Any]
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+VERSIONED = ("lm_eval", "transformers", "torch")
+BARE_PROMPT = "{question}"
+
+
+# ---- problems -----------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    question: str
+    solution: str  # the worked solution; the answer where the set has none
+    answer: str
+
+
+def gsm8k(record: Json) -> Problem:
+    solution, mark, answer = record["answer"].rpartition("####")
+    if not mark:
+        raise ValueError("answer has no ####")
+    answer = answer.strip().replace(",", "")
+    return Problem(record["question"].strip(), record["answer"], answer)
+
+
+def math_500(record: Json) -> Problem:
+    return Problem(record["problem"].strip(), record["solution"], record["answer"])
+
+
+def svamp(record: Json) -> Problem:
+    body = record["Body"].strip()
+    body += "" if body.endswith((".", "?", "!")) else "."
+    answer = decimal(record["Answer"])
+    return Problem(f"{body} {record['Question'].strip()}", answer, answer)
+
+
+def decimal(number: float) -> str:
+    """145.0 -> 145"""
+    return str(int(number)) if number == int(number) else repr(number)
+
+
+def read_problems(path: Path, read: Callable[[Json], Problem]) -> list[Problem]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: problems must be the folder with the evaluation files")
+    problems = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                problems.append(read_problem(line, f"{path}:{number}", read))
+    return problems
+
+
+def read_problem(line: bytes, where: str, read: Callable[[Json], Problem]) -> Problem:
+    try:
+        problem = read(json.loads(line))
+        "".join(problem).encode()  # an escape of half a character is JSON and no text
+    except KeyError as error:
+        raise UserError(f"{where}: field {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: {error}") from None
+    return problem
+
+
+# ---- filters ------------------------------------------------------------------------------------
+
+# A minus after a digit or a bracket subtracts. A comma counts between groups of three digits.
+NUMBER = r"(?:(?<![\d)\]])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+
+
+def balanced(depth: int) -> str:
+    """A regex for text whose braces match, at most `depth` deep."""
+    inner = balanced(depth - 1) if depth else ""
+    return rf"(?:[^{{}}]|\{{{inner}\}})*" if depth else r"[^{}]*"
+
+
+def regex(name: str, pattern: str, which: int) -> Json:
+    """lm_eval's filter of that name: match number `which` of the pattern, else [invalid]."""
+    find = {"function": "regex", "regex_pattern": pattern, "group_select": which}
+    return {"name": name, "filter": [find, {"function": "take_first"}]}
+
+
+NUMBERS = [
+    regex("strict-match", rf"####\s*({NUMBER})", 0),
+    regex("flexible-extract", NUMBER, -1),
+]
+BOXED = [regex("strict-match", rf"\\boxed\s*\{{({balanced(5)})\}}", -1)]
+# Removed from both sides before they are compared. \dfrac and \tfrac are \frac.
+IGNORED_IN_NUMBERS = [",", r"\$", r"\.0*$"]
+IGNORED_IN_LATEX = [r"\\left|\\right|\\[,!;: ]|\\?\$|\s|\.$", r"(?<=\\)[dt](?=frac)"]
+
+
+# ---- tasks --------------------------------------------------------------------------------------
+
+
+class ProblemSet(NamedTuple):
+    file: str
+    read: Callable[[Json], Problem]
+    filters: list[Json]
+    ignored: list[str]
+
+
+OUTPUT_TYPES = {
+    "answer": "loglikelihood",
+    "text": "loglikelihood_rolling",
+    "generate": "generate_until",
+}
+SETS = {
+    "gsm8k": ProblemSet("gsm8k_test.jsonl", gsm8k, NUMBERS, IGNORED_IN_NUMBERS),
+    "math_500": ProblemSet("math_500.jsonl", math_500, BOXED, IGNORED_IN_LATEX),
+    "svamp": ProblemSet("svamp.jsonl", svamp, NUMBERS, IGNORED_IN_NUMBERS),
+}
+TASKS = {f"{name}_{kind}": (name, kind) for name in SETS for kind in OUTPUT_TYPES}
+
+
+def metric(name: str, aggregation: str = "mean", **options: Any) -> Json:
+    higher = name != "bits_per_byte"
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher} | options
+
+
+def metrics_of(kind: str, ignored: list[str]) -> list[Json]:
+    return {
+        "answer": [metric("acc")],
+        "text": [metric("bits_per_byte", "bits_per_byte")],
+        "generate": [metric("exact_match", regexes_to_ignore=ignored)],
+    }[kind]
+
+
+def expand_tasks(names: list[str]) -> list[str]:
+    """gsm8k -> gsm8k_answer, gsm8k_text, gsm8k_generate; each once, in the order given."""
+    found: list[str] = []
+    for name in names:
+        if name not in SETS and name not in TASKS:
+            raise UserError(
+                f"tasks has {name!r}, known are {', '.join(SETS)} and {', '.join(TASKS)}"
+            )
+        found += [f"{name}_{kind}" for kind in OUTPUT_TYPES] if name in SETS else [name]
+    return list(dict.fromkeys(found))
+
+
+def split_prompt(prompt: str) -> tuple[str, str]:
+    """What stands before an answer, and the space between them: '\\n' of '{question}\\n'.
+
+    lm_eval moves space at the end of a context into the continuation, so that it is scored; here
+    it is put there, and its bytes are counted.
+    """
+    head = prompt.rstrip()
+    return head, prompt[len(head) :] or " "
+
+
+def document(problem: Problem, kind: str, prompt: str, is_example: bool) -> Json:
+    """The record that a task's doc_to_text and doc_to_target read."""
+    if kind == "text":
+        return {"context": "", "target": f"{problem.question}\n{problem.solution}"}
+    head, gap = split_prompt(prompt)
+    head = head.replace(BARE_PROMPT, problem.question)
+    if kind == "answer":
+        return {"context": head, "target": gap + problem.answer}
+    context = head if gap == " " else head + gap
+    return {"context": context, "target": problem.solution if is_example else problem.answer}
+
+
+def task_config(
+    name: str, prompt: str, files: dict[str, str], num_fewshot: int, max_new_tokens: int
+) -> Json:
+    """A task of lm_eval as its YAML says it."""
+    set_name, kind = TASKS[name]
+    _, gap = split_prompt(prompt)
+    config: Json = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(Path(files["test"]).parent)},
+        "test_split": "test",
+        "output_type": OUTPUT_TYPES[kind],
+        "doc_to_text": "context",
+        "doc_to_target": "target",
+        "target_delimiter": " " if kind == "generate" and gap == " " else "",
+        "num_fewshot": num_fewshot,
+        "metric_list": metrics_of(kind, SETS[set_name].ignored),
+        "metadata": {"version": 1.0},
+    }
+    if num_fewshot:
+        config |= {"fewshot_split": "examples", "fewshot_config": {"sampler": "first_n"}}
+    if kind == "generate":
+        config["filter_list"] = SETS[set_name].filters
+        stop = prompt.partition(BARE_PROMPT)[0].strip()  # the model asks itself the next question
+        until = [stop] if stop else ["\n\n\n"]
+        config["generation_kwargs"] = {
+            "until": until,
+            "do_sample": False,
+            "max_gen_toks": max_new_tokens,
+        }
+    return config
+
+
+def write_tasks(
+    folder: Path, data: Path, names: list[str], prompt: str, num_fewshot: int, max_new_tokens: int
+) -> None:
+    """<task>.yaml and its <task>.test.jsonl, <task>.examples.jsonl."""
+    for name in names:
+        set_name, kind = TASKS[name]
+        path = data / SETS[set_name].file
+        problems = read_problems(path, SETS[set_name].read)
+        if len(problems) <= num_fewshot:
+            raise UserError(
+                f"{path} has {len(problems)} problems, num_fewshot is {num_fewshot}: none is left"
+            )
+        splits = {"test": problems[num_fewshot:], "examples": problems[:num_fewshot]}
+        files = {split: folder / f"{name}.{split}.jsonl" for split in splits if splits[split]}
+        for split, file in files.items():
+            is_example = split == "examples"
+            documents = [document(one, kind, prompt, is_example) for one in splits[split]]
+            file.write_text("".join(json.dumps(one) + "\n" for one in documents))
+        paths = {split: str(file.resolve()) for split, file in files.items()}
+        config = task_config(name, prompt, paths, num_fewshot, max_new_tokens)
+        # JSON is YAML, and has one way to quote a backslash.
+        (folder / f"{name}.yaml").write_text(json.dumps(config, indent=2))
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+class Value(NamedTuple):
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+
+
+def ratio(above: list[float], below: list[float]) -> tuple[float, float | None]:
+    """sum(above) / sum(below) and its standard error, to first order (None for one problem)."""
+    n, value = len(above), sum(above) / sum(below)
+    if n == 1:
+        return value, None
+    squares = sum((a - value * b) ** 2 for a, b in zip(above, below, strict=True))
+    return value, math.sqrt(n / (n - 1) * squares) / sum(below)
+
+
+def reported_values(result: Json) -> Iterator[Value]:
+    """What lm_eval says of one task: {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}."""
+    for key, value in result.items():
+        name, _, filter_name = key.partition(",")
+        if filter_name and not name.endswith("_stderr"):
+            stderr = result[f"{name}_stderr,{filter_name}"]
+            yield Value(name, filter_name, value, stderr if isinstance(stderr, float) else None)
+
+
+def loglikelihood_values(samples: list[Json], kind: str) -> Iterator[Value]:
+    """nats an answer and bits per byte of lm_eval's log-likelihoods of one task."""
+    found = [sample["filtered_resps"][0] for sample in samples]
+    nats = [-float(one[0] if kind == "answer" else one) for one in found]
+    num_bytes = [float(len(sample["doc"]["target"].encode())) for sample in samples]
+    if kind == "answer":
+        yield Value("nats", "none", *ratio(nats, [1.0] * len(nats)))
+    bits = [one / math.log(2) for one in nats]
+    yield Value("bits_per_byte", "none", *ratio(bits, num_bytes))
+
+
+def task_rows(name: str, results: Json) -> list[Row]:
+    """A row a metric; bits per byte by our sums, which have a standard error."""
+    values = list(reported_values(results["results"][name]))
+    _, kind = TASKS[name]
+    if kind in ("answer", "text"):
+        values = [one for one in values if one.metric != "bits_per_byte"]
+        values += loglikelihood_values(results["samples"][name], kind)
+    shared = {"n": results["n-samples"][name]["effective"], "num_fewshot": results["n-shot"][name]}
+    return [{"task": name} | one._asdict() | shared for one in values]
+
+
+# ---- lm_eval ------------------------------------------------------------------------------------
+
+
+def go_offline() -> None:
+    """Before the first import of datasets and huggingface_hub, which read it once."""
+    os.environ.update(OFFLINE)
+    if not sys.stderr.isatty():  # tqdm: a line every so often for logs that nobody watches live
+        os.environ.setdefault("TQDM_MININTERVAL", str(LINE_EVERY_S))
+
+
+def check_installed() -> None:
+    if find_spec("lm_eval") is None:
+        raise UserError("lm_eval is not installed: pip install 'slm-trainer[lm-eval]'")
+
+
+def is_ours(folder: str) -> bool:
+    return (Path(folder) / "slm.json").exists()
+
+
+def check_room(folder: str, max_new_tokens: int) -> None:
+    """lm_eval gives the prompt what max_new_tokens leaves of the model's positions."""
+    from transformers import AutoConfig
+
+    from slm.model.architecture import position_limit
+    from slm.store.tokenizer import first_line
+    from slm.store.trust import check_no_code
+
+    check_no_code(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {folder} has a damaged config.json: {first_line(error)}") from None
+    limit = position_limit(config)
+    if limit is not None and max_new_tokens >= limit:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}, it must be less than the "
+            f"{limit} max_position_embeddings of {folder}"
+        )
+
+
+def special_tokens(folder: str, tokenizer: Any) -> Json:
+    """What lm_eval puts before the texts of a model."""
+    if is_ours(folder):  # in a corpus an EOS ends each document, and nothing begins one
+        return {"add_bos_token": False, "prefix_token_id": tokenizer.eos_token_id}
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    return {"add_bos_token": tokenizer.encode("a") == [tokenizer.bos_token_id, *bare]}
+
+
+def load_lm(folder: str, batch_size: int, device: str) -> Any:
+    """lm_eval's own `hf` model of a folder."""
+    from lm_eval.models import huggingface
+
+    from slm.model.folder import quiet_without_terminal
+    from slm.store.tokenizer import first_line, load_tokenizer
+
+    hf = cast(Any, huggingface.HFLM)
+
+    class Model(hf):
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            """The prefix token stands before a text already; a BOS of the text would be scored."""
+            adds, self.add_bos_token = self.add_bos_token, False
+            found = super().loglikelihood_rolling(requests, disable_tqdm)
+            self.add_bos_token = adds
+            return found
+
+    quiet_without_terminal()
+    make: Any = Model
+    tokenizer = load_tokenizer(folder)
+    options = special_tokens(folder, tokenizer) | {"batch_size": batch_size, "device": device}
+    try:
+        return make(pretrained=folder, tokenizer=tokenizer, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"lm_eval cannot load {folder}: {first_line(error)}") from None
+
+
+def run_tasks(lm: Any, folder: Path, names: list[str], limit: int | None) -> list[Row]:
+    """`lm` (an lm_eval LM) on the tasks that `write_tasks` wrote into `folder`."""
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    evaluate: Any = lm_eval.simple_evaluate
+    results = evaluate(lm, tasks=names, task_manager=manager, limit=limit)
+    return [row for name in names for row in task_rows(name, results)]
+
+
+def harness(models: dict[str, str], settings: Any) -> list[Row]:
+    """Rows of every model and task, with the versions that made them."""
+    from slm.model.build import load_model
+    from slm.model.device import pick_device
+    from slm.model.folder import check_model_folder
+    from slm.verify import verify_weights
+
+    names = expand_tasks(list(settings.tasks))
+    for folder in models.values():  # all of them before the first forward
+        check_model_folder("model", folder)
+        verify_weights(Path(folder), lambda count: None)
+        if not is_ours(folder):  # no hashes: lm_eval makes up what is missing
+            load_model(folder)
+        check_room(folder, settings.max_new_tokens)
+    device = str(pick_device(settings.device))
+    versions = {name: version(name) for name in VERSIONED}
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="slm-harness-") as temporary:
+        tasks = Path(temporary)
+        limits = (settings.num_fewshot, settings.max_new_tokens)
+        write_tasks(tasks, Path(settings.problems), names, settings.prompt, *limits)
+        for number, (name, folder) in enumerate(models.items(), 1):
+            log.info(f"model {number} of {len(models)}: {name}, {len(names)} tasks")
+            lm = load_lm(folder, settings.batch_size, device)
+            found = run_tasks(lm, tasks, names, settings.limit)
+            rows += [{"model": name} | row | versions for row in found]
+    return rows
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def cell(row: Row) -> str:
+    return f"{row['value']:.4f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
+
+
+def print_table(rows: list[Row]) -> None:
+    """A line for each task and metric, a column for each model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        filtered = "" if row["filter"] == "none" else f"\n{row['filter']}"
+        key = (row["task"], row["metric"] + filtered, f"{row['n']:,}")
+        lines.setdefault(key, {})[row["model"]] = cell(row)
+    table = Table(Column("task", no_wrap=True), "metric", "n", *map(escape, models))
+    for key, cells in lines.items():
+        table.add_row(*key, *[cells[model] for model in models])
+    Console().print(table)
+
+
+@command("harness")
+def main(config: Any) -> None:
+    from slm.selection.registry import import_modules  # imports torch
+
+    check(config, HARNESS)
+    import_modules(config.modules)
+    check_installed()
+    go_offline()
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    rows = harness(dict(config.models), config)
+    print_table(rows)
+    if config.out is not None:
+        write_csv(Path(config.out), rows)
+        log.info(f"table: {config.out}")

@@ -1,0 +1,99 @@
+"""Hugging Face `datasets` and our folders: there, back, and a score column for your own data.
+
+    to_hf_dataset(corpus, references)         folders -> one row a window
+    WindowDataset(corpus, references)         folders -> a torch dataset of shifted windows
+    from_hf_dataset(dataset, out, tokenizer)  rows of one length -> folders that `slm train` takes
+    score_dataset(dataset, model)             your token lists -> the same with `reference_logprob`
+
+A row is not shifted: `labels[i]` and `reference_logprob[i]` are about the token `input_ids[i]`;
+-100 and NaN say that it is no target, has no score. `seq_lengths`, as TRL's packing writes it, are
+the lengths of the documents in a row, which neither attend to nor predict each other.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
+from torch import Tensor
+
+from slm.errors import UserError
+from slm.integrations.datasets.corpus import from_hf_dataset
+from slm.integrations.datasets.rows import COLUMN
+from slm.integrations.datasets.scores import score_dataset
+from slm.integrations.datasets.windows import WindowRows
+from slm.store.files import hash_json
+from slm.store.shards import Corpus
+from slm.store.windows import Windows, open_references
+
+__all__ = ["WindowDataset", "from_hf_dataset", "score_dataset", "to_hf_dataset"]
+
+Folders = str | Path | Sequence[str | Path]
+
+
+def open_windows(corpus: str | Path, references: Folders | None, combine: str | None) -> Windows:
+    """combine: what becomes of several references: mean, min, max or mixture."""
+    named = [references] if isinstance(references, str | Path) else references or []
+    stores = open_references([str(folder) for folder in named], combine, "size", prefix="")
+    return Windows(Corpus.open(corpus), stores, combine)
+
+
+class WindowDataset(torch.utils.data.Dataset):
+    """Item w is window w, shifted as in Windows: ``input_ids``, ``targets`` (T,) int64 and, where
+    there are any, ``reference_logprob`` (T,) float32 and ``position_ids`` (T,) int64.
+
+    default_collate stacks items; workers of a DataLoader map the files themselves. With
+    packing=documents a model of transformers must be called like this, in your own loop:
+
+        model(input_ids=..., position_ids=..., use_cache=False)  # and no attention_mask
+
+    With a cache, its default, or with a mask it reads over the documents' borders without a word.
+    """
+
+    NAMES = ("input_ids", "targets", COLUMN, "position_ids")
+
+    def __init__(
+        self, corpus: str | Path, references: Folders | None = None, combine: str | None = None
+    ):
+        self.windows = open_windows(corpus, references, combine)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        batch = self.windows.batch(np.array([index]))
+        return {name: batch[name][0] for name in self.NAMES if name in batch}
+
+
+def to_hf_dataset(
+    corpus: str | Path, references: Folders | None = None, *, combine: str | None = None
+) -> Dataset:
+    """One row a window, in order, cached by `datasets` under the fingerprints of the folders.
+
+    input_ids          T + 1 tokens, so that all T targets are there
+    labels             the same tokens; -100: no target (the row's first, prompts, and with
+                       packing=documents the first token of a document)
+    reference_logprob  with references: NaN exactly where labels is -100
+    seq_lengths        with packing=documents: lengths of the documents in the row
+    """
+    windows = open_windows(corpus, references, combine)
+    builder = WindowRows(config_id=identity(windows), windows=windows)
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    made: Any = builder.as_dataset(split="train")
+    return made
+
+
+def identity(windows: Windows) -> str:
+    """What the rows depend on."""
+    stores = [store.fingerprint for store in windows.references]
+    return hash_json([windows.corpus.fingerprint, stores, windows.combine])

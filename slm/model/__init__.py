@@ -1,0 +1,1 @@
+"""A causal language model as the trainer sees it: built, loaded, checked, saved."""

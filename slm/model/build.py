@@ -1,0 +1,339 @@
+"""Build or load the causal LM, split it into backbone and head.
+
+Any Hugging Face causal LM whose logits are ``logit_scale * (hidden @ weight.T + bias)``, optionally
+followed by ``softcap * tanh(logits / softcap)``, can be trained. Others are found by `check_model`,
+which compares one batch with cross-entropy of the model's own logits, and refused by name.
+
+Letters: B windows, T positions, D width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from slm.errors import UserError
+from slm.model.architecture import new_model, position_limit, text_config, told, with_attention
+from slm.model.folder import check_model_folder, check_savable, quiet_without_terminal
+from slm.model.head import check_head, head_arguments, hidden_states, loss_terms
+from slm.prepare.chat import end_of_turn
+from slm.store.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
+from slm.store.trust import check_no_code
+from slm.store.windows import IGNORE_INDEX, Batch, to_device
+from slm_kernels import (
+    TokenCrossEntropy,
+    WeightedCrossEntropy,
+    token_cross_entropy,
+    weighted_cross_entropy,
+)
+
+CHECK_TOKENS = 128  # of a window, for the checks that need the model's own logits
+LEAK_TOLERANCE = 1e-5  # of the largest hidden state
+SAVED_TOLERANCE = 1e-3  # of the loss, or nats where that is below 1: two devices' rounding
+
+
+def build_lm(
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    init_from: str | None,
+    architecture: Mapping[str, Any],
+    attn_implementation: str | None,
+    activation_checkpointing: bool,
+    compile: bool,
+    logits_cache_bytes: int,
+) -> "SelectiveLM":
+    """A float32 model of a stock class with its loss: loaded from `init_from`, else new.
+
+    architecture:         fields of the Hugging Face config, model_type among them (ignored by
+                          init_from)
+    attn_implementation:  sdpa, eager, ...; null takes the best that the class supports
+    compile:              torch.compile the backbone
+    logits_cache_bytes:   memory for the loss to keep between forward and backward, which saves time
+    """
+    if init_from is None:
+        model = new_model(architecture, vocab_size, attn_implementation)
+    else:
+        if not looks_like_hub_name(init_from):
+            check_model_folder("model.init_from", init_from)
+        check_tokenizer(init_from, tokenizer)
+        check_not_quantized(init_from)
+        model = load_model(init_from, attn_implementation)
+    check_loss_terms(model, init_from)
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    if rows < vocab_size:
+        raise UserError(f"model vocab_size is {rows}, the tokenizer has {vocab_size} tokens")
+    set_special_ids(model, tokenizer, loaded=init_from is not None)
+    check_savable(model, tokenizer, "model.architecture" if init_from is None else init_from)
+    if activation_checkpointing:
+        enable_checkpointing(model)
+    if compile:
+        model.base_model.compile()  # in place: the names of the parameters stay
+    # What was loaded is in evaluation mode, where checkpointing and dropout do nothing.
+    return SelectiveLM(model, logits_cache_bytes).train()
+
+
+def check_loss_terms(model: PreTrainedModel, init_from: str | None) -> None:
+    term = loss_terms(model)
+    if term is not None:
+        where = "model.architecture" if init_from is None else f"config.json of {init_from}"
+        raise UserError(
+            f"{where}: {term}, which adds a term to the model's own loss that would be left out "
+            "here; turn it off there to train without it"
+        )
+
+
+def check_not_quantized(init_from: str) -> None:
+    """Quantized weights get no gradient, and most kinds are not saved again."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(init_from)
+    except OSError as error:
+        raise UserError(f"no causal LM at {init_from}: {first_line(error)}") from None
+    if "quantization_config" in config:
+        raise UserError(
+            f"config.json of {init_from} has a quantization_config: quantized weights are not "
+            "trained, take the model that they were made from"
+        )
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} has no activation checkpointing")
+    # The old name warns in transformers 5.23, the new one is absent in 5.17.
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
+def check_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse other token ids; take over a chat template that the corpus's tokenizer lacks."""
+    loaded = load_tokenizer(init_from)
+    found, expected = tokenizer_sha256(loaded), tokenizer_sha256(tokenizer)
+    if found != expected:
+        raise UserError(
+            f"model.init_from {init_from} has tokenizer {found}, the corpus has {expected}"
+        )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = loaded.chat_template
+
+
+def load_model(folder: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The causal LM of a Hugging Face folder or hub name in float32, in evaluation mode."""
+    quiet_without_terminal()
+    check_no_code(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # a foreign config makes 150 kinds of models raise all sorts
+        how = with_attention(attn_implementation)
+        raise UserError(f"no causal LM at {folder}{how}: {told(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would go on with random ones
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"{folder} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}"
+        )
+    return model
+
+
+def set_special_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, loaded: bool = False
+) -> None:
+    """Inference engines read the ids from the configs, not from the tokenizer.
+
+    A new model has the tokenizer's. A loaded one keeps its own, which training does not concern.
+    Among the ids to stop at are in both cases the tokenizer's EOS, which ends every document, and,
+    for those who generate, what ends an answer in its chat template.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    text = text_config(model.config)
+    for config in filter(None, (model.config, text, model.generation_config)):
+        for name, own in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", pad)):
+            kept = id_in(config, name, text) if loaded else None
+            setattr(config, name, own if kept is None else kept)
+        before = ids_of(id_in(config, "eos_token_id", text)) if loaded else []
+        stops = [*before, tokenizer.eos_token_id]
+        if config is model.generation_config:
+            stops += ids_of(end_of_turn(tokenizer))
+        stops = list(dict.fromkeys(stops))
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
+def id_in(config: Any, name: str, text: PreTrainedConfig) -> int | list[int] | None:
+    """A config around the text's has none of its own, RWKV's knows no pad."""
+    return getattr(config, name, getattr(text, name, None))
+
+
+def ids_of(value: int | list[int] | None) -> list[int]:
+    """As a config names them: one, several or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+class SelectiveLM(nn.Module):
+    """Backbone, head and loss in one forward: the module that DDP or FSDP wraps.
+
+    FSDP shows the head's weight only inside the forward of the module it wraps, so the loss is
+    computed here and not by the caller: wrap this module, and not the head by itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, logits_cache_bytes: int = 0):
+        super().__init__()
+        self.logits_cache_bytes = logits_cache_bytes
+        self.model = model
+
+    def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
+        return hidden_states(self.model, batch)
+
+    def forward(
+        self,
+        batch: Batch,
+        token_weight: Tensor | Callable[[Tensor], Tensor] | None = None,  # (B, T)
+        *,
+        denominator: float | None = None,
+        max_rows: int | None = None,
+        want_entropy: bool = False,
+    ) -> WeightedCrossEntropy | TokenCrossEntropy:
+        """The weighted loss with `token_weight`; without it the loss per token, no gradient."""
+        hidden, head = self.hidden(batch), head_arguments(self.model)
+        if token_weight is None:
+            return token_cross_entropy(
+                hidden, targets=batch["targets"], want_entropy=want_entropy, **head
+            )
+        return weighted_cross_entropy(
+            hidden,
+            targets=batch["targets"],
+            token_weight=token_weight,
+            denominator=denominator,
+            max_rows=max_rows,
+            logits_cache_bytes=self.logits_cache_bytes,
+            **head,
+        )
+
+
+def few_tokens(batch: Batch) -> Batch:
+    """The first CHECK_TOKENS tokens of two windows, each with a target."""
+    names = batch.keys() & {"input_ids", "targets", "position_ids"}
+    few = {name: batch[name][:2, :CHECK_TOKENS] for name in names}
+    # Any token does as a target here, and windows that begin with a prompt may have none there.
+    no_target = few["targets"] == IGNORE_INDEX
+    few["targets"] = torch.where(no_target, few["input_ids"], few["targets"])
+    return few
+
+
+def check_model(lm: SelectiveLM, batch: Batch) -> None:
+    """Refuse a model that this trainer would train on something else than it seems.
+
+    Costs a few forwards of `few_tokens`, since these keep all logits, in evaluation mode; the mode
+    is put back.
+    """
+    check_length(lm.model.config, batch["input_ids"].shape[1])
+    few = few_tokens(batch)
+    training = lm.training
+    lm.eval()
+    try:
+        with attention_of_torch(lm.model):
+            check_head(lm.model, few)
+            if "position_ids" in few:
+                check_documents(lm, few)
+    except RuntimeError as error:  # fields of its config that do not go together
+        raise UserError(f"{type(lm.model).__name__} computes no batch: {told(error)}") from error
+    lm.train(training)
+
+
+@contextmanager
+def attention_of_torch(model: PreTrainedModel) -> Iterator[None]:
+    """Flash attentions compute neither on a CPU nor in float32, where the checks are made."""
+    chosen = model.config._attn_implementation
+    if chosen in (None, "eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
+
+
+def check_trainable(lm: SelectiveLM, batch: Batch) -> None:
+    """`check_model`, for a model that was in no evaluation yet and is going to be saved.
+
+    RWKV's stock class divides weights in place in evaluation mode and puts them back at the next
+    training step, so what is saved after an evaluation are others than were trained.
+    """
+    before = weight_sums(lm)
+    check_model(lm, batch)
+    changed = [name for name, value in weight_sums(lm).items() if value != before[name]]
+    if changed:
+        rescales = "rescale_every" in lm.model.config.to_dict()
+        advice = "; it does not with rescale_every=0 in its config" if rescales else ""
+        raise UserError(
+            f"{type(lm.model).__name__} changes its weights in evaluation mode, e.g. {changed[0]}, "
+            f"so what is saved would not be what was trained{advice}"
+        )
+
+
+def weight_sums(lm: SelectiveLM) -> dict[str, float]:
+    return {name: value.sum().item() for name, value in lm.state_dict().items()}
+
+
+@torch.no_grad()
+def check_saved(lm: SelectiveLM, batch: Batch, folder: Path) -> None:
+    """Refuse a saved folder that is another model than `lm`: compares the loss of `few_tokens`.
+
+    On the CPU, since a device that has just trained may have no room for a second model.
+    """
+    few, training = few_tokens(batch), lm.training
+    theirs = SelectiveLM(load_model(folder))(few).loss
+    # A compilation is not worth it.
+    with torch.compiler.set_stance("force_eager"), attention_of_torch(lm.model):
+        ours = lm.eval()(to_device(few, lm.model.device)).loss.cpu()
+    lm.train(training)
+    difference = (ours - theirs).abs().mean().item()
+    if not difference <= SAVED_TOLERANCE * max(1.0, ours.mean().item()):
+        raise UserError(
+            f"{type(lm.model).__name__}: the loss of one batch is {ours.mean():.5g} as trained and "
+            f"{theirs.mean():.5g} as saved ({difference:.3g} a token), so the model was not "
+            "written; the checkpoints hold it"
+        )
+
+
+def check_length(config: PreTrainedConfig, seq_len: int) -> None:
+    limit = position_limit(config)
+    if limit is not None and seq_len > limit:
+        raise UserError(f"corpus seq_len is {seq_len}, model max_position_embeddings is {limit}")
+
+
+@torch.no_grad()
+def check_documents(lm: SelectiveLM, batch: Batch) -> None:
+    """Refuse a model that looks back past a restart of position_ids, which packing=documents needs.
+
+    Recurrent models do, and those that take their mask or positions from elsewhere.
+    """
+    ids = batch["input_ids"]
+    index, half = torch.arange(ids.shape[1], device=ids.device), ids.shape[1] // 2
+    restarted = torch.where(index < half, index, index - half).expand_as(ids)
+    others = torch.where(index < half, (ids + 1) % len(head_arguments(lm.model)["weight"]), ids)
+    one, other = (
+        lm.hidden({"input_ids": tokens, "position_ids": restarted})[:, half:]
+        for tokens in (ids, others)
+    )
+    leak = (one - other).abs().max().item()
+    if not leak <= LEAK_TOLERANCE * one.abs().max().item():
+        raise UserError(
+            f"{type(lm.model).__name__} does not keep documents apart (a token of one changes the "
+            f"hidden states of the next by {leak:.3g}), which packing=documents needs; prepare the "
+            "corpus with packing=concat"
+        )

@@ -1,0 +1,120 @@
+"""The folder of a model: whether it is one, its identity, and how it is written."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from slm.errors import UserError
+from slm.store.files import (
+    check_files,
+    hash_file,
+    hash_json,
+    naming,
+    read_json,
+    sealed,
+    sync_folder,
+)
+
+
+def quiet_without_terminal() -> None:
+    """Transformers draws its bars into log files as well."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
+def check_model_folder(key: str, name: str, check: str = "size") -> None:
+    """A mistyped path must not be looked for on a hub, with minutes of retries.
+
+    check: "full" compares the hash of every file, where its slm.json knows them
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{key} {name} is a PEFT adapter: merge it into its model (merge_and_unload)"
+        )
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"{key} {name} is no model folder: config.json is missing")
+    if check == "full" and (Path(name) / "slm.json").is_file():
+        check_files(Path(name) / "slm.json", read_json(Path(name) / "slm.json"))
+
+
+def check_savable(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str | Path
+) -> None:
+    """What can only fail on saving is tried before training; the weights come later."""
+    parts = {"config.json": model.config, "generation_config.json": model.generation_config}
+    for file, part in (parts | {"tokenizer": tokenizer}).items():
+        with tempfile.TemporaryDirectory() as temporary:
+            try:
+                if part is not None:
+                    part.save_pretrained(temporary)
+            except (TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"{file} of {name} cannot be saved again: {reason}") from None
+
+
+def model_sha256(folder: str | Path) -> str:
+    """Identity of a saved model: its config (versions apart) and the hashes of its weights."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    config.pop("transformers_version", None)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{folder} holds no *.safetensors")
+    return hash_json({"config": config, "weights": [hash_file(path) for path in weights]})
+
+
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
+    lineage: dict[str, Any],
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write model, tokenizer, model card and lineage to a temporary folder, then rename it.
+
+    check: raises where the temporary folder is not what it should be; then nothing is left of it
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    quiet_without_terminal()
+    with naming(folder, temporary, model.get_memory_footprint(return_buffers=False)):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card)
+        if check is not None:
+            check(temporary)
+        seal_folder(temporary, lineage)
+    replace_folder(temporary, folder)
+
+
+def seal_folder(folder: Path, lineage: dict[str, Any]) -> None:
+    """The record with the hashes last; all of it synced, and readable by everybody."""
+    hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+    record = {"kind": "model", "lineage": lineage, "sha256": hashes}
+    (folder / "slm.json").write_text(json.dumps(sealed(record), indent=2) + "\n")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # save_pretrained writes 0600, which a serving account cannot read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    folder.chmod(0o755)
+    sync_folder(folder)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`. A crash before that leaves what `folder` was."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Text -> corpus: sources, records, chats, noise, tokens, shards."""

@@ -1,0 +1,426 @@
+"""Text to token shards: `slm prepare out=corpus 'sources=[a.jsonl]' tokenizer.vocab_size=4096`.
+
+The parent process reads blocks of text in order (`slm.prepare.readers`), workers encode them, and
+it packs the token arrays in order (`slm.prepare.workers`). A document's hash alone decides on which
+side (train, heldout) it falls, so neither the order nor the number of processes matters. Memory is
+a few blocks of 0.5 MB a worker, or the longest document (20 to 30 bytes per byte of it, 150 where
+`slm.prepare.encoder` cannot cut it). Speed is the tokenizer's: reading, packing and hashing cost a
+few percent of it.
+
+An interrupted run starts over when it is run again, and ends with the same bytes.
+"""
+
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import PREPARE
+from slm.console import Progress, progress
+from slm.errors import UserError
+from slm.prepare.chat import chat_format, find_template
+from slm.prepare.encode import window_targets
+from slm.prepare.encoder import encoder_state
+from slm.prepare.overlap import Exclusion, Overlap, read_exclusion
+from slm.prepare.readers import out_of_memory, read_blocks, read_source
+from slm.prepare.records import read_texts
+from slm.prepare.shard_writer import ShardWriter
+from slm.prepare.sources import Source, parse_sources
+from slm.prepare.workers import (
+    COUNTS,
+    Job,
+    Result,
+    Tally,
+    bad_record,
+    group_blocks,
+    run_batches,
+    side_of,
+)
+from slm.store.claims import Claim, claim, owner_of, remove_temporaries
+from slm.store.files import (
+    Json,
+    atomic_file,
+    cannot_write,
+    hash_json,
+    naming,
+    read_json,
+    write_error,
+    write_record,
+)
+from slm.store.shards import FORMAT, Corpus, adopt_plan, read_sidecars, write_manifest
+from slm.store.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
+
+log = logging.getLogger(__name__)
+
+SIDES = ("train", "heldout")
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+class Speed:
+    """What was read and made of it so far, as the progress bar says it."""
+
+    def __init__(self, show: Progress) -> None:
+        self.show, self.started = show, time.monotonic()
+        self.text_bytes, self.tokens = 0, 0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def __str__(self) -> str:
+        mb, thousands = self.text_bytes / 1e6, self.tokens / 1e3
+        return f"{mb / self.seconds:.2f} MB/s, {thousands / self.seconds:.0f}k tokens/s"
+
+    def add(self, result: Result) -> None:
+        self.text_bytes += int(result.documents[:, 4].sum())
+        self.tokens += int(result.documents[:, 0].sum())
+        self.show(result.num_input_bytes, str(self))
+
+
+@contextmanager
+def show_progress(total_bytes: int | None) -> Iterator[Speed]:
+    """total_bytes: not known of a compressed file, a table or the hub"""
+    with progress("preparing", total_bytes, "bytes") as show:
+        speed = Speed(show)
+        yield speed
+    if speed.text_bytes:
+        log.info("%.1f MB of text in %.1f s: %s", speed.text_bytes / 1e6, speed.seconds, speed)
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+def check_config(config: Any) -> None:
+    check(config, PREPARE)
+    if config.shard_tokens <= config.seq_len:
+        raise UserError(
+            f"shard_tokens is {config.shard_tokens}, it must be more than seq_len, {config.seq_len}"
+        )
+    if (config.tokenizer.path is None) == (config.tokenizer.vocab_size is None):
+        raise UserError("exactly one of tokenizer.path and tokenizer.vocab_size must be set")
+    if config.tokenizer.vocab_size is not None and config.heldout_ratio == 1:
+        raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[Claim]:
+    """`out` exists, holds nothing foreign, and is no other process's until we leave."""
+    lock = out / ".prepare.lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"out={out} is a file or lies in one; it must be a folder") from None
+    try:
+        with claim(lock) as owned:
+            if owned is None:
+                raise UserError(
+                    f"{out} is being written by another `slm prepare` ({owner_of(lock)}; {lock})"
+                )
+            others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+            if others and "plan.json" not in others:
+                raise UserError(
+                    f"{out} holds other files ({others[0]}); choose another output folder"
+                )
+            yield owned
+    finally:
+        with suppress(OSError):
+            out.rmdir()  # only succeeds if nothing was written
+
+
+def chat_template(config: Any, sources: list[Source], tokenizer: Any) -> str | None:
+    """What chats are rendered with; None where there are none."""
+    file = config.tokenizer.chat_template
+    if any(source.messages is not None for source in sources):
+        return find_template(tokenizer, file)
+    if file is not None:
+        raise UserError(f"tokenizer.chat_template is {file}, and no source has messages")
+    return None
+
+
+def run_plan(config: Any, sources: list[Source], exclude: list[Source], tokenizer: Json) -> Json:
+    """What a second run is compared with, one flat field a setting; no path of a file is in it."""
+    keys = ("seq_len", "packing", "heldout_ratio", "on_bad_record")
+    keys += ("max_document_mb", "shard_tokens")
+    plan: Json = {"format": FORMAT, "kind": "preparation"} | {key: config[key] for key in keys}
+    plan |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+    for name, group in (("sources", sources), ("exclude", exclude)):
+        for i, source in enumerate(group):
+            plan |= {f"{name}[{i}].{key}": value for key, value in source.plan().items()}
+    return plan
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+def sample_texts(
+    sources: list[Source], config: Any, overlap: Overlap | None, max_bytes: int
+) -> Iterator[str]:
+    """For training a tokenizer: the first train documents of every source, train_mb in all."""
+    budget = config.tokenizer.train_mb * 1e6
+    for i, source in enumerate(sources):
+        share, spent = budget / (len(sources) - i), 0
+        texts = (
+            text
+            for block in read_source(source, max_bytes)
+            for text in read_texts(block, source, max_bytes)
+        )
+        for text in texts:
+            if text.fault is not None and config.on_bad_record == "stop":
+                raise bad_record(text.fault)
+            if text.fault is not None:
+                continue  # the main pass counts it
+            if side_of(text.digest, config.heldout_ratio) == 1:
+                continue
+            if overlap is None or overlap.find(text.origin) is None:
+                spent += len(text.data)
+                yield text.text
+            if spent >= share:
+                break
+        budget -= spent
+
+
+def clear(out: Path) -> None:
+    """Remove what an interrupted or failed run has left."""
+    for side in SIDES:
+        shutil.rmtree(out / side, ignore_errors=True)
+    (out / "excluded.jsonl").unlink(missing_ok=True)
+    remove_temporaries(out)
+
+
+def input_bytes(sources: list[Source]) -> int | None:
+    """Bytes to be read; None where that is not known beforehand."""
+    sizes = [source.num_bytes for source in sources]
+    return None if None in sizes else sum(filter(None, sizes))
+
+
+def count_workers(sources: list[Source]) -> int:
+    """The usable cores; fewer where starting a process costs more than it saves."""
+    total = input_bytes(sources)
+    useful = 2**20 if total is None else math.ceil(total / 4e6)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, useful))
+
+
+def write_corpus(
+    config: Any,
+    out: Path,
+    sources: list[Source],
+    exclude: list[Source],
+    tokenizer: Any,
+    template: str | None,
+) -> Json:
+    """The run itself, into an empty folder; returns the report."""
+    max_bytes = int(config.max_document_mb * 2**20)
+    exclusion = read_exclusion(exclude, max_bytes) if exclude else None
+    overlap = None if exclusion is None else exclusion.overlap
+    if tokenizer is None:
+        log.info("training a tokenizer of %s entries", config.tokenizer.vocab_size)
+        texts = sample_texts(sources, config, overlap, max_bytes)
+        tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+    state, ratio = encoder_state(tokenizer), float(config.heldout_ratio)
+    stop = config.on_bad_record == "stop"
+    chat = None
+    if template is not None:
+        tokenizer.chat_template = template  # saved beside the corpus and, with it, the model
+        chat = chat_format(tokenizer)
+    job = Job(sources, state, overlap, ratio, stop, max_bytes, chat)
+    sides = [side for side, share in enumerate((1 - ratio, ratio)) if share > 0]
+    for side in sides:
+        folder = out / SIDES[side]
+        adopt_plan(folder, corpus_plan(config, job, SIDES[side], tokenizer_sha256(tokenizer)))
+        with naming(folder / "tokenizer"):
+            tokenizer.save_pretrained(folder / "tokenizer")
+    tally = Tally(sources, np.zeros((2, len(sources), len(COUNTS)), dtype=np.int64))
+    written = encode_corpus(config, out, job, sides, exclusion, tally)
+    excluded = {} if exclusion is None else exclusion.report()
+    report: Json = {"bad_records": tally.of_faults(), "excluded": excluded}
+    for side, (dropped, num_shards) in written.items():
+        counts = tally.of_side(side) | {"dropped_tail_tokens": dropped}
+        report[SIDES[side]] = finish_side(config, out / SIDES[side], counts, num_shards)
+    return report
+
+
+def corpus_plan(config: Any, job: Job, side: str, tokenizer: str) -> Json:
+    return {
+        "format": FORMAT,
+        "kind": "corpus",
+        "tokenizer_sha256": tokenizer,
+        "vocab_size": job.encoder.vocab_size,
+        "eos_id": job.encoder.eos_id,
+        "seq_len": config.seq_len,
+        "packing": config.packing,
+        "split": side,
+        "sources": [source.name for source in job.sources],
+    }
+
+
+def encode_corpus(
+    config: Any, out: Path, job: Job, sides: list[int], exclusion: Exclusion | None, tally: Tally
+) -> dict[int, tuple[int, int]]:
+    """Write the shards and excluded.jsonl; returns dropped tokens and number of shards by side."""
+    num_proc = count_workers(job.sources) if config.num_proc is None else config.num_proc
+    batches = group_blocks(read_blocks(job.sources, job.max_bytes))
+    with ExitStack() as stack:
+        speed = stack.enter_context(show_progress(input_bytes(job.sources)))
+        shape = (config.seq_len, config.shard_tokens, job.encoder, job.has_masks, job.has_signal)
+        writers = {
+            side: stack.enter_context(ShardWriter(out / SIDES[side], *shape)) for side in sides
+        }
+        file = stack.enter_context(atomic_file(out / "excluded.jsonl")) if exclusion else None
+        for result in stack.enter_context(closing(run_batches(job, batches, num_proc))):
+            for side, writer in writers.items():
+                writer.add(*result.of_side(side))
+            if exclusion is not None and file is not None:
+                names = (job.sources[excluded.source].name for excluded in result.excluded)
+                file.writelines(map(exclusion.line, result.excluded, names))
+            tally.add(result)
+            speed.add(result)
+        return {side: (writer.finish(), writer.num_shards) for side, writer in writers.items()}
+
+
+def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Json:
+    """Write the manifest; returns the side's report."""
+    if num_shards == 0:
+        hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
+        raise UserError(
+            f"the {folder.name} side has {counts['tokens']} tokens in {counts['documents']} "
+            "documents (a text file is one, see `document` of a source), fewer than the "
+            f"{config.seq_len + 1} of one window (heldout_ratio={config.heldout_ratio}, "
+            f"seq_len={config.seq_len}): {hint}"
+        )
+    manifest = write_manifest(folder, "tokens", num_shards)
+    assert manifest is not None, "every sidecar was just written"
+    in_windows = counts["tokens"] - counts["dropped_tail_tokens"] - num_shards
+    counts |= {"windows": in_windows // config.seq_len, "shards": num_shards}
+    if "targets" in counts:
+        counts |= window_targets(Corpus.open(folder))
+    return counts | {"fingerprint": manifest["fingerprint"]}
+
+
+def say_report(out: Path, report: Json) -> None:
+    for side in SIDES:
+        if side in report:
+            log.info(
+                "{folder}: {documents:,} documents, {tokens:,} tokens, {windows:,} windows, "
+                "{shards} shards, {dropped_tail_tokens} tokens dropped at the end".format(
+                    folder=out / side, **report[side]
+                )
+            )
+            say_targets(out / side, report[side])
+            say_signal(out / side, report[side])
+    for name, counts in report["excluded"].items():
+        log.info(
+            "exclude %s: %d of its %d records share a 13-gram with the text, %d documents dropped",
+            name,
+            counts["records_found"],
+            counts["records"],
+            counts["documents_dropped"],
+        )
+    if report["bad_records"]["skipped"]:
+        log.info("bad records skipped: %d, the first ones:", report["bad_records"]["skipped"])
+        for sentence in report["bad_records"]["first"]:
+            log.info("  %s", sentence)
+
+
+def say_targets(folder: Path, counts: Json) -> None:
+    """Where prompts are masked: how much is left to learn from."""
+    if "targets" in counts:
+        share = counts["targets"] / counts["tokens"]
+        log.info(f"{folder}: {counts['targets']:,} of the tokens are targets ({share:.1%})")
+        cut_off, whole = counts["targets_without_prompt"], counts["targets_in_windows"]
+        log.info(
+            f"{folder}: {cut_off:,} of the {whole:,} targets in windows "
+            f"({cut_off / max(1, whole):.0%}) stand in a window that begins inside their document, "
+            "after their prompt or a part of it (a larger seq_len makes them fewer)"
+        )
+
+
+def say_signal(folder: Path, counts: Json) -> None:
+    """Where some tokens are labelled: how many, and how much of them is noise."""
+    if "signal" in counts:
+        labelled = counts["signal"] + counts["noise"]
+        log.info(
+            f"{folder}: {labelled:,} tokens are labelled: {counts['signal']:,} signal, "
+            f"{counts['noise']:,} noise ({counts['noise'] / max(1, labelled):.1%})"
+        )
+
+
+def damage(out: Path) -> str | None:
+    """What is missing or has another size; contents are for `slm verify`."""
+    report = read_json(out / "report.json")
+    try:
+        for side in SIDES:
+            if side in report:
+                Corpus.open(out / side)
+                if len(read_sidecars(out / side, "tokens")) != report[side]["shards"]:
+                    return f"{out / side} lacks a shard's JSON file"
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def prepare(config: Any) -> Json:
+    """Run or confirm a preparation; returns its report."""
+    check_config(config)
+    entries = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(entries, dict)
+    sources = parse_sources(entries["sources"], "sources")
+    if not sources:
+        raise UserError("sources is empty: there is nothing to prepare")
+    exclude = parse_sources(entries["exclude"], "exclude")
+    for i, source in enumerate(exclude):
+        if source.has_signal:
+            raise UserError(f"exclude[{i}] has signal or noise: no token of it is written")
+    if config.tokenizer.path is None:
+        tokenizer = None
+        identity = {key: config.tokenizer[key] for key in ("vocab_size", "train_mb")}
+    else:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        identity = {"sha256": tokenizer_sha256(tokenizer)}
+    template = chat_template(config, sources, tokenizer)
+    if template is not None:
+        identity["chat_template_sha256"] = hash_json(template)
+    out = Path(str(config.out)).expanduser()
+    with own_folder(out) as mine:
+        adopt_plan(out, run_plan(config, sources, exclude, identity))
+        if (out / "report.json").exists():
+            fault = damage(out)
+            if fault is None:
+                log.info("%s is finished: the same run made it before, nothing to do", out)
+                return read_json(out / "report.json")
+            log.warning("%s is made again: %s", out, fault)
+            (out / "report.json").unlink()
+        try:
+            clear(out)
+            report = write_corpus(config, out, sources, exclude, tokenizer, template)
+            mine.check()
+            write_record(out / "report.json", report)
+        except (UserError, OSError, MemoryError) as error:
+            mine.check()  # else it would be another's files that are removed
+            clear(out)
+            (out / "plan.json").unlink()
+            if (cause := write_error(error, out)) is not None:
+                raise cannot_write(out, cause) from error
+            if isinstance(error, MemoryError):
+                raise out_of_memory(str(out)) from None
+            raise
+    say_report(out, report)
+    return report
+
+
+@command("prepare")
+def main(config: Any) -> None:
+    prepare(config)

@@ -1,0 +1,320 @@
+"""From blocks of text to token arrays: worker processes encode.
+
+`run_batches(job, batches, num_proc)` yields the results of the batches in their order, whatever
+the number of processes: a worker parses, fills templates, hashes, looks for evaluation text and
+tokenizes.
+
+A few batches of 0.5 MB a worker are in flight, or the longest document (some 30 bytes for each byte
+of it, 150 where `slm.prepare.encoder` cannot cut it). Workers import neither torch nor
+transformers.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slm.errors import UserError
+from slm.prepare.chat import ChatFormat
+from slm.prepare.documents import Block, Text
+from slm.prepare.encode import encode_documents
+from slm.prepare.encoder import Encoder, EncoderState
+from slm.prepare.labels import NOISE, SIGNAL, label_tokens
+from slm.prepare.overlap import Excluded, Overlap
+from slm.prepare.readers import BLOCK_BYTES, out_of_memory
+from slm.prepare.records import read_texts
+from slm.prepare.sources import Source
+from slm.store.files import Json
+
+BATCHES_PER_WORKER = 3  # in flight
+MAX_FAULTS_SHOWN = 10
+LABELLED = ("signal", "noise")  # tokens of
+COUNTS = ("documents", "tokens", "bytes", "targets", *LABELLED)
+
+
+# ---- a worker: blocks -> token arrays -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know, sent to it once."""
+
+    sources: list[Source]
+    encoder: EncoderState
+    overlap: Overlap | None
+    heldout_ratio: float
+    stop_on_bad: bool
+    max_bytes: int
+    chat: ChatFormat | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        return any(source.has_masks for source in self.sources)
+
+    @property
+    def has_signal(self) -> bool:
+        return any(source.has_signal for source in self.sources)
+
+
+class Result(NamedTuple):
+    """One batch of blocks, encoded."""
+
+    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes and, by need, masks and signal
+    # (d, 8) int64: number of tokens, source, record, side, bytes; targets, tokens of signal, noise
+    documents: np.ndarray
+    excluded: list[Excluded]
+    faults: list[tuple[int, str]]  # source, sentence
+    num_input_bytes: int
+
+    def of_side(self, side: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """What `ShardWriter.add` takes."""
+        mine = self.documents[:, 3] == side
+        tokens = np.repeat(mine, self.documents[:, 0])
+        return {name: c[tokens] for name, c in self.columns.items()}, self.documents[mine, :3]
+
+
+@dataclass
+class Tally:
+    """What the report says, summed over the results."""
+
+    sources: list[Source]
+    counts: np.ndarray  # (side, source, 6): as in COUNTS
+    num_faults: Counter[int] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, result: Result) -> None:
+        length, source, _, side, size, *found = result.documents.T
+        counts = np.column_stack([np.ones_like(size), length, size, *found])
+        np.add.at(self.counts, (side, source), counts)
+        self.num_faults.update(source for source, _ in result.faults)
+        room = MAX_FAULTS_SHOWN - len(self.faults)
+        self.faults.extend(sentence for _, sentence in islice(result.faults, room))
+
+    def of_side(self, side: int) -> Json:
+        """Targets only where some tokens are none, signal and noise where some are labelled."""
+        sources = {
+            s.name: self.named(row) for s, row in zip(self.sources, self.counts[side], strict=True)
+        }
+        return self.named(self.counts[side].sum(axis=0)) | {"sources": sources}
+
+    def named(self, counts: np.ndarray) -> Json:  # (6,)
+        known = {"targets": any(source.has_masks for source in self.sources)}
+        known |= dict.fromkeys(LABELLED, any(source.has_signal for source in self.sources))
+        named = dict(zip(COUNTS, counts.tolist(), strict=True))
+        return {name: n for name, n in named.items() if name not in known or known[name]}
+
+    def of_faults(self) -> Json:
+        return {
+            "skipped": self.num_faults.total(),
+            "sources": {s.name: self.num_faults[i] for i, s in enumerate(self.sources)},
+            "first": self.faults,
+        }
+
+
+def bad_record(fault: str) -> UserError:
+    return UserError(f"{fault} (on_bad_record=skip counts such records and goes on)")
+
+
+def side_of(digest: bytes, heldout_ratio: float) -> int:
+    """0 train, 1 heldout: a pure function of the text, whatever surrounds it."""
+    return int(int.from_bytes(digest[:8], "big") < round(heldout_ratio * 2**64))
+
+
+def is_kept(digest: bytes, share: float) -> bool:
+    """A part of the documents, independent of their side."""
+    return int.from_bytes(digest[8:], "big") < round(share * 2**64)
+
+
+class Worker:
+    """Runs in each process."""
+
+    def __init__(self, job: Job):
+        # The workers are the parallelism; threads of `tokenizers` would compete with them.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.job, self.encoder = job, Encoder(job.encoder)
+
+    def run(self, blocks: list[Block]) -> Result:
+        """Every kept document of the blocks, in order; raises UserError at the first bad record."""
+        try:
+            return self.encode_blocks(blocks)
+        except MemoryError:
+            longest = max(blocks, key=lambda block: block.size)
+            raise out_of_memory(f"{longest.file}, {longest.unit} {longest.line + 1}") from None
+
+    def encode_blocks(self, blocks: list[Block]) -> Result:
+        texts, rows, excluded, faults = [], [], [], []
+        for block in blocks:
+            source = self.job.sources[block.source]
+            for text in read_texts(block, source, self.job.max_bytes, self.job.chat):
+                if text.fault is not None:
+                    self.complain(block, text.fault, faults)
+                    continue
+                side = self.choose_side(block, text)
+                if side is None:
+                    continue
+                shared = None if self.job.overlap is None else self.job.overlap.find(text.origin)
+                if shared is None:
+                    texts.append(text)
+                    rows.append((block, side))
+                elif block.copy == 0:
+                    excluded.append(Excluded(block.source, text.where, text.record, *shared))
+        size = sum(block.size for block in blocks)
+        return Result(*self.encode(texts, rows, faults), excluded, faults, size)
+
+    def complain(self, block: Block, fault: str, faults: list[tuple[int, str]]) -> None:
+        if self.job.stop_on_bad:
+            raise bad_record(fault)
+        if block.copy == 0:
+            faults.append((block.source, fault))
+
+    def choose_side(self, block: Block, text: Text) -> int | None:
+        """0, 1, or None where the weight leaves this copy out; a copy more is for training only."""
+        side = side_of(text.digest, self.job.heldout_ratio)
+        share = self.job.sources[block.source].weight - block.copy
+        dropped = (side == 1 and block.copy > 0) or not is_kept(text.digest, share)
+        return None if dropped else side
+
+    def encode(
+        self, texts: list[Text], rows: list[tuple[Block, int]], faults: list[tuple[int, str]]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:  # the first two fields of Result
+        if not texts:
+            return {}, np.empty((0, 8), np.int64)
+        encoded = encode_documents(self.encoder, texts)
+        given = [
+            (block.source, text.record, side)
+            for text, (block, side) in zip(texts, rows, strict=True)
+        ]
+        labels = label_tokens(texts, encoded.sizes, encoded.lengths)
+        starts = np.cumsum(encoded.lengths) - encoded.lengths
+        labelled = [np.add.reduceat(labels == label, starts) for label in (SIGNAL, NOISE)]
+        counts = [encoded.num_bytes, encoded.num_targets, *labelled]
+        documents = np.column_stack([encoded.lengths, given, *counts])
+        for i, fault in sorted(encoded.faults.items()):
+            self.complain(rows[i][0], f"{texts[i].where}: {fault}", faults)
+        columns = {"tokens": encoded.tokens, "bytes": encoded.sizes}
+        if self.job.has_masks:
+            columns["masks"] = encoded.masks
+        if self.job.has_signal:
+            columns["signal"] = labels
+        return drop_faulty(columns, documents, encoded.faults)
+
+
+def drop_faulty(
+    columns: dict[str, np.ndarray], documents: np.ndarray, faults: dict[int, str]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    if not faults:
+        return columns, documents
+    good = np.ones(len(documents), dtype=bool)
+    good[list(faults)] = False
+    tokens = np.repeat(good, documents[:, 0])
+    return {name: column[tokens] for name, column in columns.items()}, documents[good]
+
+
+# ---- the pool -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """An interrupt waits: a worker that is half started would be waited for for ever.
+
+    What is started here hears none, not while it imports either: the mask is inherited. In this
+    process another thread may be told of it, and Python's handler runs in the main one anyway.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no interrupt arrives there
+        yield
+        return
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt
+
+
+_worker: Worker
+
+
+def start_worker(job: Job) -> None:
+    global _worker
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    _worker = Worker(job)
+
+
+def die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
+    os._exit(1)
+
+
+def run_in_worker(blocks: list[Block]) -> Result:
+    return _worker.run(blocks)
+
+
+def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Generator[Result]:
+    """Results in the order of the batches, a bounded number of them in flight."""
+    if num_proc == 1:
+        yield from map(Worker(job).run, batches)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_proc, context, start_worker, (job,))
+    pending: deque[Any] = deque()
+    try:
+        for batch in batches:
+            with undisturbed():  # a call may start a worker
+                pending.append(pool.submit(run_in_worker, batch))
+            if len(pending) >= BATCHES_PER_WORKER * num_proc:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        unblock(pool)
+        raise UserError(
+            "a worker process died (out of memory? fewer workers need less, num_proc, and shorter "
+            "documents, max_document_mb)"
+        ) from None
+    except BaseException:
+        # Nobody wants the rest, and a second Ctrl-C must find no worker to wait for.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        unblock(pool)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def unblock(pool: Any) -> None:
+    """Early releases of Python 3.11 wait forever for a write that nobody reads (gh-94777)."""
+    if sys.version_info < (3, 11, 5):
+        pool._call_queue._reader.close()
+
+
+def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Batches of about BLOCK_BYTES: small files and rows travel together."""
+    batch, size = [], 0
+    for block in blocks:
+        batch.append(block)
+        size += block.size
+        if size >= BLOCK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- writing ------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Runs -> a page, paper figures and tables."""

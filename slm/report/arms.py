@@ -1,0 +1,276 @@
+"""Finished runs as the reports read them, and arms: the runs that differ in the seed alone.
+
+What is read: model/slm.json, run.json and heldout.csv of each run; status.json where a job failed.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slm.errors import UserError
+from slm.selection.registry import RULES, in_words, rule_word, takes_all_tokens
+from slm.store.files import Json, read_json
+from slm.train.curves import Curve, heldout_sets, read_curve, run_folders
+
+SEEDS = {"seed", "selection.seed"}
+HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class Run(NamedTuple):
+    """What one finished run left."""
+
+    folder: Path
+    lineage: Json
+    identity: Json  # run.json: all that makes it this run
+    curves: dict[str, Curve]  # of each held-out set
+
+    @property
+    def select_ratio(self) -> float | None:
+        """None for a rule without one, and for a schedule."""
+        selection = self.lineage["selection"]
+        ratio = selection["select_ratio"] if "select_ratio" in selection else None
+        return float(ratio) if isinstance(ratio, int | float) else None
+
+    @property
+    def rule(self) -> str:
+        return rule_word(self.lineage["selection"])
+
+    @property
+    def takes_all_tokens(self) -> bool:
+        return takes_all_tokens(self.lineage["selection"])
+
+    @property
+    def needs_references(self) -> bool:
+        """False for rules that use no scores; older lineages do not say so, their rule does."""
+        if "needs_references" in self.lineage:
+            return self.lineage["needs_references"]
+        return self.rule not in RULES or bool(RULES[self.rule].needs)
+
+
+class Arm(NamedTuple):
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    line: str  # the label without its ratio: arms of one line are joined in the figure
+    runs: list[Run]
+    is_baseline: bool = False
+
+    @property
+    def select_ratio(self) -> float | None:
+        return self.runs[0].select_ratio
+
+    @property
+    def takes_all_tokens(self) -> bool:
+        return self.runs[0].takes_all_tokens
+
+    @property
+    def is_control(self) -> bool:
+        return self.takes_all_tokens and not self.is_baseline
+
+    def losses(self, name: str) -> list[float]:
+        """Final loss of each seed."""
+        return [float(run.curves[name].loss[-1]) for run in self.runs]
+
+    def mean(self, value: Callable[[Run], float]) -> float:
+        return float(np.mean([value(run) for run in self.runs]))
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def read_runs(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
+    """The finished runs in or below the folders; the others with the reason."""
+    runs, left_out = [], {}
+    for folder in run_folders(folders):
+        reason = why_left_out(folder)
+        if reason is None:
+            runs.append(read_run(folder))
+        else:
+            left_out[folder] = reason
+    return runs, left_out
+
+
+def why_left_out(folder: Path) -> str | None:
+    if not (folder / "model" / "slm.json").exists():
+        path = folder / "status.json"
+        status = read_json(path) if path.exists() else {"status": "", "error": ""}
+        return f"failed: {status['error']}" if status["status"] == "failed" else "not complete"
+    if not (folder / "heldout.csv").exists():
+        return "has no heldout.csv (data.heldout or logger.csv was missing)"
+    seen = read_json(folder / "model" / "slm.json")["lineage"]["tokens_seen"]
+    for name in heldout_sets(folder):
+        last = read_curve(folder, "", name).tokens_seen[-1]
+        if last != seen:
+            return f"heldout.csv ends at {last:,.0f} tokens, the run at {seen:,}"
+    return None
+
+
+def read_run(folder: Path) -> Run:
+    record = read_json(folder / "model" / "slm.json")["lineage"]
+    curves = {name: read_curve(folder, "", name) for name in heldout_sets(folder)}
+    return Run(folder, record, in_words(read_json(folder / "run.json")), curves)
+
+
+def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:
+    """A difference between arms must come from the selection."""
+    first = runs[0]
+    for run in runs:
+        if value(run) != value(first):
+            raise UserError(
+                f"{what} of {first.folder} is {value(first)}, of {run.folder} {value(run)}: "
+                "runs of one report must agree in it, others can be `baselines`"
+            )
+
+
+def check_runs(runs: Sequence[Run]) -> None:
+    check_same(runs, "the corpus", lambda run: run.lineage["corpus_fingerprint"])
+    check_same(runs, "tokens_seen", lambda run: run.lineage["tokens_seen"])
+    check_same(runs, "the held-out sets", lambda run: sorted(run.curves))
+
+
+def check_heldout(runs: Sequence[Run], sets: Sequence[str]) -> None:
+    """Losses on other windows cannot be compared; runs that do not record theirs pass."""
+    for name in sets:
+        known = [(run, text) for run in runs if (text := heldout_text(run, name)) is not None]
+        for run, text in known:
+            first, expected = known[0]
+            if text != expected:
+                raise UserError(
+                    f"held-out set {name!r} of {first.folder} is {expected}, of {run.folder} "
+                    f"{text}: runs and baselines of one report must be evaluated on the same "
+                    "windows, leave out the run or the set (sets=[...])"
+                )
+
+
+def heldout_text(run: Run, name: str) -> str | None:
+    """512 windows (fingerprint 1f0c...); None where the lineage does not say."""
+    if "heldout" not in run.lineage or name not in run.lineage["heldout"]:
+        return None
+    entry = run.lineage["heldout"][name]
+    return f"{entry['windows']} windows (fingerprint {entry['fingerprint']})"
+
+
+# ---- arms ---------------------------------------------------------------------------------------
+
+
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """In the order of their lines and ratios."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        fields = {key: value for key, value in run.identity.items() if key not in SEEDS}
+        groups[json.dumps(fields, sort_keys=True)].append(run)
+    for group in groups.values():
+        check_seeds(group)
+    firsts = [group[0] for group in groups.values()]
+    arms = []
+    for group in groups.values():
+        detail = details(group[0], [run for run in firsts if base(run) == base(group[0])])
+        arms.append(Arm(base(group[0]) + detail, group[0].rule + detail, group))
+    return sorted(arms, key=lambda arm: (arm.line, arm.select_ratio or 0, arm.label))
+
+
+def check_seeds(runs: Sequence[Run]) -> None:
+    seeds: dict[int, Path] = {}
+    for run in runs:
+        seed = run.lineage["seed"]
+        if seed in seeds:
+            raise UserError(f"{seeds[seed]} and {run.folder} are the same run with seed {seed}")
+        seeds[seed] = run.folder
+
+
+def base(run: Run) -> str:
+    """excess 0.6, or excess linear 1 to 0.6"""
+    if run.select_ratio is not None:
+        return f"{run.rule} {run.select_ratio:g}"
+    selection = run.lineage["selection"]
+    if "select_ratio" not in selection:
+        return run.rule
+    schedule = selection["select_ratio"]
+    return f"{run.rule} {schedule['shape']} {ratios_text(schedule['points'])}"
+
+
+def ratios_text(points: Sequence[Sequence[float]]) -> str:
+    """1 to 0.6; the ones between are not named where there are many."""
+    ratios = [f"{ratio:g}" for _, ratio in points]
+    if len(ratios) <= 4:
+        return " to ".join(ratios)
+    return f"{ratios[0]} to {ratios[-1]} in {len(ratios)} points"
+
+
+def details(run: Run, others: Sequence[Run]) -> str:
+    """The fields in which arms of one name differ: `, scope=sequence`
+
+    What is empty (no references, no online reference) is named only where nothing else is.
+    """
+    keys = differing_keys(others)
+    names = short_names(keys)
+    empty = [key for key in keys if is_empty(run, key)]
+    stated = [key for key in keys if key not in empty]
+    if not stated:
+        return "".join(f", no {names[key]}" for key in empty)
+    return "".join(f", {names[key]}={text_of(run.identity[key], key)}" for key in stated)
+
+
+def differing_keys(others: Sequence[Run]) -> list[str]:
+    keys = sorted({key for other in others for key in other.identity} - SEEDS)
+    texts = {key: {value_text(other, key) for other in others} for key in keys}
+    return [key for key in keys if len(texts[key]) > 1]
+
+
+def value_text(run: Run, key: str) -> str:
+    return "" if is_empty(run, key) else text_of(run.identity[key], key)
+
+
+def is_empty(run: Run, key: str) -> bool:
+    return key not in run.identity or run.identity[key] in (None, [])
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """lr for optimizer.adamw.lr, unless two fields end in it."""
+    ends = [key.split(".")[-1] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+def text_of(value: Any, key: str) -> str:
+    """Hashes are cut: eight characters tell them apart."""
+    if key == "selection.select_ratio.points":
+        return " to ".join(f"{ratio:g} at {tokens}" for tokens, ratio in value)
+    if isinstance(value, list):
+        return "+".join(text_of(item, "") for item in value)
+    return value[:8] if isinstance(value, str) and HASH.fullmatch(value) else str(value)
+
+
+# ---- costs --------------------------------------------------------------------------------------
+
+
+def costs(run: Run) -> dict[str, float]:
+    """What the run says it cost, and what its references did; absent where one was not measured.
+
+    References that a rule only logs are none of its costs.
+    """
+    record = run.lineage
+    charged = run.needs_references and "references" in record
+    stores = record["references"] if charged else []
+    scoring = [store["scoring_cost"] for store in stores]
+    training = [store["model_lineage"] for store in stores]
+    found = {
+        "train_seconds": total([record], "train_seconds"),
+        "train_flops": total([record], "train_flops"),
+        "score_seconds": total(scoring, "seconds"),
+        "score_flops": total(scoring, "flops"),
+        "reference_train_seconds": total(training, "train_seconds"),
+        "reference_train_flops": total(training, "train_flops"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def total(records: Sequence[Json | None], field: str) -> float | None:
+    """None where there is nothing to sum, or one of them is unknown: the sum would be too small."""
+    known = [record[field] for record in records if record is not None and field in record]
+    complete = bool(records) and len(known) == len(records) and None not in known
+    return sum(known) if complete else None

@@ -1,0 +1,348 @@
+"""Finished runs -> tables and figures with the controls in them: `slm report` (see --help).
+
+    report.html                 all of it on one page that needs no network, token dynamics too
+    table.csv, table.md         every arm on every held-out set: mean, lowest and highest over seeds
+    loss_vs_k.png, .svg         final loss against select_ratio, a line a rule
+    loss_vs_tokens.png, .svg    loss during training, a panel a rule; with more than 8 panels a
+                                picture a held-out set, loss_vs_tokens_<set>.png, .svg
+    figures/                    the paper's figures of every run with token losses (dynamics/),
+                                see figures.py
+    truth.csv, truth_kept.csv   how well scores tell signal from noise, and what the rule keeps of
+                                each, where the tokens are labelled, see truth.py
+    made.json                   the hashes of all these: a report takes the place of an earlier one,
+                                whole, and of nothing else, see own_files.py
+
+Runs that differ in nothing but their seed are an arm, see arms.py. Runs that are not complete are
+named and left out of the tables; their token losses so far are shown.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import REPORT
+from slm.console import progress
+from slm.dynamics.analysis import (
+    Analysis,
+    analyse,
+    rule_and_ratio,
+    rule_name,
+    run_chooser,
+    store_folders,
+)
+from slm.dynamics.classes import MIN_CHECKPOINTS
+from slm.dynamics.trajectories import TrajectoryStore
+from slm.dynamics.truth import kept_rows, truth_rows
+from slm.errors import UserError
+from slm.names import file_name
+from slm.report.arms import Arm, Run, arms_of, base, check_heldout, check_runs, read_runs
+from slm.report.page.page import SweepFigures, write_page
+from slm.report.paper.figures import paper_figures
+from slm.report.paper.plots import (
+    RatioPanel,
+    TokensPanel,
+    ratio_figure,
+    tokens_figure,
+)
+from slm.report.table import REACH_NOTE, control_losses, markdown, table_rows
+from slm.selection.registry import import_modules
+from slm.store.files import Json, atomic_file, nested, read_json, write_csv
+from slm.store.own_files import check_own, replacing
+from slm.train.curves import folders_of, run_folders
+
+log = logging.getLogger("slm.report")
+MADE_BY = "slm report"
+CONTROL = "all tokens"
+MAX_PANELS = 8  # in one picture
+MOST_BYTES = 150  # of a set's name in a file's
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def read_baselines(folders: dict[str, str], sets: Sequence[str]) -> list[Arm]:
+    """One arm each, under the name that it was given; corpus and budget may be others."""
+    arms = []
+    for label, folder in folders.items():
+        runs, left_out = read_runs([folder])
+        report_left_out(left_out)
+        found = arms_of(runs)
+        if len(found) != 1:
+            names = [arm.label for arm in found]
+            reasons = "; ".join(left_out.values())
+            raise UserError(
+                f"baseline {label!r} must be one finished arm, {folder} has {names or 'none'}"
+                + (f" ({reasons})" if reasons else "")
+            )
+        arms.append(Arm(label, label, runs, is_baseline=True))
+    check_sets(arms, sets)
+    return arms
+
+
+def check_names(arms: Sequence[Arm], baselines: Sequence[Arm]) -> None:
+    """One name is one row of the table and one line of a figure."""
+    taken = {CONTROL, *(arm.label for arm in arms)}
+    for arm in baselines:
+        if arm.label in taken:
+            raise UserError(
+                f"baseline {arm.label!r} ({arm.runs[0].folder}) has the name of an arm, or of the "
+                f"control: choose another than {sorted(taken)}"
+            )
+
+
+def sets_of(arm: Arm) -> set[str]:
+    return set.intersection(*(set(run.curves) for run in arm.runs))
+
+
+def check_sets(baselines: Sequence[Arm], sets: Sequence[str]) -> None:
+    shared = [name for name in sets if all(name in sets_of(arm) for arm in baselines)]
+    advice = f"name the sets that all have, sets=[{', '.join(shared)}]"
+    for arm in baselines:
+        lacking = set(sets) - sets_of(arm)
+        if lacking:
+            raise UserError(
+                f"baseline {arm.label!r} ({arm.runs[0].folder}) was not evaluated on "
+                f"{sorted(lacking)}, only on {sorted(sets_of(arm))}: "
+                + (advice if shared else "no set is left that all have, leave the baseline out")
+            )
+
+
+# ---- the figures --------------------------------------------------------------------------------
+
+
+def ratio_panel(
+    name: str, arms: Sequence[Arm], control: dict[str, float], baselines: Sequence[Arm]
+) -> RatioPanel:
+    lines: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
+    flat: dict[str, float] = {}
+    controls = {CONTROL: control[name]} if control else {}
+    for arm in arms:
+        if arm.select_ratio is not None:
+            lines[arm.line].append((arm.select_ratio, arm.losses(name)))
+        elif not arm.takes_all_tokens:
+            flat[arm.label] = float(np.mean(arm.losses(name)))
+    controls |= {arm.label: float(np.mean(arm.losses(name))) for arm in baselines}
+    return RatioPanel(name, lines, flat, controls)
+
+
+def short_label(run: Run) -> str:
+    return base(run) if run.select_ratio is None else f"k = {run.select_ratio:g}"
+
+
+def tokens_panels(name: str, arms: Sequence[Arm]) -> list[TokensPanel]:
+    """One panel a line, the arms that train on all tokens in each of them."""
+    selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
+    controls = [arm for arm in arms if arm.takes_all_tokens]
+    panels = []
+    for line in dict.fromkeys(arm.line for arm in selecting):
+        mine = [arm for arm in selecting if arm.line == line]
+        curves = [
+            run.curves[name]._replace(label=short_label(run)) for arm in mine for run in arm.runs
+        ]
+        black = [run.curves[name]._replace(label=CONTROL) for arm in controls for run in arm.runs]
+        panels.append(TokensPanel(f"{line}, {name}", curves, black))
+    return panels
+
+
+def tokens_figures(sets: Sequence[str], arms: Sequence[Arm], out: Path) -> None:
+    """One picture, or one a set where it would have too many panels."""
+    grid = {name: tokens_panels(name, arms) for name in sets}
+    if sum(map(len, grid.values())) <= MAX_PANELS:
+        tokens_figure(list(grid.values()), out / "loss_vs_tokens.png")
+        return
+    for name, panels in grid.items():
+        tokens_figure([panels], out / f"loss_vs_tokens_{file_name(name, MOST_BYTES)}.png")
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def chosen_sets(runs: Sequence[Run], wanted: Any) -> list[str]:
+    known = list(runs[0].curves)
+    if not known:
+        raise UserError(f"{runs[0].folder}/heldout.csv has no held-out loss")
+    if wanted is None:
+        return known
+    unknown = set(wanted) - set(known)
+    if unknown:
+        raise UserError(f"sets names {sorted(unknown)}, the runs were evaluated on {known}")
+    return list(wanted)
+
+
+def report_left_out(left_out: dict[Path, str]) -> None:
+    for folder, reason in left_out.items():
+        log.warning("left out: %s: %s", folder, reason)
+
+
+def sweep_report(
+    config: Any, runs: Sequence[Run], left_out: dict[Path, str], out: Path
+) -> SweepFigures:
+    """Write the tables and figures of finished runs."""
+    check_runs(runs)
+    sets, arms = chosen_sets(runs, config.sets), arms_of(runs)
+    control = control_losses(arms, sets)
+    if not control:
+        log.warning("no run trains on all tokens (selection=all or select_ratio=1): no control")
+    baselines = read_baselines(dict(config.baselines or {}), sets)
+    check_names(arms, baselines)
+    check_heldout([run for arm in (*arms, *baselines) for run in arm.runs], sets)
+    rows = table_rows([*arms, *baselines], sets, control)
+    write_csv(out / "table.csv", rows)
+    with atomic_file(out / "table.md") as file:
+        file.write(markdown(rows, sets, left_out).encode())
+    panels = [ratio_panel(name, arms, control, baselines) for name in sets]
+    ratio_figure(panels, out / "loss_vs_k.png")
+    tokens_figures(sets, arms, out)
+    rows_of_panels = [tokens_panels(name, arms) for name in sets]
+    notes = [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]
+    against_k = [panel for panel in panels if panel.rules or panel.flat]
+    return SweepFigures(against_k, rows_of_panels, sets, rows, [REACH_NOTE, *notes])
+
+
+# ---- token dynamics -----------------------------------------------------------------------------
+
+
+def read_analyses(folders: Sequence[str], most: int, check: str) -> list[Analysis]:
+    """Of all stores of the runs, finished or not; too short or damaged ones are named."""
+    stores = [(run, store) for run in run_folders(folders) for store in store_folders(run)]
+    whole = [(run, folder) for run, folder in stores if can_be_shown(folder)]
+    if len(whole) > most:
+        log.warning(
+            "%d stores of token losses, the first %d are shown (max_dynamics)", len(whole), most
+        )
+    total = sum(len(TrajectoryStore(folder).checkpoints) for _, folder in whole[:most])
+    with progress("token dynamics", total, "checkpoints") as advance:
+        found = []
+        for (_, folder), name in zip(whole, analysis_names(whole[:most]), strict=False):
+            try:
+                found.append(read_analysis(folder, name, check, advance))
+            except UserError as error:
+                log.warning("left out: the token losses of %s: %s", name, error)
+        return found
+
+
+def can_be_shown(folder: Path) -> bool:
+    try:
+        count = len(TrajectoryStore(folder).checkpoints)
+    except UserError as error:
+        log.warning("left out: %s", error)
+        return False
+    if count < MIN_CHECKPOINTS:
+        log.warning(
+            "left out: %s has %d checkpoints, a trajectory needs %d",
+            *(folder, count, MIN_CHECKPOINTS),
+        )
+    return count >= MIN_CHECKPOINTS
+
+
+def read_analysis(folder: Path, name: str, check: str, advance: Callable[[int], None]) -> Analysis:
+    """With the threshold and the level that the classes were made with."""
+    store = TrajectoryStore(folder, check)
+    run_chooser(store, warns=True)
+    return analyse(store, name, **store.settings, advance=advance)
+
+
+def analysis_names(stores: Sequence[tuple[Path, Path]]) -> list[str]:
+    """Of (run, store): the run's name, with the store's where the run has several."""
+    runs = [run for run, _ in stores]
+    names = short_paths(runs) | job_names(runs)
+    return [
+        f"{names[run]}, {folder.name}" if runs.count(run) > 1 else names[run]
+        for run, folder in stores
+    ]
+
+
+def job_names(runs: Sequence[Path]) -> dict[Path, str]:
+    """excess 0.4, seed 0 for the jobs of a sweep, where that tells them apart.
+
+    Where several rules take all tokens: excess 1, seed 0, as in the table.
+    """
+    found: dict[Path, str] = {}
+    for words in (rule_and_ratio, rule_name):
+        names = {run: job_name(run, words) for run in dict.fromkeys(runs) if "=" in run.name}
+        taken = list(names.values())
+        found |= {run: name for run, name in names.items() if taken.count(name) == 1}
+    return found
+
+
+def job_name(run: Path, words: Callable[[Json], str]) -> str:
+    identity = read_json(run / "run.json")
+    return f"{words(nested(identity, 'selection.'))}, seed {identity['seed']}"
+
+
+def short_paths(folders: Sequence[Path]) -> dict[Path, str]:
+    """The last names of each path, as many as tell it from the others."""
+    found, depth = {}, 0
+    todo = list(dict.fromkeys(folders))
+    while todo:
+        depth += 1
+        ends = {folder: "/".join(folder.parts[-depth:]) for folder in todo}
+        taken = list(ends.values())
+        found |= {folder: end for folder, end in ends.items() if taken.count(end) == 1}
+        todo = [folder for folder in todo if folder not in found]
+    return found
+
+
+def dynamics_report(
+    config: Any, analyses: Sequence[Analysis], runs: Sequence[Run], out: Path
+) -> list[Json]:
+    """Write the paper's figures and how well scores tell signal from noise; returns its rows."""
+    name = chosen_sets(runs, config.sets)[0] if runs else ""
+    of_run = {run.folder: run for run in runs}
+    curves = [
+        of_run[folder].curves[name]._replace(label=analysis.name)
+        for analysis in analyses
+        if (folder := analysis.store.folder.parents[1]) in of_run
+    ]
+    paper_figures(analyses, out / "figures", curves, name)
+    truth: list[Json] = []
+    with progress("signal and noise", len(analyses), "runs") as advance:
+        for analysis in analyses:
+            truth += truth_rows(analysis)
+            advance(1)
+    rule = [row for analysis in analyses for row in kept_rows(analysis)]
+    for stem, rows in (("truth", truth), ("truth_kept", rule)):
+        if rows:
+            write_csv(out / f"{stem}.csv", rows)
+    return truth
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+
+
+def report(config: Any) -> list[Json]:
+    """Write everything into config.out; returns the table's rows."""
+    check(config, REPORT)
+    import_modules(config.modules)
+    check_own(Path(config.out), ["report.html"], MADE_BY)  # the others when they are known
+    folders = folders_of(config.runs)
+    runs, left_out = read_runs(folders)
+    report_left_out(left_out)
+    if runs:
+        check_own(Path(config.out), ["table.csv", "table.md", "loss_vs_k.png"], MADE_BY)
+    analyses = read_analyses(folders, config.max_dynamics, config.check)
+    if not runs and not analyses:
+        raise UserError(
+            f"none of the {len(left_out)} runs in {config.runs} is complete, and none has token "
+            "losses (`slm dynamics`)"
+        )
+    title = ", ".join(Path(folder).resolve().name for folder in folders)
+    with replacing(Path(config.out), MADE_BY) as out:
+        sweep = sweep_report(config, runs, left_out, out) if runs else None
+        truth = dynamics_report(config, analyses, runs, out) if analyses else []
+        write_page(out / "report.html", title, analyses, sweep, truth)
+    return list(sweep.rows) if sweep else []
+
+
+@command("report")
+def main(config: Any) -> None:
+    rows = report(config)
+    if rows:
+        print((Path(config.out) / "table.md").read_text(), end="")
+    log.info("report: %s", Path(config.out) / "report.html")

@@ -1,0 +1,257 @@
+"""One self-contained page about runs: `write_page`, called by `slm report`.
+
+    page.html, page.css, page.js   its template, style and script, beside this file
+
+The file that is written holds Plotly (4.8 MB), the style, the script and the data; it asks no
+network for anything and forbids itself to. Text of tokens is data: the script sets it as text, it
+is never markup. What is shown of large sets is a sample: up to some twenty runs fit into 8 MB.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from slm.dynamics.analysis import Analysis, rule_name
+from slm.dynamics.classes import ARROWS, CLASSES, MEANING, draw_examples
+from slm.report.page.figures import (
+    compared,
+    excess_panels,
+    highest,
+    run_figures,
+    trajectories,
+)
+from slm.report.page.sweep import ratio_figure, tokens_figures
+from slm.report.page.tokens import (
+    Sample,
+    draw_sample,
+    excess_limit,
+    in_context,
+    loss_paths,
+    shown_targets,
+    token_columns,
+    window_texts,
+)
+from slm.report.page.truth import truth_figures, truth_ratios, truth_table
+from slm.report.paper.plots import RatioPanel, TokensPanel
+from slm.store.files import Json, atomic_file
+
+log = logging.getLogger("slm.report.page.page")
+HERE = Path(__file__).parent
+MAX_WINDOWS = 24
+MAX_TOKENS = 12_000  # shown of one run
+MAX_ALL_TOKENS = 18_000  # shown of all runs
+MAX_BYTES = 8_000_000
+EXAMPLES = 5  # tokens of each class
+# Of a JSON text inside of <script>: no tag can end it, and every parser reads the same lines.
+ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+CLASS_RULES = {
+    "HH": "no such change, the last loss above the mean",
+    "LH": "the line rises by more than the threshold",
+    "HL": "the line falls by more than the threshold",
+    "LL": "no such change, the last loss at or below the mean",
+}
+
+
+class SweepFigures(NamedTuple):
+    """What runs that differ in their selection say together."""
+
+    ratio_panels: Sequence[RatioPanel]  # one a held-out set
+    token_panels: Sequence[Sequence[TokensPanel]]  # a row a held-out set
+    sets: Sequence[str]  # the held-out sets
+    rows: Sequence[Json]  # of the table, one an arm and set, see `report.table_rows`
+    notes: Sequence[str]  # below the table
+
+
+def write_page(
+    path: Path,
+    title: str,
+    analyses: Sequence[Analysis] = (),
+    sweep: SweepFigures | None = None,
+    truth: Sequence[Json] = (),
+    seed: int = 0,
+) -> None:
+    """Any part may be absent; `seed` draws the windows and tokens that are shown.
+
+    truth:  rows of truth.truth_rows of all runs
+    """
+    data = page_data(analyses, sweep, truth, seed)
+    content = render(title, analyses, sweep, truth, data).encode()
+    if len(content) > MAX_BYTES:
+        size = f"{len(content) / 1e6:.1f} MB"
+        log.warning("%s has %s, browsers will be slow: show fewer runs", path, size)
+    with atomic_file(Path(path)) as file:
+        file.write(content)
+
+
+def render(
+    title: str,
+    analyses: Sequence[Analysis],
+    sweep: SweepFigures | None,
+    truth: Sequence[Json],
+    data: Json,
+) -> str:
+    from plotly.offline import get_plotlyjs  # half a second, and only pages need it
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"fixed": fixed, "percent": percent}
+    return environment.get_template("page.html").render(
+        title=title,
+        runs=[summary(analysis, rows_of(analysis, truth)) for analysis in analyses],
+        classes=[(name, ARROWS[name], CLASS_RULES[name], MEANING[name]) for name in CLASSES],
+        table=sweep and sweep_table(sweep),
+        against_k=bool(sweep and sweep.ratio_panels),
+        notes=sweep.notes if sweep else [],
+        compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
+        compares_fits=len({fit_key(analysis) for analysis in analyses}) > 1,
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+        data=Markup(as_json(data)),
+    )
+
+
+def as_json(value: Any) -> str:
+    """For a script element: ASCII, and nothing in it reads as markup."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).translate(ESCAPES)
+
+
+# ---- the data -----------------------------------------------------------------------------------
+
+
+def rows_of(analysis: Analysis, truth: Sequence[Json]) -> list[Json]:
+    return [row for row in truth if row["run"] == analysis.name]
+
+
+def page_data(
+    analyses: Sequence[Analysis], sweep: SweepFigures | None, truth: Sequence[Json], seed: int
+) -> Json:
+    most = min(MAX_TOKENS, MAX_ALL_TOKENS // max(1, len(analyses)))
+    samples: dict[str, Sample] = {}
+    for analysis in analyses:
+        if set_key(analysis) not in samples:
+            samples[set_key(analysis)] = draw_sample(analysis.tokens, MAX_WINDOWS, most, seed)
+    return {
+        "classes": [{"key": name, "name": ARROWS[name], "word": MEANING[name]} for name in CLASSES],
+        "windows": set_windows(analyses, samples),
+        "runs": [
+            run_data(analysis, samples[set_key(analysis)], rows_of(analysis, truth), seed)
+            for analysis in analyses
+        ],
+        "compared": compared(analyses) if len(analyses) > 1 else {},
+        "sweep": sweep_figures(sweep) if sweep else {"ratios": [], "tokens": []},
+    }
+
+
+def set_key(analysis: Analysis) -> str:
+    """Runs on the same tokens share their text."""
+    plan = analysis.store.plan
+    return f"{plan['corpus_fingerprint']} {plan['windows_sha256']}"
+
+
+def fit_key(analysis: Analysis) -> str:
+    """Classes that can be compared are of the same checkpoints, threshold and level."""
+    settings = analysis.store.settings
+    level = settings["mean_loss"] if settings else None
+    return f"{analysis.tokens_seen.tolist()} {analysis.threshold} {level}"
+
+
+def set_windows(analyses: Sequence[Analysis], samples: dict[str, Sample]) -> Json:
+    return {
+        set_key(analysis): window_texts(analysis.tokens, samples[set_key(analysis)])
+        for analysis in analyses
+    }
+
+
+def run_data(analysis: Analysis, sample: Sample, truth: Sequence[Json], seed: int) -> Json:
+    shown = shown_targets(analysis.tokens, sample)
+    groups = draw_examples(analysis.trajectories.label, EXAMPLES, seed)
+    chosen = np.concatenate(groups)
+    top = highest(analysis, groups)
+    return {
+        "name": analysis.name,
+        "set": set_key(analysis),
+        "sources": list(analysis.store.sources),
+        "tokens_seen": analysis.tokens_seen.tolist(),
+        "excess_limit": excess_limit(analysis),
+        "mean_loss": round(analysis.mean_loss, 3),
+        "columns": token_columns(analysis, shown),
+        "paths": loss_paths(analysis.losses, shown),
+        "figures": run_figures(analysis) | truth_figures(analysis, truth),
+        "excess": excess_panels(analysis),
+        "trajectories": [
+            trajectories(analysis, name, group, top)
+            for name, group in zip(CLASSES, groups, strict=True)
+        ],
+        "examples": [in_context(analysis.tokens, int(target)) for target in chosen],
+        "example_columns": token_columns(analysis, chosen),
+    }
+
+
+def sweep_figures(sweep: SweepFigures) -> Json:
+    return {
+        "ratios": [ratio_figure(panel) for panel in sweep.ratio_panels],
+        "tokens": tokens_figures(sweep.token_panels),
+    }
+
+
+# ---- what the template writes -------------------------------------------------------------------
+
+
+def summary(analysis: Analysis, truth: Sequence[Json]) -> Json:
+    """One run's facts and the table of its classes."""
+    return {
+        "name": analysis.name,
+        "rule": rule_name(analysis.store.plan["run"]["selection"]),
+        "checkpoints": len(analysis.tokens_seen),
+        "first": int(analysis.tokens_seen[0]),
+        "last": int(analysis.tokens_seen[-1]),
+        "num_tokens": analysis.tokens.num_targets,
+        "num_windows": len(analysis.tokens.windows),
+        "threshold": analysis.threshold,
+        "mean_loss": analysis.mean_loss,
+        "uneven": analysis.uneven,
+        "classes": [class_row(analysis, index) for index in range(len(CLASSES))],
+        "truth": truth_table(truth),
+        "truth_ratios": truth_ratios(truth),
+    }
+
+
+def class_row(analysis: Analysis, index: int) -> Json:
+    found = analysis.shares[CLASSES[index]]
+    return {
+        "key": CLASSES[index],
+        "name": ARROWS[CLASSES[index]],
+        "share": found,
+        "first": analysis.class_losses[0, index],
+        "last": analysis.class_losses[-1, index],
+        "kept": None if analysis.kept is None else analysis.kept.by_class[-1, index],
+    }
+
+
+def sweep_table(sweep: SweepFigures) -> Json:
+    """A line an arm; of each set the mean with its range, the lowest mean marked."""
+    cells = {(row["arm"], row["set"]): row for row in sweep.rows}
+    arms = list(dict.fromkeys(row["arm"] for row in sweep.rows))
+    best = {name: min(cells[arm, name]["mean"] for arm in arms) for name in sweep.sets}
+    lines = [[cells[arm, name] for name in sweep.sets] for arm in arms]
+    return {"sets": sweep.sets, "lines": lines, "best": best}
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None or np.isnan(value) else f"{100 * value:.{digits}f}%"

@@ -1,0 +1,1 @@
+"""Figures for a paper, each with its rows as CSV."""

@@ -1,0 +1,1 @@
+"""Corpus + reference model -> the reference's log-probs, aligned with the corpus."""

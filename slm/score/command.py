@@ -1,0 +1,289 @@
+"""A reference model over a corpus -> log-prob shards: `slm score` (see `slm score --help`).
+
+Every target of every window gets log p(token | the tokens before it in its window), from float32
+accumulators; no logits are kept. `entropy=true` stores beside it the entropy of the distribution
+that predicts the token (Rho-1, equation 8). A shard is the unit of work: any number of processes
+may run the same command on one folder, each takes shards that nobody has claimed, and one that was
+killed is replaced by running the command again. Costs one forward pass over the corpus and 4 bytes
+a token and column; cost.py tells what it did cost.
+
+A model that only a server has is asked through files: see imported.py.
+"""
+
+import logging
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import SCORE
+from slm.console import duration, progress
+from slm.errors import UserError
+from slm.model.build import SelectiveLM, check_length, check_model, load_model
+from slm.model.device import DTYPES, computing, device_name, pick_device
+from slm.model.flops import forward_flops_per_token
+from slm.model.folder import check_model_folder, model_sha256
+from slm.score.cost import copy_lineage
+from slm.score.scorer import (
+    Columns,
+    Scorer,
+    check_space,
+    finish,
+    is_finished,
+    num_targets,
+    store_bytes,
+)
+from slm.score.served import Responses, check_packing, response_files, write_requests
+from slm.selection.registry import import_modules
+from slm.store.files import Json
+from slm.store.shards import FORMAT, IDENTITY, Corpus, Shard, adopt_plan
+from slm.store.tokenizer import is_tokenizer_of, load_tokenizer, tokenizer_sha256
+from slm.store.windows import IGNORE_INDEX, Windows, to_device
+
+log = logging.getLogger("slm.score")
+WAYS = {  # what says where the scores come from: what it needs beside the corpus
+    "reference_model": ("out",),
+    "requests": ("served_model",),
+    "responses": ("out", "served_model"),
+}
+
+
+# ---- what is asked for --------------------------------------------------------------------------
+
+
+def check_way(config: Any) -> None:
+    """One of WAYS, with what it needs, and nothing that it would not read."""
+    way = way_of(config)
+    for key in ("out", "served_model"):
+        needed = key in WAYS[way]
+        if needed and config[key] is None:
+            raise UserError(f"{key} must be given with {way}: {key}=...")
+        if not needed and config[key] is not None:
+            raise UserError(f"{key} is {config[key]!r}, but {way} does not use it")
+    if config.entropy and way != "reference_model":
+        raise UserError(f"entropy is true, but servers return none: {way} cannot have it")
+
+
+def way_of(config: Any) -> str:
+    given = [key for key in WAYS if config[key] is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise UserError(f"one of {', '.join(WAYS)} must be given, found {found}")
+    return given[0]
+
+
+def check_tokenizer(model: str, corpus: Corpus) -> None:
+    found = tokenizer_sha256(load_tokenizer(model))
+    if not is_tokenizer_of(corpus, found):
+        raise UserError(
+            f"model {model} has tokenizer {found}, {corpus.folder} was made with "
+            f"{corpus.manifest['tokenizer_sha256']}"
+        )
+
+
+def check_fits(lm: SelectiveLM, corpus: Corpus) -> None:
+    """Refuse a model that our loss does not reproduce, on two windows."""
+    check_length(lm.model.config, corpus.seq_len)
+    windows = Windows(corpus)
+    numbers = np.arange(min(2, len(windows)))
+    batch = windows.batch(numbers)
+    with torch.no_grad():
+        check_finite(lm(batch).loss, batch["targets"], numbers)
+    check_model(lm, batch)
+
+
+def check_finite(values: Tensor, targets: Tensor, numbers: np.ndarray) -> None:
+    bad = ~torch.isfinite(values) & (targets != IGNORE_INDEX)
+    if bad.any():
+        window = numbers[int(bad.any(1).nonzero()[0])]
+        raise UserError(f"the model gives a non-finite log-prob in window {window}")
+
+
+def load_reference(
+    folder: str, corpus: Corpus, device: str, dtype: str, check: str = "size"
+) -> SelectiveLM:
+    check_model_folder("reference_model", folder, check)
+    check_tokenizer(folder, corpus)
+    where = pick_device(device)
+    lm = SelectiveLM(load_model(folder)).eval()
+    check_fits(lm, corpus)  # in float32: bfloat16 logits would differ by their rounding
+    return lm.to(where, DTYPES[dtype])
+
+
+def make_plan(corpus: Corpus, model: str | None, scoring: Json) -> Json:
+    """What the scores depend on."""
+    masks = {"masks": True} if corpus.has_masks else {}  # so `slm verify` knows why some are NaN
+    body = {
+        "format": FORMAT,
+        "kind": "reference",
+        "corpus_fingerprint": corpus.fingerprint,
+        "model_sha256": model,
+        "scoring": scoring,
+    }
+    return body | masks | {field: corpus.manifest[field] for field in IDENTITY}
+
+
+def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
+    scoring = {
+        "dtype": config.dtype,
+        "store_dtype": config.store_dtype,
+        "attn_implementation": lm.model.config._attn_implementation,
+        "device": lm.model.device.type,
+    }
+    # Named only where there is one: the plans of stores without it stay what they were.
+    entropy = {"entropy": True} if config.entropy else {}
+    return make_plan(corpus, model_sha256(config.reference_model), scoring | entropy)
+
+
+def responses_plan(corpus: Corpus, config: Any) -> Json:
+    """A server tells neither its weights nor how it computed."""
+    scoring = {
+        "dtype": None,
+        "store_dtype": config.store_dtype,
+        "attn_implementation": None,
+        "device": None,
+        "served_model": config.served_model,
+    }
+    return make_plan(corpus, None, scoring)
+
+
+# ---- scoring ------------------------------------------------------------------------------------
+
+
+def window_scores(
+    lm: SelectiveLM, windows: Windows, numbers: np.ndarray, entropy: bool
+) -> Columns:  # (B, T) float32 each
+    """log p of every target of these windows and, wanted, the entropy; NaN where is no target."""
+    batch = windows.batch(numbers)
+    with torch.no_grad():
+        output = lm(to_device(batch, lm.model.device), want_entropy=entropy)
+    columns = {"logprobs": -output.loss}
+    if entropy:
+        columns["entropy"] = output.entropy
+    found = {}
+    for name, values in columns.items():
+        values = values.float().cpu()
+        check_finite(values, batch["targets"], numbers)
+        found[name] = values.masked_fill(batch["targets"] == IGNORE_INDEX, torch.nan).numpy()
+    return found
+
+
+@dataclass
+class ModelScores:
+    """The reference model, on this machine."""
+
+    lm: SelectiveLM
+    windows: Windows
+    entropy: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        self.lm.eval()
+        second = ("entropy",) if self.entropy else ()
+        self.columns: tuple[str, ...] = ("logprobs", *second)
+        self.flops = forward_flops_per_token(self.lm.model, self.windows.corpus.seq_len)
+
+    def scores(self, numbers: np.ndarray) -> Columns:
+        with computing(self.lm.model.device, self.dtype):
+            return window_scores(self.lm, self.windows, numbers, self.entropy)
+
+    def cost(self, seconds: float, tokens: int) -> Json:
+        device = device_name(self.lm.model.device)
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "flops": None if self.flops is None else tokens * self.flops,
+            "device": device,
+        }
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def announce(scorer: Scorer, todo: list[Shard]) -> None:
+    """Store size, free disk and a first estimate of the time, before the work starts."""
+    count = num_targets(todo)
+    needed = store_bytes(scorer, count)
+    free = check_space(scorer.out, needed)
+    numbers = next(scorer.batches(todo[0]))
+    scorer.source.scores(numbers[:1])  # the first forward is slow
+    start = time.perf_counter()
+    size = scorer.source.scores(numbers)["logprobs"].size
+    seconds = count / size * (time.perf_counter() - start)
+    log.info(
+        f"{count:,} tokens to score: {needed / 1e6:,.1f} MB on disk ({free / 1e6:,.0f} MB free), "
+        f"about {duration(seconds)} for one process"
+    )
+
+
+def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
+    announce(scorer, todo)
+    start = time.perf_counter()
+    with progress("scoring", num_targets(todo), "tokens") as advance:
+        own = scorer.run(advance)
+    seconds = time.perf_counter() - start
+    log.info(f"scored {own:,} tokens in {seconds:.1f} s ({own / seconds:,.0f} tokens/s)")
+
+
+def score_with_model(config: Any, corpus: Corpus) -> Path:
+    out = Path(config.out)
+    lm = load_reference(config.reference_model, corpus, config.device, config.dtype, config.check)
+    adopt_plan(out, model_plan(corpus, config, lm))
+    source = ModelScores(lm, Windows(corpus), config.entropy, config.dtype)
+    scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
+    if is_finished(scorer):
+        return out
+    if todo := scorer.missing():
+        score_missing(scorer, todo)
+    copy_lineage(config.reference_model, out)
+    finish(scorer)
+    return out
+
+
+def score_from_responses(config: Any, corpus: Corpus) -> Path:
+    """Every response is read and checked before the folder is made."""
+    out, plan = Path(config.out), responses_plan(corpus, config)
+    paths = response_files(config.responses)
+    if (out / "plan.json").exists():
+        adopt_plan(out, plan)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Without a name, so that nothing is left of it if this process is killed.
+    with tempfile.TemporaryFile(dir=out.parent) as file:
+        source = Responses(corpus, config.served_model, file)
+        scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
+        if is_finished(scorer):
+            return out
+        check_space(out.parent, store_bytes(scorer, corpus.num_targets) + source.num_bytes)
+        source.read(paths)
+        adopt_plan(out, plan)
+        todo = scorer.missing()
+        with progress("writing", num_targets(todo), "tokens") as advance:
+            scorer.run(advance)
+    finish(scorer)
+    return out
+
+
+def score(config: Any) -> Path:
+    check(config, SCORE)
+    import_modules(config.modules)
+    check_way(config)
+    corpus = Corpus.open(config.corpus, config.check)
+    if config.reference_model is not None:
+        return score_with_model(config, corpus)
+    check_packing(corpus)
+    if config.requests is not None:
+        return write_requests(corpus, Path(config.requests), config.served_model)
+    return score_from_responses(config, corpus)
+
+
+@command("score")
+def main(config: Any) -> None:
+    made = score(config)
+    log.info(f"{'references' if config.requests is None else 'requests'}: {made}")

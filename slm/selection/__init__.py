@@ -1,0 +1,41 @@
+"""Which tokens are trained on: the rules, their schedules, their words."""
+
+from slm.selection.rules import (
+    All,
+    Choice,
+    Excess,
+    Intersection,
+    Loss,
+    Middle,
+    Mixture,
+    Random,
+    Ranked,
+    ReferenceEntropy,
+    ReferenceLoss,
+    Relu,
+    Selection,
+    Sigmoid,
+    Soft,
+    Softmax,
+    Union,
+)
+
+__all__ = [
+    "All",
+    "Choice",
+    "Excess",
+    "Intersection",
+    "Loss",
+    "Middle",
+    "Mixture",
+    "Random",
+    "Ranked",
+    "ReferenceEntropy",
+    "ReferenceLoss",
+    "Relu",
+    "Selection",
+    "Sigmoid",
+    "Soft",
+    "Softmax",
+    "Union",
+]

@@ -1,0 +1,446 @@
+"""Which tokens are trained on, and with what weight: a small frozen dataclass a rule.
+
+A rule is a pure function of the batch, of the token losses where it asks for them, and of the
+tokens seen. What a rule keeps, and from where:
+
+    All                 every target                                       Rho-1, Eq 2
+    Excess              HIGH token_loss - reference_loss                    Rho-1, Eq 3 to 5
+    Random              as many, drawn by a hash                            the control
+    Loss                HIGH token_loss, no reference                       ESLM, arXiv 2505.19893
+    ReferenceLoss       LOW reference_loss                                  Rho-1, section 3.4
+    ReferenceEntropy    LOW entropy of the reference's prediction           Rho-1, Eq 8
+    Intersection, Union of the two before                                   Rho-1, appendix H
+    Middle              the middle of the token losses, both tails dropped
+    Sigmoid, Softmax, Relu   weights that grow with the excess loss         soft selection
+    Mixture             clm_weight * All + (1 - clm_weight) * Excess        Rho-1, appendix C
+
+`scope` says among which tokens a ranking is made: "sequence" (each window), "batch" (the windows
+of one forward on one rank) or "global" (those of all ranks). Only "sequence" chooses the same
+tokens however a step is split into micro-batches and ranks.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slm.errors import UserError
+from slm.selection.schedules import RatioSchedule, ratio_schedule
+from slm.store.windows import IGNORE_INDEX, Batch
+from slm_kernels import max_selected, select_top_k
+
+SCOPES = ("sequence", "batch", "global")
+
+
+class Choice(NamedTuple):
+    """What a rule says of one batch."""
+
+    token_weight: Tensor  # (B, T), bool or floating point; 0: not trained on
+    selected: Tensor  # (B, T), bool
+    threshold: Tensor | None  # lowest score selected: (), or (B,) with scope=sequence
+
+
+class Selection:
+    """A selection rule.
+
+    needs:             columns of the batch beyond ids and targets
+    needs_token_loss:  False: the choice can be made before the forward pass
+    divides_by:        the loss's denominator over the whole optimizer step: the number of
+                       "selected" or of "valid" tokens
+    picks_tokens:      False: what it selects says nothing of a token, for it takes all, any by
+                       chance, or weighs them
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    needs_token_loss: ClassVar[bool] = False
+    divides_by: ClassVar[str] = "selected"
+    picks_tokens: ClassVar[bool] = True
+    scope: str = "batch"
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        raise NotImplementedError
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        """Most tokens of this batch that can get a weight; None: ask the device."""
+        return batch["targets"].numel()
+
+    @cached_property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
+        """Of its ratios."""
+        return ()
+
+    def ratio(self, tokens_seen: int) -> float | None:
+        """The select_ratio that is asked for; None for rules without one."""
+        return None
+
+    def candidates(self, batch: Batch) -> Tensor:  # (B, T) bool
+        """Targets that have every score that the rule needs; the data path refuses others."""
+        found = batch["targets"] != IGNORE_INDEX
+        for column in self.needs:
+            found = found & ~batch[column].isnan()
+        return found
+
+
+@dataclass(frozen=True)
+class All(Selection):
+    """Every token: causal language modeling (Rho-1, Eq 2); it trains the reference too."""
+
+    picks_tokens = False
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        valid = self.candidates(batch)
+        return Choice(valid, valid, None)
+
+
+# ---- a share of the tokens, by rank -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranked(Selection):
+    """Exactly K = select_ratio of the targets, those of the highest `score`, ties to the first.
+
+    select_ratio: the paper's k, in (0, 1], or a schedule over tokens (schedules.py)
+    """
+
+    select_ratio: Any
+    scope: str = "batch"
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        self.schedule.at(0)
+
+    @cached_property
+    def schedule(self) -> RatioSchedule:
+        return ratio_schedule(self.select_ratio)
+
+    @cached_property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
+        return (self.schedule,)
+
+    def ratio(self, tokens_seen: int) -> float | None:
+        return self.schedule.at(tokens_seen)
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T), high: kept
+        raise NotImplementedError
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        score = self.score(batch, token_loss)
+        selected = top_k(score, self.candidates(batch), self.schedule.at(tokens_seen), self.scope)
+        return Choice(selected, selected, lowest(score, selected, self.scope))
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        return max_selected(batch["targets"].shape, self.schedule.at(tokens_seen), self.scope)
+
+
+@dataclass(frozen=True)
+class Excess(Ranked):
+    """The highest excess loss (Rho-1, Eq 3 to 5)."""
+
+    needs = ("reference_logprob",)
+    needs_token_loss = True
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
+        return excess_loss(batch, token_loss)
+
+
+@dataclass(frozen=True)
+class Loss(Ranked):
+    """The highest token loss of the model itself; no reference."""
+
+    needs_token_loss = True
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
+        return given(token_loss)
+
+
+@dataclass(frozen=True)
+class ReferenceLoss(Ranked):
+    """The LOWEST reference loss: what the reference expects (Rho-1, section 3.4)."""
+
+    needs = ("reference_logprob",)
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
+        return batch["reference_logprob"]
+
+
+@dataclass(frozen=True)
+class ReferenceEntropy(Ranked):
+    """The LOWEST entropy of the reference's prediction: where it is sure (Rho-1, Eq 8)."""
+
+    needs = ("reference_entropy",)
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
+        return -batch["reference_entropy"]
+
+
+@dataclass(frozen=True)
+class Random(Ranked):
+    """As many tokens as the other rules, drawn by a hash: the control at equal budget.
+
+    The score of a token depends on (seed, epoch, window, position) alone, not on how a step is
+    split, and differs between passes over the corpus.
+    """
+
+    picks_tokens = False
+    seed: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"selection.seed is {self.seed!r}, it must be an integer of 64 bits")
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
+        length = batch["targets"].shape[1]
+        return hashed_scores(batch["window"], batch["epoch"], length, self.seed)
+
+
+@dataclass(frozen=True)
+class Middle(Ranked):
+    """The middle of the token losses: as many dropped from the top as from the bottom.
+
+    Keeps K or one token more or less, since each tail is rounded.
+    """
+
+    needs_token_loss = True
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        losses, ratio = given(token_loss), self.schedule.at(tokens_seen)
+        without_top = top_k(-losses, self.candidates(batch), (1 + ratio) / 2, self.scope)
+        selected = top_k(losses, without_top, 2 * ratio / (1 + ratio), self.scope)
+        return Choice(selected, selected, lowest(losses, selected, self.scope))
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        limit = super().max_rows(batch, tokens_seen)
+        return None if limit is None else limit + len(batch["targets"])  # one more a ranking
+
+
+# ---- two rankings by the reference --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Intersection(Selection):
+    """Low reference loss AND low reference entropy (Rho-1, Table 4); the share comes out."""
+
+    needs = ("reference_logprob", "reference_entropy")
+    loss_ratio: Any
+    entropy_ratio: Any
+    scope: str = "batch"
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        assert len(self.schedules) == 2  # raises where a ratio is no ratio
+
+    @cached_property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
+        return (
+            ratio_schedule(self.loss_ratio, "selection.loss_ratio"),
+            ratio_schedule(self.entropy_ratio, "selection.entropy_ratio"),
+        )
+
+    def both(self, batch: Batch, tokens_seen: int) -> tuple[Tensor, Tensor]:
+        loss_ratio, entropy_ratio = (schedule.at(tokens_seen) for schedule in self.schedules)
+        by_loss = top_k(batch["reference_logprob"], self.candidates(batch), loss_ratio, self.scope)
+        by_entropy = top_k(
+            -batch["reference_entropy"], self.candidates(batch), entropy_ratio, self.scope
+        )
+        return by_loss, by_entropy
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        by_loss, by_entropy = self.both(batch, tokens_seen)
+        return Choice(by_loss & by_entropy, by_loss & by_entropy, None)
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        ratio = min(schedule.at(tokens_seen) for schedule in self.schedules)
+        return max_selected(batch["targets"].shape, ratio, self.scope)
+
+
+@dataclass(frozen=True)
+class Union(Intersection):
+    """Low reference loss OR low reference entropy."""
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        by_loss, by_entropy = self.both(batch, tokens_seen)
+        return Choice(by_loss | by_entropy, by_loss | by_entropy, None)
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        return batch["targets"].numel()
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Soft(Selection):
+    """A weight for every token that grows with its excess loss; the gradient does not pass it.
+
+    temperature:  nats
+    """
+
+    needs = ("reference_logprob",)
+    needs_token_loss = True
+    divides_by = "valid"
+    picks_tokens = False
+    temperature: float
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+
+    def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:  # (B, T) excess / temperature
+        raise NotImplementedError
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        valid = self.candidates(batch)
+        scaled = (excess_loss(batch, token_loss) / self.temperature).masked_fill(~valid, 0.0)
+        token_weight = self.weight(scaled, valid).masked_fill(~valid, 0.0)
+        return Choice(token_weight, token_weight > 0, None)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Soft):
+    """sigmoid(excess / temperature), between 0 and 1."""
+
+    def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:
+        return scaled.sigmoid()
+
+
+@dataclass(frozen=True)
+class Relu(Soft):
+    """excess / temperature where it is positive, at most `cap`: an outlier must not rule a step."""
+
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cap(self.cap)
+
+    def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:
+        return scaled.clamp(min=0.0, max=self.cap)
+
+
+@dataclass(frozen=True)
+class Softmax(Soft):
+    """softmax(excess / temperature) times the number of targets, per `scope`, at most `cap`.
+
+    Without a cap the weights of a scope sum to its number of targets.
+    """
+
+    cap: float | None = None
+    scope: str = "batch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cap(self.cap)
+        check_scope(self.scope)
+
+    def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:
+        shape = scaled.shape
+        rows = (len(scaled), -1) if self.scope == "sequence" else (1, -1)
+        weight = softmax_sums_to_count(scaled.reshape(rows), valid.reshape(rows), group(self.scope))
+        return weight.reshape(shape).clamp(max=self.cap) if self.cap else weight.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Mixture(Excess):
+    """clm_weight * CLM + (1 - clm_weight) * SLM, against the drift of what is not selected.
+
+    The paper suggests it in appendix C. The CLM term is weighted by the paper's own normaliser
+    N * k, which differs from K by rounding; the denominator is the number selected.
+    """
+
+    clm_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.clm_weight, int | float) or not 0 < self.clm_weight < 1:
+            raise UserError(f"selection.clm_weight is {self.clm_weight}, it must be in (0, 1)")
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        choice = super().choose(batch, token_loss, tokens_seen)
+        everywhere = self.clm_weight * self.schedule.at(tokens_seen)
+        weight = everywhere + (1 - self.clm_weight) * choice.selected.float()
+        return choice._replace(token_weight=weight.masked_fill(~self.candidates(batch), 0.0))
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        return batch["targets"].numel()
+
+
+# ---- what the rules are made of -----------------------------------------------------------------
+
+
+def check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise UserError(f"selection.scope is {scope!r}, it must be one of {SCOPES}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < torch.inf:
+        raise UserError(f"selection.{name} is {value}, it must be a number above 0")
+
+
+def check_cap(cap: Any) -> None:
+    if cap is not None:
+        check_positive("cap", cap)
+
+
+def given(token_loss: Tensor | None) -> Tensor:
+    assert token_loss is not None, "this rule needs the token losses"
+    return token_loss
+
+
+def excess_loss(batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T) nats
+    return given(token_loss) + batch["reference_logprob"]
+
+
+def group(scope: str) -> Any:
+    """The processes that rank together; None: this one alone."""
+    return dist.group.WORLD if scope == "global" and dist.is_initialized() else None
+
+
+def top_k(score: Tensor, candidates: Tensor, select_ratio: float, scope: str) -> Tensor:
+    """`slm_kernels.select_top_k`; a single process is a group of one."""
+    ranks = group(scope)
+    within = "batch" if scope == "global" and ranks is None else scope
+    return select_top_k(score, candidates, select_ratio, scope=within, group=ranks)
+
+
+def lowest(score: Tensor, selected: Tensor, scope: str) -> Tensor:  # () or (B,)
+    """Lowest selected score on this rank; inf where nothing was selected."""
+    scores = score.where(selected, torch.inf)
+    return scores.amin(-1) if scope == "sequence" else scores.amin()
+
+
+def softmax_sums_to_count(scaled: Tensor, valid: Tensor, ranks: Any) -> Tensor:  # (R, N)
+    """softmax over the valid entries of each row, times their number; over all ranks' rows."""
+    scaled = scaled.masked_fill(~valid, -torch.inf)
+    largest, count = scaled.amax(-1, keepdim=True), valid.sum(-1, keepdim=True).to(scaled)
+    if ranks is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks)
+    exps = (scaled - largest.clamp(min=-1e30)).exp()  # a row without a target has no largest
+    total = exps.sum(-1, keepdim=True)
+    if ranks is not None:
+        dist.all_reduce(count, group=ranks)
+        dist.all_reduce(total, group=ranks)
+    return exps * (count / total.clamp(min=torch.finfo(total.dtype).tiny))
+
+
+def hashed_scores(window: Tensor, epoch: Tensor, length: int, seed: int) -> Tensor:
+    """Uniform float64 scores in [0, 1), (B, length), from (B,) windows and epochs."""
+    position = torch.arange(length, device=window.device)
+    state = mix(mix(mix(mix(torch.full_like(window, seed)) + window) + epoch)[:, None] + position)
+    return shift_right(state, 11).double() * 2.0**-53
+
+
+def shift_right(value: Tensor, bits: int) -> Tensor:
+    """Logical shift; torch shifts int64 arithmetically."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(value: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): int64 -> well-mixed int64, wrapping."""
+    value = value - 0x61C8864680B583EB  # the golden gamma, as a signed number
+    value = (value ^ shift_right(value, 30)) * -0x40A7B892E31B1A47
+    value = (value ^ shift_right(value, 27)) * -0x6B2FB644ECCEEE15
+    return value ^ shift_right(value, 31)

@@ -1,0 +1,1 @@
+"""The contract on disk: shards, their manifests and hashes, who is at work, windows."""

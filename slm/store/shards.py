@@ -1,0 +1,333 @@
+"""The on-disk format: token shards, aligned reference log-prob shards, their manifests.
+
+A folder holds NumPy ``.npy`` files beside JSON, nothing else::
+
+    corpus/train/    plan.json                what the shards are made of, written first
+                     tokens-00000.npy         uint16 or uint32, m * seq_len + 1 tokens
+                     documents-00000.npy      int64 (n, 4): start, source, record, first token
+                     bytes-00000.npy          UTF-8 bytes of each token
+                     masks-00000.npy          bool, only where some tokens are no targets: which are
+                     signal-00000.npy         int8, only where some source is labelled: 1 signal,
+                                              0 noise, -1 unknown
+                     tokens-00000.json        the shard's sidecar: sizes and hashes, written last
+                     manifest.json            plan + sidecars + fingerprint; there: whole
+    references/x/    logprobs-00000.npy       log p(token i | those before it in its window)
+                     entropy-00000.npy        by option: of the distribution that predicts token i
+
+Window w of a shard reads tokens [w * seq_len, (w + 1) * seq_len], so neighbouring windows share one
+token, windows never cross shards, and every token but a shard's first is a target exactly once.
+No container notices a flipped byte by itself; the hashes here do (``check="full"``, `slm verify`).
+A crash leaves temporary files and files without a sidecar, never something that looks finished.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from slm.checks import CHECKS
+from slm.errors import UserError
+from slm.store.fields import (
+    COLUMN,
+    DTYPE,
+    FILES,
+    INDEX,
+    OBJECT,
+    SHA256,
+    SIZE,
+    TEXT,
+    check_fields,
+    list_of,
+    mapping,
+    one_of,
+    optional,
+)
+from slm.store.files import (
+    Advance,
+    Json,
+    check_hash,
+    hash_file,
+    hash_json,
+    map_array,
+    nothing,
+    read_json,
+    write_json,
+    write_record,
+)
+
+FORMAT = 1
+SHARD = {
+    "index": INDEX,
+    "num_tokens": SIZE,
+    "sha256": mapping(COLUMN, SHA256),
+    "dtype": mapping(COLUMN, DTYPE),
+    "rows": mapping(COLUMN, INDEX),
+}
+STORE = {
+    "fingerprint": TEXT,
+    "tokenizer_sha256": TEXT,
+    "vocab_size": SIZE,
+    "seq_len": SIZE,
+    "packing": one_of("concat", "documents"),
+    "shards": list_of(OBJECT),
+}
+MANIFESTS = {
+    "corpus": {"eos_id": INDEX, "sources": list_of(TEXT)},
+    "reference": {"corpus_fingerprint": TEXT, "model_sha256": optional(TEXT), "scoring": OBJECT},
+}
+# Fields of a corpus that decide whether a reference score belongs to a token.
+IDENTITY = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
+
+# ---- one shard, one writer --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One sidecar: a shard's number, its length and the sha256 and dtype of each of its files."""
+
+    index: int
+    num_tokens: int
+    sha256: dict[str, str]  # column -> hex digest
+    dtype: dict[str, str]  # column -> NumPy dtype
+    rows: dict[str, int]  # column -> number of rows (num_tokens, or the number of documents)
+
+    def path(self, folder: Path, column: str) -> Path:
+        return shard_path(folder, column, self.index)
+
+
+def shard_path(folder: Path, column: str, index: int, suffix: str = ".npy") -> Path:
+    return folder / f"{column}-{index:05d}{suffix}"
+
+
+def write_sidecar(folder: Path, column: str, shard: Shard) -> None:
+    """Mark a shard as finished; `column` is the file it is named after (tokens, logprobs)."""
+    write_json(shard_path(folder, column, shard.index, ".json"), asdict(shard))
+
+
+def read_sidecars(folder: Path, column: str) -> list[Shard]:
+    """The finished shards of a folder, in order."""
+    paths = sorted(folder.glob(f"{column}-*.json"))
+    return [read_shard(path, read_json(path)) for path in paths]
+
+
+def read_shard(path: Path, record: Json) -> Shard:
+    """`path` is where the record stands."""
+    check_fields(path, record, SHARD)
+    if not record["sha256"].keys() == record["dtype"].keys() == record["rows"].keys():
+        raise UserError(f"{path}: sha256, dtype and rows of a shard name other columns")
+    return Shard(**{name: record[name] for name in SHARD})
+
+
+def adopt_plan(
+    folder: Path, plan: Json, what: str = "another run", advice: str = "another output folder"
+) -> None:
+    """Write plan.json, or check that the one already there says the same thing."""
+    path = folder / "plan.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(path, plan)
+        return
+    found = read_json(path)
+    # What both have comes first: that a list is shorter says less than what differs in it.
+    both = plan.keys() & found.keys()
+    for field in [*sorted(both), *sorted(plan.keys() ^ found.keys())]:
+        before, now = found.get(field), plan.get(field)
+        if before != now:
+            raise UserError(
+                f"{folder} holds {what}: {field} is {before!r} in plan.json, {now!r} now; "
+                f"choose {advice}"
+            )
+
+
+def write_manifest(folder: Path, column: str, num_shards: int) -> Json | None:
+    """Write manifest.json once all `num_shards` sidecars are present; None before that."""
+    shards = read_sidecars(folder, column)
+    if [shard.index for shard in shards] != list(range(num_shards)):
+        return None
+    manifest = make_manifest(folder, shards)
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def make_manifest(folder: Path, shards: list[Shard]) -> Json:
+    """A function of plan.json, the sidecars and, where there is one, the tokenizer's files."""
+    body = read_json(folder / "plan.json") | {"shards": [asdict(shard) for shard in shards]}
+    made = body | {"fingerprint": fingerprint(body)}
+    if (folder / "tokenizer").is_dir():
+        files = sorted((folder / "tokenizer").iterdir())
+        made["tokenizer_files"] = {path.name: hash_file(path) for path in files}
+    return made
+
+
+def fingerprint(body: Json) -> str:
+    """The identity of a folder's content: no path, date or version is in it."""
+    keys = [*IDENTITY, "kind", "corpus_fingerprint", "model_sha256"]
+    shards = [[shard["num_tokens"], shard["sha256"]] for shard in body["shards"]]
+    return hash_json({key: body[key] for key in keys if key in body} | {"shards": shards})
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def why_not(folder: Path) -> str:
+    """Why a folder without manifest.json cannot be opened, and what to do."""
+    if not folder.exists():
+        return "it does not exist"
+    if (folder / "plan.json").exists() and not (folder / "report.json").exists():
+        return "it is unfinished, run the command that makes it again"
+    inside = [path.parent.name for path in sorted(folder.glob("*/manifest.json"))]
+    return f"name a folder in it: {', '.join(inside)}" if inside else "manifest.json is missing"
+
+
+def read_manifest(folder: Path, kind: str) -> Json:
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a finished {kind}: {why_not(folder)}")
+    manifest = read_json(path)
+    for field, expected in (("format", FORMAT), ("kind", kind)):
+        found = manifest.get(field)
+        if found != expected:
+            raise UserError(f"{path}: {field} is {found!r}, expected {expected!r}")
+    check_fields(path, manifest, STORE | MANIFESTS[kind])
+    if manifest["fingerprint"] != fingerprint(manifest):
+        raise UserError(f"{path}: its content does not match its fingerprint; it was edited")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished folder of shards, opened read-only."""
+
+    folder: Path
+    manifest: Json
+
+    @classmethod
+    def open(cls, folder: str | Path, check: str = "size"):
+        """Open and check a folder. check: "size" (lengths, dtypes) or "full" (hashes as well)."""
+        if check not in CHECKS:
+            raise UserError(f"check must be one of {CHECKS}, found {check!r}")
+        folder = Path(folder)
+        store = cls(folder, read_manifest(folder, cls.KIND))
+        for shard in store.shards:
+            for column in shard.sha256:
+                store.column(column, shard.index)
+        if check == "full":
+            store.check_hashes()
+        return store
+
+    KIND = "store"
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        path = self.folder / "manifest.json"
+        found = [read_shard(path, shard) for shard in self.manifest["shards"]]
+        if [shard.index for shard in found] != list(range(len(found))):
+            raise UserError(f"{path}: its shards are numbered {[s.index for s in found]}")
+        return found
+
+    def check_hashes(self, advance: Advance = nothing) -> None:
+        """Of every column of every shard."""
+        for shard in self.shards:
+            for column, expected in shard.sha256.items():
+                check_hash(shard.path(self.folder, column), expected, "manifest.json", advance)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    def column(self, name: str, index: int) -> np.ndarray:
+        """One column of one shard, memory-mapped."""
+        shard = self.shards[index]
+        if name not in shard.rows:
+            raise UserError(f"{self.folder}/manifest.json: shard {index} has no {name}")
+        return map_array(shard.path(self.folder, name), shard.dtype[name], shard.rows[name])
+
+
+class Corpus(Store):
+    """Token shards: ``tokens``, ``documents``, ``bytes``; by need ``masks`` and ``signal``."""
+
+    KIND = "corpus"
+
+    @classmethod
+    def open(cls, folder: str | Path, check: str = "size"):
+        """The tokenizer's files are small and what they say is believed: hashed at every check."""
+        corpus = super().open(folder, check)
+        if corpus.has_tokenizer_hashes:
+            check_fields(
+                Path(folder) / "manifest.json", corpus.manifest, {"tokenizer_files": FILES}
+            )
+            for name, expected in corpus.manifest["tokenizer_files"].items():
+                check_hash(corpus.tokenizer_folder / name, expected, "manifest.json")
+        return corpus
+
+    @property
+    def has_tokenizer_hashes(self) -> bool:
+        """Older corpora know the tokenizer's identity alone (slm.store.tokenizer)."""
+        return "tokenizer_files" in self.manifest
+
+    @property
+    def seq_len(self) -> int:
+        return self.manifest["seq_len"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["vocab_size"]
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.folder / "tokenizer"
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Some tokens (prompts) are no targets."""
+        return any("masks" in shard.sha256 for shard in self.shards)
+
+    @cached_property
+    def has_signal(self) -> bool:
+        """Some tokens are known to be signal or noise."""
+        return any("signal" in shard.sha256 for shard in self.shards)
+
+    @cached_property
+    def windows_per_shard(self) -> list[int]:
+        return [(shard.num_tokens - 1) // self.seq_len for shard in self.shards]
+
+    @property
+    def num_windows(self) -> int:
+        return sum(self.windows_per_shard)
+
+    @property
+    def num_targets(self) -> int:
+        return self.num_windows * self.seq_len
+
+
+class References(Store):
+    """Log-prob shards aligned with a corpus: ``logprobs`` and, by option, ``entropy`` columns."""
+
+    KIND = "reference"
+
+    def check_matches(self, corpus: Corpus) -> None:
+        """Refuse a reference that was scored on anything but this corpus."""
+        theirs, ours = self.manifest["corpus_fingerprint"], corpus.fingerprint
+        if theirs == ours:
+            self.check_lengths(corpus)
+            return
+        for field in IDENTITY:
+            if self.manifest[field] != corpus.manifest[field]:
+                raise UserError(
+                    f"{self.folder} does not belong to {corpus.folder}: {field} is "
+                    f"{self.manifest[field]!r} in the reference, "
+                    f"{corpus.manifest[field]!r} in the corpus"
+                )
+        raise UserError(
+            f"{self.folder} scores another corpus than {corpus.folder}: corpus fingerprint "
+            f"{theirs} in the reference, {ours} in the corpus (other text, or another order)"
+        )
+
+    def check_lengths(self, corpus: Corpus) -> None:
+        theirs, ours = ([shard.num_tokens for shard in store.shards] for store in (self, corpus))
+        if theirs != ours:
+            raise UserError(
+                f"{self.folder}/manifest.json is damaged: its shards have {theirs} tokens, those "
+                f"of {corpus.folder} {ours}"
+            )

@@ -1,0 +1,193 @@
+"""Tokenizers: load or train one, give it an identity, compare two.
+
+The identity (`tokenizer_sha256`) decides whether two folders speak of the same token ids. It covers
+everything that maps text to ids and leaves out what only maps ids to batches (padding, truncation).
+`transformers` is imported where it is used: the workers of `slm prepare` need only an `Encoder`
+(slm.prepare.encoder), and the import costs two seconds and 400 MB each.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slm.errors import UserError
+from slm.store.files import hash_json
+from slm.store.shards import Corpus
+from slm.store.trust import check_no_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("slm.store.tokenizer")
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"  # not EOS: collators take what pads for no target, and no document would end
+BATCH_SETTINGS = ("padding", "truncation")
+# A longer token is a ruler of dashes or spaces: useless, and it would not fit the uint8 column.
+MAX_TOKEN_LENGTH = 128
+# Tables have a row for each id up to the highest; the largest vocabularies have 0.9 million.
+MAX_VOCABULARY = 2**21
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+    """A Hugging Face fast tokenizer by folder or hub name; it must have an EOS token."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if Path(name).is_file():
+        raise UserError(f"{name} is a file: a tokenizer is its folder or a name on the hub")
+    if not Path(name).exists() and not looks_like_hub_name(str(name)):
+        raise UserError(f"no tokenizer at {name}: there is no such folder")
+    check_no_code(name)
+    check_vocabulary(name, rows_of(Path(name) / "tokenizer.json"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    # `tokenizers` raises a bare Exception on a damaged file, or panics.
+    except BaseException as error:
+        if isinstance(error, Exception) or is_panic(error):
+            raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
+        raise
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{name}: a fast tokenizer is needed, found {type(tokenizer).__name__}")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # Of a folder without files transformers makes one by the model's type.
+        raise UserError(f"no tokenizer at {name}: special tokens are all that it has")
+    check_vocabulary(name, vocabulary_size(tokenizer))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: the tokenizer has no eos_token; documents end with one")
+    # A model's folder gets its tokenizer.json, and who reads that alone would have texts cut.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """A mistyped path must not be looked for on a hub, with minutes of retries."""
+    owner, _, rest = name.partition("/")
+    return "/" not in rest and not Path(name).exists() and not Path(owner or "/").exists()
+
+
+def rows_of(path: Path) -> int:
+    """Rows for the ids in a tokenizer.json; 0 where there is none or it is damaged."""
+    try:
+        state = json.loads(path.read_bytes())
+        vocab, added = state["model"]["vocab"], len(state["added_tokens"])
+        highest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+        return max(highest + 1, len(vocab) + added)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+
+
+def check_vocabulary(name: str | Path, rows: int) -> None:
+    """Before `tokenizers` reads a huge one for minutes, or tables of it take the whole memory."""
+    if rows > MAX_VOCABULARY:
+        raise UserError(f"{name}: the vocabulary needs {rows:,} ids, at most {MAX_VOCABULARY:,} do")
+
+
+def is_panic(error: BaseException) -> bool:
+    """`tokenizers` gives up in a panic, e.g. where a pattern exhausts its regex engine.
+
+    That is no Exception, and its class can be imported from nowhere.
+    """
+    return type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
+    """And those after it, where it ends with a colon."""
+    lines = [line.strip() for line in str(error).split("\n")]
+    said = " ".join(lines) if lines[0].endswith(":") else lines[0]
+    return said or type(error).__name__
+
+
+def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int):
+    """A byte-level BPE of exactly `vocab_size` entries, EOS and PAD among them, for any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + 2
+    if vocab_size < least:
+        raise UserError(
+            f"tokenizer.vocab_size is {vocab_size}, it must be at least {least}: the single bytes, "
+            f"{EOS} and {PAD}"
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        special_tokens=[EOS, PAD],
+        max_token_length=MAX_TOKEN_LENGTH,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() != vocab_size:
+        raise UserError(
+            f"the text supports only {backend.get_vocab_size()} token types, "
+            f"tokenizer.vocab_size asks for {vocab_size}"
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=PAD)
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in BATCH_SETTINGS:
+        state.pop(key, None)
+    # Prompts get no special tokens here, so what would add them is not part of the identity.
+    state.pop("post_processor", None)
+    return hash_json({"tokenizer": state, "eos": tokenizer.eos_token_id})
+
+
+def load_corpus_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
+    """The tokenizer beside a corpus, which is the one that made it.
+
+    Its identity is spelled as the release of `tokenizers` at hand spells it: where that is another
+    than in the manifest, and the files are whole, an upgrade has come in between.
+    """
+    folder = corpus.tokenizer_folder
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder / 'tokenizer.json'} is missing")
+    tokenizer = load_tokenizer(folder)
+    found, expected = tokenizer_sha256(tokenizer), corpus.manifest["tokenizer_sha256"]
+    if found != expected and not corpus.has_tokenizer_hashes:
+        raise UserError(
+            f"{folder} is damaged, or was saved by another release of tokenizers: "
+            f"tokenizer_sha256 {found}, manifest.json says {expected}"
+        )
+    if found != expected:
+        log.warning(
+            "%s: these releases of tokenizers and transformers read the same files otherwise than "
+            "those that made the corpus (tokenizer_sha256 %s, manifest.json says %s)",
+            *(folder, found, expected),
+        )
+    return tokenizer
+
+
+def is_tokenizer_of(corpus: Corpus, sha256: str) -> bool:
+    """Is it the identity of the corpus's tokenizer, as it was spelled then or is now?"""
+    if sha256 == corpus.manifest["tokenizer_sha256"]:
+        return True
+    return sha256 == tokenizer_sha256(load_corpus_tokenizer(corpus))
+
+
+def share_tokenizer(one: Corpus, other: Corpus) -> bool:
+    """Do two corpora speak of the same token ids, whatever releases made them?"""
+    if one.manifest["tokenizer_sha256"] == other.manifest["tokenizer_sha256"]:
+        return True
+    first, second = (tokenizer_sha256(load_corpus_tokenizer(corpus)) for corpus in (one, other))
+    return first == second
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows that an embedding needs: added tokens count, and so do gaps between the ids."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def byte_alphabet(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
+    """Does the vocabulary spell bytes as characters (byte-level), or has it <0xNN> (fallback)?"""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = json.dumps([state["pre_tokenizer"], state["decoder"]])
+    return "ByteLevel" in parts, "ByteFallback" in parts

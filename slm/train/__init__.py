@@ -1,0 +1,1 @@
+"""Corpus (+ references) -> a trained model, its checkpoints and its curves."""

@@ -1,0 +1,125 @@
+"""What a run computes with, from its settings: the model and its rule, the trainer."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerFast
+
+from slm.errors import UserError
+from slm.model.build import SelectiveLM, check_trainable
+from slm.model.folder import check_model_folder
+from slm.score.command import load_reference
+from slm.selection.rules import Selection
+from slm.store.windows import Batch
+from slm.train.callbacks.base import StepProgress
+from slm.train.callbacks.checkpoints import Checkpoints, OnlyWriter, RandomStates, StopOnSignal
+from slm.train.callbacks.metrics import Metrics, StepClock
+from slm.train.checkpoint import VerifiedCheckpointIO
+from slm.train.data import TokenData
+from slm.train.module import SelectiveModule
+from slm.train.settings import check_config
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """Hydra's instantiate; what the node's class does not take or cannot make is one sentence."""
+    try:
+        built = instantiate(node, **arguments)
+        if isinstance(built, partial):  # called later, in the middle of Lightning's set-up
+            inspect.signature(built.func).bind_partial(*built.args, **built.keywords)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, TypeError | ValueError | MisconfigurationException):
+            raise UserError(f"{node._target_}: {error.__cause__}") from None
+        raise
+    except TypeError as error:
+        raise UserError(f"{node._target_}: {error}") from None
+    return built
+
+
+def accelerator(wanted: Any) -> Any:
+    """auto as for `device` elsewhere: Lightning would take Apple's mps first."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator is {wanted!r}, and PyTorch finds no CUDA device here")
+    return wanted
+
+
+def check_device(device: torch.device) -> None:
+    if device.type == "mps":
+        raise UserError(
+            "trainer.accelerator chooses mps, which has no float64, and losses are summed in it: "
+            "trainer.accelerator=cpu"
+        )
+
+
+def build_trainer(config: DictConfig, data: TokenData, check_owner: Callable[[], None]) -> Trainer:
+    loggers = [build(node) for node in config.logger.values()]
+    callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
+    checkpoints = next(item for item in callbacks if isinstance(item, Checkpoints))
+    # Saved last, so that a run that goes on from it lacks nothing that was made at its step.
+    callbacks.sort(key=lambda item: isinstance(item, Checkpoints))
+    clocks = [StepClock(item) for item in callbacks if isinstance(item, Metrics)]
+    trainer: Trainer = build(
+        config.trainer,
+        accelerator=accelerator(config.trainer.accelerator),
+        max_steps=round(config.max_tokens / data.tokens_per_step),
+        max_epochs=-1,
+        logger=loggers,
+        callbacks=[
+            *(OnlyWriter(check_owner), RandomStates(), *callbacks),
+            *(StopOnSignal(checkpoints), StepProgress(), *clocks),
+        ],
+        plugins=[VerifiedCheckpointIO(check_owner)],
+        enable_checkpointing=False,  # Checkpoints saves, and it alone
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    check_device(trainer.strategy.root_device)
+    trainer.accumulate_grad_batches = data.accumulate(trainer.world_size)
+    return trainer
+
+
+def build_module(
+    config: DictConfig, data: TokenData, tokenizer: PreTrainedTokenizerFast
+) -> SelectiveModule:
+    init_from = config.model.init_from
+    if init_from is not None and Path(init_from).is_dir():
+        check_model_folder("model.init_from", init_from, config.data.check)
+    lm: SelectiveLM = build(config.model, tokenizer=tokenizer, vocab_size=data.corpus.vocab_size)
+    selection: Selection = build(config.selection)
+    check_config(config, data, selection)
+    check_trainable(lm, first_windows(data))
+    return SelectiveModule(
+        lm,
+        selection,
+        build(config.optimizer.adamw),
+        build(config.optimizer.schedule),
+        config.optimizer.gradient_clip,
+        data.tokens_per_step,
+        config.selection_start,
+        load_online(config.online_reference, data, config.data.check),
+    )
+
+
+def first_windows(data: TokenData) -> Batch:
+    return data.windows.batch(np.arange(min(2, len(data.windows))))
+
+
+def load_online(folder: str | None, data: TokenData, check: str) -> SelectiveLM | None:
+    if folder is None:
+        return None
+    check_model_folder("online_reference", folder)
+    return load_reference(folder, data.corpus, "cpu", "float32", check)

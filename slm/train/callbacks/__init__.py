@@ -1,0 +1,1 @@
+"""What is done between two steps of a run, a file each."""

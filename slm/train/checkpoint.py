@@ -1,0 +1,128 @@
+"""Checkpoints that survive: atomic, hashed, complete, on optimizer steps only.
+
+    checkpoints/step-00000400.ckpt        Lightning checkpoint: weights, optimizer, schedule, order
+    checkpoints/step-00000400.ckpt.json   its sha256, written last; without it: unfinished
+    checkpoints/step-00000400.ckpt.damaged  did not verify when a run went on; nothing reads it
+    checkpoints/best-00000300.ckpt        the one of lowest held-out loss
+
+Lightning saves through a temporary file on another file system, saves no random states, ends with
+exit code 0 on SIGTERM and trains on after NaN; the pieces here replace that.
+"""
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.utils._pytree import tree_leaves
+
+from slm.errors import UserError
+from slm.store.fields import CHECKPOINT, check_fields
+from slm.store.files import Json, atomic_file, check_hash, hash_file, read_json, write_record
+
+log = logging.getLogger("slm.train.checkpoint")
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Writes in the target's own folder, syncs, renames, then writes the hash; load checks it.
+
+    check_owner: raises where another process has the run's folder now
+    """
+
+    def __init__(self, check_owner: Callable[[], None]):
+        self.check_owner = check_owner
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
+        self.check_owner()
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sidecar(path).unlink(missing_ok=True)
+        with atomic_file(path, tensor_bytes(checkpoint)) as file:
+            torch.save(checkpoint, file)
+        record = {
+            "kind": "checkpoint",
+            "sha256": hash_file(path),
+            "step": checkpoint["global_step"],
+            "tokens_seen": checkpoint["about"]["tokens_seen"],
+        }
+        write_record(sidecar(path), record)
+
+        aside(path).unlink(missing_ok=True)  # there is a whole one of this step again
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True):
+        return read_checkpoint(Path(path), map_location)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        sidecar(Path(path)).unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)
+
+
+def tensor_bytes(checkpoint: dict[str, Any]) -> int:
+    leaves = tree_leaves(checkpoint)
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Plain types and tensors of a file that verifies; nothing else that it may hold is made."""
+    check_checkpoint(path)
+    try:
+        saved = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path} is no checkpoint of slm train, though its hash is the one beside it "
+            f"({type(error).__name__})"
+        ) from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint of slm train")
+    return saved
+
+
+def check_checkpoint(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not sidecar(path).exists():
+        raise UserError(f"{path} is unfinished: {sidecar(path).name} is missing")
+    check_hash(path, read_sidecar(path)["sha256"], sidecar(path).name)
+
+
+def read_sidecar(path: Path) -> Json:
+    """What is said of a checkpoint, which may have many gigabytes itself."""
+    record = read_json(sidecar(path))
+    check_fields(sidecar(path), record, CHECKPOINT)
+    return record
+
+
+def aside(path: Path) -> Path:
+    return path.with_name(path.name + ".damaged")
+
+
+def set_aside(path: Path) -> None:
+    """Rename what does not verify, so that its step is made again and nothing counts it."""
+    os.replace(path, aside(path))
+    sidecar(path).unlink(missing_ok=True)
+
+
+def verified(paths: Iterable[Path], warn: Callable[[str], None]) -> Iterator[Path]:
+    """Those that verify, looked at as they are asked for; what does not is set aside."""
+    for path in paths:
+        try:
+            check_checkpoint(path)
+        except UserError as error:
+            set_aside(path)
+            warn(f"{error}; it is {aside(path).name} now, and the one before is looked at")
+            continue
+        yield path
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; what does not is reported and set aside."""
+    paths = sorted(folder.glob("*-*.ckpt"), key=lambda path: path.stem.split("-")[1], reverse=True)
+    return next(verified(paths, warn), None)

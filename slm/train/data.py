@@ -1,0 +1,97 @@
+"""What a run trains on and is evaluated on, as a Lightning datamodule."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+
+from slm.errors import UserError
+from slm.store.shards import Corpus
+from slm.store.tokenizer import share_tokenizer
+from slm.store.windows import Windows, open_references
+from slm.train.order import MicroBatches, Order, Steps
+
+
+class TokenData(LightningDataModule):
+    """Training windows (`corpus`, `references`) and named held-out sets.
+
+    references:        none, a folder, or a list of folders
+    combine:           what becomes of several references: mean, min or max of their losses, or
+                       mixture (the mean of their probabilities)
+    batch_size:        windows of one optimizer step, over all ranks
+    micro_batch_size:  windows of one forward on one rank
+    heldout:           name -> corpus folder, evaluated during training
+    heldout_windows:   at most this many windows of each held-out set, evenly spread
+    check:             "size", or "full" to compare every file's hash before training
+    """
+
+    def __init__(
+        self,
+        corpus: str,
+        references: str | Sequence[str] | None,
+        combine: str | None,
+        heldout: Mapping[str, str] | None,
+        heldout_windows: int,
+        batch_size: int,
+        micro_batch_size: int,
+        num_workers: int,
+        check: str,
+        seed: int,
+    ):
+        super().__init__()
+        self.corpus = Corpus.open(corpus, check)
+        self.references = open_references(references, combine, check)
+        self.windows = Windows(self.corpus, self.references, combine)
+        named = {} if heldout is None else heldout
+        self.heldout = {name: Corpus.open(folder, check) for name, folder in named.items()}
+        self.heldout_windows = heldout_windows
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.consumed_windows = 0
+        for name, held in self.heldout.items():
+            self._check_heldout(name, held)
+
+    def _check_heldout(self, name: str, held: Corpus) -> None:
+        field = "tokenizer_sha256"
+        theirs, ours = held.manifest[field], self.corpus.manifest[field]
+        if not share_tokenizer(held, self.corpus):
+            raise UserError(
+                f"held-out set {name} ({held.folder}): {field} is {theirs}, "
+                f"that of {self.corpus.folder} is {ours}"
+            )
+
+    def accumulate(self, world_size: int) -> int:
+        """Number of micro-batches of one optimizer step on each rank."""
+        per_pass = self.micro_batch_size * world_size
+        if self.batch_size % per_pass:
+            raise UserError(
+                f"data.batch_size ({self.batch_size}) must be a multiple of "
+                f"data.micro_batch_size * ranks ({self.micro_batch_size} * {world_size})"
+            )
+        return self.batch_size // per_pass
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.corpus.seq_len
+
+    def train_dataloader(self) -> MicroBatches:
+        assert self.trainer is not None
+        steps = Steps(
+            self.windows,
+            Order(len(self.windows), self.seed),
+            self.batch_size,
+            self.micro_batch_size,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        start, rest = divmod(self.consumed_windows, self.batch_size)
+        assert rest == 0, f"{self.consumed_windows=} is no multiple of {self.batch_size=}"
+        return MicroBatches(steps, start, self.num_workers, torch.cuda.is_available())
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"consumed_windows": self.trainer.global_step * self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.consumed_windows = state_dict["consumed_windows"]

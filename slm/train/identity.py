@@ -1,0 +1,105 @@
+"""run.json: what a run is made of. A folder that holds another run is refused."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from slm.errors import UserError
+from slm.model.folder import check_model_folder, model_sha256
+from slm.selection.registry import by_word, in_words, trained_word
+from slm.store.claims import Claim, claim, owner_of, remove_temporaries
+from slm.store.files import read_json, write_record
+from slm.train.checkpoint import newest_checkpoint
+from slm.train.data import TokenData
+
+log = logging.getLogger("slm.train")
+
+
+def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
+    """What must not change when a run is continued; folders may move, so hashes stand for them."""
+    plain = in_words(OmegaConf.to_container(config, resolve=True), word=trained_word)
+    init_from = plain["model"].pop("init_from")
+    if init_from is not None:
+        del plain["model"]["architecture"]  # the folder's own counts
+    loaded = None if init_from is None else init_identity("model.init_from", init_from)
+    return {
+        "seed": plain["seed"],
+        "max_tokens": plain["max_tokens"],
+        "corpus": data.corpus.fingerprint,
+        "references": [store.fingerprint for store in data.references],
+        "data.combine": plain["data"]["combine"],
+        "online_reference": online_identity(config),
+        "selection_start": plain["selection_start"],
+        "init_from": loaded,
+        "data.batch_size": plain["data"]["batch_size"],
+        "data.micro_batch_size": plain["data"]["micro_batch_size"],
+        "trainer.precision": config.trainer.precision,
+        **flat("model", plain["model"]),
+        **flat("selection", by_word(plain["selection"])),
+        **flat("optimizer", plain["optimizer"]),
+    }
+
+
+def flat(prefix: str, tree: Any) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"prefix.a.b": 1}"""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(f"{prefix}.{key}", value).items()}
+
+
+def online_identity(config: DictConfig) -> str | None:
+    name = config.online_reference
+    return None if name is None else init_identity("online_reference", name)
+
+
+def init_identity(key: str, name: str) -> str:
+    """Hash of a local folder; a hub name stands for itself."""
+    if not Path(name).is_dir():
+        return name
+    check_model_folder(key, name)
+    return model_sha256(name)
+
+
+def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | None:
+    """Write run.json or compare with it; returns the checkpoint to continue from.
+
+    A run that ended before its first checkpoint has nothing to lose and is replaced.
+    """
+    path = folder / "run.json"
+    for place in (folder, folder / "checkpoints"):
+        remove_temporaries(place)
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    others = names - {"run.claim", "status.json"}
+    if others and not path.exists():
+        raise UserError(
+            f"{folder} holds {sorted(others)[0]} and no run (run.json): choose another `out`"
+        )
+    kept = any((folder / "checkpoints").glob("[!.]*.ckpt*")) or (folder / "model").exists()
+    if not path.exists() or not kept:
+        write_record(path, identity)
+        return None
+    before = in_words(read_json(path))
+    for field in [*identity, *sorted(before.keys() - identity.keys())]:
+        if identity.get(field) != before.get(field):
+            raise UserError(
+                f"{folder} holds another run: {field} is {before.get(field)!r} in run.json, "
+                f"{identity.get(field)!r} now; choose another `out`"
+            )
+    if resume == "never":
+        raise UserError(f"{folder} holds this run already (run.json), and resume is 'never'")
+    return newest_checkpoint(folder / "checkpoints", log.warning)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[Claim]:
+    """Refuse a folder that another live process trains in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with claim(folder / "run.claim") as mine:
+        if mine is None:
+            owner = owner_of(folder / "run.claim")
+            raise UserError(f"another process trains in {folder} ({owner}, see run.claim)")
+        yield mine

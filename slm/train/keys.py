@@ -1,0 +1,132 @@
+"""The keys of `slm train`, and those of Lightning's trainer that a run may have.
+
+What is built from a `_target_` has its constructor's keys; here are those that have a range.
+"""
+
+import os
+from collections.abc import Iterator
+
+from omegaconf import DictConfig
+
+from slm.checks import (
+    CHECKS,
+    Kind,
+    Table,
+    anything,
+    check,
+    check_known,
+    each,
+    either,
+    flag,
+    folders,
+    number,
+    optional,
+    real,
+    section,
+    sections,
+    seed,
+    several,
+    text,
+    texts,
+    whole,
+    word,
+)
+from slm.model.device import PRECISIONS
+
+FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
+count, count_or_null = whole(1), optional(whole(1))
+
+# The rest of Lightning's arguments are set by us, or would train on other or fewer tokens than the
+# run's records say.
+TRAINER: Table = {
+    "trainer._target_": anything,
+    "trainer.accelerator": text,
+    "trainer.devices": anything,
+    "trainer.num_nodes": count,
+    "trainer.strategy": anything,
+    "trainer.precision": word(*PRECISIONS),
+    "trainer.deterministic": optional(either(flag, word("warn"))),
+    "trainer.benchmark": optional(flag),
+    "trainer.detect_anomaly": flag,
+    "trainer.profiler": anything,
+    "trainer.sync_batchnorm": flag,
+    "trainer.default_root_dir": optional(text),
+}
+TRAIN: Table = TRAINER | {
+    "out": text,
+    "run_dir": text,
+    "max_tokens": count,
+    "selection_start": whole(0),
+    "online_reference": optional(text),
+    "seed": seed,
+    "resume": word("auto", "never"),
+    "modules": several(text, least=0),
+    "data": section,
+    "data.corpus": text,
+    "data.references": optional(texts),
+    "data.heldout": optional(either(folders, Kind("{}", lambda v: v == {}))),
+    "data.check": word(*CHECKS),
+    "data.heldout_windows": count,
+    "data.batch_size": count,
+    "data.micro_batch_size": count,
+    "data.num_workers": whole(0),
+    "data.seed": seed,
+    "model": section,
+    "model.architecture": optional(section),
+    "model.init_from": optional(text),
+    "model.attn_implementation": optional(text),
+    "model.activation_checkpointing": flag,
+    "model.compile": flag,
+    "model.logits_cache_bytes": whole(0),
+    "selection": section,
+    "optimizer.adamw": section,
+    "optimizer.adamw.lr": real(0),
+    "optimizer.adamw.betas": each(real(0, 1, "[)"), 2),
+    "optimizer.adamw.eps": real(0),
+    "optimizer.adamw.weight_decay": real(0),
+    "optimizer.schedule": section,
+    "optimizer.schedule.warmup_fraction": real(0, 1),
+    "optimizer.schedule.final_fraction": real(0, 1),
+    "optimizer.gradient_clip": optional(real(0, ends="()")),
+    "callbacks": sections,
+    "callbacks.metrics.every_steps": count,
+    "callbacks.heldout.every_tokens": count_or_null,
+    "callbacks.heldout.batch_size": count,
+    "callbacks.mask_overlap.num_windows": count,
+    "callbacks.mask_overlap.every_tokens": count_or_null,
+    "callbacks.checkpoints.every_tokens": count_or_null,
+    "callbacks.checkpoints.keep": count_or_null,
+    "callbacks.dynamics.num_targets": count,
+    "callbacks.dynamics.seed": seed,
+    "callbacks.dynamics.by_source": flag,
+    "callbacks.dynamics.every_tokens": count_or_null,
+    "callbacks.dynamics.batch_size": count,
+    "callbacks.dynamics.threshold": real(0),
+    "callbacks.dynamics.mean_loss": optional(number),
+    "logger": sections,
+}
+LENGTH = "max_tokens alone says how long a run is"
+INSTEAD = {
+    **dict.fromkeys(
+        [f"trainer.{name}" for name in ("max_steps", "max_epochs", "max_time", "min_steps")], LENGTH
+    ),
+    **dict.fromkeys(
+        [f"trainer.{name}" for name in ("limit_train_batches", "overfit_batches", "fast_dev_run")],
+        "which would end the run early or repeat its batches: a run trains on max_tokens tokens "
+        "(experiment=smoke is a short one)",
+    ),
+    "trainer.accumulate_grad_batches": "data.batch_size and data.micro_batch_size give it",
+    "trainer.gradient_clip_val": "optimizer.gradient_clip does its work",
+}
+
+
+def check_train(config: DictConfig) -> None:
+    check(config, TRAIN, INSTEAD)
+    for name, key in trainer_environment():
+        check_known(key, TRAINER, {key: f"as {name} in the environment, where nothing may set it"})
+
+
+def trainer_environment() -> Iterator[tuple[str, str]]:
+    for name in sorted(os.environ):
+        if name.startswith(FROM_ENVIRONMENT):
+            yield name, f"trainer.{name.removeprefix(FROM_ENVIRONMENT).lower()}"

@@ -1,0 +1,223 @@
+"""The Lightning module: choose tokens, compute the weighted loss, keep the step's sums.
+
+It trains the reference model and the CLM control (selection=all) as well as the target model. One
+optimizer step is `accumulate_grad_batches` micro-batches on each rank. Each leaves the gradient of
+its summed loss; before the update the whole gradient is divided once, by what the rule divides by
+(the number of selected or of valid tokens) over all micro-batches and ranks.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from slm.errors import NonFiniteError, UserError
+from slm.model.build import SelectiveLM
+from slm.selection.books import StepResult, TokenRecord, mean_threshold, named, no_sums, step_sums
+from slm.selection.rules import All, Choice, Selection
+from slm.store.windows import IGNORE_INDEX, Batch
+
+
+class SelectiveModule(LightningModule):
+    """`lm` trained on the tokens that `selection` chooses.
+
+    tokens_per_step:   training tokens of one optimizer step, over all ranks
+    selection_start:   tokens seen before `selection` takes over; until then every token is trained
+    online_reference:  a frozen model that scores every batch as it comes
+    """
+
+    def __init__(
+        self,
+        lm: SelectiveLM,
+        selection: Selection,
+        optimizer: Callable[[SelectiveLM], Optimizer],
+        schedule: Callable[[Optimizer, int], LRScheduler],
+        gradient_clip: float | None,
+        tokens_per_step: int,
+        selection_start: int = 0,
+        online_reference: SelectiveLM | None = None,
+    ):
+        super().__init__()
+        self.lm, self.selection = lm, selection
+        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.gradient_clip = gradient_clip
+        self.tokens_per_step, self.selection_start = tokens_per_step, selection_start
+        # In a tuple: a submodule would be wrapped, sharded and saved with what is trained.
+        self.online = () if online_reference is None else (online_reference,)
+        self.tokens_selected = self.tokens_trained = 0  # over the whole run and all ranks
+        self.grad_norm = 0.0
+        self.heldout_losses: dict[str, float] = {}  # of the step that just ended, if evaluated
+
+    @property
+    def tokens_seen(self) -> int:
+        """When the step began: a function of the step alone, so a resumed run agrees."""
+        return self.trainer.global_step * self.tokens_per_step
+
+    def rule(self) -> Selection:
+        """The one in force at this step."""
+        return self.selection if self.tokens_seen >= self.selection_start else All()
+
+    def on_fit_start(self) -> None:
+        for reference in self.online:
+            reference.to(self.device).eval().requires_grad_(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._begin_step()
+        batch = self.scored(batch)
+        rule, choices = self.rule(), []
+        self._select_ratio = rule.ratio(self.tokens_seen)
+
+        def choose(token_loss: Tensor | None) -> Tensor:
+            choices.append(rule.choose(batch, token_loss, self.tokens_seen))
+            return choices[-1].token_weight
+
+        on_cpu = self.device.type == "cpu"  # where counting rows is free
+        self._provisional = float(batch["targets"].numel())
+        output = self.lm(
+            batch,
+            choose if rule.needs_token_loss else choose(None),
+            denominator=self._provisional,
+            max_rows=None if on_cpu else rule.max_rows(batch, self.tokens_seen),
+        )
+        self._add(batch, output, choices[-1])
+        # Lightning divides by the number of micro-batches; the denominator is the whole step's.
+        return output.loss * self.trainer.accumulate_grad_batches
+
+    @torch.no_grad()
+    def scored(self, batch: Batch) -> Batch:
+        """With the scores of the online reference, where there is one.
+
+        It runs under the trainer's precision, as the model that is trained does; in float32 its
+        scores are the stored ones within 1e-5 nats, in bfloat16 they differ by that rounding.
+        """
+        for reference in self.online:
+            scores = reference(batch, want_entropy="reference_entropy" in self.selection.needs)
+            dead = batch["targets"] == IGNORE_INDEX
+            batch = batch | {"reference_logprob": (-scores.loss).masked_fill(dead, torch.nan)}
+            if scores.entropy is not None:
+                batch["reference_entropy"] = scores.entropy.masked_fill(dead, torch.nan)
+        return batch
+
+    def _begin_step(self) -> None:
+        self._sums = no_sums(self.device)
+        self._records: list[TokenRecord] = []
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        """In place."""
+        return torch.as_tensor(self.trainer.strategy.reduce(values, reduce_op="sum"))
+
+    @torch.no_grad()
+    def _add(self, batch: Batch, output: Any, choice: Choice) -> None:
+        valid = batch["targets"] != IGNORE_INDEX
+        reference = -batch["reference_logprob"] if "reference_logprob" in batch else None
+        record = TokenRecord(
+            batch["window"],
+            valid,
+            choice.selected,
+            output.token_loss.detach(),
+            reference,
+            output.token_weight,
+        )
+        self._sums += step_sums(record)
+        self._records.append(record)
+        self._threshold = choice.threshold
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Divide by the denominator, clip; stop before the update where something is not finite.
+
+        All ranks see the same numbers, so all of them stop. The one device synchronisation.
+        """
+        if gradient_clip_val is not None:
+            raise UserError(
+                f"trainer.gradient_clip_val is {gradient_clip_val}, optimizer.gradient_clip is "
+                f"{self.gradient_clip}: leave the former null"
+            )
+        gradients = [p.grad for p in self.lm.parameters() if p.grad is not None]
+        norm, totals = norm_of(gradients), self._sum_over_ranks(self._sums)
+        *values, norm_value = torch.cat([totals, norm.to(totals.dtype)[None]]).tolist()
+        self._totals = named(values)
+        self._divided_by = max(1.0, self._totals[f"num_{self.rule().divides_by}"])
+        # Data-parallel wrappers average over the ranks what is to be summed.
+        scale = self._provisional * self.trainer.world_size / self._divided_by
+        self.grad_norm = norm_value * scale
+        self._check_finite()
+        limit = math.inf if self.gradient_clip is None else self.gradient_clip
+        factor = scale * min(1.0, limit / (self.grad_norm + 1e-6))
+        scale_gradients(gradients, factor)
+        self.tokens_selected += round(self._totals["num_selected"])
+        self.tokens_trained += round(self._totals["num_trained"])
+
+    def _check_finite(self) -> None:
+        """Every target's loss, not only the selected ones': a broken model is not passed over."""
+        loss = self._totals["loss_valid"]
+        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
+            windows = torch.cat([record.window for record in self._records]).tolist()
+            raise NonFiniteError(
+                f"step {self.trainer.global_step}: loss sum {loss}, gradient norm "
+                f"{self.grad_norm}; stopped before the update (windows of this rank: {windows}); "
+                "the checkpoints hold the state before it"
+            )
+
+    def step_result(self) -> StepResult:
+        """Of the step that just ended. One device synchronisation, no communication."""
+        threshold = mean_threshold(self._threshold)
+        return StepResult(
+            self._totals,
+            self._divided_by,
+            self._select_ratio,
+            threshold,
+            self.grad_norm,
+            self._records,
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.lm)
+        # max_steps, not estimated_stepping_batches: touching that loses dataloader state on resume.
+        schedule = self.make_schedule(optimizer, self.trainer.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
+            checkpoint[name] = getattr(self, name)
+        checkpoint["about"] = self._about()
+
+    def _about(self) -> dict[str, Any]:
+        """What a reader needs who has this checkpoint alone."""
+        corpus = self.trainer.datamodule.corpus  # type: ignore[attr-defined]
+        return {
+            "tokens_seen": self.tokens_seen,
+            "tokenizer_sha256": corpus.manifest["tokenizer_sha256"],
+            "config": self.lm.model.config.to_json_string(),
+            # No part of a config's JSON, and the losses' last bits depend on it.
+            "attn_implementation": self.lm.model.config._attn_implementation,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
+            setattr(self, name, checkpoint[name])
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:  # ()
+    norm = get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # DTensor: sharded by FSDP
+
+
+def scale_gradients(gradients: list[Tensor], factor: float) -> None:
+    """In place, sharded ones too."""
+    torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as torch's clipping

@@ -1,0 +1,162 @@
+"""Sources: which files are found, what a plan says of them, and which settings are refused."""
+
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+
+from slm.errors import UserError
+from slm.prepare.sources import parse_sources
+from text_helpers import source, texts, write_records
+
+
+def test_hidden_files_of_a_folder_are_not_read(tmp_path):
+    root = tmp_path / ".cache" / "data"  # what stands above the folder may be hidden
+    for name in ("a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "b/.c.jsonl", "b/._a.jsonl"):
+        write_records(root / name, {"text": name})
+    assert [text for _, text in texts(root)] == ["a.jsonl"]
+    assert [text for _, text in texts(root / "**" / "*.jsonl")] == ["a.jsonl"]
+    assert texts(root / "b" / ".c.jsonl") == [(0, "b/.c.jsonl")]  # who names it, means it
+
+
+@pytest.mark.parametrize("pattern", [".", "*.arrow"])
+def test_a_saved_dataset_is_read_without_its_cache(tmp_path, pattern):
+    folder = tmp_path / "saved"
+    given = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+    given.save_to_disk(folder, num_shards=2)
+    datasets.load_from_disk(folder).map(lambda row: {"text": row["text"] * 2})
+    assert len(list(folder.glob("cache-*.arrow"))) == 1
+    assert texts(folder / pattern) == [(0, "a"), (1, "b"), (2, "c")]
+    next(folder.glob("data-00001*")).unlink()
+    with pytest.raises(UserError, match=r"state\.json names data-00001.*, which is not there"):
+        source(folder / pattern)
+    (folder / "state.json").write_text("[]")
+    with pytest.raises(UserError, match=r"state\.json names no _data_files: it is damaged"):
+        source(folder / pattern)
+    (folder / "state.json").unlink()  # as in the cache of the hub's data sets
+    assert texts(folder / pattern) == [(0, "a"), (1, "b")]
+
+
+def test_a_saved_dictionary_of_datasets_is_read(tmp_path):
+    splits = datasets.DatasetDict()
+    for name in ("test", "train"):
+        splits[name] = datasets.Dataset.from_dict({"text": [name]})
+    splits.save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved") == [(0, "test"), (1, "train")]
+
+
+def test_a_plan_says_what_is_masked(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", {"q": "1"})
+    plans = [source(path, **given).plan() for given in ({}, {"prompt": "{q}\\n"})]
+    assert {"prompt", "messages", "roles"}.isdisjoint(plans[0])  # as in plans of before there were
+    assert plans[1] == plans[0] | {"prompt": "{q}\n"}
+    plan = source(path, messages="m").plan()
+    assert plan == plans[0] | {"messages": "m", "roles": ["assistant"]}
+
+
+def test_a_plan_says_what_is_labelled(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", {"text": "1"})
+    plan = source(path).plan()
+    assert {"signal", "noise", "noise_seed"}.isdisjoint(plan)  # as in plans of before there were
+    assert source(path, signal="meta.body").plan() == plan | {"signal": "meta.body"}
+    assert source(path, noise=0.2).plan() == plan | {"noise": 0.2, "noise_seed": 0}
+    assert source(path, noise=0, noise_seed=5).plan() == plan | {"noise": 0, "noise_seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"path": "x.jsonl"}, "x.jsonl: there is no such file"),
+        ({"pth": "x"}, r"sources\[0\] must have a path"),
+        ({"path": "a.txt", "wieght": 2}, "unknown setting 'wieght', did you mean weight"),
+        ({"path": "a.txt", "weight": "2"}, r"sources\[0\].weight must be a number, found '2'"),
+        ("", r"sources\[0\].path is '', it must be a text that is not empty"),
+        ({"path": "a.txt", "name": ""}, "name is '', it must be a text that is not empty"),
+        ({"path": "a.txt", "weight": 0}, "weight is 0, it must be positive"),
+        ({"path": "a.txt", "text": 3}, "text must be text, found 3"),
+        ({"path": "a.txt", "document": "page"}, "document is 'page', expected one of file"),
+        ({"path": "a.txt", "format": "xml"}, "format is 'xml', expected one of jsonl"),
+        ({"path": "a.jsonl", "document": "line"}, "document is for text files"),
+        ({"path": "a.jsonl", "split": "test"}, "split and revision are for the hub"),
+        ({"path": "a.jsonl", "prompt": "Q:"}, "template 'Q:' has no field"),
+        ({"path": "a.jsonl", "prompt": ["{q}"]}, r"prompt must be text, found \['{q}'\]"),
+        ({"path": "a.jsonl", "roles": ["user"]}, r"roles is \['user'\], and .*messages is not set"),
+        ({"path": "a.jsonl", "messages": "m", "text": "{a}"}, "has both messages and text"),
+        ({"path": "a.jsonl", "messages": "m", "prompt": "{a}"}, "has both messages and prompt"),
+        ({"path": "a.jsonl", "messages": "m[]"}, r"messages is 'm\[\]', it must name a list"),
+        (
+            {"path": "a.jsonl", "messages": "m", "roles": "user"},
+            "roles must be a list, found 'user'",
+        ),
+        ({"path": "a.jsonl", "messages": "m", "roles": []}, r"roles is \[\], expected one of"),
+        (
+            {"path": "a.jsonl", "messages": "m", "roles": ["asistant"]},
+            "roles is 'asistant', expected one of system, developer, user, assistant, tool",
+        ),
+        ({"path": "a.txt", "messages": "m"}, "messages is for records, a.txt is text"),
+        ({"path": "a.jsonl", "signal": 3}, "signal must be text, found 3"),
+        ({"path": "a.jsonl", "signal": "s[]"}, r"signal is 's\[\]', it must name a list"),
+        ({"path": "a.txt", "signal": "s"}, "signal is for records, a.txt is text"),
+        (
+            {"path": "a.jsonl", "signal": "s", "text": "{title}\\n{text}"},
+            r"signal counts the characters of one field, and .*text is '{title}\\\\n{text}'",
+        ),
+        ({"path": "a.jsonl", "signal": "s", "text": " {text}"}, "signal counts the characters"),
+        ({"path": "a.jsonl", "signal": "s", "text": "{a[]}"}, "signal counts the characters"),
+        ({"path": "a.jsonl", "signal": "s", "prompt": "{q}"}, "has both signal and prompt"),
+        ({"path": "a.jsonl", "signal": "s", "messages": "m"}, "has both signal and messages"),
+        ({"path": "a.jsonl", "noise": 0.1, "prompt": "{q}"}, "has both noise and prompt"),
+        ({"path": "a.jsonl", "noise": 0.1, "messages": "m"}, "has both noise and messages"),
+        ({"path": "a.jsonl", "noise": 0.1, "signal": "s"}, "has both signal and noise"),
+        ({"path": "a.txt", "noise": 1}, r"noise is 1, it must be from 0 to 0\.9"),
+        ({"path": "a.txt", "noise": -0.1}, "noise is -0.1, it must be from 0"),
+        ({"path": "a.txt", "noise": math.nan}, "noise is nan, it must be from 0"),
+        ({"path": "a.txt", "noise": True}, "noise must be a number, found True"),
+        ({"path": "a.txt", "noise_seed": 1}, "noise_seed is 1, and .*noise is not set"),
+        (
+            {"path": "a.txt", "noise": 0.1, "noise_seed": 0.5},
+            "noise_seed must be a whole number, found 0.5",
+        ),
+        ({"path": "a.tex"}, "its suffix tells no format"),
+        ({"path": "."}, r"several formats \(jsonl, text\)"),
+        ({"path": ".", "format": "parquet"}, "no such file.* of format parquet"),
+    ],
+)
+def test_mistakes_in_settings(tmp_path, monkeypatch, entry, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "a.jsonl", "a.tex"):
+        Path(name).write_text("x")
+    with pytest.raises(UserError, match=message):
+        parse_sources([entry], "sources")
+
+
+@pytest.mark.parametrize("name", ["b.zip", "b.tar", "b.tar.gz", "b.jsonl.zip"])
+def test_archives_are_named_and_not_passed_over(tmp_path, caplog, name):
+    write_records(tmp_path / "a.jsonl", {"text": "1"})
+    (tmp_path / name).write_bytes(b"PK")
+    assert texts(tmp_path) == [(0, "1")]
+    said = [r.getMessage() for r in caplog.records]
+    assert said == [f"{tmp_path / name} is not read: unpack what belongs to the data"]
+    for given in (tmp_path / name, tmp_path / "*"):
+        for more in ({}, {"format": "jsonl"}):
+            with pytest.raises(UserError, match=f"{name} is an archive, its files are not read"):
+                parse_sources([{"path": str(given)} | more], "sources")
+
+
+def test_two_sources_need_two_names(tmp_path):
+    path = str(write_records(tmp_path / "a.jsonl", {"text": "1"}))
+    with pytest.raises(UserError, match="two entries have the name 'a'; set name"):
+        parse_sources([path, path], "sources")
+    with pytest.raises(UserError, match="sources must be a list"):
+        parse_sources(path, "sources")
+
+
+def test_identity_of_files_is_not_their_folder(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_records(tmp_path / folder / "a.jsonl", {"text": "same"})
+    one, two = (source(tmp_path / folder / "a.jsonl").plan() for folder in ("one", "two"))
+    assert one == two
+    write_records(tmp_path / "two" / "a.jsonl", {"text": "sane"})
+    assert source(tmp_path / "two" / "a.jsonl").plan() != one

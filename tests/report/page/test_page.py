@@ -1,0 +1,586 @@
+"""The page: nothing in it is markup but its own, it asks no network, and a browser shows it."""
+
+import html
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+from test_page_truth import rows as truth_rows_of
+
+from page_helpers import make_analysis, prose
+from run_helpers import make_run
+from slm.dynamics.analysis import Analysis
+from slm.dynamics.classes import CLASSES
+from slm.report.arms import arms_of, read_runs
+from slm.report.command import control_losses, ratio_panel, table_rows, tokens_panels
+from slm.report.page import page as page_module
+from slm.report.page.page import SweepFigures, as_json, sweep_table, write_page
+from slm.report.page.tokens import draw_sample, shown_targets
+from slm.report.paper.plots import RatioPanel, TokensPanel
+from slm.train.curves import Curve
+
+EVIL = [
+    b"</script><img src=x onerror=window.hit=1>",
+    b"<!--<script>",
+    b"\"quotes'",
+    b"\n",
+    b"\t",
+    b" &lt;b&gt;",
+    "\U0001f600".encode(),
+    "مرحبا".encode(),
+    "שלום".encode(),
+    b"\xe2\x80",
+    b"\x99",
+    "\u202eabc\u2028".encode(),
+    b"\xff",
+    b"  {{ 1 }}",
+    b"plain",
+    b"\r",
+]
+# What the browser shows of them, with its marks.
+SHOWN = {
+    b"\n": "↵\n",
+    b"\t": "→\t",
+    b"\xe2\x80": "⟨e2 80⟩",
+    b"\x99": "\u2019",
+    "\u202eabc\u2028".encode(): "⟨U+202E⟩abc⟨U+2028⟩",
+    b"\xff": "\ufffd",
+    b"\r": "⟨CR⟩",
+}
+EVIL_NAME = "</title><img src=x onerror=window.hit=2>"
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory) -> Analysis:
+    folder = tmp_path_factory.mktemp("evil")
+    texts = [EVIL, [b"plain"] * len(EVIL), EVIL]
+    return make_analysis(folder / "d", texts, EVIL_NAME, sources=(EVIL_NAME, "b"))
+
+
+def make_sweep(name: str = "excess") -> SweepFigures:
+    seen = np.arange(5) * 1000.0
+    curves = [Curve("k = 0.5", seen, np.array([9.0, 5, 4, 3.5, end])) for end in (3.25, 3.0)]
+    control = [Curve("all tokens", seen, np.array([9.0, 5.5, 4, 3.5, 3.3]))]
+    points = {name: [(0.5, [3.25, 3.0]), (0.7, [3.5])]}
+    row = {"rule": "excess", "set": "math", "tokens_seen": 4000, "tokens_selected": 2000}
+    rows = [
+        row
+        | {"arm": f"{name} 0.5", "mean": 3.125, "low": 3.0, "high": 3.25, "seeds": 2}
+        | {"tokens_to_all_tokens_loss": 3456},
+        row
+        | {"arm": "all", "mean": 3.3, "low": 3.3, "high": 3.3, "seeds": 1}
+        | {"tokens_to_all_tokens_loss": None},
+    ]
+    return SweepFigures(
+        [RatioPanel("math", points, {}, {"all tokens": 3.3})],
+        [[TokensPanel(f"{name}, math", curves, control)]],
+        ["math"],
+        rows,
+        ["Left out: `x`: failed"],
+    )
+
+
+def embedded(page: str) -> Any:
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+def own_part(page: str) -> str:
+    """Without Plotly: the last but one script."""
+    parts = page.split("<script>")
+    assert len(parts) == 3
+    return parts[0] + parts[2]
+
+
+# ---- the file -----------------------------------------------------------------------------------
+
+
+def test_json_in_a_script_element_reads_the_same_and_holds_no_markup():
+    value = {"<a>": ["</script>", "a&b", "\u2028\u2029", "é😀", None, 1.5, '"', "\\u003c"]}
+    text = as_json(value)
+    assert json.loads(text) == value
+    assert text.isascii() and not set("<>&") & set(text)
+    with pytest.raises(ValueError):
+        as_json([float("nan")])
+
+
+def test_no_text_becomes_markup(tmp_path, evil):
+    write_page(tmp_path / "page.html", EVIL_NAME, [evil], make_sweep(EVIL_NAME))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<img" not in own_part(page) and "onerror=window" in own_part(page)
+    assert own_part(page).count("</script>") == 2  # the data's and the page's own
+    assert page.count("</title>") == 1 + page.split("<script>")[1].count("</title>")
+    texts = embedded(page)["windows"].popitem()[1][0]["texts"]
+    assert texts[0].encode() == EVIL[0] and texts[10] == "\u2019"
+
+
+def test_the_file_names_nothing_to_fetch(tmp_path, evil):
+    write_page(tmp_path / "page.html", "t", [evil], make_sweep())
+    own = own_part((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert not re.findall(r"https?:|\bsrc=(?!x)|<link|@import|url\(", own)
+    assert "default-src 'none'" in own
+
+
+def test_the_data_are_the_analysis(tmp_path, evil):
+    write_page(tmp_path / "page.html", "t", [evil], seed=3)
+    run = embedded((tmp_path / "page.html").read_text(encoding="utf-8"))["runs"][0]
+    columns, found = run["columns"], evil.trajectories
+    shown = shown_targets(evil.tokens, draw_sample(evil.tokens, 24, 12_000, 3))
+    assert sorted(shown) == list(range(evil.tokens.num_targets))  # three windows: all are shown
+    assert columns["class"] == found.label[shown].tolist()
+    assert columns["last"] == pytest.approx(found.last[shown], abs=6e-4)
+    assert evil.kept is not None and columns["times"] == evil.kept.times[shown].tolist()
+    assert run["tokens_seen"] == evil.tokens_seen.tolist()
+    assert run["sources"] == [EVIL_NAME, "b"]
+    losses = {trace["name"]: trace["y"] for trace in run["figures"]["losses"]["data"]}
+    assert losses["all tokens"] == pytest.approx(evil.mean_losses, abs=6e-5)
+    assert len(run["examples"]) == len(run["example_columns"]["class"])
+    assert run["example_columns"]["class"] == sorted(run["example_columns"]["class"])
+
+
+def test_runs_on_the_same_tokens_share_their_text(tmp_path):
+    runs = [make_analysis(tmp_path / n, prose(4, 9), n) for n in "ab"]
+    other = make_analysis(tmp_path / "c", prose(5, 9), "c")
+    write_page(tmp_path / "page.html", "t", [*runs, other])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    data = embedded(page)
+    assert len(data["windows"]) == 2 and [run["name"] for run in data["runs"]] == ["a", "b", "c"]
+    assert data["runs"][0]["set"] == data["runs"][1]["set"] != data["runs"][2]["set"]
+    assert "were scored on different tokens" in page
+    write_page(tmp_path / "page.html", "t", runs)
+    assert "different tokens" not in own_part((tmp_path / "page.html").read_text())
+
+
+def test_either_part_may_be_absent(tmp_path, evil):
+    write_page(tmp_path / "sweep.html", "t", [], make_sweep())
+    write_page(tmp_path / "run.html", "t", [evil])
+    sweep, run = ((tmp_path / f"{n}.html").read_text(encoding="utf-8") for n in ("sweep", "run"))
+    assert 'id="sweep"' in sweep and 'id="dynamics"' not in sweep
+    assert 'id="sweep"' not in run and 'id="dynamics"' in run
+    assert embedded(run)["compared"] == {} and embedded(sweep)["runs"] == []
+
+
+def test_uneven_checkpoints_are_said(tmp_path):
+    analysis = make_analysis(tmp_path / "d", prose(2, 9))
+    write_page(tmp_path / "even.html", "t", [analysis])
+    analysis.store.append(90_000, np.ones(analysis.tokens.num_targets))
+    uneven = make_analysis(tmp_path / "d", prose(2, 9))
+    write_page(tmp_path / "uneven.html", "t", [uneven])
+    said = ["not evenly spaced" in (tmp_path / f"{n}.html").read_text() for n in ("even", "uneven")]
+    assert said == [False, True]
+
+
+def cells(page: str, table: int) -> list[list[str]]:
+    body = re.findall(r"<table>(.*?)</table>", page, re.S)[table]
+    rows = re.findall(r"<tr>(.*?)</tr>", body, re.S)
+    plain = [[re.sub(r"<[^>]*>", "", c) for c in re.findall(r"<t[hd].*?</t[hd]>", r)] for r in rows]
+    return [[html.unescape(cell) for cell in row] for row in plain]
+
+
+def test_the_tables_hold_the_numbers(tmp_path):
+    analysis = make_analysis(tmp_path / "d", prose(4, 9))
+    write_page(tmp_path / "page.html", "t", [analysis], make_sweep())
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    reach = "tokens to all tokens’ loss, math"
+    assert cells(page, 0) == [
+        ["arm", "math", "seeds", "tokens seen", "tokens selected", reach],
+        ["excess 0.5", "3.1250 3.0000 to 3.2500", "2", "4,000", "2,000", "3,456"],
+        ["all", "3.3000", "1", "4,000", "2,000", "–"],
+    ]  # fmt: skip
+    assert sweep_table(make_sweep())["best"] == {"math": 3.125}
+    for row, name in zip(cells(page, 1)[1:], CLASSES, strict=True):
+        share = analysis.shares[name]
+        assert row[1:4] == [
+            f"{100 * share.share:.1f}%",
+            f"{100 * share.low:.1f}% to {100 * share.high:.1f}%",
+            f"{share.num_tokens}",
+        ]
+        assert row[5] == f"{analysis.class_losses[-1, CLASSES.index(name)]:.3f}"
+    assert f"level (mean loss) {analysis.mean_loss:.3f} nats" in page
+
+
+def test_the_reports_own_panels_fit(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"half{seed}", ratio=0.5, seed=seed, final=3.0 + seed)
+        make_run(tmp_path / "runs" / f"all{seed}", ratio=1.0, seed=seed, final=3.5 + seed)
+        make_run(tmp_path / "runs" / f"soft{seed}", "Softmax", None, seed, 3.25)
+    arms = arms_of(read_runs([str(tmp_path / "runs")])[0])
+    control = control_losses(arms, ["a"])
+    sweep = SweepFigures(
+        [ratio_panel("a", arms, control, [])],
+        [tokens_panels("a", arms)],
+        ["a"],
+        table_rows(arms, ["a"], control),
+        [],
+    )
+    write_page(tmp_path / "page.html", "t", [], sweep)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert [row[:2] for row in cells(page, 0)[1:]] == [
+        ["excess 0.5", "3.5000 3.0000 to 4.0000"],
+        ["excess 1", "4.0000 3.5000 to 4.5000"],
+        ["softmax", "3.2500 3.2500 to 3.2500"],
+    ]
+    drawn = embedded(page)["sweep"]
+    lines = {trace["name"]: trace["y"] for trace in drawn["ratios"][0]["data"]}
+    assert lines == {"excess": [3.5, 4.0], "softmax": [3.25, 3.25], "all tokens": [4.0, 4.0]}
+    assert len(drawn["tokens"]) == 2
+
+
+def test_many_runs_stay_small(tmp_path):
+    runs = [make_analysis(tmp_path / str(n), prose(30, 257), f"run {n}") for n in range(6)]
+    write_page(tmp_path / "page.html", "t", runs)
+    assert (tmp_path / "page.html").stat().st_size < 8_000_000
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = sum(len(run["columns"]["class"]) for run in embedded(page)["runs"])
+    assert 15_000 < shown <= 18_000
+
+
+def test_a_page_that_is_too_large_is_said(tmp_path, evil, monkeypatch, caplog):
+    write_page(tmp_path / "page.html", "t", [evil])
+    assert caplog.text == ""
+    monkeypatch.setattr(page_module, "MAX_BYTES", 1_000_000)
+    write_page(tmp_path / "page.html", "t", [evil])
+    assert "MB, browsers will be slow: show fewer runs" in caplog.text
+
+
+def test_classes_of_other_checkpoints_are_not_compared_unsaid(tmp_path):
+    runs = [make_analysis(tmp_path / n, prose(4, 9), n) for n in "ab"]
+    write_page(tmp_path / "page.html", "t", runs)
+    said = "scored at different checkpoints"
+    assert said not in (tmp_path / "page.html").read_text()
+    for other in (make_analysis(tmp_path / "c", prose(4, 9), "c", checkpoints=5),
+                  replace(runs[1], threshold=0.5)):  # fmt: skip
+        write_page(tmp_path / "page.html", "t", [runs[0], other])
+        assert said in (tmp_path / "page.html").read_text()
+
+
+def test_without_a_ratio_there_is_no_empty_figure(tmp_path):
+    sweep = make_sweep()
+    for panels, shown in ((sweep.ratio_panels, True), ([], False)):
+        write_page(tmp_path / "page.html", "t", [], sweep._replace(ratio_panels=panels))
+        page = (tmp_path / "page.html").read_text()
+        assert ("Final loss against select_ratio" in page) == shown
+
+
+@pytest.mark.slow
+def test_the_page_of_320_000_tokens_at_64_checkpoints_is_small(tmp_path):
+    analysis = make_analysis(tmp_path / "d", prose(160, 2001), checkpoints=64)
+    assert analysis.tokens.num_targets == 319_999
+    write_page(tmp_path / "page.html", "t", [analysis])
+    assert (tmp_path / "page.html").stat().st_size < 8_000_000
+
+
+# ---- in a browser -------------------------------------------------------------------------------
+
+
+def browser_path() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        reason = "needs Chromium or Chrome on the PATH, e.g. apt-get install chromium"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [(False, pytest.skip.Exception), (True, pytest.fail.Exception)]
+)
+def test_without_a_browser_ci_fails_and_others_skip(monkeypatch, ci, outcome):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CI", raising=False)
+    if ci:
+        monkeypatch.setenv("CI", "true")
+    with pytest.raises(outcome, match="apt-get install chromium"):
+        browser_path()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = browser_path()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory, evil) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    runs = [make_analysis(folder / n, prose(30, 129), f"run {n}", dead=9) for n in "ab"]
+    truth = truth_rows_of("run a")
+    write_page(folder / "page.html", "A page", [*runs, evil], make_sweep(), truth)
+    return folder / "page.html"
+
+
+@pytest.fixture
+def open_page(browser, page_file) -> Iterator[Any]:
+    """open_page(width, scheme) -> a page; afterwards it has neither complained nor fetched."""
+    contexts, complaints, requests = [], [], []
+
+    def open_it(width: int = 1200, scheme: str = "light", file: Path = page_file) -> Page:
+        size: Any = {"width": width, "height": 900}
+        context = browser.new_context(viewport=size, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(file.as_uri())
+        wait_until(page, "document.querySelectorAll('.plot .main-svg').length > 0")
+        return page
+
+    yield open_it
+    hits = [page.evaluate("window.hit || 0") for c in contexts for page in c.pages]
+    for context in contexts:
+        context.close()
+    assert complaints == [] and not any(hits)
+    assert len(requests) == len(contexts) and all(url.startswith("file:") for url in requests)
+
+
+TIP = (
+    "[...document.querySelectorAll('#tip dt')].map(e => [e.textContent, e.nextSibling.textContent])"
+)
+GROUNDS = "[...document.querySelectorAll('.t')].map(e => getComputedStyle(e).backgroundColor)"
+# WCAG's contrast of each token's text with what is behind it; a canvas resolves any colour.
+CONTRASTS = """() => {
+  const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const paper = getComputedStyle(document.documentElement).backgroundColor;
+  const luminance = (...colours) => {
+    for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+    const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3)
+      .map((v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const texts = ".t, p, figcaption, dd, td, th, h1, h2, h3, #legend";
+  return [...document.querySelectorAll(texts)].map((e) => {
+    const style = getComputedStyle(e), ground = luminance(paper, style.backgroundColor);
+    const text = luminance(paper, style.backgroundColor, style.color);
+    return (Math.max(ground, text) + 0.05) / (Math.min(ground, text) + 0.05);
+  });
+}"""
+
+
+PLOTS = "[...document.querySelectorAll('.plot')].map(e => [e.clientWidth, e._fullLayout.width])"
+
+
+def wait_until(page: Page, expression: str, seconds: float = 10) -> None:
+    """`wait_for_function` evaluates strings in the page, which the page forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"{expression} never came true"
+        page.wait_for_timeout(50)
+
+
+def choose_run(page: Page, index: int) -> None:
+    page.select_option("#run", str(index))
+
+
+@pytest.mark.slow
+def test_a_tooltip_has_the_numbers_of_its_token(open_page, page_file):
+    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+    run = data["runs"][0]
+    window, columns = data["windows"][run["set"]][0], run["columns"]
+    assert window["live"][:3] == [0, 1, 1]
+    page.locator(".t").nth(2).hover()
+    found = dict(page.evaluate(TIP))
+    seen = run["tokens_seen"]
+    below = columns["first_below"][1]
+
+    def nats(name: str, sign: str = "") -> str:
+        return f"{columns[name][1]:{sign}.3f}".replace("-", "−")
+
+    assert found == {
+        "token id": str(window["ids"][2]),
+        "window": str(window["window"]),
+        "source": run["sources"][columns["source"][1]],
+        "class": data["classes"][columns["class"][1]]["name"],
+        "loss, first and last": f"{nats('first')} → {nats('last')}",
+        "fitted line": f"{nats('start')} → {nats('end')}",
+        "delta": nats("delta", "+"),
+        "variance around the line": nats("variance"),
+        "crossings of the mean": str(columns["crossings"][1]),
+        "first below the mean": f"after {seen[below]:,} tokens" if below >= 0 else "never",
+        "reference loss": nats("reference"),
+        "excess loss, last": nats("excess", "+"),
+        "times selected": f"{columns['times'][1]} of {len(seen)}",
+    }
+    assert page.locator("#tip .head").text_content() == window["texts"][2]
+    drawn = """[...document.querySelector("#tip canvas").getContext("2d")
+      .getImageData(0, 0, 240, 56).data].some(value => value > 0)"""
+    assert page.evaluate(drawn)
+
+
+@pytest.mark.slow
+def test_the_second_page_goes_on_where_the_first_ended(open_page, page_file):
+    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+    run = data["runs"][0]
+    windows = data["windows"][run["set"]]
+    page.click("#next")
+    assert page.locator("#place").text_content() == f"windows 6 to 10 of {len(windows)}"
+    number = sum(sum(window["live"]) for window in windows[:5]) + 6
+    page.locator(".t").nth(7).hover()
+    assert dict(page.evaluate(TIP))["loss, first and last"] == (
+        f"{run['columns']['first'][number]:.3f} → {run['columns']['last'][number]:.3f}"
+    )
+    page.click("#previous")
+    assert page.locator("#previous").is_disabled()
+
+
+@pytest.mark.slow
+def test_the_keyboard_moves_from_token_to_token(open_page):
+    page = open_page()
+    page.locator(".t").first.focus()
+    assert dict(page.evaluate(TIP))[""] == "no target: no loss here"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".t").nth(2).evaluate("e => e === document.activeElement")
+    assert page.locator("#tip").is_visible() and "delta" in dict(page.evaluate(TIP))
+    assert page.locator('.t[tabindex="0"]').count() == 1
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+
+
+@pytest.mark.slow
+def test_the_switches_change_the_colours(open_page, page_file):
+    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+    run = data["runs"][0]
+    live = [bit for window in data["windows"][run["set"]][:5] for bit in window["live"]]
+    places = np.flatnonzero(live)
+    columns = {
+        name: np.array(run["columns"][name][: len(places)]) for name in ("class", "excess", "times")
+    }
+    grounds = {}
+    for mode in ("class", "excess", "times"):
+        page.check(f"input[value={mode}]")
+        grounds[mode] = np.array(page.evaluate(GROUNDS))
+        legend = page.locator("#legend").text_content() or ""
+        assert {"class": "forgotten", "excess": "0", "times": "checkpoints"}[mode] in legend
+        assert len(set(np.delete(grounds[mode], places))) == 1  # no targets
+    by_class = grounds["class"][places]
+    assert [len(set(by_class[columns["class"] == i])) for i in range(4)] == [1, 1, 1, 1]
+    assert len(set(by_class)) == 4
+    by_times = grounds["times"][places]
+    for count in set(columns["times"].tolist()):
+        assert len(set(by_times[columns["times"] == count])) == 1
+    assert len(set(by_times)) == len(set(columns["times"].tolist()))
+    order = np.argsort(columns["excess"])
+    blue, orange = (grounds["excess"][places][order[place]] for place in (0, -1))
+    reds = [float(re.findall(r"[\d.]+", text)[0]) for text in (blue, orange)]
+    assert reds[0] < 0.7 * reds[1]
+
+
+@pytest.mark.slow
+def test_odd_tokens_are_shown_as_what_they_are(open_page):
+    page = open_page()
+    choose_run(page, 2)
+    texts = page.evaluate("[...document.querySelectorAll('.t')].map(e => e.textContent)")
+    expected = [SHOWN[piece] if piece in SHOWN else piece.decode() for piece in EVIL]
+    assert texts[: len(EVIL)] == expected
+    page.locator(".t").nth(9).hover()
+    assert page.locator("#tip .head").text_content() == "⟨e2 80⟩  bytes ⟨e2 80⟩"
+    page.locator(".t").nth(0).hover()
+    assert (page.locator("#tip .head").text_content() or "").encode() == EVIL[0]
+    boxes = [page.locator(".t").nth(i).bounding_box() for i in (7, 8)]  # Arabic, then Hebrew
+    assert boxes[0] and boxes[1]
+    assert (boxes[0]["y"], boxes[0]["x"]) < (boxes[1]["y"], boxes[1]["x"])
+    isolated = page.locator(".t").nth(7).evaluate("e => getComputedStyle(e).unicodeBidi")
+    assert isolated == "isolate"
+    assert page.locator("#dynamics img").count() == 0
+
+
+@pytest.mark.slow
+def test_another_run_has_its_own_figures(open_page, page_file):
+    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+    shown = "document.querySelector('[data-figure=losses]').data.map(t => [t.name, t.y])"
+    for index in (1, 2):
+        choose_run(page, index)
+        expected = data["runs"][index]["figures"]["losses"]["data"]
+        assert page.evaluate(shown) == [[t["name"], t["y"]] for t in expected]
+        assert page.locator(".run:visible").count() == 1
+    assert page.locator(".run:visible h3").text_content() == EVIL_NAME
+
+
+@pytest.mark.slow
+def test_the_button_turns_the_page_dark_and_back(open_page):
+    page = open_page()
+    ground = "getComputedStyle(document.documentElement).backgroundColor"
+    ink = "document.querySelector('[data-figure=losses]').layout.font.color"
+    light = page.evaluate(ground), page.evaluate(ink)
+    page.click("#theme")
+    dark = page.evaluate(ground), page.evaluate(ink)
+    assert light[0] != dark[0] and light[1] != dark[1]
+    assert page.locator("#theme").text_content() == "Light"
+    page.click("#theme")
+    assert (page.evaluate(ground), page.evaluate(ink)) == light
+    assert open_page(scheme="dark").evaluate(ground) == dark[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1600])
+def test_it_fits_and_can_be_read(open_page, tmp_path, width, scheme):
+    page = open_page(width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for mode in ("class", "excess", "times"):
+        page.check(f"input[value={mode}]")
+        assert min(page.evaluate(CONTRASTS)) >= 4.5, mode
+    wait_until(page, f"({PLOTS}).every(([outer, inner]) => Math.abs(outer - inner) <= 1)")
+    page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
+    assert (tmp_path / f"{scheme}-{width}.png").stat().st_size > 50_000
+
+
+@pytest.mark.slow
+def test_plots_follow_the_window(open_page):
+    page = open_page(1600)
+    page.set_viewport_size({"width": 500, "height": 900})
+    wait_until(
+        page, f"({PLOTS}).every(([outer, inner]) => inner <= 500 && Math.abs(outer - inner) <= 1)"
+    )
+
+
+@pytest.mark.slow
+def test_an_example_is_pointed_out_in_its_plot(open_page, page_file):
+    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+    page.locator(".examples button").nth(1).focus()
+    faint = "document.querySelector('#trajectories .plot').data.map(t => t.opacity)"
+    assert page.evaluate(faint)[:6] == [0.15, 0.15, 1, 1, 0.15, 0.15]
+    assert dict(page.evaluate(TIP))["token id"] == str(data["runs"][0]["examples"][1]["id"])
+
+
+@pytest.mark.slow
+def test_a_page_with_one_part_works(open_page, tmp_path):
+    write_page(tmp_path / "sweep.html", "t", [], make_sweep())
+    page = open_page(file=tmp_path / "sweep.html")
+    assert page.locator(".plot .main-svg").count() > 0 and page.locator("#run").count() == 0
+    bare = make_analysis(tmp_path / "d", prose(2, 9), references=False)
+    write_page(tmp_path / "bare.html", "t", [bare])
+    page = open_page(file=tmp_path / "bare.html")
+    assert page.locator("#run").is_hidden() and page.locator("input[value=excess]").is_hidden()
+    assert page.locator("[data-figure=kept_loss]").is_hidden()
+    assert page.locator("text=The store has no reference losses").is_visible()
+
+
+@pytest.mark.slow
+def test_signal_and_noise_are_shown_of_runs_that_have_labels(open_page):
+    page = open_page()
+    table = page.locator("table:visible", has_text="kept by")
+    assert table.count() == 1
+    cells = [row.split("\t") for row in table.inner_text().splitlines()]
+    assert cells[1] == "all\thigh excess loss\t0.800\t90.0%\t80.0%\t75.0%\t40".split("\t")
+    assert cells[3][0] == "<web>"
+    assert page.locator("[data-figure=truth] .main-svg").count() > 0
+    page.select_option("#run", "1")
+    assert page.locator("table:visible", has_text="kept by").count() == 0
+    assert not page.locator("[data-figure=truth]").is_visible()

@@ -1,0 +1,174 @@
+"""Tokenizers that are loaded, trained and compared."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import (
+    Tokenizer,
+    models,
+)
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+from conftest import swap_ids
+from slm.errors import UserError
+from slm.store import tokenizer as tokenizer_module
+from slm.store.files import read_json, write_json
+from slm.store.shards import Corpus, write_manifest
+from slm.store.tokenizer import (
+    EOS,
+    is_tokenizer_of,
+    load_corpus_tokenizer,
+    load_tokenizer,
+    share_tokenizer,
+    tokenizer_sha256,
+    train_tokenizer,
+)
+from text_helpers import TEXTS, encode
+
+
+def test_what_is_loaded_is_saved_without_truncation_and_padding(tokenizer, tmp_path):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    changed = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    changed.save_pretrained(tmp_path / "cuts")
+    assert len(Tokenizer.from_file(str(tmp_path / "cuts" / "tokenizer.json")).encode("a").ids) == 9
+    load_tokenizer(tmp_path / "cuts").save_pretrained(tmp_path / "saved")
+    raw = Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert raw.encode("one two three").ids == tokenizer.encode("one two three")
+
+
+def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert tokenizer_sha256(loaded) == tokenizer_sha256(tokenizer)
+    assert encode(loaded, TEXTS).tokens.tolist() == encode(tokenizer, TEXTS).tokens.tolist()
+
+
+def test_training_is_deterministic_and_exact():
+    first, second = (train_tokenizer(TEXTS * 3, 300) for _ in range(2))
+    assert tokenizer_sha256(first) == tokenizer_sha256(second)
+    assert len(first) == 300
+    assert max(map(len, first.get_vocab())) <= 128
+
+
+def test_padding_is_masked_and_the_end_of_a_document_is_not(tokenizer):
+    rows = [tokenizer.encode("ab") + [tokenizer.eos_token_id], tokenizer.encode("abcdef")]
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    labels = collate([{"input_ids": row} for row in rows])["labels"].tolist()
+    assert labels == [rows[0] + [-100] * (len(rows[1]) - len(rows[0])), rows[1]]
+    assert encode(tokenizer, ["<|pad|>"]).tokens.tolist().count(tokenizer.pad_token_id) == 0
+
+
+def test_training_refuses_impossible_sizes():
+    with pytest.raises(UserError, match="vocab_size is 257, it must be at least 258: the single"):
+        train_tokenizer(TEXTS, 257)
+    assert len(train_tokenizer(TEXTS, 258)) == 258
+    with pytest.raises(UserError, match=r"supports only \d+ token types, .* asks for 5000"):
+        train_tokenizer(TEXTS, 5000)
+
+
+def test_a_mistyped_path_is_not_looked_for_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    for name in ("corpus/tokenizer", "./tokenizer", "a/b/c"):
+        with pytest.raises(UserError, match=f"no tokenizer at {name}: there is no such folder"):
+            load_tokenizer(name)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "llama", None])
+def test_a_folder_without_files_is_no_tokenizer(tmp_path, model_type):
+    """transformers makes an empty tokenizer, or says what is missing on the lines after a colon."""
+    if model_type is not None:
+        write_json(tmp_path / "config.json", {"model_type": model_type})
+    with pytest.raises(UserError, match="no tokenizer at ") as caught:
+        load_tokenizer(tmp_path)
+    said = str(caught.value)
+    assert "special tokens are all that it has" in said or "serialization file" in said
+    assert "\n" not in said and not said.rstrip().endswith(":")
+
+
+def huge(state: dict, kind: str) -> None:
+    vocab, some = state["model"]["vocab"], 1000
+    if kind == "an id":
+        vocab["xqz"] = 2**31 - 5
+    elif kind == "entries":
+        vocab |= {f"xq{i}": 7 for i in range(some)}
+    else:
+        state["added_tokens"] += [state["added_tokens"][0]] * some
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids"), [("an id", "2,147,483,644"), ("entries", "1,302"), ("added", "1,302")]
+)
+def test_a_huge_vocabulary_is_refused_before_it_is_loaded(
+    tokenizer, tmp_path, kind, ids, monkeypatch
+):
+    tokenizer.save_pretrained(tmp_path)
+    state = read_json(tmp_path / "tokenizer.json")
+    huge(state, kind)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(tokenizer_module, "MAX_VOCABULARY", 1000)
+    with pytest.raises(UserError, match=f"the vocabulary needs {ids} ids, at most 1,000 do"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_huge_vocabulary_of_another_format_is_refused(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(tokenizer_module, "MAX_VOCABULARY", 299)
+    monkeypatch.setattr(tokenizer_module, "rows_of", lambda path: 0)
+    with pytest.raises(UserError, match="the vocabulary needs 300 ids, at most 299 do"):
+        load_tokenizer(tmp_path)
+
+
+def test_loading_refuses_what_is_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer at"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer at"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    vocab = {"[UNK]": 0, "a": 1}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(UserError, match="no eos_token"):
+        load_tokenizer(tmp_path / "no_eos")
+
+
+def test_swapped_ids_are_refused_whenever_the_corpus_is_opened(text_corpus):
+    swap_ids(text_corpus.tokenizer_folder)
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: sha256 \w+, mani"):
+        Corpus.open(text_corpus.folder)
+
+
+def test_of_an_older_corpus_swapped_ids_are_refused_when_they_are_used(older_corpus):
+    assert load_corpus_tokenizer(older_corpus).get_vocab()
+    swap_ids(older_corpus.tokenizer_folder)
+    with pytest.raises(UserError, match=r"tokenizer is damaged, or .*: tokenizer_sha256 \w+, mani"):
+        load_corpus_tokenizer(older_corpus)
+
+
+def test_an_upgrade_of_tokenizers_orphans_no_corpus(
+    tmp_path, text_corpus, make_corpus, monkeypatch, caplog
+):
+    old = text_corpus.manifest["tokenizer_sha256"]
+    spelled = tokenizer_module.tokenizer_sha256
+    other = PreTrainedTokenizerFast.from_pretrained(text_corpus.tokenizer_folder)
+    other.add_tokens(["another"])
+    another = spelled(other)
+    monkeypatch.setattr(tokenizer_module, "tokenizer_sha256", lambda t: "new " + spelled(t))
+    monkeypatch.setattr("conftest.tokenizer_sha256", lambda t: "new " + spelled(t))
+    later = make_corpus(tmp_path / "later", [np.arange(33)], 16)
+    assert load_corpus_tokenizer(text_corpus).encode("a text")
+    assert f"tokenizer_sha256 new {old}, manifest.json says {old}" in caplog.text
+    assert is_tokenizer_of(text_corpus, old) and is_tokenizer_of(text_corpus, f"new {old}")
+    assert not is_tokenizer_of(text_corpus, f"new {another}")
+    assert share_tokenizer(text_corpus, later) and share_tokenizer(later, text_corpus)
+    other.save_pretrained(later.tokenizer_folder)
+    plan = read_json(later.folder / "plan.json") | {"tokenizer_sha256": f"new {another}"}
+    write_json(later.folder / "plan.json", plan)
+    write_manifest(later.folder, "tokens", 1)
+    assert not share_tokenizer(text_corpus, Corpus.open(later.folder))

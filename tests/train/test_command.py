@@ -1,0 +1,740 @@
+"""A run that was stopped and continued equals one that was not, bit for bit; what is refused."""
+
+import csv
+import gc
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from lightning import Callback
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import warm
+from conftest import swap_ids
+from model_helpers import ARCHITECTURES, small_llama
+from run_helpers import TINY_MODEL, leave_strays
+from slm.cli import conf_folder
+from slm.dynamics.analysis import analyse
+from slm.dynamics.trajectories import TrajectoryStore
+from slm.errors import NonFiniteError, UserError
+from slm.evaluate.command import evaluate
+from slm.model.architecture import new_model
+from slm.model.build import check_model
+from slm.model.folder import save_model
+from slm.score.command import load_reference, score
+from slm.store.claims import ClaimLost
+from slm.store.files import read_json
+from slm.store.shards import References
+from slm.store.windows import Windows
+from slm.train import build as building
+from slm.train.build import accelerator, check_device
+from slm.train.callbacks.heldout import HeldoutLoss
+from slm.train.checkpoint import check_checkpoint
+from slm.train.command import train
+from slm.train.module import SelectiveModule
+from slm.train.settings import warn_of_other_precision
+
+TINY = [
+    *TINY_MODEL,
+    "+model.architecture.attention_dropout=0.2",
+    "logger=csv",
+    "callbacks.metrics.every_steps=1",
+]
+
+
+def compose_train(out: Path, corpus: Path, *overrides: str) -> Any:
+    """40 windows of 16: a pass is 5 steps of 8 windows; 12 steps are more than two passes."""
+    words = [
+        f"out='{out}'",
+        f"run_dir='{out}'",
+        f"data.corpus='{corpus}'",
+        f"data.heldout={{held: '{corpus}'}}",
+        "data.heldout_windows=6",
+        "data.batch_size=8",
+        "data.micro_batch_size=4",
+        f"max_tokens={12 * 8 * 16}",
+        "selection=random",
+        "optimizer.adamw.lr=0.01",
+        "callbacks.heldout.every_tokens=384",
+        "callbacks.checkpoints.every_tokens=256",
+        "callbacks.checkpoints.best_of=held",
+        *TINY,
+        *overrides,
+    ]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose("train", overrides=words)
+
+
+class Crash(Callback):
+    """Raises after optimizer step `step`, once its checkpoint is written."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
+    """Hand the trainer a bar that crashes: the last of all callbacks."""
+    bar = Callback() if step is None else Crash(step)
+    monkeypatch.setattr(building, "StepProgress", lambda: bar)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """A log without what measures time or memory."""
+    with open(path, newline="") as file:
+        found = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
+
+
+def same_results(one: Path, other: Path) -> None:
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for log in ("train.csv", "heldout.csv"):
+        assert rows(one / log) == rows(other / log)
+
+
+@pytest.fixture
+def whole(tmp_path, text_corpus, monkeypatch) -> Path:
+    crash_at(monkeypatch, None)
+    train(compose_train(tmp_path / "whole", text_corpus.folder))
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cut", [3, 4, 5, 7, 10])  # inside a pass, at its end (5, 10), in the next
+def test_resumed_run_equals_the_uninterrupted_one(
+    tmp_path, text_corpus, whole, monkeypatch, cut, num_workers
+):
+    config = compose_train(tmp_path / "cut", text_corpus.folder, f"data.num_workers={num_workers}")
+    crash_at(monkeypatch, cut)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    assert not (tmp_path / "cut" / "model").exists()
+    torch.manual_seed(999)  # a new process would not have this one's random state either
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(whole, tmp_path / "cut")
+
+
+def test_a_run_leaves_neither_its_model_nor_its_signal_handlers(tmp_path, text_corpus, monkeypatch):
+    """The jobs of a sweep share a process: what stays behind is memory that the next one lacks."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    gc.collect()
+    others = {id(item) for item in gc.get_objects() if type(item) is SelectiveModule}
+    train(compose_train(tmp_path / "run", text_corpus.folder))
+    assert [signal.getsignal(number) for number in numbers] == before
+    gc.collect()
+    alive = {id(item) for item in gc.get_objects() if type(item) is SelectiveModule}
+    assert alive <= others
+    crash_at(monkeypatch, 5)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(compose_train(tmp_path / "crash", text_corpus.folder))
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_logs_have_every_step_once_and_the_last_checkpoints_are_kept(whole):
+    assert [int(row["step"]) for row in rows(whole / "train.csv")] == list(range(1, 13))
+    assert [int(row["step"]) for row in rows(whole / "heldout.csv")] == [0, 3, 6, 9, 12]
+    names = sorted(path.name for path in (whole / "checkpoints").glob("*.ckpt"))
+    assert [name for name in names if name.startswith("step")] == [
+        "step-00000010.ckpt",
+        "step-00000012.ckpt",
+    ]
+    losses = {int(r["step"]): float(r["heldout/held/loss"]) for r in rows(whole / "heldout.csv")}
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    assert [name for name in names if name.startswith("best")] == [f"best-{best:08d}.ckpt"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, text_corpus, whole, monkeypatch):
+    config = compose_train(tmp_path / "cut", text_corpus.folder, "callbacks.checkpoints.keep=null")
+    crash_at(monkeypatch, 8)
+    with pytest.raises(RuntimeError):
+        train(config)
+    folder = tmp_path / "cut" / "checkpoints"
+    newest = sorted(folder.glob("step-*.ckpt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    for path in folder.glob("best-*"):
+        path.unlink()
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(whole, tmp_path / "cut")
+    check_checkpoint(newest)
+    assert not list(folder.glob("*.damaged"))
+
+
+def test_a_run_with_only_damaged_checkpoints_gets_on_though_it_is_preempted_again(
+    tmp_path, text_corpus, whole, monkeypatch
+):
+    config = compose_train(tmp_path / "cut", text_corpus.folder)
+    folder = tmp_path / "cut" / "checkpoints"
+    crash_at(monkeypatch, 10)
+    with pytest.raises(RuntimeError):
+        train(config)
+    for path in folder.glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    for step in (3, 5):
+        crash_at(monkeypatch, step)
+        with pytest.raises(RuntimeError):
+            train(config)
+        newest = folder / f"step-{step - 1:08d}.ckpt"
+        check_checkpoint(newest)
+        assert newest == sorted(folder.glob("step-*.ckpt"))[-1]
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(whole, tmp_path / "cut")
+
+
+def test_the_order_of_the_run_is_not_disturbed_by_heldout_evaluation(
+    tmp_path, text_corpus, whole, monkeypatch
+):
+    config = compose_train(
+        tmp_path / "rarely", text_corpus.folder, "callbacks.heldout.every_tokens=1_000_000"
+    )
+    train(config)
+    probe = "slm/mask_jaccard"  # is measured as often as the held-out loss
+    one, other = (rows(folder / "train.csv") for folder in (whole, tmp_path / "rarely"))
+    assert [bool(row[probe]) for row in one] == [False, False, True] * 4
+    one, other = ([{k: r[k] for k in r if k != probe} for r in found] for found in (one, other))
+    assert one == other
+
+
+def test_finished_folder_loads_in_transformers_and_runs_once(whole, tmp_path, text_corpus):
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
+    ids = tokenizer("the loss of the model", return_tensors="pt").input_ids
+    again = AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    before = (whole / "model" / "model.safetensors").stat().st_mtime_ns
+    train(compose_train(whole, text_corpus.folder))
+    assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_evaluations_do_not_count_into_a_step(tmp_path, text_corpus, monkeypatch):
+    """perf/step_s and train_seconds are of training; HeldoutLoss comes after Metrics."""
+    evaluate, clock, slept = HeldoutLoss._evaluate, time.perf_counter, 0
+
+    def slow(self: HeldoutLoss, trainer: Any, pl_module: Any) -> None:
+        nonlocal slept
+        slept += 1000
+        evaluate(self, trainer, pl_module)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + slept)
+
+    monkeypatch.setattr(HeldoutLoss, "_evaluate", slow)
+    words = ("callbacks.heldout.every_tokens=128", "max_tokens=512")
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    with open(tmp_path / "run" / "train.csv", newline="") as file:
+        steps = [float(row["perf/step_s"]) for row in csv.DictReader(file)]
+    assert len(steps) == 4 and max(steps) < 300
+    lineage = json.loads((tmp_path / "run" / "lineage.json").read_text())
+    assert slept >= 4000 and 0 < lineage["train_seconds"] < 900
+
+
+def test_the_record_names_the_architecture_that_was_loaded(
+    tmp_path, text_corpus, whole, monkeypatch
+):
+    words = [f"model.init_from='{whole / 'model'}'", "model.architecture.hidden_size=32"]
+    config = compose_train(tmp_path / "run", text_corpus.folder, *words)
+    train(config)
+    hparams = json.loads((tmp_path / "run" / "hparams.json").read_text())
+    assert hparams["model"]["architecture"]["hidden_size"] == 16
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert not [field for field in identity if field.startswith("model.architecture")]
+    command_line = SimpleNamespace(overrides=SimpleNamespace(task=words))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: command_line)
+    with pytest.raises(UserError, match="model.architecture.hidden_size=32 is given with model.in"):
+        train(config)
+
+
+def test_a_schedule_that_the_run_does_not_reach_is_named(tmp_path, text_corpus, caplog):
+    points = "{shape: linear, points: [[0, 1.0], [3072, 0.5]]}"
+    words = [f"selection.select_ratio={points}"]
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    assert "schedule lies at 3072 tokens, the run ends at 1536 with a ratio of 0.75" in caplog.text
+
+
+def test_lineage_counts_seen_and_selected_tokens(whole):
+    lineage = json.loads((whole / "lineage.json").read_text())
+    assert lineage["tokens_seen"] == 12 * 8 * 16
+    per_call = int(0.6 * 4 * 16 + 0.5)
+    assert lineage["tokens_selected"] == 12 * 2 * per_call
+    last = rows(whole / "train.csv")[-1]
+    assert float(last["data/tokens_selected"]) == 12 * 2 * per_call
+
+
+def test_all_excess_and_random_see_the_same_order(
+    tmp_path, text_corpus, make_references, monkeypatch
+):
+    crash_at(monkeypatch, None)
+    scores = [np.full(s.num_tokens, -1.0) for s in text_corpus.shards]
+    references = make_references(tmp_path / "r", text_corpus, scores)
+    orders = []
+
+    class Spy(Callback):
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            orders[-1].append(batch["window"].tolist())
+
+    monkeypatch.setattr(building, "StepProgress", Spy)
+    for rule in ("all", "random", "excess"):
+        orders.append([])
+        references_word = f"data.references='{references.folder}'"
+        words = (f"selection={rule}", references_word, "max_tokens=512")
+        train(compose_train(tmp_path / rule, text_corpus.folder, *words))
+    assert orders[0] == orders[1] == orders[2]
+
+
+def references_of(corpus: Any, make_references: Any, folder: Path, seed: int) -> Path:
+    generator = np.random.default_rng(seed)
+    scores = [-5 * generator.random(shard.num_tokens) for shard in corpus.shards]
+    return make_references(folder, corpus, scores).folder
+
+
+@pytest.mark.parametrize("cut", [2, 5, 8])  # on all tokens, between the points, after the last
+def test_resumed_schedule_goes_on_exactly(tmp_path, text_corpus, make_references, monkeypatch, cut):
+    folders = [references_of(text_corpus, make_references, tmp_path / f"r{i}", i) for i in (1, 2)]
+    words = [
+        "selection=mixture",
+        "selection.select_ratio={shape: cosine, points: [[384, 1.0], [1024, 0.3]]}",
+        "selection_start=384",
+        f"data.references=['{folders[0]}', '{folders[1]}']",
+        "data.combine=mixture",
+    ]
+    crash_at(monkeypatch, None)
+    train(compose_train(tmp_path / "whole", text_corpus.folder, *words))
+    config = compose_train(tmp_path / "cut", text_corpus.folder, *words)
+    crash_at(monkeypatch, cut)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    crash_at(monkeypatch, None)
+    train(config)
+    same_results(tmp_path / "whole", tmp_path / "cut")
+    kept = [float(row["slm/kept_frac"]) for row in rows(tmp_path / "cut" / "train.csv")]
+    assert kept[:3] == [1.0] * 3 and kept[3] == 1.0  # step 4 begins at the first point
+    assert kept == sorted(kept, reverse=True)
+    assert kept[8:] == pytest.approx([0.3] * 4, abs=0.01)
+
+
+def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, monkeypatch):
+    crash_at(monkeypatch, None)
+    corpus = text_corpus.folder
+    reference = train(compose_train(tmp_path / "ref", corpus, "selection=all", "seed=3"))
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        words = (f"corpus='{corpus}'", f"reference_model='{reference}'", f"out='{tmp_path}/s'")
+        score(compose("score", overrides=list(words)))
+    rule = ("selection=excess", "callbacks.mask_overlap.num_windows=5")
+    train(compose_train(tmp_path / "store", corpus, *rule, f"data.references='{tmp_path}/s'"))
+    online = f"online_reference='{reference}'"
+    train(compose_train(tmp_path / "online", corpus, *rule, online))
+    batch = Windows(text_corpus, [References.open(tmp_path / "s")]).batch(np.arange(40))
+    loss = load_reference(str(reference), text_corpus, "cpu", "float32")(batch).loss
+    torch.testing.assert_close(-loss, batch["reference_logprob"], rtol=0, atol=1e-5)
+    hparams = json.loads((tmp_path / "store" / "hparams.json").read_text())
+    record = hparams["reference_records"][0]
+    assert record["scoring_cost"]["tokens"] == text_corpus.num_targets
+    assert record["model_lineage"]["train_flops"] > 3 * record["scoring_cost"]["flops"]
+    assert record["model_lineage"]["train_seconds"] > 0
+    assert hparams["ranking"] == {"scope": "batch", "windows": 4}
+    lineage = json.loads((tmp_path / "online" / "lineage.json").read_text())
+    assert lineage["online_reference"] == record["model_sha256"] and lineage["references"] == []
+    stored, live = (rows(tmp_path / name / "train.csv") for name in ("store", "online"))
+    for one, other in zip(stored, live, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert float(other[key] or 0) == pytest.approx(float(one[key] or 0), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["selection=excess"], "needs data.references .* found null"),
+        (["selection=reference_entropy"], "needs data.references .* found null"),
+        (
+            ["selection_start=1536"],
+            "selection_start is 1536, max_tokens 1536: the rule would never",
+        ),
+        (["data.combine=mean"], "data.combine is 'mean' for 0 reference"),
+        (
+            ["selection=excess", "online_reference=/nowhere"],
+            "online_reference /nowhere is no model folder",
+        ),
+        (
+            ["selection.select_ratio={shape: linear, points: [[0, 1.0], [9, 0]]}"],
+            r"select_ratio.points\[1\] is 0, it must be in \(0, 1\]",
+        ),
+        (["selection.select_ratio=0"], r"select_ratio is 0.*\(0, 1\]"),
+        (["selection.select_ratio=1.2"], r"select_ratio is 1.2.*\(0, 1\]"),
+        (["selection.select_ratio=sixty"], "select_ratio is 'sixty', it must be in"),
+        (["data.heldout=somewhere"], "data.heldout is 'somewhere', it must be {name: folder"),
+        (["max_tokens=100"], r"max_tokens \(100\) is less than one optimizer step \(128 tokens\)"),
+        (["data.micro_batch_size=3"], r"data.batch_size \(8\)"),
+        (
+            ["callbacks.checkpoints.best_of=other"],
+            r"best_of is 'other', data.heldout has \['held'\]",
+        ),
+        (["+model.architecture.vocab_size=10"], "vocab_size is 10, the tokenizer has 300"),
+        (
+            ["model.init_from=/nowhere"],
+            "model.init_from /nowhere is no model folder: config.json is missing",
+        ),
+        (["data.corpus=/nowhere"], "/nowhere is not a finished corpus"),
+        (["model.architecture.model_type=gru"], "gru"),
+    ],
+)
+def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *overrides))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("key", ["model.init_from", "online_reference"])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("adapter_config.json", "is a PEFT adapter"), ("x.bin", r"is no model folder: config\.json")],
+)
+def test_a_folder_without_a_model_is_refused(tmp_path, text_corpus, key, file, message):
+    (tmp_path / file).touch()
+    config = compose_train(tmp_path / "run", text_corpus.folder, f"{key}='{tmp_path}'")
+    with pytest.raises(UserError, match=f"^{key} {tmp_path} {message}"):
+        train(config)
+
+
+@pytest.mark.parametrize("key", ["model.init_from", "online_reference"])
+def test_a_damaged_model_is_refused_with_check_full(tmp_path, text_corpus, tokenizer, key):
+    save_model(tmp_path / "base", small_llama(300), tokenizer, "card", {})
+    path = tmp_path / "base" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    words = ["data.check=full", f"{key}='{tmp_path / 'base'}'"]
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: sha256 \w+, slm"):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_depend_on_the_mode_are_neither_trained_nor_exported(
+    tmp_path, text_corpus, tokenizer, monkeypatch
+):
+    """Evaluated right before the save, RWKV's stock class leaves its weights divided."""
+    words = [f"model.init_from='{tmp_path / 'base'}'", "max_tokens=256"]
+    config = compose_train(tmp_path / "run", text_corpus.folder, *words)
+    base = new_model(ARCHITECTURES["rwkv"] | {"rescale_every": 1}, 300, None)
+    torch.nn.init.constant_(base.get_parameter("rwkv.blocks.1.feed_forward.value.weight"), 0.1)
+    save_model(tmp_path / "base", base, tokenizer, "card", {})
+    with pytest.raises(UserError, match="RwkvForCausalLM changes its weights .* rescale_every=0"):
+        train(config)
+    monkeypatch.setattr(building, "check_trainable", check_model)
+    with pytest.raises(UserError, match="RwkvForCausalLM: the loss of one batch is .* as saved"):
+        train(config)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"model", ".model.tmp", "lineage.json", "tables.json"}
+
+
+def test_a_corpus_whose_tokenizer_is_damaged_is_refused(tmp_path, text_corpus):
+    swap_ids(text_corpus.tokenizer_folder)
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: sha256"):
+        train(compose_train(tmp_path / "run", text_corpus.folder))
+
+
+def test_scores_of_two_kinds_are_not_mixed_up(tmp_path, text_corpus, make_references):
+    folder = references_of(text_corpus, make_references, tmp_path / "r", 0)
+    words = [f"data.references='{folder}'", "online_reference=model"]
+    with pytest.raises(UserError, match=f"online_reference is model and data.references {folder}"):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    words = [f"data.references='{folder}'", "selection=intersection"]
+    message = f"Intersection needs one reference with entropies, found {folder}.*entropy=true"
+    with pytest.raises(UserError, match=message):
+        train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+
+
+def test_who_loses_the_folder_to_another_process_ends_before_it_writes(
+    tmp_path, text_corpus, monkeypatch
+):
+    folder = tmp_path / "run"
+
+    class Lose(Callback):
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 3:
+                (folder / "run.claim").write_text('{"host": "elsewhere", "pid": 7}')
+
+    monkeypatch.setattr(building, "StepProgress", Lose)
+    config = compose_train(folder, text_corpus.folder)
+    with pytest.raises(ClaimLost, match="has lost .*run.claim to pid 7 on elsewhere"):
+        train(config)
+    assert [int(row["step"]) for row in rows(folder / "train.csv")] == [1, 2, 3]
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*.ckpt")) == [
+        "step-00000002.ckpt"
+    ]
+    message = "another process trains in .* \\(pid 7 on elsewhere, see run.claim\\)"
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not (folder / "model").exists()
+
+
+def test_leftovers_of_a_killed_start_are_no_other_run(tmp_path, text_corpus):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = f"{socket.gethostname()}-{dead.pid}-5.tmp"
+    (folder / f".run.json.{left}").touch()
+    train(compose_train(folder, text_corpus.folder, "max_tokens=256"))
+    (folder / "checkpoints" / f".step-00000001.ckpt.{left}").touch()
+    train(compose_train(folder, text_corpus.folder, "max_tokens=256"))
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path, text_corpus):
+    before = sorted(path.name for path in text_corpus.folder.iterdir())
+    with pytest.raises(UserError, match=r"holds bytes-00000.json|holds .* and no run"):
+        train(compose_train(text_corpus.folder, text_corpus.folder))
+    assert sorted(path.name for path in text_corpus.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=1", "seed is 0 in run.json, 1 now"),
+        ("selection.select_ratio=0.5", "selection.select_ratio is 0.6 in run.json, 0.5 now"),
+        ("data.batch_size=4", "data.batch_size is 8 in run.json, 4 now"),
+        ("resume=never", "holds this run already"),
+    ],
+)
+def test_a_folder_with_another_run_is_refused(whole, text_corpus, override, message):
+    with pytest.raises(UserError, match=message):
+        train(compose_train(whole, text_corpus.folder, override))
+
+
+def test_a_run_whose_folder_names_class_paths_is_the_same_run(whole, text_corpus):
+    path = whole / "run.json"
+    identity = read_json(path)  # without its seal, which such folders lack
+    paths = {"model._convert_": "all", "optimizer.adamw._partial_": True}
+    for key, word, old in [
+        ("selection.rule", "random", "slm.selection.Random"),
+        ("optimizer.adamw.kind", "adamw", "slm.optim.adamw"),
+        ("optimizer.schedule.kind", "warmup_cosine", "slm.optim.warmup_cosine"),
+        ("model.kind", "build_lm", "slm.model.build_lm"),
+    ]:
+        assert identity.pop(key) == word
+        paths[f"{key.rpartition('.')[0]}._target_"] = old
+    path.write_text(json.dumps(identity | paths))
+    before = (whole / "model" / "model.safetensors").stat().st_mtime_ns
+    assert train(compose_train(whole, text_corpus.folder)) == whole / "model"
+    assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="selection.rule is 'random' in run.json, 'middle' now"):
+        train(compose_train(whole, text_corpus.folder, "selection=middle"))
+
+
+OWN = """from dataclasses import dataclass
+from slm.selection import Loss
+
+@dataclass(frozen=True)
+class Mine(Loss):
+    pass
+"""
+
+
+def test_a_rule_of_ones_own_trains_and_is_a_word_in_its_folder(tmp_path, text_corpus):
+    (tmp_path / "own_file.py").write_text(OWN)
+    words = ["selection=loss", "selection._target_=own_file.Mine"]
+    words += [
+        f"modules=['{tmp_path / 'own_file.py'}']",
+        "callbacks=dynamics",
+        "callbacks.dynamics.num_targets=100",
+    ]
+    words += [f"callbacks.dynamics.corpus='{text_corpus.folder}'"]
+    words += ["callbacks.dynamics.every_tokens=256"]
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert identity["selection.rule"] == "mine" and "own_file" not in json.dumps(identity)
+    assert "own_file" not in (tmp_path / "run" / "lineage.json").read_text()
+    store = TrajectoryStore(tmp_path / "run" / "dynamics" / "tokens")
+    assert "own_file" not in json.dumps(store.plan)
+    found = analyse(store, "run")
+    assert found.kept is not None and found.kept.rule == "mine 0.6"
+
+
+def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(
+    tmp_path, text_corpus, monkeypatch
+):
+    class Poison(Callback):
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 5:
+                next(pl_module.lm.parameters()).data[0] = torch.nan
+
+    monkeypatch.setattr(building, "StepProgress", Poison)
+    with pytest.raises(NonFiniteError, match="step 5: loss sum nan.*windows of this rank"):
+        train(compose_train(tmp_path / "run", text_corpus.folder))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
+    assert names == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_heldout_losses_are_evaluates_in_the_precision_of_the_run(tmp_path, text_corpus, caplog):
+    words = ["trainer.precision=bf16-mixed", "callbacks.heldout.every_tokens=768"]
+    model = train(compose_train(tmp_path / "run", text_corpus.folder, *words))
+    expected = float(rows(tmp_path / "run" / "heldout.csv")[-1]["heldout/held/loss"])
+    settings = {"batch_size": 4, "max_windows": 6, "device": "cpu", "check": "size"}
+    found = {}
+    for dtype in ("bf16-mixed", "float32"):
+        config = OmegaConf.create(settings | {"dtype": dtype})
+        [row] = evaluate({"m": str(model)}, {"held": str(text_corpus.folder)}, config)
+        found[dtype] = row["loss"]
+        said = "was trained in bf16-mixed, and so were its held-out losses: dtype=bf16-mixed gives"
+        assert (said in caplog.text) == (dtype == "float32")
+    assert found["bf16-mixed"] == expected
+    assert abs(found["float32"] - expected) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scored", "precision", "warns"),
+    [
+        ("bf16-mixed", "bf16-mixed", False),
+        ("bfloat16", "bf16-mixed", True),
+        ("float32", "bf16-mixed", True),
+        ("float32", "32-true", False),
+        ("bf16-mixed", "32-true", True),
+    ],
+)
+def test_scores_of_another_computation_are_named(scored, precision, warns, caplog):
+    store: Any = SimpleNamespace(folder="r", manifest={"scoring": {"dtype": scored}})
+    warn_of_other_precision(store, precision)
+    assert ("was scored in" in caplog.text) == warns
+
+
+def test_auto_never_takes_apples_gpu(monkeypatch):
+    """Lightning's own auto asks for mps first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [accelerator(word) for word in ("auto", "cpu", "mps")] == ["cpu", "cpu", "mps"]
+    with pytest.raises(UserError, match="chooses mps, which has no float64"):
+        check_device(torch.device("mps"))
+    check_device(torch.device("cpu"))
+
+
+# ---- whole processes ------------------------------------------------------------------------
+
+
+def command(out: Path, corpus: Path, *overrides: str) -> list[str]:
+    words = [
+        f"out='{out}'",
+        f"data.corpus='{corpus}'",
+        f"data.heldout={{held: '{corpus}'}}",
+        "data.heldout_windows=2",
+        "data.batch_size=8",
+        "data.micro_batch_size=4",
+        "selection=random",
+        "optimizer.adamw.lr=0.01",
+        "callbacks.checkpoints.every_tokens=2560",
+        *TINY,
+    ]
+    return [sys.executable, "-m", "slm.train", *words, *overrides]
+
+
+@pytest.mark.slow
+def test_ranks_do_not_import_modules_of_the_current_folder(tmp_path, text_corpus):
+    leave_strays(tmp_path)
+    start = command(tmp_path / "run", text_corpus.folder, *TWO_RANKS, "max_tokens=512")
+    done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_a_checkpoint_and_tells_the_scheduler(tmp_path, text_corpus, number, code):
+    out = tmp_path / "run"
+    process = warm.Popen(command(out, text_corpus.folder, f"max_tokens={128 * 100_000}"))
+    wait_for(out / "train.csv", process)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    assert list((out / "checkpoints").glob("step-*.ckpt.json"))
+    assert not (out / "model").exists()
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_weights(tmp_path, text_corpus):
+    words = (text_corpus.folder, f"max_tokens={128 * 600}")
+    assert warm.run(command(tmp_path / "whole", *words)).returncode == 0
+    out = tmp_path / "a path, with = and spaces"
+    for step in (30, 31, 190, 455):
+        process = warm.Popen(command(out, *words))
+        wait_for(out / "checkpoints", process)
+        wait_until(partial(is_at, out / "train.csv", step), process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert warm.run(command(out, *words)).returncode == 0
+    same_results(tmp_path / "whole", out)
+    steps = [int(row["step"]) for row in rows(out / "train.csv")]
+    assert steps == list(range(1, 601))
+
+
+TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
+
+
+@pytest.mark.slow
+def test_rank_zero_adopts_the_folder_and_more_ranks_go_on(tmp_path, text_corpus):
+    out = tmp_path / "run"
+    words = ["max_tokens=1536", "callbacks.checkpoints.keep=null"]
+    words.append("callbacks.checkpoints.every_tokens=256")
+    line = command(out, text_corpus.folder, *words)
+    warm.run(line, check=True)
+    shutil.rmtree(out / "model")
+    newest = sorted((out / "checkpoints").glob("step-*.ckpt"))[-1]
+    newest.write_bytes(b"torn")
+    before = newest.with_name("step-00000010.ckpt")
+    codes, said = warm.run_ranks(2, [*line, *TWO_RANKS])
+    assert codes == [0, 0], said
+    assert said.count(f"{newest} is damaged") == 1
+    assert f"continuing {before}" in said
+    assert (out / "model" / "slm.json").exists()
+    check_checkpoint(newest)
+    assert [int(row["step"]) for row in rows(out / "train.csv")] == list(range(1, 13))
+    codes, said = warm.run_ranks(2, [*line, *TWO_RANKS, "seed=1"])  # both are told, none waits
+    assert codes == [1, 1]
+    assert said.count("holds another run: seed is 0 in run.json, 1 now") == 2
+
+
+def is_at(table: Path, step: int) -> bool:
+    """Counted in rows: a continued run drops those that come after its checkpoint."""
+    return table.exists() and table.read_text().count("\n") > step
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    wait_until(path.exists, process)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.time() + 300
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.time() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,136 @@
+"""Every row has a key in conf/, every key a row; what Lightning would do by itself is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from lightning import Callback
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from omegaconf import OmegaConf
+from test_train import compose_train
+
+from slm.checks import ABSENT
+from slm.cli import conf_folder
+from slm.errors import UserError
+from slm.train import build as building
+from slm.train.command import train
+from slm.train.keys import TRAIN, check_train
+
+OF_LIGHTNING = {"benchmark", "detect_anomaly", "profiler", "sync_batchnorm", "default_root_dir"}
+
+
+def composed(*overrides: str) -> Any:
+    words = ["out=x", "run_dir=x", "max_tokens=1", "data.corpus=c", *overrides]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose("train", overrides=words)
+
+
+def test_every_row_is_a_key_of_the_configuration():
+    config = composed("callbacks=dynamics", "callbacks.dynamics.corpus=c")
+    absent = {key for key in TRAIN if OmegaConf.select(config, key, default=ABSENT) is ABSENT}
+    assert absent == {f"trainer.{name}" for name in OF_LIGHTNING}
+    check_train(config)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("+trainer.max_time=00:00:00:01", "trainer.max_time is given, max_tokens alone says how"),
+        ("+trainer.max_steps=3", "trainer.max_steps is given, max_tokens alone says how"),
+        ("+trainer.max_epochs=1", "trainer.max_epochs is given, max_tokens alone says how"),
+        ("+trainer.limit_train_batches=2", "limit_train_batches is given, which would end the run"),
+        ("+trainer.overfit_batches=2", "overfit_batches is given, which would end the run"),
+        ("+trainer.fast_dev_run=true", "fast_dev_run is given, which would end the run"),
+        ("+trainer.accumulate_grad_batches=2", "accumulate_grad_batches is given, data.batch_size"),
+        ("+trainer.gradient_clip_val=1.0", "gradient_clip_val is given, optimizer.gradient_clip"),
+        ("+trainer.callbacks=[]", "trainer.callbacks is given, and nothing reads it"),
+        ("+foo=1", "foo is given, and nothing reads it"),
+        ("+max_token=1", "max_token is given, .* did you mean max_tokens?"),
+        ("+optimizer.foo=1", "optimizer.foo is given, and nothing reads it"),
+        ("+optimizer.adamw.foo=1", "got an unexpected keyword argument 'foo'"),
+        ("+data.foo=1", "TokenData: .* got an unexpected keyword argument 'foo'"),
+        ("trainer.accelerator=abacus", "^lightning.Trainer: .*abacus"),
+        (
+            "trainer.deterministic=abc",
+            "trainer.deterministic is 'abc', it must be true or false, or",
+        ),
+        ("selection.select_ratio=nan", "selection.select_ratio is nan, it must be in"),
+        ("selection.select_ratio=''", "selection.select_ratio is '', it must be in"),
+        ("modules=3", "modules is 3, it must be a list of at least 0, each a text"),
+        ("data.corpus=3", "data.corpus is 3, it must be a text that is not empty"),
+        ("data.references=[]", r"data.references is \[\], it must be a text .*, or null"),
+        ("data.heldout=c", "data.heldout is 'c', it must be {name: folder, ...}"),
+        ("optimizer.schedule=abc", "optimizer.schedule is 'abc', it must be a section of keys"),
+        ("logger.csv=3", "logger is {.*'csv': 3.*}, it must be {name: section, ...}"),
+        ("model.architecture=3", "model.architecture is 3, it must be a section of keys, or null"),
+        ("data.check=deep", "data.check is 'deep', it must be one of"),
+        ("trainer.devices=0", r"^lightning.Trainer: `Trainer\(devices=0\)`"),
+        ("max_tokens=1e6", "max_tokens is 1000000.0, it must be .*, as in 1_000_000$"),
+        ("max_tokens=100K", "max_tokens is '100K', it must be a whole number of at least 1"),
+        ("seed=null", "seed is None, it must be a whole number from 0 to 4294967295"),
+        ("seed=-1", "seed is -1, it must be a whole number"),
+        ("seed=abc", "seed is 'abc', it must be a whole number"),
+        ("selection_start=-1", "selection_start is -1, it must be a whole number of at least 0"),
+        ("data.heldout_windows=0", "data.heldout_windows is 0, it must be"),
+        ("data.micro_batch_size=0", "data.micro_batch_size is 0, it must be"),
+        ("data.batch_size=0", "data.batch_size is 0, it must be"),
+        ("data.batch_size=16.0", "data.batch_size is 16.0, it must be a whole number"),
+        ("data.num_workers=-1", "data.num_workers is -1, it must be"),
+        ("optimizer.adamw.lr=-1", "adamw.lr is -1, it must be a number of at least 0"),
+        ("optimizer.adamw.lr=fast", "adamw.lr is 'fast', it must be a number of at least 0"),
+        ("optimizer.adamw.betas=[0.9]", r"betas is \[0.9\], it must be a list of 2, each a number"),
+        ("optimizer.gradient_clip=0", "gradient_clip is 0, it must be a number above 0, or null"),
+        ("optimizer.schedule.warmup_fraction=2000", r"warmup_fraction is 2000, .* in \[0, 1\]"),
+        ("model.init_from=''", "model.init_from is '', it must be a text that is not empty"),
+        ("callbacks.checkpoints.keep=0", "checkpoints.keep is 0, it must be"),
+        ("callbacks.metrics.every_steps=0", "metrics.every_steps is 0, it must be"),
+        ("callbacks.mask_overlap.num_windows=2.5", "mask_overlap.num_windows is 2.5, it must be"),
+        ("trainer.precision=16-mixed", "trainer.precision is '16-mixed', it must be one of"),
+        ("resume=maybe", "resume is 'maybe', it must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(tmp_path, text_corpus, word, message):
+    with pytest.raises(UserError, match=message) as raised:
+        train(compose_train(tmp_path / "run", text_corpus.folder, word))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_gpu_where_there_is_none_is_one_sentence(tmp_path, text_corpus, monkeypatch):
+    for kind in (CUDAAccelerator, MPSAccelerator):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+    with pytest.raises(UserError, match="accelerator is 'gpu', and PyTorch finds no") as raised:
+        train(compose_train(tmp_path / "run", text_corpus.folder, "trainer.accelerator=gpu"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_lightnings_arguments_from_the_environment_are_refused_too(monkeypatch):
+    monkeypatch.setenv("PL_TRAINER_DEVICES", "7")  # a key of ours, which the configuration gives
+    check_train(composed())
+    monkeypatch.setenv("PL_TRAINER_OVERFIT_BATCHES", "2")
+    with pytest.raises(UserError, match="overfit_batches is given, as PL_TRAINER_OVERFIT_BATCHES"):
+        check_train(composed())
+
+
+class Stop(Callback):
+    """What early stopping does, and a time limit."""
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.should_stop = trainer.global_step >= 3
+
+
+def test_a_run_that_ends_before_its_tokens_has_no_model_and_goes_on(
+    tmp_path: Path, text_corpus, monkeypatch
+):
+    config = compose_train(tmp_path / "run", text_corpus.folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "StepProgress", Stop)
+        with pytest.raises(UserError, match="ended at step 3 of 12, so no model is written"):
+            train(config)
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "lineage.json").exists()
+    assert (train(config) / "slm.json").exists()
