@@ -69,3 +69,25 @@ WORDS = [b"The", b" loss", b" of", b" a", b" token", b" falls", b".", b"\n", b" 
 def prose(windows: int, length: int) -> list[list[bytes]]:
     rng = np.random.default_rng(0)
     return [[WORDS[i] for i in rng.integers(0, len(WORDS), length)] for _ in range(windows)]
+
+
+def truth_rows(run: str = "a") -> list[dict]:
+    found = []
+    for part, signal in (("all", 30), ("<web>", 10)):
+        for seen in (0, 1000, 2000):
+            for score, auc in (("excess_loss", 0.6 + seen / 10_000), ("random", 0.5)):
+                found.append(
+                    {
+                        "run": run,
+                        "part": part,
+                        "tokens_seen": seen,
+                        "score": score,
+                        "auc": auc,
+                        "base_rate": signal / 40,
+                        "precision_at_0.2": auc + 0.1,
+                        "precision_at_0.4": auc,
+                        "num_signal": signal,
+                        "num_noise": 40 - signal,
+                    }
+                )
+    return found

@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+
+from slm.cli import conf_folder
+
 BUDGET = 400
 TINY_MODEL = [
     "model.architecture.hidden_size=16",
@@ -55,3 +59,12 @@ def make_run(
     header += "heldout/b/bits_per_byte"
     (folder / "heldout.csv").write_text("\n".join([header, *rows]) + "\n")
     return folder
+
+
+def compose_report(runs: Any, out: Path, **more: Any) -> Any:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        composed = compose("report", overrides=[f"out='{out}'"])
+    composed.runs = [str(run) for run in runs] if isinstance(runs, list) else str(runs)
+    for key, value in more.items():
+        composed[key] = value
+    return composed

@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from test_dynamics import compose_dynamics, during
-from test_report import config as compose_report
-from test_train import compose_train
 from transformers import AutoModelForCausalLM
 
 import warm
+from dynamics_helpers import compose_dynamics, during
+from run_helpers import compose_report
 from slm.cli import conf_folder
 from slm.dynamics.command import dynamics
 from slm.report.command import report
@@ -25,6 +24,7 @@ from slm.store.shards import Corpus, References
 from slm.store.windows import Windows
 from slm.train.command import train
 from text_helpers import DATA, needs_data
+from train_helpers import compose_train
 
 TINY = ["experiment=smoke", "logger=csv", "data.batch_size=8", "data.micro_batch_size=4"]
 

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from test_train import TWO_RANKS, command, compose_train, crash_at, same_results
 
 import warm
-from slm.cli import conf_folder
+from dynamics_helpers import SETTINGS, compose_dynamics, during, make_lm
 from slm.dynamics.analysis import analyse
 from slm.dynamics.callback import TokenDynamics, even_part
 from slm.dynamics.classes import CLASSES, classify
@@ -28,19 +26,8 @@ from slm.store.windows import Windows
 from slm.train.checkpoint import sidecar
 from slm.train.command import train
 from slm.verify import verify
+from train_helpers import TWO_RANKS, command, compose_train, crash_at, same_results
 from wandb_helpers import media_file, wandb_history
-
-SETTINGS = ["num_targets=100", "name=c"]
-
-
-def during(corpus: Any, *overrides: str) -> list[str]:
-    return [
-        "callbacks=dynamics",
-        f"callbacks.dynamics.corpus='{corpus.folder}'",
-        "callbacks.dynamics.num_targets=100",
-        "callbacks.dynamics.every_tokens=256",
-        *overrides,
-    ]
 
 
 def crash_and_go_on(config: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -49,12 +36,6 @@ def crash_and_go_on(config: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> 
         train(config)
     crash_at(monkeypatch, None)
     train(config)
-
-
-def compose_dynamics(runs: Path, corpus: Path, *overrides: str) -> Any:
-    words = [f"runs='{runs}'", f"corpus='{corpus}'", *SETTINGS, *overrides]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("dynamics", overrides=words)
 
 
 @pytest.fixture
@@ -172,7 +153,6 @@ def test_a_broken_model_stops_the_training(tmp_path, text_corpus, monkeypatch):
 @pytest.mark.parametrize("count", [1, 3, 4, 5])
 def test_ranks_share_the_windows(text_corpus, tokenizer, count, monkeypatch):
     """Each rank's part, gathered, is what one process finds; all make as many forwards."""
-    from test_trajectories import make_lm
 
     from slm.dynamics.token_set import read_windows
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dynamics_helpers import make_lm
 from slm.dynamics.token_set import read_windows
 from slm.dynamics.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
 from slm.errors import UserError
-from slm.model.architecture import new_model
-from slm.model.build import SelectiveLM
 from slm.store.files import write_record
 from slm.store.windows import IGNORE_INDEX, Windows
 
@@ -24,19 +23,6 @@ def make_store(folder, corpus, numbers, tokenizer, run=RUN) -> TrajectoryStore:
     windows = Windows(corpus)
     tokens = read_windows(windows, numbers, tokenizer)
     return TrajectoryStore.create(folder, make_plan(windows, numbers, run, "float32"), tokens)
-
-
-def make_lm() -> SelectiveLM:
-    torch.manual_seed(0)
-    fields = {
-        "model_type": "llama",
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "attention_dropout": 0.5,
-    }
-    return SelectiveLM(new_model(fields, 300, None)).train()
 
 
 def test_losses_are_those_of_the_models_own_logits(tmp_path, make_corpus):

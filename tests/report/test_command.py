@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
 from page_helpers import make_analysis, prose
 from run_helpers import BUDGET, make_run
-from slm.cli import conf_folder
+from run_helpers import compose_report as config
 from slm.dynamics.analysis import analyse
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.dynamics.truth import truth_rows
@@ -21,15 +20,6 @@ from slm.errors import UserError
 from slm.report import command as report_module
 from slm.report.command import report
 from slm.report.table import REACH_NOTE
-
-
-def config(runs: Any, out: Path, **more: Any) -> Any:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        composed = compose("report", overrides=[f"out='{out}'"])
-    composed.runs = [str(run) for run in runs] if isinstance(runs, list) else str(runs)
-    for key, value in more.items():
-        composed[key] = value
-    return composed
 
 
 @pytest.fixture

@@ -22,13 +22,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import warm
 from conftest import swap_ids
 from model_helpers import ARCHITECTURES, small_llama
-from run_helpers import TINY_MODEL, leave_strays
+from run_helpers import leave_strays
 from slm.cli import conf_folder
 from slm.dynamics.analysis import analyse
 from slm.dynamics.trajectories import TrajectoryStore
@@ -49,70 +48,14 @@ from slm.train.checkpoint import check_checkpoint
 from slm.train.command import train
 from slm.train.module import SelectiveModule
 from slm.train.settings import warn_of_other_precision
-
-TINY = [
-    *TINY_MODEL,
-    "+model.architecture.attention_dropout=0.2",
-    "logger=csv",
-    "callbacks.metrics.every_steps=1",
-]
-
-
-def compose_train(out: Path, corpus: Path, *overrides: str) -> Any:
-    """40 windows of 16: a pass is 5 steps of 8 windows; 12 steps are more than two passes."""
-    words = [
-        f"out='{out}'",
-        f"run_dir='{out}'",
-        f"data.corpus='{corpus}'",
-        f"data.heldout={{held: '{corpus}'}}",
-        "data.heldout_windows=6",
-        "data.batch_size=8",
-        "data.micro_batch_size=4",
-        f"max_tokens={12 * 8 * 16}",
-        "selection=random",
-        "optimizer.adamw.lr=0.01",
-        "callbacks.heldout.every_tokens=384",
-        "callbacks.checkpoints.every_tokens=256",
-        "callbacks.checkpoints.best_of=held",
-        *TINY,
-        *overrides,
-    ]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("train", overrides=words)
-
-
-class Crash(Callback):
-    """Raises after optimizer step `step`, once its checkpoint is written."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("crash")
-
-
-def crash_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
-    """Hand the trainer a bar that crashes: the last of all callbacks."""
-    bar = Callback() if step is None else Crash(step)
-    monkeypatch.setattr(building, "StepProgress", lambda: bar)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    """A log without what measures time or memory."""
-    with open(path, newline="") as file:
-        found = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
-
-
-def same_results(one: Path, other: Path) -> None:
-    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    for log in ("train.csv", "heldout.csv"):
-        assert rows(one / log) == rows(other / log)
+from train_helpers import (
+    TWO_RANKS,
+    command,
+    compose_train,
+    crash_at,
+    rows,
+    same_results,
+)
 
 
 @pytest.fixture
@@ -643,22 +586,6 @@ def test_auto_never_takes_apples_gpu(monkeypatch):
 # ---- whole processes ------------------------------------------------------------------------
 
 
-def command(out: Path, corpus: Path, *overrides: str) -> list[str]:
-    words = [
-        f"out='{out}'",
-        f"data.corpus='{corpus}'",
-        f"data.heldout={{held: '{corpus}'}}",
-        "data.heldout_windows=2",
-        "data.batch_size=8",
-        "data.micro_batch_size=4",
-        "selection=random",
-        "optimizer.adamw.lr=0.01",
-        "callbacks.checkpoints.every_tokens=2560",
-        *TINY,
-    ]
-    return [sys.executable, "-m", "slm.train", *words, *overrides]
-
-
 @pytest.mark.slow
 def test_ranks_do_not_import_modules_of_the_current_folder(tmp_path, text_corpus):
     leave_strays(tmp_path)
@@ -695,9 +622,6 @@ def test_killed_runs_end_with_the_same_weights(tmp_path, text_corpus):
     same_results(tmp_path / "whole", out)
     steps = [int(row["step"]) for row in rows(out / "train.csv")]
     assert steps == list(range(1, 601))
-
-
-TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
 
 
 @pytest.mark.slow

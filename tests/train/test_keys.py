@@ -8,7 +8,6 @@ from hydra import compose, initialize_config_dir
 from lightning import Callback
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from omegaconf import OmegaConf
-from test_train import compose_train
 
 from slm.checks import ABSENT
 from slm.cli import conf_folder
@@ -16,6 +15,7 @@ from slm.errors import UserError
 from slm.train import build as building
 from slm.train.command import train
 from slm.train.keys import TRAIN, check_train
+from train_helpers import compose_train
 
 OF_LIGHTNING = {"benchmark", "detect_anomaly", "profiler", "sync_batchnorm", "default_root_dir"}
 

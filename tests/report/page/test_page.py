@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from test_page_truth import rows as truth_rows_of
 
-from page_helpers import make_analysis, prose
+from page_helpers import make_analysis, prose, truth_rows
 from run_helpers import make_run
 from slm.dynamics.analysis import Analysis
 from slm.dynamics.classes import CLASSES
@@ -319,7 +318,7 @@ def browser() -> Iterator[Browser]:
 def page_file(tmp_path_factory, evil) -> Path:
     folder = tmp_path_factory.mktemp("page")
     runs = [make_analysis(folder / n, prose(30, 129), f"run {n}", dead=9) for n in "ab"]
-    truth = truth_rows_of("run a")
+    truth = truth_rows("run a")
     write_page(folder / "page.html", "A page", [*runs, evil], make_sweep(), truth)
     return folder / "page.html"
 

@@ -4,34 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from page_helpers import make_analysis, prose
+from page_helpers import make_analysis, prose, truth_rows
 from slm.report.page.truth import truth_figure, truth_figures, truth_ratios, truth_table
 
 
-def rows(run: str = "a") -> list[dict]:
-    found = []
-    for part, signal in (("all", 30), ("<web>", 10)):
-        for seen in (0, 1000, 2000):
-            for score, auc in (("excess_loss", 0.6 + seen / 10_000), ("random", 0.5)):
-                found.append(
-                    {
-                        "run": run,
-                        "part": part,
-                        "tokens_seen": seen,
-                        "score": score,
-                        "auc": auc,
-                        "base_rate": signal / 40,
-                        "precision_at_0.2": auc + 0.1,
-                        "precision_at_0.4": auc,
-                        "num_signal": signal,
-                        "num_noise": 40 - signal,
-                    }
-                )
-    return found
-
-
 def test_a_line_a_score_of_all_labelled_tokens():
-    found = truth_figure(rows())
+    found = truth_figure(truth_rows())
     assert [trace["name"] for trace in found["data"]] == ["high excess loss", "random"]
     assert found["data"][0]["x"] == [0, 1000, 2000]
     assert found["data"][0]["y"] == [0.6, 0.7, 0.8]
@@ -40,7 +18,7 @@ def test_a_line_a_score_of_all_labelled_tokens():
 
 
 def test_the_table_is_of_the_last_checkpoint():
-    found = truth_table(rows())
+    found = truth_table(truth_rows())
     assert [(row["part"], row["label"]) for row in found] == [
         ("all", "high excess loss"),
         ("all", "random"),
@@ -49,7 +27,7 @@ def test_the_table_is_of_the_last_checkpoint():
     ]
     assert {row["tokens_seen"] for row in found} == {2000}
     assert found[0]["precision"] == [0.8 + 0.1, 0.8]
-    assert truth_ratios(rows()) == ["0.2", "0.4"]
+    assert truth_ratios(truth_rows()) == ["0.2", "0.4"]
 
 
 def test_without_labels_there_is_nothing():
@@ -61,8 +39,8 @@ def test_what_is_kept_of_signal_and_noise_is_the_analysis_own(tmp_path):
     assert analysis.kept is not None and truth_figures(analysis, []) == {}
     by_signal = np.linspace(0, 1, 2 * len(analysis.tokens_seen)).reshape(-1, 2)
     analysis = replace(analysis, kept=replace(analysis.kept, by_signal=by_signal))
-    found = truth_figures(analysis, rows())["truth_kept"]["data"]
+    found = truth_figures(analysis, truth_rows())["truth_kept"]["data"]
     assert [trace["name"] for trace in found] == ["signal", "noise"]
     np.testing.assert_allclose(found[0]["y"], by_signal[:, 1], atol=1e-4)
     np.testing.assert_allclose(found[1]["y"], by_signal[:, 0], atol=1e-4)
-    assert truth_figures(replace(analysis, kept=None), rows()).keys() == {"truth"}
+    assert truth_figures(replace(analysis, kept=None), truth_rows()).keys() == {"truth"}
