@@ -17,6 +17,7 @@ import numpy as np
 
 from slm.console import progress
 from slm.errors import UserError
+from slm.model.folder import verify_weights
 from slm.model.serving import broken_rules, notes
 from slm.prepare.labels import LABELS
 from slm.score.cost import references_cost
@@ -25,10 +26,9 @@ from slm.store.files import (
     Advance,
     check_files,
     check_hash,
-    check_regular,
+    check_records,
     nothing,
     read_json,
-    read_sealed,
 )
 from slm.store.shards import Corpus, References, Shard, Store, make_manifest, read_sidecars
 from slm.store.tokenizer import load_corpus_tokenizer
@@ -95,13 +95,6 @@ def is_run(path: Path) -> bool:
 
 
 # ---- one part at a time -------------------------------------------------------------------------
-
-
-def check_records(folder: Path, *patterns: str) -> str:
-    """Read the records that nothing but their own seal vouches for; names those that have none."""
-    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    bare = [path.name for path in paths if not read_sealed(path)[1]]
-    return f"; without a hash, so not checked: {', '.join(bare)}" if bare else ""
 
 
 def verify_store(path: Path, advance: Advance) -> str:
@@ -190,29 +183,6 @@ def verify_model(path: Path, advance: Advance) -> str:
     if broken and (path / "slm.json").exists():
         raise UserError("; ".join(broken))
     return "; ".join([about, *broken, *notes(path)])
-
-
-def verify_weights(path: Path, advance: Advance) -> str:
-    weights = sorted(path.glob("*.safetensors"))
-    for item in weights:
-        check_structure(item)
-    if not (path / "slm.json").exists():
-        if not weights:
-            raise UserError(f"{path} is no whole model: it has no *.safetensors")
-        return "model of another origin: no hashes are recorded, only its structure was checked"
-    expected = check_files(path / "slm.json", read_json(path / "slm.json"), advance)
-    return f"model, {len(expected)} files{check_records(path, 'slm.json')}"
-
-
-def check_structure(weights: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    check_regular(weights)
-    try:
-        with safe_open(weights, "numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} is damaged: {error}") from None
 
 
 def verify_checkpoint(path: Path, advance: Advance) -> str:

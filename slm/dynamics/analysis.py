@@ -32,7 +32,8 @@ from slm.dynamics.trajectories import TrajectoryStore
 from slm.errors import UserError
 from slm.prepare.labels import UNKNOWN
 from slm.selection.registry import by_word, make_rule, takes_all_tokens
-from slm.selection.rules import All, Selection
+from slm.selection.rule import Selection
+from slm.selection.rules import All
 from slm.store.files import Json
 from slm.store.windows import IGNORE_INDEX, Batch
 

@@ -14,7 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from slm.errors import UserError
 from slm.store.files import (
+    Advance,
     check_files,
+    check_records,
+    check_regular,
     hash_file,
     hash_json,
     naming,
@@ -118,3 +121,26 @@ def replace_folder(new: Path, folder: Path) -> None:
     os.replace(new, folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def verify_weights(path: Path, advance: Advance) -> str:
+    weights = sorted(path.glob("*.safetensors"))
+    for item in weights:
+        check_structure(item)
+    if not (path / "slm.json").exists():
+        if not weights:
+            raise UserError(f"{path} is no whole model: it has no *.safetensors")
+        return "model of another origin: no hashes are recorded, only its structure was checked"
+    expected = check_files(path / "slm.json", read_json(path / "slm.json"), advance)
+    return f"model, {len(expected)} files{check_records(path, 'slm.json')}"
+
+
+def check_structure(weights: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    check_regular(weights)
+    try:
+        with safe_open(weights, "numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is damaged: {error}") from None

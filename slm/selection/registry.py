@@ -25,8 +25,8 @@ from types import ModuleType
 from typing import Any
 
 from slm.errors import UserError
-from slm.selection import rules as ours
-from slm.selection.rules import Selection
+from slm.selection import rules, soft
+from slm.selection.rule import Selection
 from slm.store.files import Json
 
 
@@ -36,9 +36,9 @@ def word_of(name: str) -> str:
 
 
 BUILT_IN: tuple[type[Selection], ...] = (
-    *(ours.All, ours.Excess, ours.Random, ours.Loss, ours.ReferenceLoss, ours.ReferenceEntropy),
-    *(ours.Intersection, ours.Union, ours.Middle, ours.Sigmoid, ours.Softmax, ours.Relu),
-    ours.Mixture,
+    *(rules.All, rules.Excess, rules.Random, rules.Loss, rules.Middle, rules.Mixture),
+    *(rules.ReferenceLoss, rules.ReferenceEntropy, rules.Intersection, rules.Union),
+    *(soft.Sigmoid, soft.Softmax, soft.Relu),
 )
 RULES: dict[str, type[Selection]] = {word_of(rule.__name__): rule for rule in BUILT_IN}
 # Of a run's identity: the key of a word, and the words that are ours.
@@ -192,7 +192,7 @@ def register(module: ModuleType) -> None:
     """Its rules, by word."""
     classes = [value for value in vars(module).values() if isinstance(value, type)]
     for rule in classes:
-        if issubclass(rule, Selection) and rule.__module__ != ours.__name__:
+        if issubclass(rule, Selection) and not rule.__module__.startswith("slm.selection."):
             word = word_of(rule.__name__)
             if RULES.setdefault(word, rule) is not rule:
                 raise UserError(

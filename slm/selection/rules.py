@@ -21,67 +21,25 @@ tokens however a step is split into micro-batches and ranks.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from slm.errors import UserError
+from slm.selection.rule import (
+    Choice,
+    Ranked,
+    Selection,
+    check_scope,
+    excess_loss,
+    given,
+    lowest,
+    top_k,
+)
 from slm.selection.schedules import RatioSchedule, ratio_schedule
-from slm.store.windows import IGNORE_INDEX, Batch
-from slm_kernels import max_selected, select_top_k
-
-SCOPES = ("sequence", "batch", "global")
-
-
-class Choice(NamedTuple):
-    """What a rule says of one batch."""
-
-    token_weight: Tensor  # (B, T), bool or floating point; 0: not trained on
-    selected: Tensor  # (B, T), bool
-    threshold: Tensor | None  # lowest score selected: (), or (B,) with scope=sequence
-
-
-class Selection:
-    """A selection rule.
-
-    needs:             columns of the batch beyond ids and targets
-    needs_token_loss:  False: the choice can be made before the forward pass
-    divides_by:        the loss's denominator over the whole optimizer step: the number of
-                       "selected" or of "valid" tokens
-    picks_tokens:      False: what it selects says nothing of a token, for it takes all, any by
-                       chance, or weighs them
-    """
-
-    needs: ClassVar[tuple[str, ...]] = ()
-    needs_token_loss: ClassVar[bool] = False
-    divides_by: ClassVar[str] = "selected"
-    picks_tokens: ClassVar[bool] = True
-    scope: str = "batch"
-
-    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
-        raise NotImplementedError
-
-    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
-        """Most tokens of this batch that can get a weight; None: ask the device."""
-        return batch["targets"].numel()
-
-    @cached_property
-    def schedules(self) -> tuple[RatioSchedule, ...]:
-        """Of its ratios."""
-        return ()
-
-    def ratio(self, tokens_seen: int) -> float | None:
-        """The select_ratio that is asked for; None for rules without one."""
-        return None
-
-    def candidates(self, batch: Batch) -> Tensor:  # (B, T) bool
-        """Targets that have every score that the rule needs; the data path refuses others."""
-        found = batch["targets"] != IGNORE_INDEX
-        for column in self.needs:
-            found = found & ~batch[column].isnan()
-        return found
+from slm.store.windows import Batch
+from slm_kernels import max_selected
 
 
 @dataclass(frozen=True)
@@ -96,43 +54,6 @@ class All(Selection):
 
 
 # ---- a share of the tokens, by rank -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ranked(Selection):
-    """Exactly K = select_ratio of the targets, those of the highest `score`, ties to the first.
-
-    select_ratio: the paper's k, in (0, 1], or a schedule over tokens (schedules.py)
-    """
-
-    select_ratio: Any
-    scope: str = "batch"
-
-    def __post_init__(self) -> None:
-        check_scope(self.scope)
-        self.schedule.at(0)
-
-    @cached_property
-    def schedule(self) -> RatioSchedule:
-        return ratio_schedule(self.select_ratio)
-
-    @cached_property
-    def schedules(self) -> tuple[RatioSchedule, ...]:
-        return (self.schedule,)
-
-    def ratio(self, tokens_seen: int) -> float | None:
-        return self.schedule.at(tokens_seen)
-
-    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T), high: kept
-        raise NotImplementedError
-
-    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
-        score = self.score(batch, token_loss)
-        selected = top_k(score, self.candidates(batch), self.schedule.at(tokens_seen), self.scope)
-        return Choice(selected, selected, lowest(score, selected, self.scope))
-
-    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
-        return max_selected(batch["targets"].shape, self.schedule.at(tokens_seen), self.scope)
 
 
 @dataclass(frozen=True)
@@ -273,76 +194,6 @@ class Union(Intersection):
 
 
 @dataclass(frozen=True)
-class Soft(Selection):
-    """A weight for every token that grows with its excess loss; the gradient does not pass it.
-
-    temperature:  nats
-    """
-
-    needs = ("reference_logprob",)
-    needs_token_loss = True
-    divides_by = "valid"
-    picks_tokens = False
-    temperature: float
-
-    def __post_init__(self) -> None:
-        check_positive("temperature", self.temperature)
-
-    def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:  # (B, T) excess / temperature
-        raise NotImplementedError
-
-    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
-        valid = self.candidates(batch)
-        scaled = (excess_loss(batch, token_loss) / self.temperature).masked_fill(~valid, 0.0)
-        token_weight = self.weight(scaled, valid).masked_fill(~valid, 0.0)
-        return Choice(token_weight, token_weight > 0, None)
-
-
-@dataclass(frozen=True)
-class Sigmoid(Soft):
-    """sigmoid(excess / temperature), between 0 and 1."""
-
-    def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:
-        return scaled.sigmoid()
-
-
-@dataclass(frozen=True)
-class Relu(Soft):
-    """excess / temperature where it is positive, at most `cap`: an outlier must not rule a step."""
-
-    cap: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cap(self.cap)
-
-    def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:
-        return scaled.clamp(min=0.0, max=self.cap)
-
-
-@dataclass(frozen=True)
-class Softmax(Soft):
-    """softmax(excess / temperature) times the number of targets, per `scope`, at most `cap`.
-
-    Without a cap the weights of a scope sum to its number of targets.
-    """
-
-    cap: float | None = None
-    scope: str = "batch"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cap(self.cap)
-        check_scope(self.scope)
-
-    def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:
-        shape = scaled.shape
-        rows = (len(scaled), -1) if self.scope == "sequence" else (1, -1)
-        weight = softmax_sums_to_count(scaled.reshape(rows), valid.reshape(rows), group(self.scope))
-        return weight.reshape(shape).clamp(max=self.cap) if self.cap else weight.reshape(shape)
-
-
-@dataclass(frozen=True)
 class Mixture(Excess):
     """clm_weight * CLM + (1 - clm_weight) * SLM, against the drift of what is not selected.
 
@@ -368,62 +219,6 @@ class Mixture(Excess):
 
 
 # ---- what the rules are made of -----------------------------------------------------------------
-
-
-def check_scope(scope: str) -> None:
-    if scope not in SCOPES:
-        raise UserError(f"selection.scope is {scope!r}, it must be one of {SCOPES}")
-
-
-def check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < torch.inf:
-        raise UserError(f"selection.{name} is {value}, it must be a number above 0")
-
-
-def check_cap(cap: Any) -> None:
-    if cap is not None:
-        check_positive("cap", cap)
-
-
-def given(token_loss: Tensor | None) -> Tensor:
-    assert token_loss is not None, "this rule needs the token losses"
-    return token_loss
-
-
-def excess_loss(batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T) nats
-    return given(token_loss) + batch["reference_logprob"]
-
-
-def group(scope: str) -> Any:
-    """The processes that rank together; None: this one alone."""
-    return dist.group.WORLD if scope == "global" and dist.is_initialized() else None
-
-
-def top_k(score: Tensor, candidates: Tensor, select_ratio: float, scope: str) -> Tensor:
-    """`slm_kernels.select_top_k`; a single process is a group of one."""
-    ranks = group(scope)
-    within = "batch" if scope == "global" and ranks is None else scope
-    return select_top_k(score, candidates, select_ratio, scope=within, group=ranks)
-
-
-def lowest(score: Tensor, selected: Tensor, scope: str) -> Tensor:  # () or (B,)
-    """Lowest selected score on this rank; inf where nothing was selected."""
-    scores = score.where(selected, torch.inf)
-    return scores.amin(-1) if scope == "sequence" else scores.amin()
-
-
-def softmax_sums_to_count(scaled: Tensor, valid: Tensor, ranks: Any) -> Tensor:  # (R, N)
-    """softmax over the valid entries of each row, times their number; over all ranks' rows."""
-    scaled = scaled.masked_fill(~valid, -torch.inf)
-    largest, count = scaled.amax(-1, keepdim=True), valid.sum(-1, keepdim=True).to(scaled)
-    if ranks is not None:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks)
-    exps = (scaled - largest.clamp(min=-1e30)).exp()  # a row without a target has no largest
-    total = exps.sum(-1, keepdim=True)
-    if ranks is not None:
-        dist.all_reduce(count, group=ranks)
-        dist.all_reduce(total, group=ranks)
-    return exps * (count / total.clamp(min=torch.finfo(total.dtype).tiny))
 
 
 def hashed_scores(window: Tensor, epoch: Tensor, length: int, seed: int) -> Tensor:

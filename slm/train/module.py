@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from slm.errors import NonFiniteError, UserError
 from slm.model.build import SelectiveLM
 from slm.selection.books import StepResult, TokenRecord, mean_threshold, named, no_sums, step_sums
-from slm.selection.rules import All, Choice, Selection
+from slm.selection.rule import Choice, Selection
+from slm.selection.rules import All
 from slm.store.windows import IGNORE_INDEX, Batch
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from slm.errors import UserError
 from slm.model.device import PRECISIONS
-from slm.selection.rules import Selection
+from slm.selection.rule import Selection
 from slm.store.shards import References
 from slm.train.data import TokenData
 

@@ -30,19 +30,15 @@ from slm.checks import check
 from slm.command_keys import HARNESS
 from slm.errors import UserError
 from slm.evaluate import harness as harnessing
-from slm.evaluate.harness import (
+from slm.evaluate.harness import check_room, harness, loglikelihood_values, ratio, run_tasks
+from slm.evaluate.tasks import (
     BOXED,
     NUMBER,
-    check_room,
     decimal,
     expand_tasks,
     gsm8k,
-    harness,
-    loglikelihood_values,
     math_500,
-    ratio,
     read_problems,
-    run_tasks,
     svamp,
     write_tasks,
 )

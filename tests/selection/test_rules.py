@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from slm.errors import UserError
+from slm.selection.rule import SCOPES, Selection
 from slm.selection.rules import (
-    SCOPES,
     All,
     Excess,
     Intersection,
@@ -22,14 +22,11 @@ from slm.selection.rules import (
     Random,
     ReferenceEntropy,
     ReferenceLoss,
-    Relu,
-    Selection,
-    Sigmoid,
-    Softmax,
     Union,
     hashed_scores,
     mix,
 )
+from slm.selection.soft import Relu, Sigmoid, Softmax
 from slm.store.windows import IGNORE_INDEX, Batch, Windows
 from slm.train.order import Order, Steps
 

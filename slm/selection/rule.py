@@ -1,0 +1,139 @@
+"""What every rule is: a `Selection`, that makes a `Choice` of each batch; `Ranked`: a share."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slm.errors import UserError
+from slm.selection.schedules import RatioSchedule, ratio_schedule
+from slm.store.windows import IGNORE_INDEX, Batch
+from slm_kernels import max_selected, select_top_k
+
+SCOPES = ("sequence", "batch", "global")
+
+
+class Choice(NamedTuple):
+    """What a rule says of one batch."""
+
+    token_weight: Tensor  # (B, T), bool or floating point; 0: not trained on
+    selected: Tensor  # (B, T), bool
+    threshold: Tensor | None  # lowest score selected: (), or (B,) with scope=sequence
+
+
+class Selection:
+    """A selection rule.
+
+    needs:             columns of the batch beyond ids and targets
+    needs_token_loss:  False: the choice can be made before the forward pass
+    divides_by:        the loss's denominator over the whole optimizer step: the number of
+                       "selected" or of "valid" tokens
+    picks_tokens:      False: what it selects says nothing of a token, for it takes all, any by
+                       chance, or weighs them
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    needs_token_loss: ClassVar[bool] = False
+    divides_by: ClassVar[str] = "selected"
+    picks_tokens: ClassVar[bool] = True
+    scope: str = "batch"
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        raise NotImplementedError
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        """Most tokens of this batch that can get a weight; None: ask the device."""
+        return batch["targets"].numel()
+
+    @cached_property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
+        """Of its ratios."""
+        return ()
+
+    def ratio(self, tokens_seen: int) -> float | None:
+        """The select_ratio that is asked for; None for rules without one."""
+        return None
+
+    def candidates(self, batch: Batch) -> Tensor:  # (B, T) bool
+        """Targets that have every score that the rule needs; the data path refuses others."""
+        found = batch["targets"] != IGNORE_INDEX
+        for column in self.needs:
+            found = found & ~batch[column].isnan()
+        return found
+
+
+@dataclass(frozen=True)
+class Ranked(Selection):
+    """Exactly K = select_ratio of the targets, those of the highest `score`, ties to the first.
+
+    select_ratio: the paper's k, in (0, 1], or a schedule over tokens (schedules.py)
+    """
+
+    select_ratio: Any
+    scope: str = "batch"
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        self.schedule.at(0)
+
+    @cached_property
+    def schedule(self) -> RatioSchedule:
+        return ratio_schedule(self.select_ratio)
+
+    @cached_property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
+        return (self.schedule,)
+
+    def ratio(self, tokens_seen: int) -> float | None:
+        return self.schedule.at(tokens_seen)
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T), high: kept
+        raise NotImplementedError
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        score = self.score(batch, token_loss)
+        selected = top_k(score, self.candidates(batch), self.schedule.at(tokens_seen), self.scope)
+        return Choice(selected, selected, lowest(score, selected, self.scope))
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        return max_selected(batch["targets"].shape, self.schedule.at(tokens_seen), self.scope)
+
+
+def check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise UserError(f"selection.scope is {scope!r}, it must be one of {SCOPES}")
+
+
+def given(token_loss: Tensor | None) -> Tensor:
+    assert token_loss is not None, "this rule needs the token losses"
+    return token_loss
+
+
+def excess_loss(batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T) nats
+    return given(token_loss) + batch["reference_logprob"]
+
+
+def group(scope: str) -> Any:
+    """The processes that rank together; None: this one alone."""
+    return dist.group.WORLD if scope == "global" and dist.is_initialized() else None
+
+
+def top_k(score: Tensor, candidates: Tensor, select_ratio: float, scope: str) -> Tensor:
+    """`slm_kernels.select_top_k`; a single process is a group of one."""
+    ranks = group(scope)
+    within = "batch" if scope == "global" and ranks is None else scope
+    return select_top_k(score, candidates, select_ratio, scope=within, group=ranks)
+
+
+def lowest(score: Tensor, selected: Tensor, scope: str) -> Tensor:  # () or (B,)
+    """Lowest selected score on this rank; inf where nothing was selected."""
+    scores = score.where(selected, torch.inf)
+    return scores.amin(-1) if scope == "sequence" else scores.amin()
+
+
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < torch.inf:
+        raise UserError(f"selection.{name} is {value}, it must be a number above 0")
