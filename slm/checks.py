@@ -1,4 +1,4 @@
-"""Keys of a configuration, their types and ranges: a table a command, checked before anything else.
+"""Keys of a command, their types and ranges: a table a command, checked before anything else.
 
 A table has a row for every key that is read, `{"data.batch_size": whole(1)}`: what is in no row is
 refused by name, since nothing would read it, and what does not fit its row is refused in one
@@ -104,16 +104,25 @@ seed = whole(0, MAX_SEED)
 anything = Kind("anything", lambda v: True)
 
 
-def check(config: Any, table: Table, instead: Mapping[str, str] | None = None) -> None:
+def check(
+    settings: Mapping[str, Any], table: Table, instead: Mapping[str, str] | None = None
+) -> None:
     """instead: for keys in no row that people would try, what does their work."""
-    from omegaconf import OmegaConf  # readers of a store alone may not have it
-
-    for key in keys_of(OmegaConf.to_container(config, resolve=False), table):
+    for key in keys_of(settings, table):
         check_known(key, table, instead or {})
     for key, kind in table.items():
-        value = OmegaConf.select(config, key, default=ABSENT)
+        value = select(settings, key)
         if value is not ABSENT and not kind.fits(value):
             raise UserError(f"{key} is {value!r}, it must be {kind.wanted}{as_whole(value, kind)}")
+
+
+def select(settings: Any, key: str) -> Any:
+    """What is at a dotted key."""
+    for name in key.split("."):
+        if not isinstance(settings, Mapping) or name not in settings:
+            return ABSENT
+        settings = settings[name]
+    return settings
 
 
 def as_whole(value: Any, kind: Kind) -> str:
@@ -135,6 +144,6 @@ def keys_of(tree: Any, table: Table, prefix: str = "") -> list[str]:
     found: list[str] = []
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        opened = isinstance(value, dict) and len(value) > 0 and key not in table
+        opened = isinstance(value, Mapping) and len(value) > 0 and key not in table
         found += keys_of(value, table, f"{key}.") if opened else [key]
     return found

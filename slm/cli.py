@@ -107,26 +107,26 @@ def root_file(name: str) -> Path:
     return conf_folder() / f"{name}.yaml"
 
 
-def unreachable(config: Any) -> None:
+def unreachable(**settings: Any) -> None:
     raise AssertionError("Hydra was to print and stop")
 
 
 # ---- Hydra applications -------------------------------------------------------------------------
 
 
-def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
-    """Decorator: a function of the composed config becomes the Hydra application `name`."""
+def command(name: str) -> Callable[[Callable[..., Any]], Callable[[], None]]:
+    """Decorator: a function of the keys of conf/<name>.yaml becomes that Hydra application."""
     import hydra  # here, not above: `slm --help` does not need it
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     import_module("slm.hydra_names")  # the resolvers in the configurations
 
-    def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
+    def decorate(function: Callable[..., Any]) -> Callable[[], None]:
         @wraps(function)
         def job(config: Any) -> Any:
             try:
-                return checked(function, config)
+                return function(**plain_settings(config))
             except Exception as error:
                 mine = reported(error)
                 if mine is None:
@@ -142,14 +142,16 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     return decorate
 
 
-def checked(function: Callable[[Any], Any], config: Any) -> Any:
+def plain_settings(config: Any) -> dict[str, Any]:
+    """Python's own types: nothing below knows of OmegaConf."""
     from omegaconf import OmegaConf
 
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         examples = " ".join(f"{key}=..." for key in missing)
         raise UserError(f"{', '.join(missing)} must be given: {examples}")
-    return function(config)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    return settings
 
 
 def run(name: str, application: Callable[[], Any]) -> None:

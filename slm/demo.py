@@ -28,6 +28,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -295,8 +296,9 @@ def report(out: Path) -> None:
 
 
 @command("demo")
-def main(config: Any) -> None:
-    check(config, DEMO)
+def main(**settings: Any) -> None:
+    check(settings, DEMO)
+    config = SimpleNamespace(**settings)
     start, out = time.perf_counter(), Path(config.out)
     if not (out / "text" / "heldout.jsonl").exists():  # written last
         write_texts(out / "text")

@@ -115,8 +115,8 @@ def test_help_of_every_root_shows_its_keys(call, name):
 # ---- mistakes -----------------------------------------------------------------------------------
 
 
-def refuse(config: Any) -> None:
-    raise UserError(f"number is {config.number}")
+def refuse(number: int, **others: Any) -> None:
+    raise UserError(f"number is {number}")
 
 
 def test_a_user_error_is_one_line_and_exit_1(call, application):
@@ -127,10 +127,10 @@ def test_a_user_error_is_one_line_and_exit_1(call, application):
 def test_under_multirun_the_other_jobs_go_on_and_the_end_is_1(call, application):
     seen: list[int] = []
 
-    def job(config: Any) -> None:
-        seen.append(config.number)
-        if config.number == 2:
-            refuse(config)
+    def job(number: int, **others: Any) -> None:
+        seen.append(number)
+        if number == 2:
+            refuse(number)
 
     code, _, err = call(application(job), "-m", "needed=1", "number=1,2,3", "hydra.sweep.dir=s")
     assert (code, seen) == (1, [1, 2, 3])
@@ -179,7 +179,7 @@ def test_the_required_key_that_hydra_itself_needs_is_named(call):
 
 
 def test_a_bug_keeps_its_traceback(call, application):
-    def broken(config: Any) -> None:
+    def broken(**settings: Any) -> None:
         raise ZeroDivisionError("ours")
 
     with pytest.raises(ZeroDivisionError, match="ours"):
@@ -188,7 +188,7 @@ def test_a_bug_keeps_its_traceback(call, application):
 
 
 def test_a_file_that_cannot_be_opened_is_named(call, application, tmp_path):
-    def job(config: Any) -> None:
+    def job(**settings: Any) -> None:
         open(tmp_path)
 
     code, _, err = call(application(job), "needed=1")
@@ -196,7 +196,7 @@ def test_a_file_that_cannot_be_opened_is_named(call, application, tmp_path):
 
 
 def test_ctrl_c_ends_with_130(call, application):
-    def job(config: Any) -> None:
+    def job(**settings: Any) -> None:
         raise KeyboardInterrupt
 
     assert call(application(job), "needed=1") == (130, "", "slm toy: interrupted\n")

@@ -2,6 +2,7 @@
 
 import re
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -95,7 +96,9 @@ def test_what_does_not_fit_is_one_sentence(
     call: Any, tmp_path, monkeypatch, name: str, word: str, sentence: str
 ):
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(import_module(f"slm.{name}").main, *GIVEN[name], word)
+    is_folder = find_spec(f"slm.{name}").submodule_search_locations  # type: ignore[union-attr]
+    door = import_module(f"slm.{name}.__main__" if is_folder else f"slm.{name}")
+    code, out, err = call(door.main, *GIVEN[name], word)
     assert (code, out, err.count("\n")) == (1, "", 1), err
     assert re.match(f"slm {name}: {sentence}", err.strip()), err
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -204,7 +205,8 @@ def print_table(analyses: Sequence[Analysis]) -> None:
 
 
 @command("dynamics")
-def main(config: Any) -> None:
+def main(**settings: Any) -> None:
+    config = OmegaConf.create(settings)
     analyses = dynamics(config)
     print_table(analyses)
     for analysis in analyses:

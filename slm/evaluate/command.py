@@ -9,6 +9,7 @@ forward pass; no logits are kept.
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from slm.checks import check
 from slm.cli import command
 from slm.command_keys import EVALUATE
 from slm.console import progress
@@ -27,6 +27,7 @@ from slm.model.device import DTYPES, PRECISIONS, computing, pick_device
 from slm.model.folder import check_model_folder
 from slm.score.command import check_fits, check_tokenizer
 from slm.selection.registry import import_modules
+from slm.stage import Folder, stage
 from slm.store.fields import OBJECT, check_fields, one_of
 from slm.store.files import Advance, nothing, read_json, write_csv
 from slm.store.shards import Corpus
@@ -108,30 +109,63 @@ def warn_of_other_precision(folder: str, dtype: str) -> None:
         )
 
 
-def evaluate(models: dict[str, str], sets: dict[str, str], settings: Any) -> list[dict[str, Any]]:
-    """One row for every model and set."""
-    corpora = {name: Corpus.open(folder, settings.check) for name, folder in sets.items()}
-    for folder in models.values():  # all of them before the first forward
+@stage(EVALUATE)
+def evaluate(
+    models: Mapping[str, Folder],
+    sets: Mapping[str, Folder],
+    *,
+    batch_size: int = 32,
+    max_windows: int | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    modules: Sequence[str] = (),
+    check: str = "size",
+    out: Folder | None = None,
+) -> list[dict[str, Any]]:
+    """Mean loss and bits per byte of models on named sets.
+
+    Args:
+        models: name -> model folder.
+        sets: name -> corpus folder, made with the models' tokenizer.
+        batch_size: windows per forward.
+        max_windows: at most so many of each set, evenly spread.
+        dtype: of the forward: "float32", "bfloat16" or "bf16-mixed".
+        device: "auto" is cuda where there is one.
+        modules: your own modeling code, files or dotted names, imported first.
+        check: "full" compares every file's hash first.
+        out: a CSV file for the rows.
+
+    Returns:
+        A row for every model and set: model, set, loss (nats per target), bits_per_byte,
+        num_targets, num_bytes. `pandas.DataFrame(rows)` makes a table of them.
+
+    Raises:
+        UserError: a folder is damaged, or no model or set of that tokenizer; a setting is wrong.
+    """
+    import_modules(modules)
+    corpora = {name: Corpus.open(folder, check) for name, folder in sets.items()}
+    folders = {name: str(folder) for name, folder in models.items()}
+    for folder in folders.values():  # all of them before the first forward
         if not looks_like_hub_name(folder):
-            check_model_folder("model", folder, settings.check)
+            check_model_folder("model", folder, check)
         for corpus in corpora.values():
             check_tokenizer(folder, corpus)
-        warn_of_other_precision(folder, settings.dtype)
-    device = pick_device(settings.device)
-    total = sum(num_tokens(corpus, settings.max_windows) for corpus in corpora.values())
+        warn_of_other_precision(folder, dtype)
+    where = pick_device(device)
+    total = sum(num_tokens(corpus, max_windows) for corpus in corpora.values())
     rows = []
     with progress("evaluating", total * len(models), "tokens") as advance:
-        for name, folder in models.items():
+        for name, folder in folders.items():
             lm = SelectiveLM(load_model(folder))
             for corpus in corpora.values():
                 check_fits(lm, corpus)
-            lm.to(device, DTYPES[settings.dtype])
+            lm.to(where, DTYPES[dtype])
             for set_name, corpus in corpora.items():
-                with computing(device, settings.dtype):
-                    result = corpus_loss(
-                        lm, corpus, settings.batch_size, settings.max_windows, advance
-                    )
+                with computing(where, dtype):
+                    result = corpus_loss(lm, corpus, batch_size, max_windows, advance)
                 rows.append({"model": name, "set": set_name} | result._asdict())
+    if out is not None:
+        write_csv(Path(out), rows)
     return rows
 
 
@@ -144,11 +178,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 @command("evaluate")
-def main(config: Any) -> None:
-    check(config, EVALUATE)
-    import_modules(config.modules)
-    rows = evaluate(dict(config.models), dict(config.sets), config)
-    print_table(rows)
-    if config.out is not None:
-        write_csv(Path(config.out), rows)
-        log.info(f"table: {config.out}")
+def main(**settings: Any) -> None:
+    print_table(evaluate(**settings))
+    if settings["out"] is not None:
+        log.info(f"table: {settings['out']}")

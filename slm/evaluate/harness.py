@@ -31,7 +31,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,12 +41,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from slm.checks import check
 from slm.cli import command
 from slm.command_keys import HARNESS
 from slm.console import LINE_EVERY_S
 from slm.errors import UserError
-from slm.evaluate.tasks import TASKS, expand_tasks, write_tasks
+from slm.evaluate.tasks import BARE_PROMPT, SETS, TASKS, expand_tasks, write_tasks
+from slm.stage import Folder, stage
 from slm.store.files import Json, write_csv
 
 log = logging.getLogger("slm.harness")
@@ -195,31 +195,72 @@ def run_tasks(lm: Any, folder: Path, names: list[str], limit: int | None) -> lis
     return [row for name in names for row in task_rows(name, results)]
 
 
-def harness(models: dict[str, str], settings: Any) -> list[Row]:
-    """Rows of every model and task, with the versions that made them."""
+@stage(HARNESS)
+def harness(
+    models: Mapping[str, Folder],
+    problems: Folder,
+    *,
+    tasks: Sequence[str] = tuple(SETS),
+    limit: int | None = None,
+    num_fewshot: int = 0,
+    prompt: str = f"Question: {BARE_PROMPT}\nAnswer:",
+    batch_size: int = 16,
+    max_new_tokens: int = 256,
+    device: str = "auto",
+    modules: Sequence[str] = (),
+    out: Folder | None = None,
+) -> list[Row]:
+    """Accuracy and bits per byte of models by lm_eval, offline, on local files.
+
+    Args:
+        models: name -> model folder.
+        problems: folder with gsm8k_test.jsonl, math_500.jsonl, svamp.jsonl.
+        tasks: sets, or single tasks of them such as "svamp_answer".
+        limit: at most the first so many problems of each set.
+        num_fewshot: worked examples before each question.
+        prompt: what stands before an answer, with {question} in it.
+        batch_size: requests per forward.
+        max_new_tokens: of a generated answer.
+        device: "auto" is cuda where there is one.
+        modules: your own modeling code, files or dotted names, imported first.
+        out: a CSV file for the rows.
+
+    Returns:
+        A row for every model, task and metric, with the versions that made it.
+
+    Raises:
+        UserError: lm_eval is not installed, a folder or a file is damaged, a setting is wrong.
+    """
     from slm.model.build import load_model
     from slm.model.device import pick_device
     from slm.model.folder import check_model_folder, verify_weights
+    from slm.selection.registry import import_modules
 
-    names = expand_tasks(list(settings.tasks))
-    for folder in models.values():  # all of them before the first forward
+    import_modules(modules)
+    check_installed()
+    go_offline()
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    names = expand_tasks(list(tasks))
+    folders = {name: str(folder) for name, folder in models.items()}
+    for folder in folders.values():  # all of them before the first forward
         check_model_folder("model", folder)
         verify_weights(Path(folder), lambda count: None)
         if not is_ours(folder):  # no hashes: lm_eval makes up what is missing
             load_model(folder)
-        check_room(folder, settings.max_new_tokens)
-    device = str(pick_device(settings.device))
+        check_room(folder, max_new_tokens)
+    where = str(pick_device(device))
     versions = {name: version(name) for name in VERSIONED}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="slm-harness-") as temporary:
-        tasks = Path(temporary)
-        limits = (settings.num_fewshot, settings.max_new_tokens)
-        write_tasks(tasks, Path(settings.problems), names, settings.prompt, *limits)
-        for number, (name, folder) in enumerate(models.items(), 1):
+        written = Path(temporary)
+        write_tasks(written, Path(problems), names, prompt, num_fewshot, max_new_tokens)
+        for number, (name, folder) in enumerate(folders.items(), 1):
             log.info(f"model {number} of {len(models)}: {name}, {len(names)} tasks")
-            lm = load_lm(folder, settings.batch_size, device)
-            found = run_tasks(lm, tasks, names, settings.limit)
+            lm = load_lm(folder, batch_size, where)
+            found = run_tasks(lm, written, names, limit)
             rows += [{"model": name} | row | versions for row in found]
+    if out is not None:
+        write_csv(Path(out), rows)
     return rows
 
 
@@ -245,16 +286,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 @command("harness")
-def main(config: Any) -> None:
-    from slm.selection.registry import import_modules  # imports torch
-
-    check(config, HARNESS)
-    import_modules(config.modules)
-    check_installed()
-    go_offline()
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    rows = harness(dict(config.models), config)
-    print_table(rows)
-    if config.out is not None:
-        write_csv(Path(config.out), rows)
-        log.info(f"table: {config.out}")
+def main(**settings: Any) -> None:
+    print_table(harness(**settings))
+    if settings["out"] is not None:
+        log.info(f"table: {settings['out']}")

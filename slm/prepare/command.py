@@ -16,15 +16,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from slm.checks import check
 from slm.cli import command
 from slm.command_keys import PREPARE
 from slm.console import Progress, progress
@@ -48,6 +47,7 @@ from slm.prepare.workers import (
     run_batches,
     side_of,
 )
+from slm.stage import Folder, stage
 from slm.store.claims import Claim, claim, owner_of, remove_temporaries
 from slm.store.files import (
     Json,
@@ -63,6 +63,21 @@ from slm.store.shards import FORMAT, Corpus, adopt_plan, read_sidecars, write_ma
 from slm.store.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
 
 log = logging.getLogger("slm.prepare")
+
+
+class TokenizerKeys(TypedDict, total=False):
+    path: Folder | None
+    vocab_size: int | None
+    train_mb: float
+    chat_template: Folder | None
+
+
+TOKENIZER: TokenizerKeys = {
+    "path": None,
+    "vocab_size": None,
+    "train_mb": 64,
+    "chat_template": None,
+}
 
 
 # ---- progress -----------------------------------------------------------------------------------
@@ -103,7 +118,6 @@ def show_progress(total_bytes: int | None) -> Iterator[Speed]:
 
 
 def check_config(config: Any) -> None:
-    check(config, PREPARE)
     if config.shard_tokens <= config.seq_len:
         raise UserError(
             f"shard_tokens is {config.shard_tokens}, it must be more than seq_len, {config.seq_len}"
@@ -153,7 +167,9 @@ def run_plan(config: Any, sources: list[Source], exclude: list[Source], tokenize
     """What a second run is compared with, one flat field a setting; no path of a file is in it."""
     keys = ("seq_len", "packing", "heldout_ratio", "on_bad_record")
     keys += ("max_document_mb", "shard_tokens")
-    plan: Json = {"format": FORMAT, "kind": "preparation"} | {key: config[key] for key in keys}
+    plan: Json = {"format": FORMAT, "kind": "preparation"} | {
+        key: vars(config)[key] for key in keys
+    }
     plan |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
     for name, group in (("sources", sources), ("exclude", exclude)):
         for i, source in enumerate(group):
@@ -323,28 +339,82 @@ def damage(out: Path) -> str | None:
     return None
 
 
-def prepare(config: Any) -> Json:
+class Prepared(NamedTuple):
+    """What a preparation has made."""
+
+    train: Corpus | None  # None: heldout_ratio=1
+    heldout: Corpus | None  # None: heldout_ratio=0
+    report: Json
+
+
+@stage(PREPARE)
+def prepare(
+    sources: Sequence[Folder | Mapping[str, Any]],
+    out: Folder,
+    *,
+    tokenizer: TokenizerKeys = TOKENIZER,
+    seq_len: int = 1024,
+    packing: str = "concat",
+    heldout_ratio: float = 0.01,
+    exclude: Sequence[Folder | Mapping[str, Any]] = (),
+    on_bad_record: str = "stop",
+    max_document_mb: float = 16,
+    shard_tokens: int = 33554432,
+    num_proc: int | None = None,
+) -> Prepared:
+    """Text to token shards: tokenize, end documents with EOS, hold some out by hash.
+
+    A preparation that was interrupted starts over; a finished one is left alone.
+
+    Args:
+        sources: what to read, in this order: paths, or {"path": ..., "text": "{question}", ...}
+            with the keys that conf/prepare.yaml explains.
+        out: folder to write: train/, heldout/ and report.json.
+        tokenizer: exactly one of "path" (a folder or a name on the hub) and "vocab_size" (train
+            one here, on "train_mb" of the text); "chat_template": a file with one for `messages`.
+        seq_len: targets in a window.
+        packing: "concat": attention runs across documents; "documents": it restarts at each.
+        heldout_ratio: share of the documents that is held out, by hash of the text.
+        exclude: evaluation sets; a document that shares 13 words in a row with them is dropped.
+        on_bad_record: "stop" at the first, or "skip" and count them.
+        max_document_mb: a longer record is a bad record.
+        shard_tokens: most tokens of a shard.
+        num_proc: worker processes, by default the usable cores. The output does not depend on it.
+
+    Returns:
+        The two corpora and what was counted.
+
+    Raises:
+        UserError: a file or record cannot be read, `out` holds something else; a setting is wrong.
+    """
+    settings = SimpleNamespace(**locals())
+    settings.tokenizer = SimpleNamespace(**tokenizer)
+    report = write_or_confirm(settings)
+    folder = Path(out).expanduser()
+    train, heldout = (Corpus.open(folder / side) if side in report else None for side in SIDES)
+    return Prepared(train, heldout, report)
+
+
+def write_or_confirm(config: Any) -> Json:
     """Run or confirm a preparation; returns its report."""
     check_config(config)
-    entries = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(entries, dict)
-    sources = parse_sources(entries["sources"], "sources")
+    sources = parse_sources(config.sources, "sources")
     if not sources:
         raise UserError("sources is empty: there is nothing to prepare")
-    exclude = parse_sources(entries["exclude"], "exclude")
+    exclude = parse_sources(config.exclude, "exclude")
     for i, source in enumerate(exclude):
         if source.has_signal:
             raise UserError(f"exclude[{i}] has signal or noise: no token of it is written")
     if config.tokenizer.path is None:
         tokenizer = None
-        identity = {key: config.tokenizer[key] for key in ("vocab_size", "train_mb")}
+        identity = {key: vars(config.tokenizer)[key] for key in ("vocab_size", "train_mb")}
     else:
         tokenizer = load_tokenizer(config.tokenizer.path)
         identity = {"sha256": tokenizer_sha256(tokenizer)}
     template = chat_template(config, sources, tokenizer)
     if template is not None:
         identity["chat_template_sha256"] = hash_json(template)
-    out = Path(str(config.out)).expanduser()
+    out = Path(config.out).expanduser()
     with own_folder(out) as mine:
         adopt_plan(out, run_plan(config, sources, exclude, identity))
         if (out / "report.json").exists():
@@ -373,5 +443,5 @@ def prepare(config: Any) -> Json:
 
 
 @command("prepare")
-def main(config: Any) -> None:
-    prepare(config)
+def main(**settings: Any) -> None:
+    prepare(**settings)

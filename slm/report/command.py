@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from slm.checks import check
 from slm.cli import command
@@ -341,7 +342,8 @@ def report(config: Any) -> list[Json]:
 
 
 @command("report")
-def main(config: Any) -> None:
+def main(**settings: Any) -> None:
+    config = OmegaConf.create(settings)
     rows = report(config)
     if rows:
         print((Path(config.out) / "table.md").read_text(), end="")

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf import OmegaConf
+
 from slm.checks import check
 from slm.cli import command
 from slm.command_keys import DASHBOARD
@@ -322,7 +324,8 @@ def dashboard(config: Any) -> Any:
 
 
 @command("dashboard")
-def main(config: Any) -> None:
+def main(**settings: Any) -> None:
+    config = OmegaConf.create(settings)
     workspace = dashboard(config)
     for section in workspace.sections:
         print(f"{section.name}: {len(section.panels)} panels")

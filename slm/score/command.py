@@ -11,17 +11,19 @@ A model that only a server has is asked through files: see imported.py.
 """
 
 import logging
+import os
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slm.checks import check
 from slm.cli import command
 from slm.command_keys import SCORE
 from slm.console import duration, progress
@@ -42,8 +44,9 @@ from slm.score.scorer import (
 )
 from slm.score.served import Responses, check_packing, response_files, write_requests
 from slm.selection.registry import import_modules
+from slm.stage import Folder, stage
 from slm.store.files import Json
-from slm.store.shards import FORMAT, IDENTITY, Corpus, Shard, adopt_plan
+from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
 from slm.store.tokenizer import is_tokenizer_of, load_tokenizer, tokenizer_sha256
 from slm.store.windows import IGNORE_INDEX, Windows, to_device
 
@@ -58,21 +61,21 @@ WAYS = {  # what says where the scores come from: what it needs beside the corpu
 # ---- what is asked for --------------------------------------------------------------------------
 
 
-def check_way(config: Any) -> None:
+def check_way(settings: Mapping[str, Any]) -> None:
     """One of WAYS, with what it needs, and nothing that it would not read."""
-    way = way_of(config)
+    way = way_of(settings)
     for key in ("out", "served_model"):
         needed = key in WAYS[way]
-        if needed and config[key] is None:
+        if needed and settings[key] is None:
             raise UserError(f"{key} must be given with {way}: {key}=...")
-        if not needed and config[key] is not None:
-            raise UserError(f"{key} is {config[key]!r}, but {way} does not use it")
-    if config.entropy and way != "reference_model":
+        if not needed and settings[key] is not None:
+            raise UserError(f"{key} is {settings[key]!r}, but {way} does not use it")
+    if settings["entropy"] and way != "reference_model":
         raise UserError(f"entropy is true, but servers return none: {way} cannot have it")
 
 
-def way_of(config: Any) -> str:
-    given = [key for key in WAYS if config[key] is not None]
+def way_of(settings: Mapping[str, Any]) -> str:
+    given = [key for key in WAYS if settings[key] is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise UserError(f"one of {', '.join(WAYS)} must be given, found {found}")
@@ -232,22 +235,21 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
     log.info(f"scored {own:,} tokens in {seconds:.1f} s ({own / seconds:,.0f} tokens/s)")
 
 
-def score_with_model(config: Any, corpus: Corpus) -> Path:
+def score_with_model(config: Any, corpus: Corpus) -> References:
     out = Path(config.out)
     lm = load_reference(config.reference_model, corpus, config.device, config.dtype, config.check)
     adopt_plan(out, model_plan(corpus, config, lm))
     source = ModelScores(lm, Windows(corpus), config.entropy, config.dtype)
     scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
     if is_finished(scorer):
-        return out
+        return References.open(out)
     if todo := scorer.missing():
         score_missing(scorer, todo)
     copy_lineage(config.reference_model, out)
-    finish(scorer)
-    return out
+    return finish(scorer)
 
 
-def score_from_responses(config: Any, corpus: Corpus) -> Path:
+def score_from_responses(config: Any, corpus: Corpus) -> References:
     """Every response is read and checked before the folder is made."""
     out, plan = Path(config.out), responses_plan(corpus, config)
     paths = response_files(config.responses)
@@ -259,31 +261,72 @@ def score_from_responses(config: Any, corpus: Corpus) -> Path:
         source = Responses(corpus, config.served_model, file)
         scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
         if is_finished(scorer):
-            return out
+            return References.open(out)
         check_space(out.parent, store_bytes(scorer, corpus.num_targets) + source.num_bytes)
         source.read(paths)
         adopt_plan(out, plan)
         todo = scorer.missing()
         with progress("writing", num_targets(todo), "tokens") as advance:
             scorer.run(advance)
-    finish(scorer)
-    return out
+    return finish(scorer)
 
 
-def score(config: Any) -> Path:
-    check(config, SCORE)
-    import_modules(config.modules)
-    check_way(config)
-    corpus = Corpus.open(config.corpus, config.check)
-    if config.reference_model is not None:
-        return score_with_model(config, corpus)
-    check_packing(corpus)
-    if config.requests is not None:
-        return write_requests(corpus, Path(config.requests), config.served_model)
-    return score_from_responses(config, corpus)
+@stage(SCORE)
+def score(
+    corpus: Folder,
+    out: Folder | None = None,
+    *,
+    reference_model: Folder | None = None,
+    requests: Folder | None = None,
+    responses: Folder | Sequence[Folder] | None = None,
+    served_model: str | None = None,
+    entropy: bool = False,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    store_dtype: str = "float32",
+    device: str = "auto",
+    modules: Sequence[str] = (),
+    check: str = "size",
+) -> References | Path:
+    """Log-probs of every token of a corpus under a reference model, once.
+
+    One of reference_model, requests and responses says where the scores come from.
+
+    Args:
+        corpus: a corpus or its folder.
+        out: folder of the log-prob shards; any number of processes may fill one.
+        reference_model: a model folder with the corpus's tokenizer.
+        requests: a file to write: what to ask a server that has the model.
+        responses: the files with what the server answered.
+        served_model: with requests and responses: the server's name of the model.
+        entropy: also the entropy of the model's prediction at every token.
+        batch_size: windows per forward.
+        dtype: of the forward: "float32", "bfloat16" or "bf16-mixed".
+        store_dtype: on disk: "float32" or "float16".
+        device: "auto" is cuda where there is one.
+        modules: your own modeling code, files or dotted names, imported first.
+        check: "full" compares every file's hash first.
+
+    Returns:
+        The references; with `requests` the file with them.
+
+    Raises:
+        UserError: the model is not of the corpus's tokenizer or does not reproduce, an answer is
+            wrong, `out` holds other scores; a setting is wrong.
+    """
+    settings = SimpleNamespace(**locals())
+    import_modules(modules)
+    check_way(vars(settings))
+    opened = Corpus.open(corpus, check)
+    if reference_model is not None:
+        return score_with_model(settings, opened)
+    check_packing(opened)
+    if requests is not None:
+        return write_requests(opened, Path(requests), settings.served_model)
+    return score_from_responses(settings, opened)
 
 
 @command("score")
-def main(config: Any) -> None:
-    made = score(config)
-    log.info(f"{'references' if config.requests is None else 'requests'}: {made}")
+def main(**settings: Any) -> None:
+    made = score(**settings)
+    log.info(f"{'references' if settings['requests'] is None else 'requests'}: {os.fspath(made)}")

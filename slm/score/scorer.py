@@ -178,7 +178,8 @@ def is_finished(scorer: Scorer) -> bool:
     return True
 
 
-def finish(scorer: Scorer) -> None:
+def finish(scorer: Scorer) -> References:
     write_manifest(scorer.out, "logprobs", len(scorer.corpus.shards))
-    References.open(scorer.out)
+    references = References.open(scorer.out)
     remove_leftovers(scorer.out)
+    return references

@@ -20,6 +20,7 @@ No container notices a flipped byte by itself; the hashes here do (``check="full
 A crash leaves temporary files and files without a sidecar, never something that looks finished.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -203,7 +204,7 @@ class Store:
     manifest: Json
 
     @classmethod
-    def open(cls, folder: str | Path, check: str = "size"):
+    def open(cls, folder: str | os.PathLike[str], check: str = "size"):
         """Open and check a folder. check: "size" (lengths, dtypes) or "full" (hashes as well)."""
         if check not in CHECKS:
             raise UserError(f"check must be one of {CHECKS}, found {check!r}")
@@ -217,6 +218,10 @@ class Store:
         return store
 
     KIND = "store"
+
+    def __fspath__(self) -> str:
+        """So that a store is given where its folder is asked for."""
+        return str(self.folder)
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -250,7 +255,7 @@ class Corpus(Store):
     KIND = "corpus"
 
     @classmethod
-    def open(cls, folder: str | Path, check: str = "size"):
+    def open(cls, folder: str | os.PathLike[str], check: str = "size"):
         """The tokenizer's files are small and what they say is believed: hashed at every check."""
         corpus = super().open(folder, check)
         if corpus.has_tokenizer_hashes:

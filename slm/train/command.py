@@ -217,6 +217,7 @@ def log_inputs(
 
 
 @command("train")
-def main(config: DictConfig) -> None:
+def main(**settings: Any) -> None:
+    config = OmegaConf.create(settings)
     folder = train(config)
     log.info("model: %s", folder)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm.checks import check
@@ -54,9 +53,9 @@ def nats_by_hand(model: Any, tokens: np.ndarray, seq_len: int) -> np.ndarray:
     return np.array(nats)
 
 
-def settings(**changes: Any) -> Any:
+def settings(**changes: Any) -> dict[str, Any]:
     defaults = {"batch_size": 3, "max_windows": None, "device": "cpu", "check": "size", "out": None}
-    return OmegaConf.create(defaults | {"dtype": "float32"} | changes)
+    return defaults | {"dtype": "float32"} | changes
 
 
 # ---- one model on one set -----------------------------------------------------------------------
@@ -190,7 +189,7 @@ def sets(tmp_path, text_corpus, make_corpus) -> dict[str, str]:
 
 
 def test_every_model_meets_every_set_and_the_table_says_so(tmp_path, models, sets):
-    rows = evaluate(models, sets, settings())
+    rows = evaluate(models, sets, **settings())
     write_csv(tmp_path / "new" / "table.csv", rows)
     with open(tmp_path / "new" / "table.csv", newline="") as file:
         table = list(csv.DictReader(file))
@@ -215,7 +214,7 @@ def test_another_tokenizer_is_refused_before_any_forward(
     with pytest.raises(
         UserError, match=rf"model .*c has tokenizer \w+, {folder} was made with \w+"
     ):
-        evaluate(models | {"c": str(tmp_path / "c")}, sets, settings())
+        evaluate(models | {"c": str(tmp_path / "c")}, sets, **settings())
 
 
 def flip_weights(folder: str) -> None:
@@ -228,10 +227,10 @@ def flip_weights(folder: str) -> None:
 def test_a_damaged_model_is_refused_with_check_full(models, sets):
     flip_weights(models["b"])
     with pytest.raises(UserError, match=r"b/model\.safetensors is damaged: sha256 \w+, slm.json"):
-        evaluate(models, sets, settings(check="full"))
-    assert len(evaluate(models, sets, settings())) == 4
+        evaluate(models, sets, **settings(check="full"))
+    assert len(evaluate(models, sets, **settings())) == 4
     Path(models["b"], "slm.json").unlink()  # of another origin: nobody knows its hashes
-    assert len(evaluate(models, sets, settings(check="full"))) == 4
+    assert len(evaluate(models, sets, **settings(check="full"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -246,7 +245,7 @@ def test_a_record_that_says_nonsense_is_one_sentence(models, sets, lineage, mess
     path = Path(models["a"], "slm.json")
     write_record(path, read_json(path) | {"lineage": lineage})
     with pytest.raises(UserError, match=f"a/slm.json: {message}"):
-        evaluate(models, sets, settings())
+        evaluate(models, sets, **settings())
 
 
 @pytest.mark.parametrize(
@@ -269,13 +268,13 @@ def test_wrong_settings_are_refused(changes, message):
 @pytest.mark.parametrize("name", ["no/such/model", "./nothing"])
 def test_a_mistyped_path_is_not_looked_for_on_a_hub(sets, name):
     with pytest.raises(UserError, match=f"model {name} is no model folder"):
-        evaluate({"a": name}, sets, settings())
+        evaluate({"a": name}, sets, **settings())
 
 
 def test_an_adapter_is_no_model(sets, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is a PEFT adapter: merge it into its model"):
-        evaluate({"a": str(tmp_path)}, sets, settings())
+        evaluate({"a": str(tmp_path)}, sets, **settings())
 
 
 def test_a_mistyped_name_in_a_folder_that_exists_is_a_path(tmp_path, monkeypatch):

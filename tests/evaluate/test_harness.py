@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from transformers import (
@@ -122,7 +121,7 @@ def no_report_on_the_machine(monkeypatch) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
-def settings(problems: Path, **changes: Any) -> Any:
+def settings(problems: Path, **changes: Any) -> dict[str, Any]:
     defaults = {
         "problems": str(problems),
         "tasks": ["gsm8k", "math_500", "svamp"],
@@ -134,7 +133,7 @@ def settings(problems: Path, **changes: Any) -> Any:
         "device": "cpu",
         "out": None,
     }
-    return OmegaConf.create(defaults | changes)
+    return defaults | changes
 
 
 def values(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -156,7 +155,7 @@ def answer_nats(table: np.ndarray, tokenizer: Any, context: str, target: str) ->
 
 
 def test_log_likelihoods_equal_the_closed_form(model, problems, table, tokenizer):
-    rows = values(harness({"m": model}, settings(problems, tasks=["gsm8k_answer", "svamp_text"])))
+    rows = values(harness({"m": model}, **settings(problems, tasks=["gsm8k_answer", "svamp_text"])))
     answers = [" 18", " 1999", " -5"]
     contexts = [f"Question: {one['question'].strip()}\nAnswer:" for one in GSM8K]
     pairs = list(zip(contexts, answers, strict=True))
@@ -172,7 +171,7 @@ def test_log_likelihoods_equal_the_closed_form(model, problems, table, tokenizer
 
 
 def test_bits_per_byte_of_texts_equal_the_closed_form(model, problems, table, tokenizer):
-    rows = values(harness({"m": model}, settings(problems, tasks=["gsm8k_text", "svamp_text"])))
+    rows = values(harness({"m": model}, **settings(problems, tasks=["gsm8k_text", "svamp_text"])))
     texts = {
         "gsm8k_text": [f"{one['question'].strip()}\n{one['answer']}" for one in GSM8K],
         "svamp_text": [
@@ -227,7 +226,7 @@ def test_a_bos_that_the_tokenizer_adds_is_never_scored(
     )
     tasks = ["svamp_text", "gsm8k_answer", "gsm8k_generate"]
     config = settings(problems, tasks=tasks, batch_size=1, max_new_tokens=2)
-    rows = values(harness({"m": str(tmp_path / "model")}, config))
+    rows = values(harness({"m": str(tmp_path / "model")}, **config))
     texts = ["There are 290 bananas. How many in a group?\n145", "Tom ran. How far?\n2.5"]
     before = eos if is_ours else bos
     nats = sum(chain_nats(table, [before, *tokenizer.encode(text)], 1) for text in texts)
@@ -250,14 +249,14 @@ def test_bits_per_byte_is_what_lm_eval_itself_says(model, problems, monkeypatch)
         return []
 
     monkeypatch.setattr(harnessing, "task_rows", both)
-    harness({"m": model}, settings(problems, tasks=["gsm8k_text", "math_500_text"]))
+    harness({"m": model}, **settings(problems, tasks=["gsm8k_text", "math_500_text"]))
     theirs, mine = zip(*said, strict=True)
     assert theirs == pytest.approx(mine, rel=1e-12)
 
 
 def test_space_at_the_prompts_end_is_scored_and_counted(model, problems, table, tokenizer):
     changes = {"tasks": ["gsm8k_answer"], "prompt": "{question}\n"}
-    rows = values(harness({"m": model}, settings(problems, **changes)))
+    rows = values(harness({"m": model}, **settings(problems, **changes)))
     contexts = [one["question"].strip() for one in GSM8K]
     pairs = list(zip(contexts, ["\n18", "\n1999", "\n-5"], strict=True))
     nats = [answer_nats(table, tokenizer, *pair) for pair in pairs]
@@ -281,7 +280,7 @@ def test_ratio_of_sums_and_its_error():
 
 
 def test_a_model_that_says_18_is_right_where_18_is_right(model, problems):
-    rows = values(harness({"m": model}, settings(problems, tasks=["gsm8k_generate"])))
+    rows = values(harness({"m": model}, **settings(problems, tasks=["gsm8k_generate"])))
     flexible = rows["gsm8k_generate", "exact_matchflexible-extract"]
     assert flexible["value"] == pytest.approx(1 / 3)
     assert flexible["stderr"] == pytest.approx(math.sqrt(2 / 9 / 2))  # p(1 - p) / (n - 1)
@@ -485,16 +484,16 @@ def test_wrong_folders_are_refused_before_any_model_is_loaded(
 ):
     monkeypatch.setattr(harnessing, "load_lm", None)
     with pytest.raises(UserError, match="model no/such is no model folder: config.json is missing"):
-        harness({"a": model, "b": "no/such"}, settings(problems))
+        harness({"a": model, "b": "no/such"}, **settings(problems))
     with pytest.raises(
         UserError, match="max_new_tokens is 40, it must be less than the 40 max_pos"
     ):
-        harness({"a": model}, settings(problems, max_new_tokens=40))
+        harness({"a": model}, **settings(problems, max_new_tokens=40))
     with pytest.raises(UserError, match=r"svamp.jsonl has 2 problems, num_fewshot is 2: none is"):
-        harness({"a": model}, settings(problems, tasks=["svamp"], num_fewshot=2))
+        harness({"a": model}, **settings(problems, tasks=["svamp"], num_fewshot=2))
     (problems / "svamp.jsonl").unlink()
     with pytest.raises(UserError, match=r"svamp.jsonl is missing: problems must be the folder"):
-        harness({"a": model}, settings(problems))
+        harness({"a": model}, **settings(problems))
     assert not list(Path(tmp_path).glob("slm-harness-*"))
 
 
@@ -512,19 +511,19 @@ def test_a_damaged_model_is_one_sentence(model, problems):
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
     with pytest.raises(UserError, match="model.safetensors is damaged"):
-        harness({"a": model}, settings(problems))
+        harness({"a": model}, **settings(problems))
     (Path(model) / "slm.json").unlink()  # as from elsewhere, without hashes
     with pytest.raises(UserError, match="model.safetensors is damaged"):
-        harness({"a": model}, settings(problems))
+        harness({"a": model}, **settings(problems))
     weights.write_bytes(whole)
     tensors = load_file(weights)
     del tensors["model.norm.weight"]
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(UserError, match="lacks 1 weights of LlamaForCausalLM, .*model.norm.weight"):
-        harness({"a": model}, settings(problems))
+        harness({"a": model}, **settings(problems))
     (Path(model) / "config.json").write_text("{")
     with pytest.raises(UserError, match="model .* has a damaged config.json: |no causal LM at"):
-        harness({"a": model}, settings(problems))
+        harness({"a": model}, **settings(problems))
 
 
 @pytest.mark.parametrize(

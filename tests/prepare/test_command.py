@@ -11,13 +11,11 @@ import time
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import DictConfig, OmegaConf
 
-from slm.cli import conf_folder
 from slm.errors import UserError
 from slm.prepare.command import prepare
 from slm.prepare.workers import side_of, undisturbed
@@ -38,16 +36,18 @@ def bytes_folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(tmp_path, bytes_folder):
-    """run(out=..., **settings) -> report, with conf/prepare.yaml's defaults and one process."""
+    """run(out=..., **settings) -> report, with small windows and one process."""
 
     def go(out="out", **settings):
-        config = OmegaConf.load(conf_folder() / "prepare.yaml")
-        own = [str(key) for key in config if key not in ("defaults", "hydra")]
-        config = OmegaConf.masked_copy(cast(DictConfig, config), own)
-        small = {"seq_len": 4, "heldout_ratio": 0, "num_proc": 1, "out": str(tmp_path / out)}
+        small: dict[str, Any] = {
+            "seq_len": 4,
+            "heldout_ratio": 0,
+            "num_proc": 1,
+            "out": str(tmp_path / out),
+        }
         if "tokenizer" not in settings:
             small["tokenizer"] = {"path": bytes_folder}
-        return prepare(OmegaConf.merge(config, small | settings))
+        return prepare(**small | settings).report
 
     return go
 

@@ -64,6 +64,10 @@ def model(tmp_path, tokenizer) -> Path:
     return tmp_path / "model"
 
 
+def made(config: Any) -> Path:
+    return Path(score.score(**config))
+
+
 @pytest.fixture
 def config(tmp_path, text_corpus, model) -> Any:
     return OmegaConf.create(
@@ -102,7 +106,7 @@ def nobody(count: int) -> None: ...
 def test_bigram_scores_equal_the_closed_form_at_their_own_index(config, text_corpus, tokenizer):
     table = np.random.default_rng(0).normal(size=(V, V)) * 3
     save_model(Path(config.reference_model), bigram(table), tokenizer, "card", {})
-    references = References.open(score.score(config))
+    references = References.open(made(config))
     for index in range(2):
         tokens = text_corpus.column("tokens", index)
         scores = references.column("logprobs", index)
@@ -115,7 +119,7 @@ def test_bigram_scores_equal_the_closed_form_at_their_own_index(config, text_cor
 
 
 def test_scores_equal_the_models_own_logits_window_by_window(config, text_corpus):
-    references = References.open(score.score(config))
+    references = References.open(made(config))
     model = load_model(config.reference_model).double()
     for index in range(2):
         tokens = torch.from_numpy(text_corpus.column("tokens", index).astype(np.int64))
@@ -134,7 +138,7 @@ def test_documents_packing_scores_each_document_alone(tmp_path, config, make_cor
     starts = [0, 3, 8, 12, 20]
     corpus = make_corpus(tmp_path / "packed", [ids], 8, "documents", [starts])
     config.corpus = str(corpus.folder)
-    found = References.open(score.score(config)).column("logprobs", 0)
+    found = References.open(made(config)).column("logprobs", 0)
     assert np.flatnonzero(np.isnan(found)).tolist() == starts
     model = load_model(config.reference_model)
     for window in range(3):
@@ -156,7 +160,7 @@ def test_prompts_get_no_score_and_change_none(tmp_path, config, make_corpus):
     for name, given in (("asked", masks), ("plain", None)):
         corpus = make_corpus(tmp_path / name, [ids], 8, masks=given)
         config.corpus, config.out = str(corpus.folder), str(tmp_path / f"{name}_scores")
-        score.score(config)
+        made(config)
     asked, plain = (References.open(tmp_path / f"{name}_scores") for name in ("asked", "plain"))
     found, expected = asked.column("logprobs", 0), plain.column("logprobs", 0)
     live[0] = False
@@ -170,7 +174,7 @@ def test_bf16_mixed_is_autocast_over_float32_weights(config):
     found = {}
     for dtype in ("bf16-mixed", "bfloat16", "float32"):
         config.dtype, config.out = dtype, str(Path(config.out).with_name(dtype))
-        store = References.open(score.score(config))
+        store = References.open(made(config))
         assert store.manifest["scoring"]["dtype"] == dtype
         found[dtype] = np.concatenate([store.column("logprobs", index)[1:] for index in (0, 1)])
     corpus, lm = Corpus.open(config.corpus), SelectiveLM(load_model(config.reference_model))
@@ -184,13 +188,13 @@ def test_bf16_mixed_is_autocast_over_float32_weights(config):
 
 
 def test_bfloat16_and_float16_stores_stay_near(config, tmp_path):
-    exact = References.open(score.score(config)).column("logprobs", 0)
+    exact = References.open(made(config)).column("logprobs", 0)
     config.store_dtype, config.out = "float16", str(tmp_path / "half")
-    half = References.open(score.score(config))
+    half = References.open(made(config))
     assert half.column("logprobs", 0).dtype == np.float16
     np.testing.assert_array_equal(half.column("logprobs", 0), exact.astype(np.float16))
     config.store_dtype, config.dtype, config.out = "float32", "bfloat16", str(tmp_path / "b")
-    coarse = References.open(score.score(config)).column("logprobs", 0)
+    coarse = References.open(made(config)).column("logprobs", 0)
     np.testing.assert_allclose(coarse, exact, rtol=0, atol=0.1)
     assert not np.array_equal(coarse[1:], exact[1:])
 
@@ -214,9 +218,9 @@ def test_entropy_is_a_second_column_and_changes_nothing_in_the_first(
     with torch.no_grad():
         sharp.lm_head.weight *= 100  # a new model predicts log(V) everywhere
     save_model(Path(config.reference_model), sharp, tokenizer, "card", {})
-    plain = References.open(score.score(config))
+    plain = References.open(made(config))
     config.entropy, config.out = True, str(tmp_path / "both")
-    both = References.open(score.score(config), "full")
+    both = References.open(made(config), "full")
     assert both.fingerprint != plain.fingerprint
     for index in range(2):
         found = both.column("entropy", index)
@@ -228,7 +232,7 @@ def test_entropy_is_a_second_column_and_changes_nothing_in_the_first(
         np.testing.assert_array_equal(first, plain.column("logprobs", index))
     assert both.manifest["scoring"]["entropy"] is True
     config.store_dtype, config.out = "float16", str(tmp_path / "half")
-    half = References.open(score.score(config))
+    half = References.open(made(config))
     kept = both.column("entropy", 0).astype(np.float16)
     np.testing.assert_array_equal(half.column("entropy", 0), kept)
 
@@ -237,12 +241,12 @@ def test_entropy_has_no_value_where_there_is_no_target(tmp_path, config, make_co
     ids, starts = np.random.default_rng(1).integers(0, V, 25), [0, 3, 8, 12, 20]
     config.corpus = str(make_corpus(tmp_path / "d", [ids], 8, "documents", [starts]).folder)
     config.entropy = True
-    found = References.open(score.score(config)).column("entropy", 0)
+    found = References.open(made(config)).column("entropy", 0)
     assert np.flatnonzero(np.isnan(found)).tolist() == starts
 
 
 def test_what_the_manifest_says(config, text_corpus):
-    manifest = json.loads((score.score(config) / "manifest.json").read_text())
+    manifest = json.loads((made(config) / "manifest.json").read_text())
     assert manifest["corpus_fingerprint"] == text_corpus.fingerprint
     assert manifest["scoring"] == {
         "dtype": "float32",
@@ -273,7 +277,7 @@ def test_another_tokenizer_of_equal_size_is_refused(config, text_corpus, tokeniz
     save_model(Path(config.reference_model), tiny_llama(), other, "card", {})
     expected = text_corpus.manifest["tokenizer_sha256"]
     with pytest.raises(UserError, match=f"has tokenizer .* was made with {expected}"):
-        score.score(config)
+        made(config)
     assert not Path(config.out).exists()
 
 
@@ -283,13 +287,13 @@ def test_a_damaged_model_is_refused_with_check_full(config):
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged: sha256 \w+, slm"):
-        score.score(OmegaConf.merge(config, {"check": "full"}))
+        made(OmegaConf.merge(config, {"check": "full"}))
     assert not Path(config.out).exists()
-    score.score(config)
+    made(config)
 
 
 def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, make_corpus):
-    score.score(config)
+    made(config)
     before = contents(Path(config.out))
     other = make_corpus(tmp_path / "other", [np.arange(33)], 16)
     save_model(tmp_path / "wider", tiny_llama(1), tokenizer, "card", {})
@@ -301,7 +305,7 @@ def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, 
         ({"entropy": True}, "'store_dtype': 'float32'} in plan.json, .*'entropy': True} now"),
     ]:
         with pytest.raises(UserError, match=message.replace("is '.*'", "is '.*' in plan.json")):
-            score.score(OmegaConf.merge(config, change))
+            made(OmegaConf.merge(config, change))
     assert contents(Path(config.out)) == before
 
 
@@ -336,7 +340,7 @@ def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, 
 )
 def test_wrong_settings_are_refused_before_anything_is_written(config, change, message):
     with pytest.raises(UserError, match=message):
-        score.score(OmegaConf.merge(config, change))
+        made(OmegaConf.merge(config, change))
     assert not Path(config.out).exists()
 
 
@@ -347,7 +351,7 @@ def test_a_model_that_is_not_finite_is_refused(config, tokenizer, value):
         broken.lm_head.weight[7] = value
     save_model(Path(config.reference_model), broken, tokenizer, "card", {})
     with pytest.raises(UserError, match="gives a non-finite log-prob in window 0"):
-        score.score(config)
+        made(config)
 
 
 def test_a_token_that_is_not_finite_is_refused_with_its_window(tmp_path, make_corpus):
@@ -374,14 +378,14 @@ def test_a_head_that_we_would_misread_is_refused(config, monkeypatch):
     forward = LlamaForCausalLM.forward
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
     with pytest.raises(UserError, match="its logits are not its head applied"):
-        score.score(config)
+        made(config)
 
 
 def test_windows_longer_than_the_model_reads_are_refused(config, tokenizer):
     short = tiny_llama(max_position_embeddings=8)
     save_model(Path(config.reference_model), short, tokenizer, "card", {})
     with pytest.raises(UserError, match="seq_len is 16, model max_position_embeddings is 8"):
-        score.score(config)
+        made(config)
 
 
 # ---- disks --------------------------------------------------------------------------------------
@@ -391,7 +395,7 @@ def test_a_disk_too_small_is_refused_before_scoring(config, monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=2559)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match="2,560 bytes are needed, the disk has 2,559 free"):
-        score.score(config)
+        made(config)
     assert list(Path(config.out).glob("logprobs*")) == []
 
 
@@ -406,11 +410,11 @@ def test_a_full_disk_names_the_file_and_leaves_no_finished_shard(config, monkeyp
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=rf"{failing} cannot be written: No space left"):
-        score.score(config)
+        made(config)
     names = contents(Path(config.out)).keys() - {"logprobs-00001.npy"}
     assert names == {"plan.json", "logprobs-00000.npy", "logprobs-00000.json"}
     monkeypatch.undo()
-    again = contents(score.score(config))
+    again = contents(made(config))
     assert "manifest.json" in again and "logprobs-00001.json" in again
 
 
@@ -419,7 +423,7 @@ def test_a_full_disk_names_the_file_and_leaves_no_finished_shard(config, monkeyp
 
 def test_size_and_time_are_said_first_and_speed_last(config, caplog):
     caplog.set_level(logging.INFO, "slm.score")
-    score.score(config)
+    made(config)
     first, last = caplog.messages[0], caplog.messages[-1]
     assert first.startswith("640 tokens to score: 0.0 MB on disk (") and "about 0:00:0" in first
     assert last.startswith("scored 640 tokens in ") and last.endswith("tokens/s)")
@@ -427,18 +431,18 @@ def test_size_and_time_are_said_first_and_speed_last(config, caplog):
 
 def test_lines_tell_of_progress_where_there_is_no_terminal(config, capsys, monkeypatch):
     monkeypatch.setattr(cli, "LINE_EVERY_S", 0.0)
-    score.score(config)
+    made(config)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scoring")]
     assert len(lines) == 14  # two shards of 20 windows by 3
     assert lines[-1].startswith("scoring 640/640 tokens") and lines[-1].endswith("0:00:00 left")
 
 
 def test_a_finished_folder_is_left_alone(config, caplog, monkeypatch):
-    out = score.score(config)
+    out = made(config)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     caplog.set_level(logging.INFO, "slm.score")
     monkeypatch.setattr(score, "window_scores", None)
-    assert score.score(config) == out
+    assert made(config) == out
     assert caplog.messages == [f"{out} is finished already, nothing to do"]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
@@ -446,14 +450,14 @@ def test_a_finished_folder_is_left_alone(config, caplog, monkeypatch):
 @pytest.mark.parametrize("column", ["logprobs", "entropy"])
 def test_a_shard_without_one_of_its_files_is_scored_again(config, column):
     config.entropy = True
-    out = score.score(config)
+    out = made(config)
     before = contents(out)
     (out / f"{column}-00001.npy").unlink()
-    assert contents(score.score(config)) == before
+    assert contents(made(config)) == before
 
 
 def test_the_claim_of_a_dead_process_is_taken_over_and_cleared(config):
-    expected = contents(score.score(config))
+    expected = contents(made(config))
     shutil.rmtree(config.out)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -463,14 +467,14 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_cleared(config):
     (out / "logprobs-00000.claim").write_text(owner)
     temporary = f".logprobs-00000.npy.{socket.gethostname()}-{dead.pid}.tmp"
     (out / temporary).write_bytes(b"half")
-    assert contents(score.score(config)) == expected
+    assert contents(made(config)) == expected
     (out / temporary).write_bytes(b"half")  # killed when another had finished
-    assert contents(score.score(config)) == expected
+    assert contents(made(config)) == expected
 
 
 def test_what_another_machine_finishes_is_waited_for_and_counted(config, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "slm.score")
-    out = score.score(config)
+    out = made(config)
     expected = contents(out)
     for name in ("manifest.json", "logprobs-00000.json", "logprobs-00000.npy"):
         (out / name).unlink()
@@ -495,7 +499,7 @@ def test_what_another_machine_finishes_is_waited_for_and_counted(config, monkeyp
 
 def test_a_shard_whose_claim_is_lost_is_not_written(config, monkeypatch, caplog):
     """Its process was suspended, and another has taken it; this one goes on with what is left."""
-    expected = contents(score.score(config))
+    expected = contents(made(config))
     shutil.rmtree(config.out)
     score_shard, path = Scorer.score_shard, Path(config.out) / "logprobs-00000.claim"
 
@@ -505,7 +509,7 @@ def test_a_shard_whose_claim_is_lost_is_not_written(config, monkeypatch, caplog)
         score_shard(self, shard, advance, check)
 
     monkeypatch.setattr(Scorer, "score_shard", lose_the_first)
-    assert contents(score.score(config)) == expected
+    assert contents(made(config)) == expected
     assert f"has lost {path} to nobody" in caplog.text
 
 
@@ -557,7 +561,7 @@ WORKERS = textwrap.dedent(
         if limit_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
         try:
-            score.score(config)
+            score.score(**config)
         except UserError as error:
             os.write(1, str(error).encode())
             os._exit(1)
@@ -585,7 +589,7 @@ def many_shards(tmp_path, config, make_corpus) -> Any:
     shards = [generator.integers(0, V, 49) for _ in range(12)]
     config.corpus, config.entropy = str(make_corpus(tmp_path / "many", shards, 8).folder), True
     config.out = str(tmp_path / "whole")
-    expected = contents(score.score(config))
+    expected = contents(made(config))
     config.out = str(tmp_path / "shared")
     return config, expected
 

@@ -26,6 +26,10 @@ from slm.verify import verify
 Lines = list[dict[str, Any]]
 
 
+def made(config: Any) -> Path:
+    return Path(score.score(**config))
+
+
 @pytest.fixture
 def config(tmp_path, text_corpus, tokenizer) -> Any:
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -55,7 +59,7 @@ def config(tmp_path, text_corpus, tokenizer) -> Any:
 def asked(tmp_path, config) -> Lines:
     """What the command wants to be asked."""
     change = {"requests": str(tmp_path / "new" / "requests.jsonl"), "served_model": "big"}
-    path = score.score(OmegaConf.merge(config, change))
+    path = made(OmegaConf.merge(config, change))
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -63,7 +67,7 @@ def asked(tmp_path, config) -> Lines:
 def own(tmp_path, config) -> References:
     """The store that the same model makes here."""
     change = {"reference_model": str(tmp_path / "model"), "out": str(tmp_path / "own")}
-    return References.open(score.score(OmegaConf.merge(config, change)))
+    return References.open(made(OmegaConf.merge(config, change)))
 
 
 @pytest.fixture
@@ -148,7 +152,7 @@ def load(tmp_path, config) -> Callable[..., Path]:
     def make(*files: Lines, **change: Any) -> Path:
         paths = [str(write(tmp_path / f"{n}.jsonl", lines)) for n, lines in enumerate(files)]
         settings = {"responses": paths, "served_model": "big", "out": str(tmp_path / "imported")}
-        return score.score(OmegaConf.merge(config, settings | change))
+        return made(OmegaConf.merge(config, settings | change))
 
     return make
 
@@ -421,7 +425,7 @@ def test_documents_are_not_for_servers(tmp_path, config, make_corpus):
     corpus = make_corpus(tmp_path / "d", [np.arange(33)], 8, "documents", [[0, 5]])
     change = {"corpus": str(corpus.folder), "requests": str(tmp_path / "r"), "served_model": "big"}
     with pytest.raises(UserError, match="packing 'documents', which no server can score"):
-        score.score(OmegaConf.merge(config, change))
+        made(OmegaConf.merge(config, change))
     assert not (tmp_path / "r").exists()
 
 
@@ -443,15 +447,15 @@ def test_prompts_are_asked_as_they_are_and_get_no_score(
     corpus = make_corpus(tmp_path / "sft", tokens, 16, masks=masks)
     config = OmegaConf.merge(config, {"corpus": str(corpus.folder)})
     requests = {"requests": str(tmp_path / "requests.jsonl"), "served_model": "big"}
-    lines = score.score(OmegaConf.merge(config, requests)).read_text().splitlines()
+    lines = made(OmegaConf.merge(config, requests)).read_text().splitlines()
     prompts = [json.loads(line)["body"]["prompt"] for line in lines]
     assert prompts[1] == tokens[0][16:33].tolist()
     answers = [json.dumps(answer(json.loads(line), "vllm")) for line in lines]
     (tmp_path / "answers.jsonl").write_text("\n".join(answers))
     change = {"responses": str(tmp_path / "answers.jsonl"), "served_model": "big"}
-    imported = score.score(OmegaConf.merge(config, change | {"out": str(tmp_path / "there")}))
+    imported = made(OmegaConf.merge(config, change | {"out": str(tmp_path / "there")}))
     change = {"reference_model": str(tmp_path / "model"), "out": str(tmp_path / "here")}
-    own = References.open(score.score(OmegaConf.merge(config, change)))
+    own = References.open(made(OmegaConf.merge(config, change)))
     for index in (0, 1):
         found = References.open(imported).column("logprobs", index)
         np.testing.assert_allclose(found, own.column("logprobs", index), rtol=0, atol=2e-5)

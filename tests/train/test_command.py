@@ -21,7 +21,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import warm
@@ -287,9 +286,7 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
     crash_at(monkeypatch, None)
     corpus = text_corpus.folder
     reference = train(compose_train(tmp_path / "ref", corpus, "selection=all", "seed=3"))
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        words = (f"corpus='{corpus}'", f"reference_model='{reference}'", f"out='{tmp_path}/s'")
-        score(compose("score", overrides=list(words)))
+    score(corpus, tmp_path / "s", reference_model=reference)
     rule = ("selection=excess", "callbacks.mask_overlap.num_windows=5")
     train(compose_train(tmp_path / "store", corpus, *rule, f"data.references='{tmp_path}/s'"))
     online = f"online_reference='{reference}'"
@@ -549,8 +546,7 @@ def test_heldout_losses_are_evaluates_in_the_precision_of_the_run(tmp_path, text
     settings = {"batch_size": 4, "max_windows": 6, "device": "cpu", "check": "size"}
     found = {}
     for dtype in ("bf16-mixed", "float32"):
-        config = OmegaConf.create(settings | {"dtype": dtype})
-        [row] = evaluate({"m": str(model)}, {"held": str(text_corpus.folder)}, config)
+        [row] = evaluate({"m": model}, {"held": text_corpus}, dtype=dtype, **settings)
         found[dtype] = row["loss"]
         said = "was trained in bf16-mixed, and so were its held-out losses: dtype=bf16-mixed gives"
         assert (said in caplog.text) == (dtype == "float32")
