@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +26,6 @@ import warm
 from conftest import swap_ids
 from model_helpers import ARCHITECTURES, small_llama
 from run_helpers import leave_strays
-from slm.cli import conf_folder
 from slm.dynamics.analysis import analyse
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.errors import NonFiniteError, UserError
