@@ -91,10 +91,10 @@ def is_topic(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 200
 
 
-def write_texts(folder: Path) -> None:
+def write_texts(folder: str | Path) -> None:
     """raw, curated, heldout_raw (some source of held-out modules) and heldout, as .jsonl files
     with `name` and `text`."""
-    kinds = ("raw", "curated", "heldout_raw", "heldout")
+    folder, kinds = Path(folder), ("raw", "curated", "heldout_raw", "heldout")
     rows: dict[str, list[dict[str, str]]] = {kind: [] for kind in kinds}
     for name, path in source_files():
         source = path.read_text(encoding="utf-8", errors="replace").replace("\0", " ")

@@ -153,7 +153,7 @@ def run_python(*arguments: str, doors: bool = False, timeout: int = 120) -> str:
     if doors:
         assert DOORS.is_dir(), f"{DOORS} is missing: `make .venv/.installed` makes it"
         paths.append(str(DOORS))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SLM_DATA": str(DATA)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, *arguments]
     done = warm.run(
         command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment

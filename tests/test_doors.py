@@ -8,14 +8,13 @@ import torch
 
 from door_helpers import ROOT, run_python
 from slm_kernels import selective_cross_entropy
-from text_helpers import needs_data
 
 DOORS = ROOT / "experiments" / "doors"
 EXAMPLES = sorted(path.stem for path in DOORS.glob("*.py") if path.stem != "stand_in")
 PRINTS_SCORES = {"score_own_dataset"}
 OWN_TRAINER = {"litgpt_loop", "torchtitan_loss", "axolotl_run"}  # installed beside us
 
-pytestmark = [pytest.mark.slow, needs_data]
+pytestmark = pytest.mark.slow
 
 
 def losses_of(output: str, name: str = "loss") -> list[float]:

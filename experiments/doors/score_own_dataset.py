@@ -1,17 +1,15 @@
 """Your own tokenized dataset gets a column of reference scores, and keeps it through TRL's packing.
 
-    python experiments/doors/score_own_dataset.py [--tokenizer folder] [--model folder] [--rows 200]
+    python experiments/doors/score_own_dataset.py [--tokenizer folder] [--model folder] [--rows 50]
 
-GSM8K is tokenized, scored by a reference model and packed; some tokens are printed beside their
-log-probs. Without folders the tokenizer is trained here and the model has random weights. The text
-comes from SLM_DATA (experiments/fetch_data.py). To train on the result, give it to the TRL adapter.
+Python's language reference is tokenized, scored by a reference model and packed; some tokens are
+printed beside their log-probs. Without folders the tokenizer is trained here and the model has
+random weights. To train on the result, give it to the TRL adapter.
 """
 
 import argparse
-import json
-import os
-from pathlib import Path
 
+import stand_in
 import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -19,9 +17,6 @@ from trl.data_utils import pack_dataset
 
 from slm.integrations.datasets import score_dataset
 from slm.store.tokenizer import load_tokenizer, train_tokenizer
-
-HERE = Path(__file__).resolve()
-DATA = Path(os.environ.get("SLM_DATA", HERE.parents[3] / "shared" / "data"))
 
 
 def small_model(vocab_size: int):
@@ -33,10 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer", help="a folder or a name on the hub")
     parser.add_argument("--model", help="the same, of a causal LM with this tokenizer")
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=50)
     given = parser.parse_args()
-    lines = (DATA / "curated" / "gsm8k_train.jsonl").read_bytes().splitlines()[: given.rows]
-    texts = ["{question}\n{answer}".format(**json.loads(line)) for line in lines]
+    texts = stand_in.curated()[: given.rows]
     tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else train_tokenizer(texts, 1024)
     model = given.model or small_model(len(tokenizer))
 

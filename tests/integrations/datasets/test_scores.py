@@ -1,9 +1,9 @@
 """The column against log-softmax of all logits, row by row; TRL's packing keeps it aligned."""
 
-import json
 import os
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ import warm
 from slm.errors import UserError
 from slm.integrations import dataset_scores
 from slm.integrations.datasets import score_dataset
-from text_helpers import DATA, needs_data
 
 VOCABULARY = 120
 LENGTHS = [5, 1, 17, 2, 0, 9, 30, 9, 12, 3]
@@ -269,9 +268,8 @@ def test_a_model_that_mixes_documents_scores_rows_but_no_packed_ones(token_lists
 
 
 @pytest.mark.slow
-@needs_data
 def test_the_example_prints_tokens_beside_their_scores(tmp_path, tokenizer):
-    """Of the longest of three questions, which the first packed row begins with."""
+    """Of the longest of three texts, which the first packed row begins with."""
     root = Path(__file__).resolve().parents[3]
     torch.manual_seed(3)
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=2048)
@@ -281,7 +279,7 @@ def test_the_example_prints_tokens_beside_their_scores(tmp_path, tokenizer):
     script = root / "experiments" / "doors" / "score_own_dataset.py"
     words = ["--tokenizer", str(tmp_path / "t"), "--model", str(tmp_path / "m"), "--rows", "3"]
     paths = os.pathsep.join([str(root), str(root / "kernels")])
-    settings = {"PYTHONPATH": paths, "SLM_DATA": str(DATA), "HF_HOME": str(tmp_path)}
+    settings = {"PYTHONPATH": paths, "HF_HOME": str(tmp_path)}
     done = warm.run(
         [sys.executable, script, *words],
         capture_output=True,
@@ -290,10 +288,9 @@ def test_the_example_prints_tokens_beside_their_scores(tmp_path, tokenizer):
         env=os.environ | settings,
     )
     assert done.returncode == 0, done.stderr
-    with open(DATA / "curated" / "gsm8k_train.jsonl") as file:
-        records = [json.loads(next(file)) for _ in range(3)]
-    texts = [f"{record['question']}\n{record['answer']}" for record in records]
-    ids = max((tokenizer.encode(text) for text in texts), key=len)[:512]
+    texts = [topics[name] for name in sorted(topics)[:3]]
+    rows = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+    ids = max(rows, key=len)[:512]
     title, *lines = done.stdout.splitlines()
     assert title.endswith("packed rows: input_ids, labels, reference_logprob, seq_lengths")
     scores = expected(model, ids)[:12]
