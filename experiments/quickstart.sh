@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # The whole pipeline, a command a stage, in a new folder: bash experiments/quickstart.sh [FOLDER]
 # Its text is what every Python brings: docstrings and the language reference (curated), and the source
-# of the standard library (raw). Some minutes on two cores, nothing is downloaded. The budgets are too
-# small to say anything of selection; `slm demo` trains longer, with three seeds.
+# of the standard library (raw). Two or three minutes on two cores, nothing is downloaded. The budgets
+# are too small to say anything of selection; `slm demo` trains longer, with three seeds.
 set -euo pipefail
 mkdir -p "${1:-quickstart}"
 cd "${1:-quickstart}"
 python -c "from slm.demo import write_texts; write_texts('text')"
 
 # Corpora of one tokenizer: raw and curated text, and documents of modules that neither has seen.
-slm prepare out=corpus 'sources=[text/raw.jsonl]' tokenizer.vocab_size=2048 seq_len=128 heldout_ratio=0
-slm prepare out=curated 'sources=[text/curated.jsonl]' tokenizer.path=corpus/train/tokenizer seq_len=128 \
+# A tenth of the documents, for time.
+slm prepare out=corpus 'sources=[{path: text/raw.jsonl, weight: 0.1}]' tokenizer.vocab_size=2048 seq_len=128 \
     heldout_ratio=0
+slm prepare out=curated 'sources=[{path: text/curated.jsonl, weight: 0.1}]' \
+    tokenizer.path=corpus/train/tokenizer seq_len=128 heldout_ratio=0
 slm prepare out=unseen 'sources=[text/heldout.jsonl]' tokenizer.path=corpus/train/tokenizer seq_len=128 \
     heldout_ratio=1
 

@@ -1,0 +1,88 @@
+"""What README, the folders' pages and quickstart.sh print runs as it is printed."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import warm
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("slm/**/*.md"))]
+STAGES = [
+    "store",
+    "prepare",
+    "model",
+    "selection",
+    "score",
+    "evaluate",
+    "train",
+    "dynamics",
+    "report",
+]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(script: str) -> list[list[str]]:
+    """The words of every command, as a shell splits them."""
+    lines = script.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def run(words: list[str], folder: Path) -> None:
+    """`slm x` and `python ...`, in a process of its own."""
+    start = ["-m", f"slm.{words[1]}", *words[2:]] if words[0] == "slm" else words[1:]
+    done = warm.run([sys.executable, *start], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_readme_run_as_printed(tmp_path):
+    page = ROOT / "README.md"
+    for script in blocks(page, "bash"):
+        for words in commands(script):
+            run(words, tmp_path)
+    for code in blocks(page, "python"):
+        run(["python", "-c", code], tmp_path)
+    assert (tmp_path / "losses.csv").exists() and (tmp_path / "runs" / "random" / "model").is_dir()
+
+
+@pytest.mark.slow
+def test_quickstart_runs_as_printed(tmp_path):
+    script = (ROOT / "experiments" / "quickstart.sh").read_text()
+    for words in commands(script):
+        if words[0] in ("slm", "python"):
+            run(words, tmp_path)
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_readme_fits_a_screen_or_four():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "integrations"])
+def test_a_folder_has_a_page_of_one_screen_that_names_its_files(stage):
+    folder = ROOT / "slm" / stage
+    text = (folder / "README.md").read_text()
+    assert len(text.splitlines()) <= 60 and "To add" in text
+    modules = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert {name for name in modules if f"`{name}`" not in text} == set()
+    named = set(re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE))
+    files = {name for cell in named for name in re.findall(r"`(\w+\.py)`", cell)}
+    assert files <= modules
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_of_a_page_are_there(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(
+        r"`((?:slm|conf|kernels|experiments|tests)/[\w./-]+\.(?:py|yaml|md|sh|txt))`", text
+    ):
+        assert (ROOT / path).exists(), path
