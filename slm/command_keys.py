@@ -1,4 +1,4 @@
-"""The keys of every command but `slm train`, whose table is in train_keys.py.
+"""The keys of every command but `slm train`, whose table is in train/keys.py.
 
 `anything` is left to its reader, whose sentence says more.
 """

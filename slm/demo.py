@@ -8,7 +8,7 @@ nearly every docstring stands verbatim in its source. As in the paper, one base 
 reference is the base tuned on the curated text, the targets continue the base on the raw corpus
 with all, random and excess selection. Two baselines stand beside them: the reference model itself,
 and all tokens of a corpus with the curated text mixed in, at the same number of tokens. While the
-targets train, the loss of every token of some held-out source is kept: see dynamics.py.
+targets train, the loss of every token of some held-out source is kept: see dynamics/.
 
 Every stage is a command, printed before it runs; a demo that was stopped goes on where it was.
 """

@@ -1,6 +1,6 @@
 """Token dynamics: the losses of a frozen set of tokens over training, and their classes.
 
-`slm dynamics` takes them from the checkpoints of runs; the callback of dynamics_callback.py
+`slm dynamics` takes them from the checkpoints of runs; the callback of callback.py
 (`slm train callbacks=dynamics`) while a run trains. Both leave a store in <run>/dynamics/<name>:
 see trajectories.py for what is in it, classes.py for H->H, L->H, H->L and L->L, and analysis.py for
 what selection takes of them. Costs one forward pass over the token set for each checkpoint.

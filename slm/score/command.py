@@ -7,7 +7,7 @@ may run the same command on one folder, each takes shards that nobody has claime
 killed is replaced by running the command again. Costs one forward pass over the corpus and 4 bytes
 a token and column; cost.py tells what it did cost.
 
-A model that only a server has is asked through files: see imported.py.
+A model that only a server has is asked through files: see served.py.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Settings of a run that do not fit its data or each other: said before anything is computed.
 
-Types and ranges of single keys are in train_keys.py.
+Types and ranges of single keys are in keys.py.
 """
 
 import logging
