@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from slm.cli import conf_folder
+from slm.cli import conf_folder, plain_settings
 from slm.model.architecture import new_model
 from slm.model.build import SelectiveLM
 
@@ -16,7 +16,7 @@ SETTINGS = ["num_targets=100", "name=c"]
 def compose_dynamics(runs: Path, corpus: Path, *overrides: str) -> Any:
     words = [f"runs='{runs}'", f"corpus='{corpus}'", *SETTINGS, *overrides]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("dynamics", overrides=words)
+        return plain_settings(compose("dynamics", overrides=words))
 
 
 def during(corpus: Any, *overrides: str) -> list[str]:

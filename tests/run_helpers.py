@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from slm.cli import conf_folder
+from slm.cli import conf_folder, plain_settings
 
 BUDGET = 400
 TINY_MODEL = [
@@ -16,6 +16,13 @@ TINY_MODEL = [
     "model.architecture.num_attention_heads=2",
     "model.architecture.num_key_value_heads=2",
 ]
+
+
+def train(config: Any) -> Path:
+    """What `slm train` does with a composed configuration; returns the model folder."""
+    from slm.train.command import arguments, train  # here: others of this file import no Lightning
+
+    return train(**arguments(plain_settings(config))).model
 
 
 def leave_strays(folder: Path) -> None:
@@ -67,4 +74,4 @@ def compose_report(runs: Any, out: Path, **more: Any) -> Any:
     composed.runs = [str(run) for run in runs] if isinstance(runs, list) else str(runs)
     for key, value in more.items():
         composed[key] = value
-    return composed
+    return plain_settings(composed)

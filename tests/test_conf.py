@@ -9,9 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from run_helpers import TINY_MODEL
+from run_helpers import TINY_MODEL, train
 from slm.cli import COMMANDS, conf_folder
-from slm.train.command import train
 
 ROOTS = sorted(path.stem for path in conf_folder().glob("*.yaml") if path.stem != "base")
 GROUPS = {

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from run_helpers import TINY_MODEL
-from slm.cli import conf_folder
+from run_helpers import TINY_MODEL, train
+from slm.cli import conf_folder, plain_settings
 from slm.dynamics import command as dynamics_module
 from slm.dynamics.command import dynamics
 from slm.dynamics.trajectories import TrajectoryStore
@@ -20,7 +20,6 @@ from slm.report.arms import arms_of, read_runs
 from slm.report.command import report
 from slm.store.shards import Corpus, References
 from slm.store.windows import Windows
-from slm.train.command import train
 from slm.train.sweep import sweep_rows
 from slm.verify import verify
 
@@ -130,7 +129,8 @@ def test_a_new_run_is_of_the_same_arm(disk):
 def test_a_report_has_a_new_run_beside_the_older_one(disk):
     train(composed("train", *train_words(disk, disk / "new", *HALF, "seed=1")))
     paths = ", ".join(f"'{disk}/{name}'" for name in ("finished", "new"))
-    report(composed("report", f"runs=[{paths}]", f"out='{disk}/report'"))
+    settings = composed("report", f"runs=[{paths}]", f"out='{disk}/report'")
+    report(**plain_settings(settings))
     with open(disk / "report" / "table.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["arm"], row["seeds"]) == ("excess 0.5", "2")
@@ -167,12 +167,12 @@ def test_token_losses_are_used_and_what_is_missing_is_added(disk, monkeypatch):
     classes = (store.folder / "classes.csv").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(dynamics_module, "load_if_there", None)  # no checkpoint is read
-        (analysis,) = dynamics(dynamics_of(disk))
+        (analysis,) = dynamics(**plain_settings(dynamics_of(disk))).analyses
     assert (store.folder / "classes.csv").read_bytes() == classes
     assert analysis.chooser is not None and analysis.chooser.name == "excess 0.5"
     last = store.checkpoints[-1].tokens_seen
     store.path(last, ".json").unlink()
-    dynamics(dynamics_of(disk))
+    dynamics(**plain_settings(dynamics_of(disk)))
     for found, expected in zip(store.losses(), before, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 

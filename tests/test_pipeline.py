@@ -15,14 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import warm
 from dynamics_helpers import compose_dynamics, during
-from run_helpers import compose_report
-from slm.cli import conf_folder
+from run_helpers import compose_report, train
+from slm.cli import conf_folder, plain_settings
 from slm.dynamics.command import dynamics
 from slm.report.command import report
 from slm.score.command import score
 from slm.store.shards import Corpus, References
 from slm.store.windows import Windows
-from slm.train.command import train
 from text_helpers import DATA, needs_data
 from train_helpers import compose_train
 
@@ -110,11 +109,11 @@ def test_nothing_that_is_written_names_a_class(tmp_path, text_corpus):
     model, scores = tmp_path / "first" / "model", tmp_path / "scores"
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         named = [f"corpus='{corpus}'", f"reference_model='{model}'", f"out='{scores}'"]
-        score(compose("score", overrides=named))
+        score(**plain_settings(compose("score", overrides=named)))
     words = ("selection=excess", f"data.references='{scores}'", keep)
     train(compose_train(tmp_path / "run", corpus, *words, *during(text_corpus)))
-    dynamics(compose_dynamics(tmp_path / "run", corpus))
-    report(compose_report([tmp_path / "first", tmp_path / "run"], tmp_path / "report"))
+    dynamics(**compose_dynamics(tmp_path / "run", corpus))
+    report(**compose_report([tmp_path / "first", tmp_path / "run"], tmp_path / "report"))
     files = [path for end in ("json", "csv") for path in sorted(tmp_path.rglob(f"*.{end}"))]
     assert len(files) > 40
     found = {str(path.relative_to(tmp_path)): CLASS.findall(path.read_text()) for path in files}

@@ -378,11 +378,11 @@ import json, sys, time
 from pathlib import Path
 from lightning import Callback
 times = next(word for word in sys.argv if word.startswith("+times=")); sys.argv.remove(times)
-import slm.train.build, slm.train
+import slm.train.build, slm.train.command
 class Clock(Callback):
     marks = []
     def on_train_batch_end(self, *_): self.marks.append(time.perf_counter())
-slm.train.build.progress_bar = Clock
+slm.train.build.StepProgress = Clock
 slm.train.command.main()
 gaps = [b - a for a, b in zip(Clock.marks, Clock.marks[1:])]
 Path(times.removeprefix("+times=").strip("'")).write_text(json.dumps(gaps))
@@ -559,7 +559,7 @@ def callback_share(out: Path, corpus: Path, steps: int, targets: int) -> float:
 CALLBACK_TIMES = """
 import json, time
 from collections import defaultdict
-import slm.dynamics.callback, slm.train
+import slm.dynamics.callback, slm.train.command
 spent = defaultdict(float)
 def clocked(name, function):
     def timed(*arguments, **more):

@@ -11,22 +11,21 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from slm.checks import check
 from slm.cli import command
 from slm.command_keys import DYNAMICS
 from slm.console import progress
 from slm.dynamics.analysis import Analysis, run_chooser
 from slm.dynamics.classes import ARROWS, CLASSES, MIN_CHECKPOINTS
 from slm.dynamics.stores import (
+    class_rows,
     classify_run,
     draw,
     open_windows,
@@ -40,6 +39,7 @@ from slm.errors import UserError
 from slm.model.build import SelectiveLM, check_length
 from slm.model.device import DTYPES, computing, pick_device
 from slm.selection.registry import import_modules
+from slm.stage import Folder, stage
 from slm.store.files import Json, read_json
 from slm.store.shards import Corpus
 from slm.store.tokenizer import is_tokenizer_of
@@ -118,33 +118,40 @@ def load_if_there(path: Path, corpus: Corpus) -> SelectiveLM | None:
     return None
 
 
-def evaluate_runs(runs: Sequence[Path], windows: Windows, tokens: TokenSet, config: Any) -> list:
+def fill(
+    runs: Sequence[Path],
+    stores: Sequence[TrajectoryStore],
+    windows: Windows,
+    tokens: TokenSet,
+    device: str,
+    dtype: str,
+    batch_size: int,
+) -> None:
     """Append what each run's store lacks."""
-    stores = [open_store(run, windows, tokens, config) for run in runs]
     todo = [
         (store, path, seen)
         for run, store in zip(runs, stores, strict=True)
         for path, seen in missing(run, store)
     ]
     warn_of_new_classes([store for store, _, _ in todo])
-    device = pick_device(config.device)
+    where = pick_device(device)
     with progress("token losses", len(todo) * tokens.num_targets, "tokens") as advance:
         for store, path, seen in todo:
             lm = load_if_there(path, windows.corpus)
             if lm is not None:
-                lm.to(device, DTYPES[config.dtype])
-                with computing(device, config.dtype):
-                    grid = token_losses(lm, windows, tokens.windows, config.batch_size)
+                lm.to(where, DTYPES[dtype])
+                with computing(where, dtype):
+                    grid = token_losses(lm, windows, tokens.windows, batch_size)
                 store.append(seen, grid[tokens.live])
                 advance(tokens.num_targets)
-    return stores
 
 
-def open_store(run: Path, windows: Windows, tokens: TokenSet, config: Any) -> TrajectoryStore:
-    plan = make_plan(windows, tokens.windows, run_record(run), config.dtype)
+def open_store(
+    run: Path, windows: Windows, tokens: TokenSet, name: str, dtype: str, check: str
+) -> TrajectoryStore:
+    plan = make_plan(windows, tokens.windows, run_record(run), dtype)
     warn_of_training_text(windows.corpus, read_json(run / "run.json")["corpus"])
-    folder = store_folder(run, config.name, "")
-    store = TrajectoryStore.create(folder, plan, tokens, config.check)
+    store = TrajectoryStore.create(store_folder(run, name, ""), plan, tokens, check)
     run_chooser(store, warns=True)  # what would be noticed when it is too late
     return store
 
@@ -156,7 +163,7 @@ def warn_of_new_classes(stores: Sequence[TrajectoryStore]) -> None:
 
 
 def analyse_stores(
-    runs: Sequence[Path], stores: Sequence[TrajectoryStore], config: Any
+    runs: Sequence[Path], stores: Sequence[TrajectoryStore], threshold: float, mean_loss: Any
 ) -> list[Analysis]:
     """Of the runs with enough checkpoints; the others are named."""
     found = []
@@ -165,7 +172,7 @@ def analyse_stores(
         if count < MIN_CHECKPOINTS:
             log.warning("%s has %d checkpoints, a trajectory needs %d", run, count, MIN_CHECKPOINTS)
             continue
-        found.append(classify_run(store, run.name, config.threshold, config.mean_loss))
+        found.append(classify_run(store, run.name, threshold, mean_loss))
     if not found:
         raise UserError(
             f"none of the {len(runs)} runs has {MIN_CHECKPOINTS} checkpoints: train with "
@@ -177,15 +184,79 @@ def analyse_stores(
 # ---- the command --------------------------------------------------------------------------------
 
 
-def dynamics(config: Any) -> list[Analysis]:
-    """Fill the stores of all runs, then classify."""
-    check(config, DYNAMICS)
-    import_modules(config.modules)
-    runs = run_folders(folders_of(config.runs))
-    windows = open_windows(config.corpus, config.references, config.combine, config.check, "")
-    tokens = draw(windows, config.num_targets, config.seed, config.by_source)
-    stores = evaluate_runs(runs, windows, tokens, config)
-    return analyse_stores(runs, stores, config)
+class Dynamics(NamedTuple):
+    """Token losses and classes of runs."""
+
+    analyses: list[Analysis]  # one a run
+
+    @property
+    def folders(self) -> list[Path]:
+        """<run>/dynamics/<name> of each."""
+        return [analysis.store.folder for analysis in self.analyses]
+
+    @property
+    def classes(self) -> list[Json]:
+        """One row a run, checkpoint and class: its tokens, their loss, what the rule keeps."""
+        rows = [(a.name, row) for a in self.analyses for row in class_rows(a)]
+        return [{"run": name, **row} for name, row in rows]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Of each run: the share of its tokens in each class."""
+        return {a.name: {k: share.share for k, share in a.shares.items()} for a in self.analyses}
+
+
+@stage(DYNAMICS)
+def dynamics(
+    runs: Folder | Sequence[Folder],
+    corpus: Folder,
+    *,
+    references: Folder | Sequence[Folder] | None = None,
+    name: str = "checkpoints",
+    combine: str | None = None,
+    num_targets: int = 320_000,
+    seed: int = 0,
+    by_source: bool = False,
+    threshold: float = 0.2,
+    mean_loss: float | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    dtype: str = "float32",
+    modules: Sequence[str] = (),
+    check: str = "size",
+) -> Dynamics:
+    """Evaluate a frozen set of tokens on the checkpoints of runs, and class each token.
+
+    Args:
+        runs: a folder with runs in it or below it, or a list of folders.
+        corpus: held-out corpus to draw the tokens from.
+        references: scores of that corpus, or a list of them: excess loss, keep rates.
+        name: the store is <run>/dynamics/<name>.
+        combine: of several references: mean, min or max of their losses, or mixture.
+        num_targets: whole windows until there are so many.
+        seed: which windows.
+        by_source: the corpus's sources in turn, so that rare ones have tokens too.
+        threshold: nats; less change than this is L->L or H->H.
+        mean_loss: nats, the level between L->L and H->H; None: the mean of the last checkpoint.
+        batch_size: windows per forward.
+        device: "auto" is cuda where there is one.
+        dtype: float32, bfloat16 or bf16-mixed.
+        modules: files or dotted names that hold rules or modeling code of your own.
+        check: "size", or "full" to compare every file's hash first.
+
+    Returns:
+        The stores, one a run, with what `slm report` shows of them.
+
+    Raises:
+        UserError: a setting does not fit, or no run has enough checkpoints.
+    """
+    import_modules(modules)
+    folders = run_folders(folders_of(runs))
+    windows = open_windows(corpus, references, combine, check, "")
+    tokens = draw(windows, num_targets, seed, by_source)
+    stores = [open_store(run, windows, tokens, name, dtype, check) for run in folders]
+    fill(folders, stores, windows, tokens, device, dtype, batch_size)
+    return Dynamics(analyse_stores(folders, stores, threshold, mean_loss))
 
 
 def print_table(analyses: Sequence[Analysis]) -> None:
@@ -206,8 +277,7 @@ def print_table(analyses: Sequence[Analysis]) -> None:
 
 @command("dynamics")
 def main(**settings: Any) -> None:
-    config = OmegaConf.create(settings)
-    analyses = dynamics(config)
-    print_table(analyses)
-    for analysis in analyses:
-        log.info("%s", analysis.store.folder)
+    made = dynamics(**settings)
+    print_table(made.analyses)
+    for folder in made.folders:
+        log.info("%s", folder)

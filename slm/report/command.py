@@ -18,14 +18,12 @@ named and left out of the tables; their token losses so far are shown.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from slm.checks import check
 from slm.cli import command
 from slm.command_keys import REPORT
 from slm.console import progress
@@ -53,6 +51,7 @@ from slm.report.paper.plots import (
 )
 from slm.report.table import REACH_NOTE, control_losses, markdown, table_rows
 from slm.selection.registry import import_modules
+from slm.stage import Folder, stage
 from slm.store.files import Json, atomic_file, nested, read_json, write_csv
 from slm.store.own_files import check_own, replacing
 from slm.train.curves import folders_of, run_folders
@@ -182,15 +181,15 @@ def report_left_out(left_out: dict[Path, str]) -> None:
 
 
 def sweep_report(
-    config: Any, runs: Sequence[Run], left_out: dict[Path, str], out: Path
+    runs: Sequence[Run], left_out: dict[Path, str], wanted: Any, baseline_folders: Json, out: Path
 ) -> SweepFigures:
     """Write the tables and figures of finished runs."""
     check_runs(runs)
-    sets, arms = chosen_sets(runs, config.sets), arms_of(runs)
+    sets, arms = chosen_sets(runs, wanted), arms_of(runs)
     control = control_losses(arms, sets)
     if not control:
         log.warning("no run trains on all tokens (selection=all or select_ratio=1): no control")
-    baselines = read_baselines(dict(config.baselines or {}), sets)
+    baselines = read_baselines(baseline_folders, sets)
     check_names(arms, baselines)
     check_heldout([run for arm in (*arms, *baselines) for run in arm.runs], sets)
     rows = table_rows([*arms, *baselines], sets, control)
@@ -291,10 +290,10 @@ def short_paths(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def dynamics_report(
-    config: Any, analyses: Sequence[Analysis], runs: Sequence[Run], out: Path
+    analyses: Sequence[Analysis], runs: Sequence[Run], wanted: Any, out: Path
 ) -> list[Json]:
     """Write the paper's figures and how well scores tell signal from noise; returns its rows."""
-    name = chosen_sets(runs, config.sets)[0] if runs else ""
+    name = chosen_sets(runs, wanted)[0] if runs else ""
     of_run = {run.folder: run for run in runs}
     curves = [
         of_run[folder].curves[name]._replace(label=analysis.name)
@@ -317,34 +316,71 @@ def dynamics_report(
 # ---- all of it ----------------------------------------------------------------------------------
 
 
-def report(config: Any) -> list[Json]:
-    """Write everything into config.out; returns the table's rows."""
-    check(config, REPORT)
-    import_modules(config.modules)
-    check_own(Path(config.out), ["report.html"], MADE_BY)  # the others when they are known
-    folders = folders_of(config.runs)
-    runs, left_out = read_runs(folders)
+class Report(NamedTuple):
+    """What a report left."""
+
+    page: Path  # report.html
+    rows: list[Json]  # of the table; none where no run is complete
+
+    @property
+    def table(self) -> Path:
+        return self.page.with_name("table.md")
+
+
+@stage(REPORT)
+def report(
+    runs: Folder | Sequence[Folder],
+    out: Folder,
+    *,
+    baselines: Mapping[str, Folder] | None = None,
+    sets: Sequence[str] | None = None,
+    max_dynamics: int = 12,
+    modules: Sequence[str] = (),
+    check: str = "size",
+) -> Report:
+    """Write one page, tables and figures of runs, with spread over seeds and the controls.
+
+    Args:
+        runs: a folder with runs in it or below it, or a list of folders. Runs that differ in their
+            seed alone are one arm, and all must have one corpus and one budget.
+        out: folder of the page, tables and figures; an earlier report there is replaced.
+        baselines: {name: run's folder}: what else could be done; corpus and budget may differ.
+        sets: held-out sets; None: all of them.
+        max_dynamics: at most so many stores of token losses are shown.
+        modules: files or dotted names that hold rules of your own.
+        check: "size", or "full" to compare every file's hash first.
+
+    Returns:
+        The page and the table's rows.
+
+    Raises:
+        UserError: a setting does not fit, or there is nothing to report.
+    """
+    import_modules(modules)
+    folder = Path(out)
+    check_own(folder, ["report.html"], MADE_BY)  # the others when they are known
+    folders = folders_of(runs)
+    finished, left_out = read_runs(folders)
     report_left_out(left_out)
-    if runs:
-        check_own(Path(config.out), ["table.csv", "table.md", "loss_vs_k.png"], MADE_BY)
-    analyses = read_analyses(folders, config.max_dynamics, config.check)
-    if not runs and not analyses:
+    if finished:
+        check_own(folder, ["table.csv", "table.md", "loss_vs_k.png"], MADE_BY)
+    analyses = read_analyses(folders, max_dynamics, check)
+    if not finished and not analyses:
         raise UserError(
-            f"none of the {len(left_out)} runs in {config.runs} is complete, and none has token "
+            f"none of the {len(left_out)} runs in {runs} is complete, and none has token "
             "losses (`slm dynamics`)"
         )
-    title = ", ".join(Path(folder).resolve().name for folder in folders)
-    with replacing(Path(config.out), MADE_BY) as out:
-        sweep = sweep_report(config, runs, left_out, out) if runs else None
-        truth = dynamics_report(config, analyses, runs, out) if analyses else []
-        write_page(out / "report.html", title, analyses, sweep, truth)
-    return list(sweep.rows) if sweep else []
+    title = ", ".join(Path(name).resolve().name for name in folders)
+    with replacing(folder, MADE_BY) as to:
+        sweep = sweep_report(finished, left_out, sets, baselines or {}, to) if finished else None
+        truth = dynamics_report(analyses, finished, sets, to) if analyses else []
+        write_page(to / "report.html", title, analyses, sweep, truth)
+    return Report(folder / "report.html", list(sweep.rows) if sweep else [])
 
 
 @command("report")
 def main(**settings: Any) -> None:
-    config = OmegaConf.create(settings)
-    rows = report(config)
-    if rows:
-        print((Path(config.out) / "table.md").read_text(), end="")
-    log.info("report: %s", Path(config.out) / "report.html")
+    made = report(**settings)
+    if made.rows:
+        print(made.table.read_text(), end="")
+    log.info("report: %s", made.page)

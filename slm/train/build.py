@@ -1,7 +1,7 @@
 """What a run computes with, from its settings: the model and its rule, the trainer."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerFast
 
 from slm.errors import UserError
@@ -20,6 +19,7 @@ from slm.model.build import SelectiveLM, check_trainable
 from slm.model.folder import check_model_folder
 from slm.score.command import load_reference
 from slm.selection.rule import Selection
+from slm.store.files import Json
 from slm.store.windows import Batch
 from slm.train.callbacks.base import StepProgress
 from slm.train.callbacks.checkpoints import Checkpoints, OnlyWriter, RandomStates, StopOnSignal
@@ -40,11 +40,16 @@ def build(node: Any, **arguments: Any) -> Any:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         if isinstance(error.__cause__, TypeError | ValueError | MisconfigurationException):
-            raise UserError(f"{node._target_}: {error.__cause__}") from None
+            raise UserError(f"{node['_target_']}: {error.__cause__}") from None
         raise
     except TypeError as error:
-        raise UserError(f"{node._target_}: {error}") from None
+        raise UserError(f"{node['_target_']}: {error}") from None
     return built
+
+
+def built(node: Any) -> Any:
+    """A callback or a logger; Python may give the object itself."""
+    return build(node) if isinstance(node, Mapping) else node
 
 
 def accelerator(wanted: Any) -> Any:
@@ -64,17 +69,17 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def build_trainer(config: DictConfig, data: TokenData, check_owner: Callable[[], None]) -> Trainer:
-    loggers = [build(node) for node in config.logger.values()]
-    callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
+def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], None]) -> Trainer:
+    loggers = [built(node) for node in settings["logger"].values()]
+    callbacks: list[Callback] = [built(node) for node in settings["callbacks"].values()]
     checkpoints = next(item for item in callbacks if isinstance(item, Checkpoints))
     # Saved last, so that a run that goes on from it lacks nothing that was made at its step.
     callbacks.sort(key=lambda item: isinstance(item, Checkpoints))
     clocks = [StepClock(item) for item in callbacks if isinstance(item, Metrics)]
     trainer: Trainer = build(
-        config.trainer,
-        accelerator=accelerator(config.trainer.accelerator),
-        max_steps=round(config.max_tokens / data.tokens_per_step),
+        settings["trainer"],
+        accelerator=accelerator(settings["trainer"]["accelerator"]),
+        max_steps=round(settings["max_tokens"] / data.tokens_per_step),
         max_epochs=-1,
         logger=loggers,
         callbacks=[
@@ -93,24 +98,26 @@ def build_trainer(config: DictConfig, data: TokenData, check_owner: Callable[[],
 
 
 def build_module(
-    config: DictConfig, data: TokenData, tokenizer: PreTrainedTokenizerFast
+    settings: Json, data: TokenData, tokenizer: PreTrainedTokenizerFast
 ) -> SelectiveModule:
-    init_from = config.model.init_from
+    init_from = settings["model"]["init_from"]
     if init_from is not None and Path(init_from).is_dir():
-        check_model_folder("model.init_from", init_from, config.data.check)
-    lm: SelectiveLM = build(config.model, tokenizer=tokenizer, vocab_size=data.corpus.vocab_size)
-    selection: Selection = build(config.selection)
-    check_config(config, data, selection)
+        check_model_folder("model.init_from", init_from, settings["data"]["check"])
+    lm: SelectiveLM = build(
+        settings["model"], tokenizer=tokenizer, vocab_size=data.corpus.vocab_size
+    )
+    selection: Selection = build(settings["selection"])
+    check_config(settings, data, selection)
     check_trainable(lm, first_windows(data))
     return SelectiveModule(
         lm,
         selection,
-        build(config.optimizer.adamw),
-        build(config.optimizer.schedule),
-        config.optimizer.gradient_clip,
+        build(settings["optimizer"]["adamw"]),
+        build(settings["optimizer"]["schedule"]),
+        settings["optimizer"]["gradient_clip"],
         data.tokens_per_step,
-        config.selection_start,
-        load_online(config.online_reference, data, config.data.check),
+        settings["selection_start"],
+        load_online(settings["online_reference"], data, settings["data"]["check"]),
     )
 
 

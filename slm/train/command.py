@@ -15,209 +15,127 @@ the target model (excess). The run's folder holds
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lightning import Trainer, seed_everything
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
-from torch import distributed
-from transformers import PreTrainedTokenizerFast
+from hydra.core.hydra_config import HydraConfig
 
 from slm.cli import command
 from slm.errors import UserError
-from slm.model.build import check_saved
-from slm.model.folder import save_model
-from slm.selection.registry import import_modules, in_words
-from slm.store.files import hash_file, nested, write_record
-from slm.store.tokenizer import load_corpus_tokenizer
-from slm.train.build import build, build_module, build_trainer, first_windows
-from slm.train.callbacks.metrics import Metrics
-from slm.train.data import TokenData
-from slm.train.identity import adopt_run, only_writer, run_identity
-from slm.train.keys import check_train
-from slm.train.lineage import lineage, model_card, reference_record
-from slm.train.loggers import WandbLog
-from slm.train.module import SelectiveModule
-from slm.train.settings import check_overrides
+from slm.selection.rule import Selection
+from slm.stage import Folder, stage
+from slm.store.files import Json
+from slm.train.compose import GROUPS, Group, composed, objects_in
+from slm.train.curves import Run
+from slm.train.fit import fit
+from slm.train.keys import ARGUMENTS, FOLDERS, check_train
+from slm.train.settings import check_one_architecture
 
 log = logging.getLogger("slm.train")
 warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
 # Lightning greets, advises and repeats itself; its warnings still show.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-RANK_NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's own order
 
 
-def export(
-    config: DictConfig,
-    module: SelectiveModule,
-    tokenizer: PreTrainedTokenizerFast,
-    data: TokenData,
-    identity: dict[str, Any],
-) -> None:
-    """Write model/ and lineage.json; their presence means that the run is complete."""
-    trainer, folder = module.trainer, Path(config.run_dir)
-    record = lineage(
-        datamodule=data,
-        selection=nested(identity, "selection."),
-        needs_references=bool(module.selection.needs),
-        online_reference=identity["online_reference"],
-        seed=config.seed,
-        init_from=config.model.init_from,
-        init_from_sha256=identity["init_from"],
-        tokens_seen=trainer.global_step * data.tokens_per_step,
-        tokens_selected=module.tokens_selected,
-        **training_cost(module),
-        precision=config.trainer.precision,
-        device=module.device,
-    )
-    results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}
-    tables = {path.name: hash_file(path) for path in sorted(folder.glob("*.csv"))}
+@stage(ARGUMENTS)
+def train(
+    corpus: Folder,
+    out: Folder,
+    max_tokens: int,
+    *,
+    references: Folder | Sequence[Folder] | None = None,
+    heldout: Mapping[str, Folder] | None = None,
+    selection: Selection | Group = "excess",
+    model: Group = "llama_600k",
+    data: Group = "shards",
+    optimizer: Group = "adamw",
+    trainer: Group = "default",
+    callbacks: Group = "default",
+    logger: Group = "default",
+    selection_start: int = 0,
+    online_reference: Folder | None = None,
+    seed: int = 0,
+    modules: Sequence[str] = (),
+    resume: str = "auto",
+) -> Run:
+    """Train a causal language model on the tokens that a rule selects, or go on with it.
 
-    def complete(written: Path) -> None:
-        check_saved(module.lm, first_windows(data), written)
-        write_record(folder / "lineage.json", record)
-        write_record(folder / "tables.json", {"kind": "tables", "sha256": tables})
+    A group is a word or a dict, as in conf/: "llama_10m" is conf/model/llama_10m.yaml,
+    {"init_from": folder} is laid over the usual choice, and {"defaults": ["llama_10m"], ...} over
+    that file.
 
-    card = model_card(record, results)
-    save_model(folder / "model", module.lm.model, tokenizer, card, record, complete)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLog):
-            written = folder / "model" / "slm.json"
-            logger.log_folder(written, name=f"model-{folder.name}", kind="model", is_input=False)
+    Args:
+        corpus: what is trained on, made by `prepare`.
+        out: folder of the run. The same call again goes on with an interrupted run.
+        max_tokens: training tokens, unselected ones included; rounded to optimizer steps.
+        references: scores of this corpus, made by `score`; or a list of them.
+        heldout: {name: corpus}, evaluated during training.
+        selection: a rule, `Excess(0.6)`, or its word, "all".
+        model: architecture, init_from (a model folder to start from), ...: conf/model.
+        data: batch_size, micro_batch_size, heldout_windows, combine, ...: conf/data.
+        optimizer: {"adamw": {"lr": 1e-3}, "schedule": ..., "gradient_clip": ...}: conf/optimizer.
+        trainer: accelerator, devices, precision, ...: conf/trainer.
+        callbacks: {name: settings or a Callback}, "dynamics", ...: conf/callbacks.
+        logger: {name: settings or a Logger}, "csv", "none": conf/logger.
+        selection_start: training tokens before the rule takes over; until then: all tokens.
+        online_reference: a model folder that scores each batch, in place of `references`.
+        seed: of weights, order of the samples, dropout, random selection.
+        modules: files or dotted names with rules, callbacks, modeling code of your own.
+        resume: "auto", or "never" to refuse a folder that holds this run already.
 
+    Returns:
+        The run's folder: its model, its curves, its lineage.
 
-def check_complete(trainer: Trainer) -> None:
-    """A callback, or whoever else may stop Lightning, makes no model of fewer tokens."""
-    if trainer.global_step < trainer.max_steps:
-        raise UserError(
-            f"the run was ended at step {trainer.global_step} of {trainer.max_steps}, so no model "
-            "is written; the same command goes on from its last checkpoint"
-        )
-
-
-def training_cost(module: SelectiveModule) -> dict[str, float | None]:
-    """Absent where nobody measured it."""
-    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Metrics):
-            flops = callback.flops(module.tokens_seen, module.tokens_trained)
-            return {"train_seconds": callback.train_seconds, "train_flops": flops}
-    return {"train_seconds": None, "train_flops": None}
-
-
-def train(config: DictConfig) -> Path:
-    """Run or continue one training; returns the model folder."""
-    check_train(config)
-    folder = Path(config.run_dir)
-    seed_everything(config.seed, workers=True, verbose=False)
-    import_modules(config.modules)
-    check_overrides(config)
-    data: TokenData = build(config.data)
-    identity = run_identity(config, data)
-    with ExitStack() as stack:
-        start, check_owner = begin(stack, folder, identity, config.resume)
-        if not was_launched() and is_over(start, folder):
-            return folder / "model"
-        tokenizer = load_corpus_tokenizer(data.corpus)
-        module = build_module(config, data, tokenizer)
-        trainer = build_trainer(config, data, check_owner)
-        stack.callback(leave_process_group)
-        start = tell(trainer, start)
-        if is_over(start, folder):
-            return folder / "model"
-        words = "new run in %s" if start.checkpoint is None else "continuing %s"
-        log.info(words, start.checkpoint or folder)
-        try:
-            log_inputs(trainer, config, data, module.lm.model.config.to_diff_dict())
-            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-            check_complete(trainer)
-            if trainer.is_global_zero:
-                check_owner()
-                export(config, module, tokenizer, data, identity)
-            trainer.strategy.barrier()
-        finally:
-            for logger in trainer.loggers:
-                logger.finalize("finished")
-    return folder / "model"
-
-
-def leave_process_group() -> None:
-    """A gloo group that is alive when the interpreter ends sometimes aborts the process."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-class Start(NamedTuple):
-    """What rank 0 found in the run's folder. The others are told: each would look at another time,
-    while rank 0 renames and removes."""
-
-    checkpoint: Path | None = None
-    is_complete: bool = False
-    refusal: str | None = None
-
-
-def begin(
-    stack: ExitStack, folder: Path, identity: dict[str, Any], resume: str
-) -> tuple[Start, Callable[[], None]]:
-    """On rank 0: claim the folder until `stack` ends, and adopt it.
-
-    Also what raises as soon as the folder is another process's.
+    Raises:
+        UserError: a setting does not fit, or the folder holds another run.
     """
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # Lightning sets it on import
-        return Start(), lambda: None
-    try:
-        check_owner = stack.enter_context(only_writer(folder)).check
-        checkpoint = adopt_run(folder, identity, resume)
-    except UserError as error:
-        return Start(refusal=str(error)), lambda: None
-    return Start(checkpoint, (folder / "model" / "slm.json").exists()), check_owner
+    given = dict(locals())
+    given["data"] = with_folders(data, {name: given.pop(name) for name in FOLDERS})
+    given["out"] = given["run_dir"] = os.path.abspath(out)
+    settings = composed(given)
+    check_train(settings)
+    check_one_architecture(settings, names_architecture(model))
+    for name in ("callbacks", "logger"):
+        settings[name] |= objects_in(given[name])
+    fit(settings)
+    return Run(Path(settings["out"]))
 
 
-def was_launched() -> bool:
-    """Something else than this process starts the ranks, so there may be others by now."""
-    return any(name in os.environ for name in RANK_NAMES)
+def with_folders(data: Group, folders: Mapping[str, Any]) -> Any:
+    """The group data with the folders, which are arguments of their own."""
+    if isinstance(data, str):
+        return {"defaults": [data], **folders}
+    if not isinstance(data, Mapping):
+        return data  # the check of the settings says what it must be
+    for name in folders.keys() & data.keys():
+        raise UserError(f"data.{name} is given: {name} is an argument of its own")
+    return {**data, **folders}
 
 
-def tell(trainer: Trainer, start: Start) -> Start:
-    """Rank 0's `start`, on every rank; Lightning starts the ranks here where nobody has."""
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        launcher.launch(trainer.strategy.setup_environment)
-    return trainer.strategy.broadcast(start)
+def names_architecture(model: Group) -> list[str]:
+    """Whether it is given, beside what conf/ has."""
+    is_over = isinstance(model, Mapping) and "defaults" not in model
+    return ["model.architecture"] if is_over and "architecture" in model else []
 
 
-def is_over(start: Start, folder: Path) -> bool:
-    if start.refusal is not None:
-        raise UserError(start.refusal)
-    if start.is_complete:
-        log.info("%s is complete already", folder)
-    return start.is_complete
+# ---- the command --------------------------------------------------------------------------------
 
 
-def log_inputs(
-    trainer: Trainer, config: DictConfig, data: TokenData, model_config: dict[str, Any]
-) -> None:
-    """The configuration and what the references cost to every logger; to W&B's lineage, folders."""
-    plain = in_words(OmegaConf.to_container(config, resolve=True))
-    del plain["modules"]
-    if config.model.init_from is not None:
-        plain["model"]["architecture"] = model_config
-    plain["reference_records"] = [reference_record(store) for store in data.references]
-    for logger in trainer.loggers:
-        logger.log_hyperparams(plain)
-        if isinstance(logger, WandbLog):
-            for store in (data.corpus, *data.references):
-                name = f"{store.KIND}-{store.fingerprint[:12]}"
-                manifest = store.folder / "manifest.json"
-                logger.log_folder(manifest, name=name, kind=store.KIND, is_input=True)
+def arguments(settings: Json) -> Json:
+    """Of `train`, from what Hydra composed: whole groups, over nothing."""
+    rest = dict(settings)
+    rest["out"] = rest.pop("run_dir")
+    groups = {name: rest.pop(name, None) for name in GROUPS}
+    whole = {k: {"defaults": [], **v} if isinstance(v, dict) else v for k, v in groups.items()}
+    folders = {name: whole["data"].pop(name, None) for name in FOLDERS}
+    return rest | whole | folders
 
 
 @command("train")
 def main(**settings: Any) -> None:
-    config = OmegaConf.create(settings)
-    folder = train(config)
-    log.info("model: %s", folder)
+    words = [word.lstrip("+~") for word in HydraConfig.get().overrides.task]
+    named = [word for word in words if word.startswith("model.architecture")]
+    check_one_architecture(settings, named)
+    log.info("model: %s", train(**arguments(settings)).model)

@@ -3,14 +3,54 @@
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from slm.errors import UserError
+from slm.store.files import Json, read_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 PREFIX, SUFFIX = "heldout/", "/loss"  # of a set's column in heldout.csv
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run. It stands for itself wherever a folder of a run is asked for.
+
+    model:    folder of the trained model, as `score` and `evaluate` take it
+    curves:   "train", "heldout": what was logged, one row a logged step
+    metrics:  the last value of every column
+    lineage:  what went in, what was counted
+    """
+
+    folder: Path
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def lineage(self) -> Json:
+        return read_json(self.folder / "lineage.json")
+
+    @property
+    def curves(self) -> "dict[str, DataFrame]":
+        import pandas as pd  # half a second
+
+        return {path.stem: pd.read_csv(path) for path in sorted(self.folder.glob("*.csv"))}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        logged = [(name, table[name].dropna()) for table in self.curves.values() for name in table]
+        return {name: float(column.iloc[-1]) for name, column in logged if len(column)}
 
 
 class Curve(NamedTuple):

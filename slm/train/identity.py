@@ -6,22 +6,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from slm.errors import UserError
 from slm.model.folder import check_model_folder, model_sha256
 from slm.selection.registry import by_word, in_words, trained_word
 from slm.store.claims import Claim, claim, owner_of, remove_temporaries
-from slm.store.files import read_json, write_record
+from slm.store.files import Json, read_json, write_record
 from slm.train.checkpoint import newest_checkpoint
 from slm.train.data import TokenData
 
 log = logging.getLogger("slm.train")
 
 
-def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
+def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
     """What must not change when a run is continued; folders may move, so hashes stand for them."""
-    plain = in_words(OmegaConf.to_container(config, resolve=True), word=trained_word)
+    plain = in_words(settings, word=trained_word)
     init_from = plain["model"].pop("init_from")
     if init_from is not None:
         del plain["model"]["architecture"]  # the folder's own counts
@@ -32,12 +30,12 @@ def run_identity(config: DictConfig, data: TokenData) -> dict[str, Any]:
         "corpus": data.corpus.fingerprint,
         "references": [store.fingerprint for store in data.references],
         "data.combine": plain["data"]["combine"],
-        "online_reference": online_identity(config),
+        "online_reference": online_identity(settings),
         "selection_start": plain["selection_start"],
         "init_from": loaded,
         "data.batch_size": plain["data"]["batch_size"],
         "data.micro_batch_size": plain["data"]["micro_batch_size"],
-        "trainer.precision": config.trainer.precision,
+        "trainer.precision": plain["trainer"]["precision"],
         **flat("model", plain["model"]),
         **flat("selection", by_word(plain["selection"])),
         **flat("optimizer", plain["optimizer"]),
@@ -51,8 +49,8 @@ def flat(prefix: str, tree: Any) -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in flat(f"{prefix}.{key}", value).items()}
 
 
-def online_identity(config: DictConfig) -> str | None:
-    name = config.online_reference
+def online_identity(settings: Json) -> str | None:
+    name = settings["online_reference"]
     return None if name is None else init_identity("online_reference", name)
 
 

@@ -6,8 +6,6 @@ What is built from a `_target_` has its constructor's keys; here are those that 
 import os
 from collections.abc import Iterator
 
-from omegaconf import DictConfig
-
 from slm.checks import (
     CHECKS,
     Kind,
@@ -32,6 +30,7 @@ from slm.checks import (
     word,
 )
 from slm.model.device import PRECISIONS
+from slm.store.files import Json
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
 count, count_or_null = whole(1), optional(whole(1))
@@ -105,6 +104,10 @@ TRAIN: Table = TRAINER | {
     "callbacks.dynamics.mean_loss": optional(number),
     "logger": sections,
 }
+FOLDERS = ("corpus", "references", "heldout")  # of data: in Python, arguments of their own
+ARGUMENTS: Table = dict.fromkeys(
+    {key.split(".")[0] for key in TRAIN} - {"run_dir"} | {*FOLDERS}, anything
+)
 LENGTH = "max_tokens alone says how long a run is"
 INSTEAD = {
     **dict.fromkeys(
@@ -120,8 +123,8 @@ INSTEAD = {
 }
 
 
-def check_train(config: DictConfig) -> None:
-    check(config, TRAIN, INSTEAD)
+def check_train(settings: Json) -> None:
+    check(settings, TRAIN, INSTEAD)
     for name, key in trainer_environment():
         check_known(key, TRAINER, {key: f"as {name} in the environment, where nothing may set it"})
 

@@ -4,36 +4,35 @@ Types and ranges of single keys are in keys.py.
 """
 
 import logging
-
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from collections.abc import Iterable
 
 from slm.errors import UserError
 from slm.model.device import PRECISIONS
 from slm.selection.rule import Selection
+from slm.store.files import Json
 from slm.store.shards import References
 from slm.train.data import TokenData
 
 log = logging.getLogger("slm.train")
 
 
-def check_config(config: DictConfig, data: TokenData, selection: Selection) -> None:
-    check_references(config, data, selection.needs)
-    if config.max_tokens < data.tokens_per_step:
+def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
+    check_references(settings, data, selection.needs)
+    max_tokens, start = settings["max_tokens"], settings["selection_start"]
+    if max_tokens < data.tokens_per_step:
         raise UserError(
-            f"max_tokens ({config.max_tokens}) is less than one optimizer step "
+            f"max_tokens ({max_tokens}) is less than one optimizer step "
             f"({data.tokens_per_step} tokens)"
         )
-    start = config.selection_start
-    if start >= config.max_tokens:
+    if start >= max_tokens:
         raise UserError(
-            f"selection_start is {start}, max_tokens {config.max_tokens}: the rule would never "
+            f"selection_start is {start}, max_tokens {max_tokens}: the rule would never "
             "choose (selection=all trains on every token)"
         )
-    warn_of_late_points(selection, config.max_tokens)
+    warn_of_late_points(selection, max_tokens)
     for store in data.references:
-        warn_of_other_precision(store, config.trainer.precision)
-    best_of = config.callbacks.checkpoints.best_of
+        warn_of_other_precision(store, settings["trainer"]["precision"])
+    best_of = settings["callbacks"]["checkpoints"]["best_of"]
     if best_of is not None and best_of not in data.heldout:
         raise UserError(
             f"callbacks.checkpoints.best_of is {best_of!r}, data.heldout has {sorted(data.heldout)}"
@@ -51,9 +50,9 @@ def warn_of_late_points(selection: Selection, max_tokens: int) -> None:
             )
 
 
-def check_references(config: DictConfig, data: TokenData, needs: tuple[str, ...]) -> None:
+def check_references(settings: Json, data: TokenData, needs: tuple[str, ...]) -> None:
     """Missing scores never fall back to plain cross-entropy."""
-    rule, online = config.selection._target_, config.online_reference
+    rule, online = settings["selection"]["_target_"], settings["online_reference"]
     if online is not None and data.references:
         raise UserError(
             f"online_reference is {online} and data.references {data.references[0].folder}: "
@@ -83,13 +82,12 @@ def warn_of_other_precision(references: References, precision: str) -> None:
         )
 
 
-def check_overrides(config: DictConfig) -> None:
-    """Refuse what would be read and not used; only a command line tells it from a default."""
-    if config.model.init_from is None or not HydraConfig.initialized():
-        return
-    for word in HydraConfig.get().overrides.task:
-        if word.lstrip("+~").startswith("model.architecture"):
+def check_one_architecture(settings: Json, given: Iterable[str]) -> None:
+    """Refuse what would be read and not used. given: what names it, in whatever form."""
+    for word in given:
+        init_from = settings["model"]["init_from"]
+        if init_from is not None:
             raise UserError(
-                f"{word} is given with model.init_from={config.model.init_from}, which has an "
+                f"{word} is given with model.init_from={init_from}, which has an "
                 "architecture of its own: leave one of them out"
             )

@@ -13,6 +13,7 @@ import torch
 
 import warm
 from dynamics_helpers import SETTINGS, compose_dynamics, during, make_lm
+from run_helpers import train
 from slm.dynamics.analysis import analyse
 from slm.dynamics.callback import TokenDynamics, even_part
 from slm.dynamics.classes import CLASSES, classify
@@ -24,7 +25,6 @@ from slm.store.shards import write_manifest
 from slm.store.tokenizer import tokenizer_sha256, train_tokenizer
 from slm.store.windows import Windows
 from slm.train.checkpoint import sidecar
-from slm.train.command import train
 from slm.verify import verify
 from train_helpers import TWO_RANKS, command, compose_train, crash_at, same_results
 from wandb_helpers import media_file, wandb_history
@@ -190,7 +190,7 @@ def test_ranks_share_the_windows(text_corpus, tokenizer, count, monkeypatch):
 
 
 def test_checkpoints_give_the_losses_that_the_callback_saw(text_corpus, run):
-    analyses = dynamics(compose_dynamics(run, text_corpus.folder))
+    analyses = dynamics(**compose_dynamics(run, text_corpus.folder)).analyses
     later, live = TrajectoryStore(run / "dynamics" / "c"), TrajectoryStore(run / "dynamics/tokens")
     seen = [c.tokens_seen for c in later.checkpoints]
     assert seen == [c.tokens_seen for c in live.checkpoints]
@@ -201,7 +201,7 @@ def test_checkpoints_give_the_losses_that_the_callback_saw(text_corpus, run):
 
 def test_a_second_run_makes_only_what_is_missing(text_corpus, run, monkeypatch):
     config = compose_dynamics(run, text_corpus.folder)
-    dynamics(config)
+    dynamics(**config)
     folder = run / "dynamics" / "c"
     before = files(folder)
     for name in ("losses-000000000000768.json", "losses-000000000001024.npy"):
@@ -214,7 +214,7 @@ def test_a_second_run_makes_only_what_is_missing(text_corpus, run, monkeypatch):
         return load_checkpoint(path, corpus)
 
     monkeypatch.setattr("slm.dynamics.command.load_checkpoint", load)
-    dynamics(config)
+    dynamics(**config)
     assert loaded == ["step-00000006.ckpt", "step-00000008.ckpt"]
     assert files(folder) == before
 
@@ -222,7 +222,7 @@ def test_a_second_run_makes_only_what_is_missing(text_corpus, run, monkeypatch):
 def test_two_runs_have_a_store_each(tmp_path, text_corpus, run):
     shutil.copytree(run, tmp_path / "more" / "a")
     shutil.copytree(run, tmp_path / "more" / "b")
-    analyses = dynamics(compose_dynamics(tmp_path / "more", text_corpus.folder))
+    analyses = dynamics(**compose_dynamics(tmp_path / "more", text_corpus.folder)).analyses
     assert [analysis.name for analysis in analyses] == ["a", "b"]
     one, other = (files(tmp_path / "more" / name / "dynamics" / "c") for name in "ab")
     assert one == other
@@ -276,32 +276,32 @@ def test_the_default_is_even_in_whole_steps():
 
 
 def test_a_flipped_byte_is_found_when_asked_for(text_corpus, run):
-    dynamics(compose_dynamics(run, text_corpus.folder))
+    dynamics(**compose_dynamics(run, text_corpus.folder))
     path = run / "dynamics" / "c" / "losses-000000000000768.npy"
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     before = path.read_bytes()
     path.write_bytes(data)
-    dynamics(compose_dynamics(run, text_corpus.folder))
+    dynamics(**compose_dynamics(run, text_corpus.folder))
     with pytest.raises(UserError, match="000768.npy is damaged: sha256"):
-        dynamics(compose_dynamics(run, text_corpus.folder, "check=full"))
+        dynamics(**compose_dynamics(run, text_corpus.folder, "check=full"))
     path.write_bytes(before)
     other = path.with_name("source.npy")
     data = bytearray(other.read_bytes())
     data[-2] ^= 1
     other.write_bytes(data)
     with pytest.raises(UserError, match="source.npy is damaged: sha256"):
-        dynamics(compose_dynamics(run, text_corpus.folder, "check=full"))
+        dynamics(**compose_dynamics(run, text_corpus.folder, "check=full"))
 
 
 def test_a_kill_before_the_manifest_is_mended_by_the_next_run(text_corpus, run):
-    dynamics(compose_dynamics(run, text_corpus.folder))
+    dynamics(**compose_dynamics(run, text_corpus.folder))
     manifest = run / "dynamics" / "c" / "manifest.json"
     whole = manifest.read_bytes()
     found = json.loads(whole)
     del found["checkpoints"][-1]
     manifest.write_text(json.dumps(found))
-    dynamics(compose_dynamics(run, text_corpus.folder))
+    dynamics(**compose_dynamics(run, text_corpus.folder))
     assert manifest.read_bytes() == whole
 
 
@@ -329,7 +329,7 @@ def test_checkpoints_give_the_callbacks_losses_under_another_attention(tmp_path,
     words = during(text_corpus, keep, "model.attn_implementation=eager")
     folder = tmp_path / "eager"
     train(compose_train(folder, text_corpus.folder, *words))
-    dynamics(compose_dynamics(folder, text_corpus.folder))
+    dynamics(**compose_dynamics(folder, text_corpus.folder))
     mine, theirs = (TrajectoryStore(folder / "dynamics" / name) for name in ("c", "tokens"))
     for one, other in zip(mine.losses(), theirs.losses(), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -349,7 +349,7 @@ def test_a_checkpoints_word_fetches_no_kernel(caplog):
 
 
 def test_bf16_mixed_can_be_taken_from_checkpoints_too(text_corpus, run):
-    dynamics(compose_dynamics(run, text_corpus.folder, "dtype=bf16-mixed", "name=half"))
+    dynamics(**compose_dynamics(run, text_corpus.folder, "dtype=bf16-mixed", "name=half"))
     half, full = (TrajectoryStore(run / "dynamics" / n) for n in ("half", "tokens"))
     for mine, theirs in zip(half.losses(), full.losses(), strict=True):
         assert not np.array_equal(mine, theirs)
@@ -357,10 +357,10 @@ def test_bf16_mixed_can_be_taken_from_checkpoints_too(text_corpus, run):
 
 
 def test_new_checkpoints_make_other_classes_and_it_is_said(text_corpus, run, caplog):
-    dynamics(compose_dynamics(run, text_corpus.folder))
+    dynamics(**compose_dynamics(run, text_corpus.folder))
     assert "has classes already" not in caplog.text
     (run / "dynamics" / "c" / "losses-000000000000768.json").unlink()
-    dynamics(compose_dynamics(run, text_corpus.folder))
+    dynamics(**compose_dynamics(run, text_corpus.folder))
     assert "has classes already: with more checkpoints they are others" in caplog.text
 
 
@@ -377,7 +377,7 @@ def test_too_few_checkpoints(text_corpus, run):
     for path in sorted((run / "checkpoints").glob("step-*"))[4:]:  # two are left, with their .json
         path.unlink()
     with pytest.raises(UserError, match="none of the 1 runs has 3 checkpoints: train with"):
-        dynamics(compose_dynamics(run, text_corpus.folder))
+        dynamics(**compose_dynamics(run, text_corpus.folder))
 
 
 def test_a_checkpoint_that_a_live_run_removed_is_passed_over(text_corpus, run, monkeypatch, caplog):
@@ -391,7 +391,7 @@ def test_a_checkpoint_that_a_live_run_removed_is_passed_over(text_corpus, run, m
         return load_checkpoint(path, corpus)
 
     monkeypatch.setattr("slm.dynamics.command.load_checkpoint", load)
-    dynamics(compose_dynamics(run, text_corpus.folder))
+    dynamics(**compose_dynamics(run, text_corpus.folder))
     assert "step-00000004.ckpt is gone" in caplog.text
     assert not TrajectoryStore(run / "dynamics" / "c").has(512)
 
@@ -402,7 +402,7 @@ def test_a_damaged_checkpoint_is_named(text_corpus, run):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"step-00000004.ckpt is damaged: sha256"):
-        dynamics(compose_dynamics(run, text_corpus.folder))
+        dynamics(**compose_dynamics(run, text_corpus.folder))
 
 
 def test_another_tokenizer_is_refused(tmp_path, text_corpus, make_corpus, run, monkeypatch):
@@ -415,27 +415,27 @@ def test_another_tokenizer_is_refused(tmp_path, text_corpus, make_corpus, run, m
     write_manifest(other.folder, "tokens", 1)
     message = rf"was trained with tokenizer \w+, .* was made with {sha256}"
     with pytest.raises(UserError, match=message):
-        dynamics(compose_dynamics(run, other.folder))
+        dynamics(**compose_dynamics(run, other.folder))
     config = compose_train(tmp_path / "new", text_corpus.folder, *during(other))
     with pytest.raises(UserError, match=f"has tokenizer {sha256}, the training corpus"):
         train(config)
 
 
 def test_another_token_set_under_the_same_name_is_refused(text_corpus, run):
-    dynamics(compose_dynamics(run, text_corpus.folder))
+    dynamics(**compose_dynamics(run, text_corpus.folder))
     with pytest.raises(
         UserError,
         match="holds other losses: num_windows is 7 in plan.json, 13 now; choose another name",
     ):
-        dynamics(compose_dynamics(run, text_corpus.folder, "num_targets=200"))
+        dynamics(**compose_dynamics(run, text_corpus.folder, "num_targets=200"))
     with pytest.raises(UserError, match="windows_sha256 is"):
-        dynamics(compose_dynamics(run, text_corpus.folder, "seed=1"))
+        dynamics(**compose_dynamics(run, text_corpus.folder, "seed=1"))
 
 
 def test_longer_windows_than_the_model_has_positions(tmp_path, text_corpus, make_corpus, run):
     other = make_corpus(tmp_path / "long", [np.arange(8193) % 290], 4096)
     with pytest.raises(UserError, match="seq_len is 4096, model max_position_embeddings is 2048"):
-        dynamics(compose_dynamics(run, other.folder))
+        dynamics(**compose_dynamics(run, other.folder))
     with pytest.raises(UserError, match="seq_len is 4096, model max_position_embeddings is 2048"):
         train(compose_train(tmp_path / "new", text_corpus.folder, *during(other)))
 
@@ -446,13 +446,13 @@ def test_a_record_without_its_tokens_seen_is_damaged(text_corpus, run):
     del found["tokens_seen"], found["seal"]
     record.write_text(json.dumps(found))
     with pytest.raises(UserError, match="is damaged: it has no .tokens_seen"):
-        dynamics(compose_dynamics(run, text_corpus.folder))
+        dynamics(**compose_dynamics(run, text_corpus.folder))
 
 
 def test_an_empty_folder_is_no_run(tmp_path, text_corpus):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no run"):
-        dynamics(compose_dynamics(tmp_path / "empty", text_corpus.folder))
+        dynamics(**compose_dynamics(tmp_path / "empty", text_corpus.folder))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_an_empty_folder_is_no_run(tmp_path, text_corpus):
 )
 def test_bad_settings(text_corpus, run, override, message):
     with pytest.raises(UserError, match=message):
-        dynamics(compose_dynamics(run, text_corpus.folder, override))
+        dynamics(**compose_dynamics(run, text_corpus.folder, override))
 
 
 def test_the_command_prints_a_table(text_corpus, run, monkeypatch, call):

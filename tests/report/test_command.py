@@ -34,7 +34,7 @@ def sweep(tmp_path) -> Path:
 
 
 def test_the_table_has_mean_and_spread_and_tokens_to_reach(tmp_path, sweep):
-    report(config(sweep, tmp_path / "out"))
+    report(**config(sweep, tmp_path / "out"))
     with open(tmp_path / "out" / "table.csv", newline="") as file:
         rows = {(row["arm"], row["set"]): row for row in csv.DictReader(file)}
     assert [arm for arm, name in rows if name == "a"] == [
@@ -52,7 +52,7 @@ def test_the_table_has_mean_and_spread_and_tokens_to_reach(tmp_path, sweep):
 
 
 def test_the_markdown_table_has_a_line_an_arm(tmp_path, sweep):
-    report(config(sweep, tmp_path / "out"))
+    report(**config(sweep, tmp_path / "out"))
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
     assert cells[0][:5] == ["arm", "a", "b", "seeds", "tokens seen"]
@@ -73,8 +73,8 @@ def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch
     make_run(tmp_path / "ref", "All", None, final=2.0, corpus_fingerprint="0", tokens_seen=BUDGET)
     make_run(tmp_path / "sweep" / "soft", "Sigmoid", None, final=3.5)
     rows = report(
-        config(sweep, tmp_path / "out", baselines={"the reference": str(tmp_path / "ref")})
-    )
+        **config(sweep, tmp_path / "out", baselines={"the reference": str(tmp_path / "ref")})
+    ).rows
     assert rows[-1]["arm"] == "the reference" and rows[-1]["mean"] == 4.0
     assert rows[-1]["tokens_to_all_tokens_loss"] == 250  # 10 at 200, 4 at 400, 8.5 between
     (panel, other), (first, *_) = drawn["ratio"], drawn["tokens"]
@@ -92,10 +92,10 @@ def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch
 
 
 def test_sets_can_be_chosen(tmp_path, sweep):
-    rows = report(config(sweep, tmp_path / "out", sets=["b"]))
+    rows = report(**config(sweep, tmp_path / "out", sets=["b"])).rows
     assert {row["set"] for row in rows} == {"b"}
     with pytest.raises(UserError, match=r"sets names \['c'\], .* evaluated on \['a', 'b'\]"):
-        report(config(sweep, tmp_path / "out", sets=["c"]))
+        report(**config(sweep, tmp_path / "out", sets=["c"]))
 
 
 @pytest.mark.parametrize("most", [8, 0])
@@ -105,7 +105,7 @@ def test_sets_may_have_any_names(tmp_path, monkeypatch, most):
     for ratio in (0.5, 1.0):
         path = make_run(tmp_path / "runs" / f"{ratio}", ratio=ratio) / "heldout.csv"
         path.write_text(path.read_text().replace("/a/", "/x/y/").replace("/b/", "/x_y/"))
-    rows = report(config(tmp_path / "runs", tmp_path / "out"))
+    rows = report(**config(tmp_path / "runs", tmp_path / "out")).rows
     assert [(row["set"], row["mean"]) for row in rows[:2]] == [("x/y", 3.0), ("x_y", 6.0)]
     shown = data_of(tmp_path / "out" / "report.html")["sweep"]["ratios"]
     assert [figure["title"] for figure in shown] == ["x/y", "x_y"]
@@ -117,7 +117,7 @@ def test_costs_are_shown_where_every_seed_has_them(tmp_path):
     make_run(tmp_path / "a", seed=0, train_seconds=10.0, train_flops=1e9)
     make_run(tmp_path / "b", seed=1, train_seconds=20.0, train_flops=None)
     make_run(tmp_path / "c", "All", None)
-    rows = {row["arm"]: row for row in report(config(tmp_path, tmp_path / "out"))}
+    rows = {row["arm"]: row for row in report(**config(tmp_path, tmp_path / "out")).rows}
     assert rows["excess 0.5"]["train_seconds"] == 15.0
     assert rows["all"]["train_seconds"] is None and "train_flops" not in rows["excess 0.5"]
 
@@ -133,7 +133,7 @@ def test_unfinished_runs_are_named_and_left_out(tmp_path, caplog):
     (make_run(tmp_path / "runs" / "killed", seed=1) / "model" / "slm.json").unlink()
     (make_run(tmp_path / "runs" / "silent", seed=2) / "heldout.csv").unlink()
     make_run(tmp_path / "runs" / "torn", seed=3, tokens_seen=BUDGET + 100)
-    rows = report(config(tmp_path / "runs", tmp_path / "out"))
+    rows = report(**config(tmp_path / "runs", tmp_path / "out")).rows
     assert {row["seeds"] for row in rows} == {1}
     said = (tmp_path / "out" / "table.md").read_text()
     for name, reason in [
@@ -160,7 +160,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, record, message):
     path = two / "heldout.csv"
     path.write_text(path.read_text().replace("400,", f"{record.get('tokens_seen', 400)},"))
     with pytest.raises(UserError, match=message):
-        report(config(tmp_path, tmp_path / "out"))
+        report(**config(tmp_path, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -169,25 +169,25 @@ def test_other_heldout_sets_are_refused(tmp_path):
     path = make_run(tmp_path / "two", seed=1) / "heldout.csv"
     path.write_text(path.read_text().replace("heldout/b/", "heldout/c/"))
     with pytest.raises(UserError, match=r"held-out sets of .* is \['a', 'b'\], .* \['a', 'c'\]"):
-        report(config(tmp_path, tmp_path / "out"))
+        report(**config(tmp_path, tmp_path / "out"))
 
 
 def test_the_same_run_twice_is_no_second_seed(tmp_path):
     make_run(tmp_path / "one")
     make_run(tmp_path / "two")
     with pytest.raises(UserError, match="one and .*two are the same run with seed 0"):
-        report(config(tmp_path, tmp_path / "out"))
+        report(**config(tmp_path, tmp_path / "out"))
 
 
 def test_folders_without_runs_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no run"):
-        report(config(tmp_path / "empty", tmp_path / "out"))
+        report(**config(tmp_path / "empty", tmp_path / "out"))
     with pytest.raises(UserError, match="nowhere is no folder"):
-        report(config(tmp_path / "nowhere", tmp_path / "out"))
+        report(**config(tmp_path / "nowhere", tmp_path / "out"))
     (make_run(tmp_path / "runs" / "a") / "model" / "slm.json").unlink()
     with pytest.raises(UserError, match="none of the 1 runs in .* is complete"):
-        report(config(tmp_path / "runs", tmp_path / "out"))
+        report(**config(tmp_path / "runs", tmp_path / "out"))
 
 
 def test_a_baseline_is_one_arm_on_the_same_sets(tmp_path):
@@ -195,13 +195,15 @@ def test_a_baseline_is_one_arm_on_the_same_sets(tmp_path):
     make_run(tmp_path / "two" / "a", ratio=0.5)
     make_run(tmp_path / "two" / "b", ratio=0.25)
     with pytest.raises(UserError, match=r"'x' must be one finished arm, .* \['excess 0.25', 'ex"):
-        report(config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "two")}))
+        report(
+            **config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "two")})
+        )
     path = make_run(tmp_path / "other") / "heldout.csv"
     path.write_text(path.read_text().replace("heldout/b/", "heldout/c/"))
     expected = r"'x' .* not evaluated on \['b'\], only on \['a', 'c'\]: name .* sets=\[a\]"
     with pytest.raises(UserError, match=expected):
         report(
-            config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "other")})
+            **config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "other")})
         )
 
 
@@ -221,18 +223,18 @@ def test_losses_on_other_windows_are_refused(tmp_path, other):
     )
     runs, out = tmp_path / "runs", tmp_path / "out"
     with pytest.raises(UserError, match=expected):
-        report(config([runs, two], out))
+        report(**config([runs, two], out))
     with pytest.raises(UserError, match=expected):
-        report(config(runs, out, baselines={"x": str(two)}))
+        report(**config(runs, out, baselines={"x": str(two)}))
     assert not out.exists()
-    assert [row["seeds"] for row in report(config([runs, two], out, sets=["a"]))] == [3]
+    assert [row["seeds"] for row in report(**config([runs, two], out, sets=["a"])).rows] == [3]
 
 
 @pytest.mark.parametrize("name", ["all tokens", "excess 0.5"])
 def test_a_baseline_has_a_name_of_its_own(tmp_path, sweep, name):
     make_run(tmp_path / "ref", "All", None, final=2.0)
     with pytest.raises(UserError, match=f"baseline '{name}' .* has the name of an arm"):
-        report(config(sweep, tmp_path / "out", baselines={name: str(tmp_path / "ref")}))
+        report(**config(sweep, tmp_path / "out", baselines={name: str(tmp_path / "ref")}))
     assert not (tmp_path / "out").exists()
 
 
@@ -245,7 +247,7 @@ def test_a_baseline_without_any_of_the_sets_cannot_be_drawn(tmp_path):
         tmp_path / "runs", tmp_path / "out", sets=["b"], baselines={"x": str(tmp_path / "other")}
     )
     with pytest.raises(UserError, match="no set is left that all have, leave the baseline out"):
-        report(settings)
+        report(**settings)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_many_panels_become_a_picture_a_set(tmp_path, monkeypatch, rules, expect
     )
     for i in range(rules):
         make_run(tmp_path / "runs" / f"{i}", f"Rule{i}")
-    report(config(tmp_path / "runs", tmp_path / "out"))
+    report(**config(tmp_path / "runs", tmp_path / "out"))
     assert list(drawn) == expected
     assert {len(panels) for grid in drawn.values() for panels in grid} == {rules}
 
@@ -277,7 +279,7 @@ def test_settings_of_the_wrong_shape_are_refused(tmp_path, key, value, message):
     settings = config(tmp_path, tmp_path / "out")
     settings[key] = value
     with pytest.raises(UserError, match=message):
-        report(settings)
+        report(**settings)
 
 
 # ---- token dynamics -----------------------------------------------------------------------------
@@ -292,7 +294,7 @@ def test_runs_with_token_losses_are_shown_beside_the_sweep(tmp_path, sweep):
     folder = sweep / "Excess0half"
     analysis = make_analysis(folder / "dynamics" / "tokens", prose(6, 9))
     analysis.store.write_classes(analysis.trajectories, [{"class": "HH"}], 0.7, 2.5)
-    report(config(sweep, tmp_path / "out"))
+    report(**config(sweep, tmp_path / "out"))
     data = data_of(tmp_path / "out" / "report.html")
     assert [run["name"] for run in data["runs"]] == ["Excess0half"]
     assert data["runs"][0]["mean_loss"] == 2.5  # what the classes were made with
@@ -308,7 +310,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         make_analysis(tmp_path / "runs" / name / "seed=0" / "dynamics" / "tokens", prose(4, 9))
         make_run(tmp_path / "runs" / name / "seed=0", identity={"x": name})
     make_analysis(tmp_path / "runs" / "all" / "seed=0" / "dynamics" / "other", prose(4, 9))
-    report(config(tmp_path / "runs", tmp_path / "out"))
+    report(**config(tmp_path / "runs", tmp_path / "out"))
     data = data_of(tmp_path / "out" / "report.html")
     expected = ["all/seed=0, other", "all/seed=0, tokens", "excess/seed=0"]
     assert [run["name"] for run in data["runs"]] == expected
@@ -317,7 +319,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 def test_a_run_that_still_trains_shows_what_it_has(tmp_path, caplog):
     make_analysis(tmp_path / "run" / "dynamics" / "tokens", prose(4, 9))
     (tmp_path / "run" / "run.json").write_text("{}")
-    assert report(config(tmp_path / "run", tmp_path / "out")) == []
+    assert report(**config(tmp_path / "run", tmp_path / "out")).rows == []
     assert [run["name"] for run in data_of(tmp_path / "out" / "report.html")["runs"]] == ["run"]
     assert "run: not complete" in caplog.text
     assert not (tmp_path / "out" / "table.csv").exists()
@@ -327,7 +329,7 @@ def test_too_short_trajectories_are_named(tmp_path, caplog):
     folder = make_run(tmp_path / "run")
     analysis = make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
     analysis.store.forget_after(1000)
-    report(config(folder, tmp_path / "out"))
+    report(**config(folder, tmp_path / "out"))
     assert "tokens has 2 checkpoints, a trajectory needs 3" in caplog.text
     assert data_of(tmp_path / "out" / "report.html")["runs"] == []
 
@@ -339,20 +341,20 @@ def test_a_damaged_store_is_named_and_left_out(tmp_path, caplog):
     column = np.load(path)
     column[5] = np.nan
     np.save(path, column)
-    assert report(config(folder, tmp_path / "out"))
+    assert report(**config(folder, tmp_path / "out")).rows
     message = "losses-000000000002000.npy: loss nan at token 5, finite numbers are needed"
     assert "left out: the token losses of run: " in caplog.text and message in caplog.text
     column[5] = 1.25
     np.save(path, column)  # a number again, but another one than was written
     caplog.clear()
-    report(config(folder, tmp_path / "out"))
+    report(**config(folder, tmp_path / "out"))
     assert len(data_of(tmp_path / "out" / "report.html")["runs"]) == 1
-    report(config(folder, tmp_path / "out", check="full"))
+    report(**config(folder, tmp_path / "out", check="full"))
     assert "losses-000000000002000.npy is damaged: sha256" in caplog.text
     assert data_of(tmp_path / "out" / "report.html")["runs"] == []
     path.write_bytes(path.read_bytes()[:-3])
     caplog.clear()
-    report(config(folder, tmp_path / "out"))
+    report(**config(folder, tmp_path / "out"))
     assert "losses-000000000002000.npy" in caplog.text and "left out" in caplog.text
 
 
@@ -371,7 +373,7 @@ def test_jobs_of_a_sweep_have_short_names(tmp_path):
 
 
 def names_shown(folder: Path) -> list[str]:
-    report(config(folder / "sweep", folder / "out"))
+    report(**config(folder / "sweep", folder / "out"))
     return [run["name"] for run in data_of(folder / "out" / "report.html")["runs"]]
 
 
@@ -379,7 +381,7 @@ def test_figures_of_an_earlier_report_go(tmp_path):
     for name in ("one", "two"):
         folder = make_run(tmp_path / name)
         make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
-        report(config(folder, tmp_path / "out"))
+        report(**config(folder, tmp_path / "out"))
         (tmp_path / "out" / "figures" / "mine.png").touch()
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     assert "classes-two.svg" in names and "classes-one.svg" not in names and "mine.png" in names
@@ -393,16 +395,16 @@ def test_files_of_others_are_neither_replaced_nor_removed(tmp_path, monkeypatch)
         (tmp_path / name).write_text("mine")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^table.csv would be replaced, .* another folder than \."):
-        report(config(folder, Path()))
+        report(**config(folder, Path()))
     (tmp_path / "table.csv").rename(tmp_path / "my_table.csv")
-    report(config(folder, Path()))
-    report(config(folder, Path()))
+    report(**config(folder, Path()))
+    report(**config(folder, Path()))
     assert {(tmp_path / name).read_text() for name in ["my_table.csv", *mine[1:]]} == {"mine"}
 
 
 def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run")
-    report(config(folder, tmp_path / "out"))
+    report(**config(folder, tmp_path / "out"))
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     def full(*_: Any) -> None:
@@ -410,7 +412,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
 
     monkeypatch.setattr(report_module, "write_page", full)
     with pytest.raises(UserError, match="/out/.* cannot be written: No space left on device; "):
-        report(config(folder, tmp_path / "out"))
+        report(**config(folder, tmp_path / "out"))
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -418,7 +420,7 @@ def test_at_most_so_many_runs_are_shown(tmp_path, caplog):
     for seed in range(3):
         folder = make_run(tmp_path / "runs" / f"r{seed}", seed=seed)
         make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
-    report(config(tmp_path / "runs", tmp_path / "out", max_dynamics=2))
+    report(**config(tmp_path / "runs", tmp_path / "out", max_dynamics=2))
     assert "3 stores of token losses, the first 2 are shown (max_dynamics)" in caplog.text
     data = data_of(tmp_path / "out" / "report.html")
     assert [run["name"] for run in data["runs"]] == ["r0", "r1"]
@@ -432,7 +434,7 @@ def test_labelled_tokens_give_a_table(tmp_path):
     store = TrajectoryStore.create(folder / "dynamics" / "tokens", plain.store.plan, tokens)
     for seen, column in zip(plain.tokens_seen, plain.losses, strict=True):
         store.append(int(seen), column)
-    report(config(folder, tmp_path / "out"))
+    report(**config(folder, tmp_path / "out"))
     with open(tmp_path / "out" / "truth.csv", newline="") as file:
         found = list(csv.DictReader(file))
     expected = truth_rows(analyse(store, "run"))
@@ -446,4 +448,4 @@ def test_a_baseline_without_heldout_losses_is_told_why(tmp_path, sweep):
     lines = {"reference model": str(tmp_path / "reference")}
     message = r"must be one finished arm, .*reference has none \(has no heldout.csv"
     with pytest.raises(UserError, match=message):
-        report(config(sweep, tmp_path / "out", baselines=lines))
+        report(**config(sweep, tmp_path / "out", baselines=lines))

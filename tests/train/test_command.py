@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import warm
 from conftest import swap_ids
 from model_helpers import ARCHITECTURES, small_llama
-from run_helpers import leave_strays
+from run_helpers import leave_strays, train
 from slm.dynamics.analysis import analyse
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.errors import NonFiniteError, UserError
@@ -42,7 +42,6 @@ from slm.train import build as building
 from slm.train.build import accelerator, check_device
 from slm.train.callbacks.heldout import HeldoutLoss
 from slm.train.checkpoint import check_checkpoint
-from slm.train.command import train
 from slm.train.module import SelectiveModule
 from slm.train.settings import warn_of_other_precision
 from train_helpers import (

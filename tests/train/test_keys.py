@@ -7,13 +7,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from lightning import Callback
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from omegaconf import OmegaConf
 
-from slm.checks import ABSENT
-from slm.cli import conf_folder
+from run_helpers import train
+from slm.checks import ABSENT, select
+from slm.cli import conf_folder, plain_settings
 from slm.errors import UserError
 from slm.train import build as building
-from slm.train.command import train
 from slm.train.keys import TRAIN, check_train
 from train_helpers import compose_train
 
@@ -23,12 +22,12 @@ OF_LIGHTNING = {"benchmark", "detect_anomaly", "profiler", "sync_batchnorm", "de
 def composed(*overrides: str) -> Any:
     words = ["out=x", "run_dir=x", "max_tokens=1", "data.corpus=c", *overrides]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("train", overrides=words)
+        return plain_settings(compose("train", overrides=words))
 
 
 def test_every_row_is_a_key_of_the_configuration():
     config = composed("callbacks=dynamics", "callbacks.dynamics.corpus=c")
-    absent = {key for key in TRAIN if OmegaConf.select(config, key, default=ABSENT) is ABSENT}
+    absent = {key for key in TRAIN if select(config, key) is ABSENT}
     assert absent == {f"trainer.{name}" for name in OF_LIGHTNING}
     check_train(config)
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
 
-from run_helpers import TINY_MODEL
+from run_helpers import TINY_MODEL, train
 from slm.cli import conf_folder
 from slm.errors import UserError
 from slm.integrations import dataset_corpus
@@ -18,7 +18,6 @@ from slm.integrations.datasets import from_hf_dataset, to_hf_dataset
 from slm.prepare.encoder import token_bytes
 from slm.store.shards import Corpus, References
 from slm.store.windows import IGNORE_INDEX, Windows
-from slm.train.command import train
 from slm.verify import verify
 
 X = IGNORE_INDEX
