@@ -1,9 +1,60 @@
-"""Selective language modeling: prepare, train, score, evaluate."""
+"""Selective language modeling, from Python: what is named here is public.
+
+    from slm import prepare, score, train, evaluate, dynamics, report
+    from slm import Corpus, References, Windows, SelectiveLM
+
+Each is imported when it is first asked for. A stage is a function and the folder of its modules.
+"""
 
 import os
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from slm.version import __version__
+
+if TYPE_CHECKING:
+    from slm.dynamics.command import dynamics
+    from slm.evaluate.command import evaluate
+    from slm.model.build import SelectiveLM
+    from slm.prepare.command import prepare
+    from slm.report.command import report
+    from slm.score.command import score
+    from slm.store.shards import Corpus, References
+    from slm.store.windows import Windows
+    from slm.train.command import train
+
+HOMES = {
+    "Corpus": "slm.store.shards",
+    "References": "slm.store.shards",
+    "Windows": "slm.store.windows",
+    "SelectiveLM": "slm.model.build",
+}
+__all__ = [
+    "Corpus",
+    "References",
+    "SelectiveLM",
+    "Windows",
+    "__version__",
+    "dynamics",
+    "evaluate",
+    "prepare",
+    "report",
+    "score",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    if name in __all__:
+        return import_module(f"slm.{name}")
+    raise AttributeError(f"module 'slm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def leave_current_folder() -> None:

@@ -15,8 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from slm import __version__
 from slm.errors import NonFiniteError, UserError, fail, reported
+from slm.version import __version__
 
 COMMANDS = {  # name: (what it does, an example)
     "prepare": (

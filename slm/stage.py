@@ -10,9 +10,12 @@ a path is a text, a tuple is a list, a number of NumPy's is Python's.
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib import import_module
 from numbers import Integral, Real
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 from slm.checks import Table, check
@@ -74,3 +77,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value
+
+
+class Package(ModuleType):
+    """A stage's folder that is its function too: `slm.prepare(...)` beside `slm.prepare.sources`.
+
+    The function is imported when it is asked for: `import slm.prepare` alone costs nothing.
+    """
+
+    @property
+    def __call__(self) -> Callable[..., Any]:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(f"{self.__name__}.command"), name)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__call__)
+
+
+def callable_package(name: str) -> None:
+    sys.modules[name].__class__ = Package

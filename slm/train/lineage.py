@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slm import __version__
 from slm.model.device import device_name
 from slm.score.cost import reference_lineage, references_cost
 from slm.selection.registry import by_word
 from slm.store.files import Json
 from slm.store.shards import References
 from slm.store.windows import spread
+from slm.version import __version__
 
 if TYPE_CHECKING:
     from slm.train.data import TokenData

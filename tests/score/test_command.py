@@ -518,7 +518,7 @@ WORKERS = textwrap.dedent(
     """
     import os, random, resource, shutil, signal, sys, time
     from omegaconf import OmegaConf
-    from slm import score, scorer
+    from slm.score import command as score, scorer
     from slm.errors import UserError
     from slm.model.build import load_model
 

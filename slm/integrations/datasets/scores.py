@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset, Features, LargeList, List, Value
 from transformers import PreTrainedModel
 
-from slm import __version__
 from slm.integrations.datasets.rows import COLUMN, Rows, check_dataset, read_rows
 from slm.integrations.signatures import check_parameters
 from slm.model.architecture import position_limit
@@ -23,6 +22,7 @@ from slm.model.folder import check_model_folder, model_sha256
 from slm.store.files import hash_json
 from slm.store.tokenizer import looks_like_hub_name
 from slm.store.windows import IGNORE_INDEX, positions
+from slm.version import __version__
 
 NEEDED = ("with_indices", "features", "new_fingerprint", "desc")
 check_parameters(Dataset.map, NEEDED, "datasets 5.2")
