@@ -57,6 +57,7 @@ SCORE: Table = FORWARD | {
     "served_model": optional(text),
     "out": optional(text),
     "entropy": flag,
+    "columns": several(text, least=0),
     "store_dtype": word("float32", "float16"),
 }
 EVALUATE: Table = FORWARD | {

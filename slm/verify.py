@@ -21,6 +21,7 @@ from slm.model.folder import verify_weights
 from slm.model.serving import broken_rules, notes
 from slm.prepare.labels import LABELS
 from slm.score.cost import references_cost
+from slm.store.columns import COLUMNS, LOGPROBS
 from slm.store.fields import CHECKPOINT, OBJECT, TEXT, check_fields, one_of
 from slm.store.files import (
     Advance,
@@ -34,11 +35,10 @@ from slm.store.shards import Corpus, References, Shard, Store, make_manifest, re
 from slm.store.tokenizer import load_corpus_tokenizer
 
 STORES: dict[str, type[Store]] = {"corpus": Corpus, "reference": References}
-FIRST_COLUMN = {"corpus": "tokens", "reference": "logprobs"}
+FIRST_COLUMN = {"corpus": "tokens", "reference": LOGPROBS.name}
 RUN_RECORDS = ("run.json", "hparams.json", "lineage.json", "wandb_run.json", "status.json")
 SIDES = ("train", "heldout")
-SHARD_PATTERNS = ("tokens-*.npy", "logprobs-*.npy")
-SIGNS = {"logprobs": ("a log-prob", -1), "entropy": ("an entropy", 1)}
+SHARD_PATTERNS = tuple(f"{column}-*.npy" for column in FIRST_COLUMN.values())
 BLOCK = 1 << 22
 
 
@@ -143,18 +143,18 @@ def check_scores(store: References, shard: Shard, column: str) -> None:
     """Every score is finite and of its sign; NaN where there is none: with packing=concat and
     without masks, a shard's first."""
     path, scores = shard.path(store.folder, column), store.column(column, shard.index)
-    (name, sign), side = SIGNS[column], {-1: "<=", 1: ">="}
+    if column not in COLUMNS:
+        raise UserError(f"{path}: a column of a reference is one of {sorted(COLUMNS)}")
     if len(scores) and not np.isnan(scores[0]):
         raise UserError(f"{path}: entry 0 is {scores[0]}, a shard's first token has no score: NaN")
     may_be_nan = store.manifest["packing"] == "documents" or "masks" in store.manifest
     for start in range(1, len(scores), BLOCK):
         block = scores[start : start + BLOCK]
-        good = (sign * block >= 0) & ~np.isinf(block) | (np.isnan(block) & may_be_nan)
-        if not good.all():
-            index = int(good.argmin())
+        wrong = COLUMNS[column].is_wrong(block) & ~(np.isnan(block) & may_be_nan)
+        if wrong.any():
+            index = int(wrong.argmax())
             raise UserError(
-                f"{path}: entry {start + index} is {block[index]}, {name} is finite and "
-                f"{side[sign]} 0"
+                f"{path}: entry {start + index} has {COLUMNS[column].refusal(block[index])}"
             )
 
 

@@ -86,7 +86,7 @@ def test_every_folder_verifies(disk):
 def test_a_corpus_and_its_scores_are_windows(disk):
     windows = Windows(Corpus.open(disk / "corpus/train"), [References.open(disk / "references")])
     batch = windows.batch(np.arange(len(windows)))
-    assert windows.has_entropy and batch["input_ids"].shape[1] == 16
+    assert batch["input_ids"].shape[1] == 16
     assert (batch["reference_logprob"] <= 0).all() and (batch["reference_entropy"] >= 0).all()
     answers = Windows(Corpus.open(disk / "answers/train"))
     assert (answers.batch(np.arange(len(answers)))["targets"] == -100).any()

@@ -195,7 +195,9 @@ def test_a_score_that_is_no_log_prob_is_found(
     folder = make_references(tmp_path / "r", text_corpus, scores).folder
     good, text = only(folder)
     assert not good
-    assert f"logprobs-00001.npy: entry {position} is {value}, a log-prob is finite and <= 0" in text
+    assert (
+        f"logprobs-00001.npy: entry {position} has log-prob {value}, a finite number <= 0" in text
+    )
 
 
 @pytest.fixture
@@ -231,7 +233,7 @@ def test_an_entropy_that_is_none_is_found(with_entropy, value):
     write_manifest(with_entropy, "logprobs", 2)
     good, text = only(with_entropy)
     assert not good
-    assert f"{path}: entry 320 is {value}, an entropy is finite and >= 0" in text
+    assert f"{path}: entry 320 has entropy {value}, a finite number >= 0" in text
 
 
 def test_a_first_token_with_a_score_is_found(tmp_path, text_corpus, make_references):
@@ -257,7 +259,7 @@ def test_scores_are_read_block_by_block(monkeypatch, tmp_path, text_corpus, make
     assert only(make_references(tmp_path / "r", text_corpus, scores).folder)[0]
     scores[0][50] = 1
     good, text = only(make_references(tmp_path / "s", text_corpus, scores).folder)
-    assert not good and "entry 50 is 1.0" in text
+    assert not good and "entry 50 has log-prob 1.0" in text
 
 
 def test_float16_scores_are_checked_too(tmp_path, references):
@@ -270,7 +272,7 @@ def test_float16_scores_are_checked_too(tmp_path, references):
     write_sidecar(folder, "logprobs", Shard(0, 3, *columns))
     write_manifest(folder, "logprobs", 1)
     good, text = only(folder)
-    assert not good and "entry 2 is -inf" in text
+    assert not good and "entry 2 has log-prob -inf" in text
 
 
 def test_what_prepare_made_has_two_parts(tmp_path, make_corpus):

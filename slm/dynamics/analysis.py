@@ -34,11 +34,11 @@ from slm.prepare.labels import UNKNOWN
 from slm.selection.registry import by_word, make_rule, takes_all_tokens
 from slm.selection.rule import Selection
 from slm.selection.rules import All
+from slm.store.columns import COLUMNS
 from slm.store.files import Json
 from slm.store.windows import IGNORE_INDEX, Batch
 
 log = logging.getLogger("slm.dynamics.analysis")
-BATCH_COLUMNS = ("reference_logprob", "reference_entropy")
 
 
 # ---- what a rule selects ------------------------------------------------------------------------
@@ -84,12 +84,10 @@ def as_batch(tokens: TokenSet) -> Batch:
         "window": windows,
         "epoch": torch.zeros_like(windows),
     }
-    if "reference_loss" in tokens.columns:
-        grid = tokens.spread(-tokens.columns["reference_loss"])
-        batch["reference_logprob"] = torch.from_numpy(grid)
-    if "reference_entropy" in tokens.columns:
-        grid = tokens.spread(np.array(tokens.columns["reference_entropy"]))
-        batch["reference_entropy"] = torch.from_numpy(grid)
+    for column in COLUMNS.values():
+        if column.frozen_name in tokens.columns:
+            values = column.frozen(tokens.columns[column.frozen_name])
+            batch[column.key] = torch.from_numpy(tokens.spread(values))
     return batch
 
 

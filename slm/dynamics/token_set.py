@@ -4,8 +4,7 @@
     tokens.npy             uint32 (W, T + 1): their tokens; the last T are the targets
     live.npy               bool (W, T): which of them are targets (no prompts, no first tokens)
     source.npy             uint16 (M,): index into the corpus's sources
-    reference_loss.npy     float32 (M,): nats, where there are references
-    reference_entropy.npy  float32 (M,): nats, where one was stored
+    reference_loss.npy     float32 (M,): nats, where there are references; and what else they have
     signal.npy             int8 (M,): 1 signal, 0 noise, -1 unknown, where the corpus has labels
     pieces.json            token id -> its bytes, in hexadecimal
     token_set.json         sha256 of each of these, written last
@@ -24,23 +23,26 @@ from transformers import PreTrainedTokenizerFast
 
 from slm.errors import UserError
 from slm.score.token_texts import vocabulary_bytes
+from slm.store.columns import COLUMNS, DTYPE
 from slm.store.fields import FILES, SIZE, check_fields
 from slm.store.files import hash_file, map_array, read_json, write_array, write_json, write_record
 from slm.store.windows import IGNORE_INDEX, Windows
 
-COLUMNS = {  # of every target: dtype on disk
-    "source": "uint16",
-    "reference_loss": "float32",
-    "reference_entropy": "float32",
-    "signal": "int8",
-}
-ARRAYS = ("windows", "tokens", "live", *COLUMNS)
-TOKEN_SET_FILES = ("token_set.json", "pieces.json", *(f"{name}.npy" for name in ARRAYS))
+
+def target_columns() -> dict[str, str]:
+    """Name of what may be known of every target -> its dtype on disk."""
+    scores = {column.frozen_name: DTYPE for column in COLUMNS.values()}
+    return {"source": "uint16", **scores, "signal": "int8"}
+
+
+def token_set_files() -> list[str]:
+    arrays = ("windows", "tokens", "live", *target_columns())
+    return ["token_set.json", "pieces.json", *(f"{name}.npy" for name in arrays)]
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Whole windows and their targets; `columns` has the names in COLUMNS that are known."""
+    """Whole windows and their targets; `columns` has the names in target_columns that are known."""
 
     windows: np.ndarray  # (W,) int64
     tokens: np.ndarray  # (W, T + 1) uint32
@@ -130,21 +132,19 @@ def read_windows(
         columns["signal"] = np.concatenate([windows.signal(p) for p in parts(numbers)])[live]
     known = vocabulary_bytes(tokenizer)
     pieces = {int(index): known[int(index)] for index in np.unique(tokens)}
-    typed = {name: column.astype(COLUMNS[name]) for name, column in columns.items()}
+    dtypes = target_columns()
+    typed = {name: column.astype(dtypes[name]) for name, column in columns.items()}
     return TokenSet(numbers, tokens.astype(np.uint32), live, typed, pieces)
 
 
 def reference_columns(windows: Windows, numbers: np.ndarray, live: np.ndarray) -> dict:
     batches = [windows.batch(part) for part in parts(numbers)]
-    names = {"reference_loss": "reference_logprob"}
-    if windows.has_entropy:
-        names["reference_entropy"] = "reference_entropy"
-    found = {
-        name: np.concatenate([batch[column].numpy() for batch in batches])[live]
-        for name, column in names.items()
+    return {
+        column.frozen_name: column.frozen(
+            np.concatenate([batch[column.key].numpy() for batch in batches])[live]
+        )
+        for column in windows.columns
     }
-    found["reference_loss"] = -found["reference_loss"]
-    return found
 
 
 # ---- on disk ------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def read_token_set(folder: Path) -> TokenSet:
         rows("live", "bool", num_windows),
         {
             name: rows(name, dtype, num_targets)
-            for name, dtype in COLUMNS.items()
+            for name, dtype in target_columns().items()
             if f"{name}.npy" in record["sha256"]
         },
         {int(k): bytes.fromhex(piece) for k, piece in read_json(folder / "pieces.json").items()},

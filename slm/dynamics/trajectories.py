@@ -20,7 +20,13 @@ import numpy as np
 import torch
 
 from slm.dynamics.classes import Trajectories
-from slm.dynamics.token_set import TOKEN_SET_FILES, TokenSet, parts, read_token_set, write_token_set
+from slm.dynamics.token_set import (
+    TokenSet,
+    parts,
+    read_token_set,
+    token_set_files,
+    write_token_set,
+)
 from slm.errors import UserError
 from slm.model.build import SelectiveLM
 from slm.store.claims import remove_temporaries
@@ -43,16 +49,7 @@ from slm.store.windows import IGNORE_INDEX, Windows, to_device
 
 KIND = "dynamics"
 RUN = {"selection": OBJECT, "selection_start": INDEX, "micro_batch_size": SIZE}
-STORE_FILES = (
-    "losses-*.json",
-    "losses-*.npy",
-    "trajectories.npy",
-    "classes.*",
-    "manifest.json",
-    *TOKEN_SET_FILES,
-    ".*.tmp",
-    "plan.json",
-)
+LOSS_FILES = ("losses-*.json", "losses-*.npy", "trajectories.npy", "classes.*", "manifest.json")
 
 
 @torch.no_grad()
@@ -114,7 +111,8 @@ def remove_store(folder: Path) -> None:
     if (folder / "plan.json").exists():
         if (found := read_json(folder / "plan.json").get("kind")) != KIND:
             raise UserError(f"{folder}/plan.json: kind is {found!r}, expected {KIND!r}")
-        for pattern in STORE_FILES:  # the plan last: killed in between, it still says whose
+        # The plan last: killed in between, it still says whose.
+        for pattern in (*LOSS_FILES, *token_set_files(), ".*.tmp", "plan.json"):
             for path in sorted(folder.glob(pattern)):
                 path.unlink()
 

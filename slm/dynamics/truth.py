@@ -6,8 +6,7 @@ tokens count. What is kept, and when it moves:
 
     excess_loss        HIGH token_loss - reference_loss, at each checkpoint
     token_loss         HIGH, at each checkpoint
-    reference_loss     LOW, the same at every checkpoint
-    reference_entropy  LOW, the same
+    reference_loss     LOW, the same at every checkpoint; so is every other column of a reference
     random             HIGH, a seeded hash, the same: the check, 0.5 but for chance
 
 AUC is the chance that a token of signal ranks above one of noise, ties counting half. It is exact,
@@ -23,6 +22,7 @@ from slm.dynamics.analysis import Analysis, as_batch, signal_labels
 from slm.dynamics.token_set import TokenSet
 from slm.prepare.labels import NOISE, SIGNAL, UNKNOWN
 from slm.selection.rules import hashed_scores
+from slm.store.columns import COLUMNS
 
 RATIOS = (0.2, 0.4, 0.6, 0.8)
 MOST_CHECKPOINTS = 64  # evenly spread, the first and the last among them: each costs sorts
@@ -114,7 +114,7 @@ def moving_scores(tokens: TokenSet, losses: np.ndarray) -> Iterator[tuple[str, n
 
 def fixed_scores(tokens: TokenSet, seed: int) -> dict[str, np.ndarray]:
     """name -> (M,), HIGH being kept; `random` ranks as `selection=random` in its first pass."""
-    names = [name for name in ("reference_loss", "reference_entropy") if name in tokens.columns]
+    names = [c.frozen_name for c in COLUMNS.values() if c.frozen_name in tokens.columns]
     batch, length = as_batch(tokens), tokens.live.shape[1]
     drawn = hashed_scores(batch["window"], batch["epoch"], length, seed).numpy()
     return {name: -tokens.columns[name] for name in names} | {"random": drawn[tokens.live]}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slm.selection.books import TokenRecord
+from slm.store.columns import LOGPROBS
 from slm.store.windows import IGNORE_INDEX
 from slm_kernels import (
     select_count,
@@ -28,7 +29,7 @@ from slm_kernels import (
 )
 from slm_kernels.selection import SCOPES, check_select_ratio
 
-COLUMN = "reference_logprob"
+COLUMN = LOGPROBS.key
 LOGGED = ("loss_all", "loss_selected", "loss_unselected", "kept_frac", "scored_frac")  # of means
 SELECTIONS = ("excess", "random")
 

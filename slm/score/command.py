@@ -1,11 +1,12 @@
 """A reference model over a corpus -> log-prob shards: `slm score` (see `slm score --help`).
 
 Every target of every window gets log p(token | the tokens before it in its window), from float32
-accumulators; no logits are kept. `entropy=true` stores beside it the entropy of the distribution
-that predicts the token (Rho-1, equation 8). A shard is the unit of work: any number of processes
-may run the same command on one folder, each takes shards that nobody has claimed, and one that was
-killed is replaced by running the command again. Costs one forward pass over the corpus and 4 bytes
-a token and column; cost.py tells what it did cost.
+accumulators; no logits are kept. `columns` stores more beside it (slm.store.columns), as
+`entropy=true` does the entropy of the distribution that predicts the token (Rho-1, equation 8). A
+shard is the unit of work: any number of processes may run the same command on one folder, each
+takes shards that nobody has claimed, and one that was killed is replaced by running the command
+again. Costs one forward pass over the corpus and 4 bytes a token and column; cost.py tells what it
+did cost.
 
 A model that only a server has is asked through files: see served.py.
 """
@@ -21,8 +22,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from slm.cli import command
 from slm.command_keys import SCORE
@@ -32,9 +31,10 @@ from slm.model.build import SelectiveLM, check_length, check_model, load_model
 from slm.model.device import DTYPES, computing, device_name, pick_device
 from slm.model.flops import forward_flops_per_token
 from slm.model.folder import check_model_folder, model_sha256
+from slm.model.predict import predicted
 from slm.score.cost import copy_lineage
 from slm.score.scorer import (
-    Columns,
+    Arrays,
     Scorer,
     check_space,
     finish,
@@ -45,6 +45,7 @@ from slm.score.scorer import (
 from slm.score.served import Responses, check_packing, response_files, write_requests
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
+from slm.store.columns import Column, columns_named
 from slm.store.files import Json
 from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
 from slm.store.tokenizer import is_tokenizer_of, load_tokenizer, tokenizer_sha256
@@ -70,8 +71,9 @@ def check_way(settings: Mapping[str, Any]) -> None:
             raise UserError(f"{key} must be given with {way}: {key}=...")
         if not needed and settings[key] is not None:
             raise UserError(f"{key} is {settings[key]!r}, but {way} does not use it")
-    if settings["entropy"] and way != "reference_model":
-        raise UserError(f"entropy is true, but servers return none: {way} cannot have it")
+    if settings["more"] and way != "reference_model":
+        more = ", ".join(settings["more"])
+        raise UserError(f"{more} cannot be had with {way}: servers return log-probs alone")
 
 
 def way_of(settings: Mapping[str, Any]) -> str:
@@ -96,17 +98,8 @@ def check_fits(lm: SelectiveLM, corpus: Corpus) -> None:
     check_length(lm.model.config, corpus.seq_len)
     windows = Windows(corpus)
     numbers = np.arange(min(2, len(windows)))
-    batch = windows.batch(numbers)
-    with torch.no_grad():
-        check_finite(lm(batch).loss, batch["targets"], numbers)
-    check_model(lm, batch)
-
-
-def check_finite(values: Tensor, targets: Tensor, numbers: np.ndarray) -> None:
-    bad = ~torch.isfinite(values) & (targets != IGNORE_INDEX)
-    if bad.any():
-        window = numbers[int(bad.any(1).nonzero()[0])]
-        raise UserError(f"the model gives a non-finite log-prob in window {window}")
+    window_scores(lm, windows, numbers, columns_named([]))
+    check_model(lm, windows.batch(numbers))
 
 
 def load_reference(
@@ -140,9 +133,9 @@ def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
         "attn_implementation": lm.model.config._attn_implementation,
         "device": lm.model.device.type,
     }
-    # Named only where there is one: the plans of stores without it stay what they were.
-    entropy = {"entropy": True} if config.entropy else {}
-    return make_plan(corpus, model_sha256(config.reference_model), scoring | entropy)
+    # Named only where asked for: the plans of stores without them stay what they were.
+    more = {name: True for name in config.more}
+    return make_plan(corpus, model_sha256(config.reference_model), scoring | more)
 
 
 def responses_plan(corpus: Corpus, config: Any) -> Json:
@@ -161,20 +154,22 @@ def responses_plan(corpus: Corpus, config: Any) -> Json:
 
 
 def window_scores(
-    lm: SelectiveLM, windows: Windows, numbers: np.ndarray, entropy: bool
-) -> Columns:  # (B, T) float32 each
-    """log p of every target of these windows and, wanted, the entropy; NaN where is no target."""
+    lm: SelectiveLM, windows: Windows, numbers: np.ndarray, columns: Sequence[Column]
+) -> Arrays:  # (B, T) float32 each
+    """What the columns hold of every target of these windows; NaN where there is none."""
     batch = windows.batch(numbers)
-    with torch.no_grad():
-        output = lm(to_device(batch, lm.model.device), want_entropy=entropy)
-    columns = {"logprobs": -output.loss}
-    if entropy:
-        columns["entropy"] = output.entropy
-    found = {}
-    for name, values in columns.items():
-        values = values.float().cpu()
-        check_finite(values, batch["targets"], numbers)
-        found[name] = values.masked_fill(batch["targets"] == IGNORE_INDEX, torch.nan).numpy()
+    live = batch["targets"].numpy() != IGNORE_INDEX
+    scores = predicted(lm, to_device(batch, lm.model.device), columns)
+    found = {column.name: scores[column.key].float().cpu().numpy() for column in columns}
+    for column in columns:
+        values = found[column.name]
+        wrong = column.is_wrong(values) & live
+        if wrong.any():
+            row, place = np.argwhere(wrong)[0]
+            raise UserError(
+                f"the model gives target {place} of window {numbers[row]} "
+                f"{column.refusal(values[row, place])}"
+            )
     return found
 
 
@@ -184,18 +179,17 @@ class ModelScores:
 
     lm: SelectiveLM
     windows: Windows
-    entropy: bool = False
+    more: Sequence[str] = ()  # columns beside those that every store has
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         self.lm.eval()
-        second = ("entropy",) if self.entropy else ()
-        self.columns: tuple[str, ...] = ("logprobs", *second)
+        self.columns = columns_named(self.more)
         self.flops = forward_flops_per_token(self.lm.model, self.windows.corpus.seq_len)
 
-    def scores(self, numbers: np.ndarray) -> Columns:
+    def scores(self, numbers: np.ndarray) -> Arrays:
         with computing(self.lm.model.device, self.dtype):
-            return window_scores(self.lm, self.windows, numbers, self.entropy)
+            return window_scores(self.lm, self.windows, numbers, self.columns)
 
     def cost(self, seconds: float, tokens: int) -> Json:
         device = device_name(self.lm.model.device)
@@ -218,7 +212,8 @@ def announce(scorer: Scorer, todo: list[Shard]) -> None:
     numbers = next(scorer.batches(todo[0]))
     scorer.source.scores(numbers[:1])  # the first forward is slow
     start = time.perf_counter()
-    size = scorer.source.scores(numbers)["logprobs"].size
+    scorer.source.scores(numbers)
+    size = numbers.size * scorer.corpus.seq_len
     seconds = count / size * (time.perf_counter() - start)
     log.info(
         f"{count:,} tokens to score: {needed / 1e6:,.1f} MB on disk ({free / 1e6:,.0f} MB free), "
@@ -239,7 +234,7 @@ def score_with_model(config: Any, corpus: Corpus) -> References:
     out = Path(config.out)
     lm = load_reference(config.reference_model, corpus, config.device, config.dtype, config.check)
     adopt_plan(out, model_plan(corpus, config, lm))
-    source = ModelScores(lm, Windows(corpus), config.entropy, config.dtype)
+    source = ModelScores(lm, Windows(corpus), config.more, config.dtype)
     scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
     if is_finished(scorer):
         return References.open(out)
@@ -271,6 +266,12 @@ def score_from_responses(config: Any, corpus: Corpus) -> References:
     return finish(scorer)
 
 
+def more_columns(names: Sequence[str], entropy: bool) -> list[str]:
+    """Beside those that every store has."""
+    asked = columns_named([*names, *(["entropy"] if entropy else [])])
+    return [column.name for column in asked if not column.required]
+
+
 @stage(SCORE)
 def score(
     corpus: Folder,
@@ -281,6 +282,7 @@ def score(
     responses: Folder | Sequence[Folder] | None = None,
     served_model: str | None = None,
     entropy: bool = False,
+    columns: Sequence[str] = (),
     batch_size: int = 32,
     dtype: str = "float32",
     store_dtype: str = "float32",
@@ -300,6 +302,7 @@ def score(
         responses: the files with what the server answered.
         served_model: with requests and responses: the server's name of the model.
         entropy: also the entropy of the model's prediction at every token.
+        columns: names of more columns (slm.store.columns); entropy is one of them.
         batch_size: windows per forward.
         dtype: of the forward: "float32", "bfloat16" or "bf16-mixed".
         store_dtype: on disk: "float32" or "float16".
@@ -314,7 +317,7 @@ def score(
         UserError: the model is not of the corpus's tokenizer or does not reproduce, an answer is
             wrong, `out` holds other scores; a setting is wrong.
     """
-    settings = SimpleNamespace(**locals())
+    settings = SimpleNamespace(**locals(), more=more_columns(columns, entropy))
     import_modules(modules)
     check_way(vars(settings))
     opened = Corpus.open(corpus, check)

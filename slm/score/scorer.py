@@ -17,21 +17,22 @@ import numpy as np
 from slm.errors import UserError
 from slm.score.cost import write_cost
 from slm.store.claims import ClaimLost, claim, owner_of, remove_temporaries
+from slm.store.columns import COLUMNS, DTYPE, LOGPROBS, Column
 from slm.store.files import Json, write_array
 from slm.store.shards import Corpus, References, Shard, shard_path, write_manifest, write_sidecar
 from slm.store.windows import Windows
 
 log = logging.getLogger("slm.score")
-Columns = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]  # by the name of a column
 POLL_S = 1.0
 
 
 class Source(Protocol):
     """Where the columns of windows come from: a model here, or a server's responses."""
 
-    columns: tuple[str, ...]  # the first is the one that a shard's sidecar is named after
+    columns: tuple[Column, ...]
 
-    def scores(self, numbers: np.ndarray) -> Columns: ...
+    def scores(self, numbers: np.ndarray) -> Arrays: ...
     def cost(self, seconds: float, tokens: int) -> Json | None: ...
 
 
@@ -43,11 +44,12 @@ class Scorer:
         self.batch_size, self.dtype = batch_size, dtype
         self.first_window = Windows(corpus).first_window
 
-    def path(self, shard: Shard, suffix: str, column: str = "logprobs") -> Path:
+    def path(self, shard: Shard, suffix: str, column: str = LOGPROBS.name) -> Path:
+        """A shard's sidecar and claim have the name of what every store has."""
         return shard_path(self.out, column, shard.index, suffix)
 
     def is_done(self, shard: Shard) -> bool:
-        files = [self.path(shard, ".npy", column) for column in self.source.columns]
+        files = [self.path(shard, ".npy", column.name) for column in self.source.columns]
         return all(path.exists() for path in [self.path(shard, ".json"), *files])
 
     def missing(self) -> list[Shard]:
@@ -65,21 +67,21 @@ class Scorer:
     ) -> None:
         """`check` is asked before anything is written."""
         start, offset = time.perf_counter(), 1  # the shard's first token has no score
-        shape = (len(self.source.columns), shard.num_tokens)
-        scores = np.full(shape, np.nan, np.float32)
+        names = [column.name for column in self.source.columns]
+        scores = {name: np.full(shard.num_tokens, np.nan, DTYPE) for name in names}
         for numbers in self.batches(shard):
             found = self.source.scores(numbers)
             size = numbers.size * self.corpus.seq_len
-            for row, column in enumerate(self.source.columns):
-                scores[row, offset : offset + size] = found[column].reshape(-1)
+            for name, values in scores.items():
+                values[offset : offset + size] = found[name].reshape(-1)
             offset += size
             advance(size)
         cost = self.source.cost(time.perf_counter() - start, num_targets([shard]))
         check()
-        self.write(shard, dict(zip(self.source.columns, scores, strict=True)), cost)
+        self.write(shard, scores, cost)
 
-    def write(self, shard: Shard, scores: Columns, cost: Json | None) -> None:
-        arrays = {column: stored(values, self.dtype) for column, values in scores.items()}
+    def write(self, shard: Shard, scores: Arrays, cost: Json | None) -> None:
+        arrays = {column: stored(column, values, self.dtype) for column, values in scores.items()}
         hashes = {}
         for column, array in arrays.items():
             hashes[column] = write_array(self.path(shard, ".npy", column), array)
@@ -88,7 +90,7 @@ class Scorer:
         dtypes = {column: self.dtype for column in arrays}
         rows = {column: len(array) for column, array in arrays.items()}
         done = Shard(shard.index, shard.num_tokens, hashes, dtypes, rows)
-        write_sidecar(self.out, "logprobs", done)
+        write_sidecar(self.out, LOGPROBS.name, done)
 
     def take(self, shard: Shard, advance: Callable[[int], None]) -> bool:
         """Score a shard unless somebody else has done it or is at it."""
@@ -140,13 +142,12 @@ def num_targets(shards: list[Shard]) -> int:
     return sum(shard.num_tokens - 1 for shard in shards)
 
 
-def stored(scores: np.ndarray, dtype: str) -> np.ndarray:
+def stored(column: str, scores: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = scores.astype(dtype)
-    if np.isinf(cast).any():
-        raise UserError(
-            f"store_dtype {dtype} cannot hold log-prob {np.nanmin(scores)}; use store_dtype=float32"
-        )
+    if (lost := np.isinf(cast)).any():
+        noun, value = COLUMNS[column].noun, scores[lost][0]
+        raise UserError(f"store_dtype {dtype} cannot hold {noun} {value}; use store_dtype=float32")
     return cast
 
 
@@ -164,7 +165,7 @@ def store_bytes(scorer: Scorer, count: int) -> int:
 
 def remove_leftovers(out: Path) -> None:
     """Claims and temporary files of processes that were killed."""
-    for path in out.glob("logprobs-*.claim"):
+    for path in out.glob(f"{LOGPROBS.name}-*.claim"):
         with claim(path):  # whoever may have it gives it back
             pass
     remove_temporaries(out)
@@ -179,7 +180,7 @@ def is_finished(scorer: Scorer) -> bool:
 
 
 def finish(scorer: Scorer) -> References:
-    write_manifest(scorer.out, "logprobs", len(scorer.corpus.shards))
+    write_manifest(scorer.out, LOGPROBS.name, len(scorer.corpus.shards))
     references = References.open(scorer.out)
     remove_leftovers(scorer.out)
     return references

@@ -38,8 +38,9 @@ import numpy as np
 
 from slm.console import progress
 from slm.errors import UserError
-from slm.score.scorer import Columns
+from slm.score.scorer import Arrays
 from slm.score.token_texts import TokenTexts
+from slm.store.columns import LOGPROBS
 from slm.store.files import Json, atomic_file, naming
 from slm.store.shards import Corpus
 from slm.store.tokenizer import load_corpus_tokenizer
@@ -202,7 +203,7 @@ class Responses:
     window until the shards are cut from it.
     """
 
-    columns: tuple[str, ...] = ("logprobs",)
+    columns = (LOGPROBS,)
 
     def __init__(self, corpus: Corpus, served_model: str, file: IO[bytes]):
         self.corpus, self.served_model, self.file = corpus, served_model, file
@@ -336,11 +337,11 @@ class Responses:
         found = os.pread(self.file.fileno(), self.row_bytes, window * self.row_bytes)
         return np.frombuffer(found, np.float32)
 
-    def scores(self, numbers: np.ndarray) -> Columns:  # (B, T)
+    def scores(self, numbers: np.ndarray) -> Arrays:  # (B, T)
         """NaN for prompts, as a model's own scores have it: they are no targets."""
         dead = self.windows.batch(numbers)["targets"].numpy() == IGNORE_INDEX
         rows = np.stack([self.row(int(number)) for number in numbers])
-        return {"logprobs": np.where(dead, np.float32(np.nan), rows)}
+        return {LOGPROBS.name: np.where(dead, np.float32(np.nan), rows)}
 
     def cost(self, seconds: float, tokens: int) -> None:
         """Nobody here knows what the server did."""

@@ -11,8 +11,8 @@ A folder holds NumPy ``.npy`` files beside JSON, nothing else::
                                               0 noise, -1 unknown
                      tokens-00000.json        the shard's sidecar: sizes and hashes, written last
                      manifest.json            plan + sidecars + fingerprint; there: whole
-    references/x/    logprobs-00000.npy       log p(token i | those before it in its window)
-                     entropy-00000.npy        by option: of the distribution that predicts token i
+    references/x/    logprobs-00000.npy       log p(token i | those before it in its window); and
+                                              by option the other columns of slm.store.columns
 
 Window w of a shard reads tokens [w * seq_len, (w + 1) * seq_len], so neighbouring windows share one
 token, windows never cross shards, and every token but a shard's first is a target exactly once.
@@ -307,7 +307,7 @@ class Corpus(Store):
 
 
 class References(Store):
-    """Log-prob shards aligned with a corpus: ``logprobs`` and, by option, ``entropy`` columns."""
+    """Shards aligned with a corpus: ``logprobs`` and, by option, others (slm.store.columns)."""
 
     KIND = "reference"
 

@@ -4,8 +4,8 @@ A batch is a dict of tensors (B windows, T = seq_len positions):
 
     input_ids          (B, T) int64
     targets            (B, T) int64    the next tokens, already shifted; -100: no target, a prompt
-    reference_logprob  (B, T) float32  log-prob of each target under the reference (with references)
-    reference_entropy  (B, T) float32  entropy of its prediction, nats (where it was stored)
+    reference_logprob  (B, T) float32  with references: log-prob of each target under the reference,
+                                       and the other columns that were stored (slm.store.columns)
     position_ids       (B, T) int64    restarting at each document (only with packing=documents)
     window, epoch      (B,)   int64    which window, in which pass over the corpus
 
@@ -24,6 +24,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from slm.errors import UserError
+from slm.store.columns import COLUMNS, DTYPE, Column
 from slm.store.shards import Corpus, References, Store
 
 IGNORE_INDEX = -100
@@ -137,24 +138,25 @@ class Windows:
 
     def _scores(self, targets: Tensor, windows: np.ndarray) -> Batch:
         """The columns of the references, combined."""
-        shape = (len(self.references), len(windows), self.corpus.seq_len)
-        logprobs = np.empty(shape, np.float32)
-        for store, out in zip(self.references, logprobs, strict=True):
-            self._gather(store, "logprobs", windows, out)
-            self._check_scores(store, "log-prob", out, ~(out <= 0), targets, windows)
-        one = logprobs[0] if self.combine is None else combine(logprobs, self.combine)
-        scores = {"reference_logprob": torch.from_numpy(one)}
-        if self.has_entropy:
-            entropy = self._gather(self.references[0], "entropy", windows, np.empty_like(one))
-            bad = ~(entropy >= 0)
-            self._check_scores(self.references[0], "entropy", entropy, bad, targets, windows)
-            scores["reference_entropy"] = torch.from_numpy(entropy)
-        return scores
+        return {
+            column.key: torch.from_numpy(self._column(column, targets, windows))
+            for column in self.columns
+        }
 
     @property
-    def has_entropy(self) -> bool:
-        """Of one reference; several have no entropy in common."""
-        return len(self.references) == 1 and "entropy" in self.references[0].shards[0].sha256
+    def columns(self) -> tuple[Column, ...]:
+        """All that one reference has; what is required of several, and none of none."""
+        there = self.references[0].shards[0].sha256 if len(self.references) == 1 else {}
+        found = [c for c in COLUMNS.values() if c.required or c.name in there]
+        return tuple(found) if self.references else ()
+
+    def _column(self, column: Column, targets: Tensor, windows: np.ndarray) -> np.ndarray:  # (B, T)
+        shape = (len(self.references), len(windows), self.corpus.seq_len)
+        values = np.empty(shape, DTYPE)
+        for store, out in zip(self.references, values, strict=True):
+            self._gather(store, column.name, windows, out)
+            self._check_scores(store, column, out, targets, windows)
+        return values[0] if self.combine is None else combine(values, self.combine)
 
     def sources(self, windows: np.ndarray) -> np.ndarray:  # (B,) -> (B, T) int64
         """Which source of the corpus every target comes from: an index into its `sources`."""
@@ -199,22 +201,21 @@ class Windows:
     def _check_scores(
         self,
         store: References,
-        name: str,
+        column: Column,
         scores: np.ndarray,  # (B, T)
-        bad: np.ndarray,  # (B, T); NaN compares false, so that it is bad
         targets: Tensor,
         windows: np.ndarray,
     ) -> None:
         """A live target without a score, or with one of the wrong sign, is a broken reference."""
-        if not bad.any():
+        wrong = column.is_wrong(scores)
+        if not wrong.any():
             return
-        bad &= targets.numpy() != IGNORE_INDEX
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
-            sign = "<=" if name == "log-prob" else ">="
+        wrong &= targets.numpy() != IGNORE_INDEX
+        if wrong.any():
+            row, place = np.argwhere(wrong)[0]
             raise UserError(
-                f"{store.folder}: target {column} of window {windows[row]} has {name} "
-                f"{scores[row, column]}, a finite number {sign} 0 is needed"
+                f"{store.folder}: target {place} of window {windows[row]} has "
+                f"{column.refusal(scores[row, place])}"
             )
 
 

@@ -20,9 +20,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from slm.errors import NonFiniteError, UserError
 from slm.model.build import SelectiveLM
+from slm.model.predict import predicted
 from slm.selection.books import StepResult, TokenRecord, mean_threshold, named, no_sums, step_sums
 from slm.selection.rule import Choice, Selection
 from slm.selection.rules import All
+from slm.store.columns import columns_needed
 from slm.store.windows import IGNORE_INDEX, Batch
 
 
@@ -92,7 +94,6 @@ class SelectiveModule(LightningModule):
         # Lightning divides by the number of micro-batches; the denominator is the whole step's.
         return output.loss * self.trainer.accumulate_grad_batches
 
-    @torch.no_grad()
     def scored(self, batch: Batch) -> Batch:
         """With the scores of the online reference, where there is one.
 
@@ -100,11 +101,8 @@ class SelectiveModule(LightningModule):
         scores are the stored ones within 1e-5 nats, in bfloat16 they differ by that rounding.
         """
         for reference in self.online:
-            scores = reference(batch, want_entropy="reference_entropy" in self.selection.needs)
-            dead = batch["targets"] == IGNORE_INDEX
-            batch = batch | {"reference_logprob": (-scores.loss).masked_fill(dead, torch.nan)}
-            if scores.entropy is not None:
-                batch["reference_entropy"] = scores.entropy.masked_fill(dead, torch.nan)
+            columns = columns_needed(self.selection.needs)
+            batch = batch | predicted(reference, batch, columns)
         return batch
 
     def _begin_step(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from slm.errors import UserError
 from slm.model.device import PRECISIONS
 from slm.selection.rule import Selection
+from slm.store.columns import COLUMNS
 from slm.store.files import Json
 from slm.store.shards import References
 from slm.train.data import TokenData
@@ -63,11 +64,13 @@ def check_references(settings: Json, data: TokenData, needs: tuple[str, ...]) ->
             f"selection {rule} needs data.references (a folder made by `slm score`) or "
             "online_reference (a model folder), found null"
         )
-    if "reference_entropy" in needs and online is None and not data.windows.has_entropy:
+    there = data.windows.columns
+    missing = [c.name for c in COLUMNS.values() if c.key in needs and c not in there]
+    if missing and online is None:
         raise UserError(
-            f"selection {rule} needs one reference with entropies, found "
+            f"selection {rule} needs one reference with {' and '.join(missing)}, found "
             f"{', '.join(str(store.folder) for store in data.references)} (make it with "
-            "`slm score entropy=true`)"
+            f"`slm score columns=[{','.join(missing)}]`)"
         )
 
 

@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from slm import cli
+from slm import console
 from slm.errors import UserError
 from slm.model.build import SelectiveLM, load_model
 from slm.model.folder import save_model
@@ -79,6 +79,7 @@ def config(tmp_path, text_corpus, model) -> Any:
             "served_model": None,
             "out": str(tmp_path / "references"),
             "entropy": False,
+            "columns": [],
             "batch_size": 3,
             "dtype": "float32",
             "store_dtype": "float32",
@@ -330,7 +331,7 @@ def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, 
         ),
         (
             {"reference_model": None, "responses": ["r"], "served_model": "x", "entropy": True},
-            "entropy is true, but servers return none",
+            "entropy cannot be had with responses",
         ),
         (
             {"reference_model": None, "responses": ["nowhere"], "served_model": "x"},
@@ -350,7 +351,7 @@ def test_a_model_that_is_not_finite_is_refused(config, tokenizer, value):
     with torch.no_grad():
         broken.lm_head.weight[7] = value
     save_model(Path(config.reference_model), broken, tokenizer, "card", {})
-    with pytest.raises(UserError, match="gives a non-finite log-prob in window 0"):
+    with pytest.raises(UserError, match="gives target 0 of window 0 log-prob nan, a finite"):
         made(config)
 
 
@@ -364,7 +365,7 @@ def test_a_token_that_is_not_finite_is_refused_with_its_window(tmp_path, make_co
     (tmp_path / "out").mkdir()
     source = ModelScores(SelectiveLM(broken), Windows(corpus))
     writer = Scorer(source, corpus, tmp_path / "out", 4, "float32")
-    with pytest.raises(UserError, match="non-finite log-prob in window 5"):
+    with pytest.raises(UserError, match="of window 5 log-prob nan, a finite number <= 0"):
         writer.run(nobody)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -430,7 +431,7 @@ def test_size_and_time_are_said_first_and_speed_last(config, caplog):
 
 
 def test_lines_tell_of_progress_where_there_is_no_terminal(config, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
     made(config)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scoring")]
     assert len(lines) == 14  # two shards of 20 windows by 3
@@ -441,7 +442,7 @@ def test_a_finished_folder_is_left_alone(config, caplog, monkeypatch):
     out = made(config)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     caplog.set_level(logging.INFO, "slm.score")
-    monkeypatch.setattr(score, "window_scores", None)
+    monkeypatch.setattr(score.ModelScores, "scores", None)
     assert made(config) == out
     assert caplog.messages == [f"{out} is finished already, nothing to do"]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times

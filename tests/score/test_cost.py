@@ -83,7 +83,7 @@ def test_a_shard_is_not_done_before_its_cost_is_written(tmp_path, text_corpus, m
 
     monkeypatch.setattr(os, "replace", noting)
     config = LlamaConfig(vocab_size=300, hidden_size=8, num_hidden_layers=0, num_attention_heads=1)
-    source = ModelScores(SelectiveLM(LlamaForCausalLM(config)), Windows(text_corpus), entropy=True)
+    source = ModelScores(SelectiveLM(LlamaForCausalLM(config)), Windows(text_corpus), ["entropy"])
     Scorer(source, text_corpus, tmp_path, 10, "float32").run(lambda count: None)
     names = ["logprobs-00000.npy", "entropy-00000.npy", "cost-00000.json", "logprobs-00000.json"]
     assert written[:4] == names

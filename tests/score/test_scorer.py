@@ -7,7 +7,8 @@ import pytest
 
 from slm.errors import UserError
 from slm.score.command import make_plan
-from slm.score.scorer import Columns, Scorer, finish, is_finished, store_bytes, stored
+from slm.score.scorer import Arrays, Scorer, finish, is_finished, store_bytes, stored
+from slm.store.columns import ENTROPY, LOGPROBS
 from slm.store.files import write_json
 from slm.store.shards import Corpus, References
 
@@ -15,11 +16,11 @@ T = 16
 
 
 class Counted:
-    """The score of target t of window w is -(w * T + t); the second column has no sign."""
+    """The log-prob of target t of window w is -(w * T + t), the entropy the negative."""
 
-    columns: tuple[str, ...] = ("logprobs", "entropy")
+    columns = (LOGPROBS, ENTROPY)
 
-    def scores(self, numbers: np.ndarray) -> Columns:
+    def scores(self, numbers: np.ndarray) -> Arrays:
         values = (numbers[:, None] * T + np.arange(T)).astype(np.float32)
         return {"entropy": values, "logprobs": -values}
 
@@ -56,6 +57,8 @@ def test_a_shard_is_done_with_all_of_its_columns(scorer, column):
 
 
 def test_a_score_that_float16_cannot_hold_is_refused():
-    assert stored(np.array([np.nan, -6e4], np.float32), "float16")[1] == np.float16(-6e4)
+    assert stored("logprobs", np.array([np.nan, -6e4], np.float32), "float16")[1] == np.float16(
+        -6e4
+    )
     with pytest.raises(UserError, match="float16 cannot hold log-prob -70000.0"):
-        stored(np.array([np.nan, -7e4], np.float32), "float16")
+        stored("logprobs", np.array([np.nan, -7e4], np.float32), "float16")

@@ -45,6 +45,7 @@ def config(tmp_path, text_corpus, tokenizer) -> Any:
             "served_model": None,
             "out": None,
             "entropy": False,
+            "columns": [],
             "batch_size": 3,
             "dtype": "float32",
             "store_dtype": "float32",

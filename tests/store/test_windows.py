@@ -216,10 +216,10 @@ def test_entropies_stand_beside_their_targets(tmp_path, make_corpus, make_refere
     scores, entropy = np.r_[np.nan, -np.ones(8)], np.r_[np.nan, 10 + np.arange(8)]
     store = make_references(tmp_path / "r", corpus, [scores], [entropy])
     windows = Windows(corpus, [store])
-    assert windows.has_entropy
+    assert [column.name for column in windows.columns] == ["logprobs", "entropy"]
     batch = windows.batch(np.array([1, 0]))
     assert batch["reference_entropy"].tolist() == [[14, 15, 16, 17], [10, 11, 12, 13]]
-    assert not Windows(corpus, [store, store], "mean").has_entropy
+    assert [c.name for c in Windows(corpus, [store, store], "mean").columns] == ["logprobs"]
     for value in (np.nan, -0.5):
         entropy[3] = value
         bad = make_references(tmp_path / f"r{value}", corpus, [scores], [entropy])

@@ -404,7 +404,7 @@ def test_scores_of_two_kinds_are_not_mixed_up(tmp_path, text_corpus, make_refere
     with pytest.raises(UserError, match=f"online_reference is model and data.references {folder}"):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
     words = [f"data.references='{folder}'", "selection=intersection"]
-    message = f"Intersection needs one reference with entropies, found {folder}.*entropy=true"
+    message = f"Intersection needs one reference with entropy, found {folder}.*columns=.entropy."
     with pytest.raises(UserError, match=message):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from slm.errors import UserError
 from slm.integrations.datasets.corpus import from_hf_dataset
-from slm.integrations.datasets.rows import COLUMN
 from slm.integrations.datasets.scores import score_dataset
 from slm.integrations.datasets.windows import WindowRows
 from slm.store.files import hash_json
@@ -43,7 +42,8 @@ def open_windows(corpus: str | Path, references: Folders | None, combine: str | 
 
 class WindowDataset(torch.utils.data.Dataset):
     """Item w is window w, shifted as in Windows: ``input_ids``, ``targets`` (T,) int64 and, where
-    there are any, ``reference_logprob`` (T,) float32 and ``position_ids`` (T,) int64.
+    there are any, ``reference_logprob`` (T,) float32, the references' other columns
+    (slm.store.columns) and ``position_ids`` (T,) int64.
 
     default_collate stacks items; workers of a DataLoader map the files themselves. With
     packing=documents a model of transformers must be called like this, in your own loop:
@@ -53,12 +53,12 @@ class WindowDataset(torch.utils.data.Dataset):
     With a cache, its default, or with a mask it reads over the documents' borders without a word.
     """
 
-    NAMES = ("input_ids", "targets", COLUMN, "position_ids")
-
     def __init__(
         self, corpus: str | Path, references: Folders | None = None, combine: str | None = None
     ):
         self.windows = open_windows(corpus, references, combine)
+        scores = [column.key for column in self.windows.columns]
+        self.names = ("input_ids", "targets", *scores, "position_ids")
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -67,7 +67,7 @@ class WindowDataset(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         batch = self.windows.batch(np.array([index]))
-        return {name: batch[name][0] for name in self.NAMES if name in batch}
+        return {name: batch[name][0] for name in self.names if name in batch}
 
 
 def to_hf_dataset(
@@ -78,7 +78,7 @@ def to_hf_dataset(
     input_ids          T + 1 tokens, so that all T targets are there
     labels             the same tokens; -100: no target (the row's first, prompts, and with
                        packing=documents the first token of a document)
-    reference_logprob  with references: NaN exactly where labels is -100
+    reference_logprob  with references: NaN exactly where labels is -100; so are their other columns
     seq_lengths        with packing=documents: lengths of the documents in the row
     """
     windows = open_windows(corpus, references, combine)
@@ -96,4 +96,5 @@ def to_hf_dataset(
 def identity(windows: Windows) -> str:
     """What the rows depend on."""
     stores = [store.fingerprint for store in windows.references]
-    return hash_json([windows.corpus.fingerprint, stores, windows.combine])
+    columns = [column.key for column in windows.columns]
+    return hash_json([windows.corpus.fingerprint, stores, windows.combine, columns])

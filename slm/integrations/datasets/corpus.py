@@ -6,7 +6,7 @@ every target of a row is one exactly once. Rows are streamed: memory does not gr
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +16,9 @@ import numpy as np
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from slm.integrations.datasets.rows import COLUMN, Rows, beside, check_dataset, read_rows
+from slm.integrations.datasets.rows import Rows, beside, check_dataset, read_rows
 from slm.prepare.encoder import EncoderState, encoder_state
+from slm.store.columns import COLUMNS, DTYPE, LOGPROBS, Column
 from slm.store.files import ArrayWriter, Json, atomic_file, naming, write_json
 from slm.store.shards import (
     FORMAT,
@@ -45,7 +46,8 @@ def from_hf_dataset(
     shard_tokens: int = 1 << 25,
 ) -> Path:
     """Rows of T tokens -> <out>/train, a corpus of windows of T with packing=documents, and where
-    there is a column `reference_logprob`, <out>/references for it. Returns `out`.
+    there is a column `reference_logprob`, <out>/references for it and for those beside it that
+    have the key of another column (slm.store.columns). Returns `out`.
 
     dataset:    input_ids; by need labels (the token, or -100: no target), reference_logprob (where
                 there is a label: finite, <= 0), seq_lengths or position_ids (documents in a row)
@@ -139,14 +141,14 @@ def write_folders(
     rows: Dataset, out: Path, plan: Json, state: EncoderState, scored_by: str, shard_tokens: int
 ) -> None:
     """Shards of both folders, then the references' manifest, the corpus's last: there, all is."""
-    has_masks, has_scores = "labels" in rows.column_names, COLUMN in rows.column_names
+    has_masks, scores = "labels" in rows.column_names, score_columns(rows.column_names)
     train, references = out / "train", out / "references"
     dtypes = {"tokens": state.token_dtype, "bytes": state.bytes_dtype, "documents": "int64"}
     if has_masks:
         dtypes["masks"] = "bool"
-    if has_scores:
+    if scores:
         references.mkdir()
-        dtypes["logprobs"] = "float32"
+        dtypes |= {column.name: DTYPE for column in scores}
     rows_per_shard = max(1, (shard_tokens - 1) // plan["seq_len"])
     shards = []
     with tqdm(total=len(rows), desc="writing rows", unit=" rows") as bar:
@@ -154,16 +156,17 @@ def write_folders(
             numbers = range(first, min(first + rows_per_shard, len(rows)))
             columns = shard_columns(rows, numbers, plan, state, bar.update)
             shards.append(write_shard(out, index, columns, dtypes))
-    if has_scores:
+    if scores:
         identity = fingerprint(plan | {"shards": [asdict(shard) for shard in shards]})
         write_json(references / "plan.json", reference_plan(plan, identity, has_masks, scored_by))
-        write_manifest(references, "logprobs", len(shards))
+        write_manifest(references, LOGPROBS.name, len(shards))
     write_manifest(train, "tokens", len(shards))
 
 
 def write_shard(out: Path, index: int, columns: Iterable[Columns], dtypes: dict[str, str]) -> Shard:
     """Both folders' files of one shard; returns the corpus's sidecar."""
-    folders = {name: out / "train" for name in dtypes} | {"logprobs": out / "references"}
+    scores = dtypes.keys() & COLUMNS.keys()
+    folders = {name: out / ("references" if name in scores else "train") for name in dtypes}
     with ExitStack() as stack:
         writers = {}
         for name, dtype in dtypes.items():
@@ -181,9 +184,9 @@ def write_shard(out: Path, index: int, columns: Iterable[Columns], dtypes: dict[
         write_sidecar(folders[column], column, shard)
         return shard
 
-    if "logprobs" in dtypes:
-        finish("logprobs", {"logprobs"})
-    return finish("tokens", dtypes.keys() - {"logprobs"})
+    if scores:
+        finish(LOGPROBS.name, scores)
+    return finish("tokens", dtypes.keys() - scores)
 
 
 def shard_columns(
@@ -204,7 +207,7 @@ def shard_columns(
         "bytes": np.zeros(1, np.int64),
         "documents": np.array([[start, 0, numbers.stop - 1, seq_len]]),
         "masks": np.zeros(1, bool),
-        "logprobs": np.full(1, np.nan),
+        **{name: np.full(1, np.nan) for name in COLUMNS},
     }
 
 
@@ -230,10 +233,18 @@ def block_columns(table: Any, rows: Rows, start: int, state: EncoderState) -> Co
     live = np.ones(len(rows.ids), bool)
     if "labels" in table.column_names:
         live = columns["masks"] = check_labels(rows, beside(table, "labels", rows))
-    if COLUMN in table.column_names:
-        live = live & ~rows.first
-        columns["logprobs"] = check_scores(rows, beside(table, COLUMN, rows), live)
+    for column in score_columns(table.column_names):
+        scores = beside(table, column.key, rows)
+        columns[column.name] = check_scores(rows, column, scores, live & ~rows.first)
     return columns
+
+
+def score_columns(names: Sequence[str]) -> list[Column]:
+    """Of a dataset: none without what every store has."""
+    found = [column for column in COLUMNS.values() if column.key in names]
+    if found and LOGPROBS not in found:
+        raise ValueError(f"the dataset has {found[0].key} and no {LOGPROBS.key}")
+    return found
 
 
 def check_labels(rows: Rows, labels: np.ndarray) -> np.ndarray:  # (n,) -> (n,) bool
@@ -249,12 +260,14 @@ def check_labels(rows: Rows, labels: np.ndarray) -> np.ndarray:  # (n,) -> (n,) 
     return live
 
 
-def check_scores(rows: Rows, scores: np.ndarray, live: np.ndarray) -> np.ndarray:  # (n,) each
-    wrong = np.flatnonzero(live & ~((scores <= 0) & (scores > -np.inf)))
+def check_scores(
+    rows: Rows, column: Column, scores: np.ndarray, live: np.ndarray
+) -> np.ndarray:  # (n,) each
+    wrong = np.flatnonzero(live & column.is_wrong(scores))
     if len(wrong):
         at = wrong[0]
         raise ValueError(
-            f"{rows.place(COLUMN, at)} is {scores[at]} under the label {rows.ids[at]}, a finite "
-            "number <= 0 is needed"
+            f"{rows.place(column.key, at)} is {scores[at]} under the label {rows.ids[at]}, "
+            f"{column.needed}"
         )
     return np.where(live, scores, np.float32(np.nan))

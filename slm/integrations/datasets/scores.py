@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset, Features, LargeList, List, Value
 from transformers import PreTrainedModel
 
-from slm.integrations.datasets.rows import COLUMN, Rows, check_dataset, read_rows
+from slm.integrations.datasets.rows import Rows, check_dataset, read_rows
+from slm.integrations.loss import COLUMN
 from slm.integrations.signatures import check_parameters
 from slm.model.architecture import position_limit
 from slm.model.build import SelectiveLM, check_model, load_model

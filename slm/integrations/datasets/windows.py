@@ -21,8 +21,8 @@ from datasets import (
     Value,
 )
 
-from slm.integrations.datasets.rows import COLUMN
 from slm.integrations.signatures import check_attributes, check_parameters
+from slm.store.columns import DTYPE
 from slm.store.windows import IGNORE_INDEX, Windows
 
 MADE_FOR = "datasets 5.2"
@@ -65,8 +65,7 @@ def has_documents(windows: Windows) -> bool:
 
 def row_features(windows: Windows) -> Features:
     columns = {"input_ids": List(Value("int32")), "labels": List(Value("int64"))}
-    if windows.references:
-        columns[COLUMN] = List(Value("float32"))
+    columns |= {column.key: List(Value(DTYPE)) for column in windows.columns}
     if has_documents(windows):
         columns["seq_lengths"] = List(Value("int32"))
     return Features(columns)
@@ -90,10 +89,10 @@ def unshifted(windows: Windows, numbers: np.ndarray) -> dict[str, np.ndarray]:  
     labels = np.full_like(ids, IGNORE_INDEX)
     labels[:, 1:] = batch["targets"].numpy()
     columns = {"input_ids": ids.astype(np.int32), "labels": labels}
-    if windows.references:
-        scores = np.full(ids.shape, np.nan, np.float32)
-        scores[:, 1:] = batch[COLUMN].numpy()
-        columns[COLUMN] = np.where(labels == IGNORE_INDEX, np.float32(np.nan), scores)
+    for column in windows.columns:
+        scores = np.full(ids.shape, np.nan, DTYPE)
+        scores[:, 1:] = batch[column.key].numpy()
+        columns[column.key] = np.where(labels == IGNORE_INDEX, np.float32(np.nan), scores)
     return columns
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from slm.dynamics.analysis import Analysis
 from slm.report.page.figures import MARKS, SEEN_AXIS, SHARE, colour, figure, line, titled
+from slm.store.columns import COLUMNS
 from slm.store.files import Json
 
 SCORES = {  # in the order of the legend
     "excess_loss": "high excess loss",
     "token_loss": "high loss",
-    "reference_loss": "low reference loss",
-    "reference_entropy": "low reference entropy",
+    **{c.frozen_name: f"low {c.frozen_name.replace('_', ' ')}" for c in COLUMNS.values()},
     "random": "random",
 }
 CHANCE = 0.5

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from run_helpers import TINY_MODEL, train
 from slm.cli import conf_folder
 from slm.errors import UserError
-from slm.integrations import dataset_corpus
+from slm.integrations.datasets import corpus as dataset_corpus
 from slm.integrations.datasets import from_hf_dataset, to_hf_dataset
 from slm.prepare.encoder import token_bytes
 from slm.store.shards import Corpus, References
