@@ -30,7 +30,7 @@ Table = Mapping[str, Kind]
 
 
 def is_real(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_list(value: Any) -> bool:
@@ -112,8 +112,14 @@ def check(
         check_known(key, table, instead or {})
     for key, kind in table.items():
         value = select(settings, key)
-        if value is not ABSENT and not kind.fits(value):
-            raise UserError(f"{key} is {value!r}, it must be {kind.wanted}{as_whole(value, kind)}")
+        if value is not ABSENT:
+            check_value(key, value, kind)
+
+
+def check_value(key: str, value: Any, kind: Kind) -> None:
+    """`key` is where a user has written it."""
+    if not kind.fits(value):
+        raise UserError(f"{key} is {value!r}, it must be {kind.wanted}{as_whole(value, kind)}")
 
 
 def select(settings: Any, key: str) -> Any:

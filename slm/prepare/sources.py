@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slm.checks import Kind, check_value, real, several, text, whole, word
 from slm.errors import UserError
-from slm.prepare.documents import JSON_TYPES, ROLES
+from slm.prepare.documents import ROLES
 from slm.prepare.noise import MAX_SHARE
 from slm.prepare.template import Field, Join, Template, parse_field, unescape
 
@@ -37,11 +38,16 @@ FORMATS = ("jsonl", "text", "csv", "parquet", "arrow", "hub")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4")
 ARCHIVES = (".zip", ".tgz", ".tbz2", ".txz", ".7z", ".rar")  # and .tar, compressed or not
 DOCUMENTS = ("file", "paragraph", "line")
-SETTING_TYPES: dict[str, type] = {  # the others are text
-    "weight": float,
-    "roles": list,
-    "noise": float,
-    "noise_seed": int,
+STRING = Kind("a text", lambda v: isinstance(v, str))
+SETTINGS = {  # the others are any text
+    "path": text,  # an empty one would be the current folder
+    "name": text,
+    "weight": real(0, ends="()"),
+    "roles": several(word(*ROLES)),
+    "noise": real(0, MAX_SHARE),
+    "noise_seed": whole(-(2**63)),
+    "format": word(*FORMATS),
+    "document": word(*DOCUMENTS),
 }
 
 
@@ -184,18 +190,9 @@ def check_settings(entry: dict[str, Any], key: str) -> None:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise UserError(f"{key} has an unknown setting {name!r}{hint} ({', '.join(known)})")
-        kind = SETTING_TYPES[name] if name in SETTING_TYPES else str
-        wanted = "a whole number" if kind is int else JSON_TYPES[kind]
-        if type(value) not in ((int, float) if kind is float else (kind,)):
-            raise UserError(f"{key}.{name} must be {wanted}, found {value!r}")
-        if name in ("path", "name") and not value:  # an empty path would be the current folder
-            raise UserError(f"{key}.{name} is '', it must be a text that is not empty")
-        if name == "weight" and not 0 < value < math.inf:
-            raise UserError(f"{key}.weight is {value}, it must be positive")
+        check_value(f"{key}.{name}", value, SETTINGS[name] if name in SETTINGS else STRING)
         if name in ("text", "prompt"):
             Template(value)
-        if name in ("format", "document"):
-            check_choice(f"{key}.{name}", value, FORMATS if name == "format" else DOCUMENTS)
     check_messages(entry, key)
     check_signal(entry, key)
 
@@ -212,9 +209,6 @@ def check_messages(entry: dict[str, Any], key: str) -> None:
             )
     if any(isinstance(step, Join) for step in parse_field(entry["messages"]).steps):
         raise UserError(f"{key}.messages is {entry['messages']!r}, it must name a list: a.b or a")
-    if "roles" in entry:
-        for role in entry["roles"] or [[]]:  # none is as wrong as an unknown one
-            check_choice(f"{key}.roles", role, ROLES)
 
 
 def check_signal(entry: dict[str, Any], key: str) -> None:
@@ -226,8 +220,6 @@ def check_signal(entry: dict[str, Any], key: str) -> None:
     if "noise" in entry:
         if "signal" in entry:
             raise UserError(f"{key} has both signal and noise: noise makes the labels itself")
-        if not 0 <= entry["noise"] <= MAX_SHARE:
-            raise UserError(f"{key}.noise is {entry['noise']}, it must be from 0 to {MAX_SHARE}")
     elif "noise_seed" in entry:
         raise UserError(f"{key}.noise_seed is {entry['noise_seed']!r}, and {key}.noise is not set")
     if "signal" not in entry:
@@ -239,11 +231,6 @@ def check_signal(entry: dict[str, Any], key: str) -> None:
             f"{key}.signal counts the characters of one field, and {key}.text is "
             f"{entry['text']!r}; it must be a field alone, as in {{text}}"
         )
-
-
-def check_choice(key: str, found: Any, allowed: tuple[str, ...]) -> None:
-    if found not in allowed:
-        raise UserError(f"{key} is {found!r}, expected one of {', '.join(allowed)}")
 
 
 def bare_suffix(path: Path) -> str:

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slm.errors import UserError
+from slm.checks import check_value, word
 from slm.selection.schedules import RatioSchedule, ratio_schedule
 from slm.store.windows import IGNORE_INDEX, Batch
 from slm_kernels import max_selected, select_top_k
 
 SCOPES = ("sequence", "batch", "global")
+SCOPE = word(*SCOPES)
 
 
 class Choice(NamedTuple):
@@ -76,7 +77,7 @@ class Ranked(Selection):
     scope: str = "batch"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
+        check_value("selection.scope", self.scope, SCOPE)
         self.schedule.at(0)
 
     @cached_property
@@ -100,11 +101,6 @@ class Ranked(Selection):
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
         return max_selected(batch["targets"].shape, self.schedule.at(tokens_seen), self.scope)
-
-
-def check_scope(scope: str) -> None:
-    if scope not in SCOPES:
-        raise UserError(f"selection.scope is {scope!r}, it must be one of {SCOPES}")
 
 
 def given(token_loss: Tensor | None) -> Tensor:
@@ -132,8 +128,3 @@ def lowest(score: Tensor, selected: Tensor, scope: str) -> Tensor:  # () or (B,)
     """Lowest selected score on this rank; inf where nothing was selected."""
     scores = score.where(selected, torch.inf)
     return scores.amin(-1) if scope == "sequence" else scores.amin()
-
-
-def check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < torch.inf:
-        raise UserError(f"selection.{name} is {value}, it must be a number above 0")

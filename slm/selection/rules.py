@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm.errors import UserError
+from slm.checks import Kind, check_value, real, whole
 from slm.selection.rule import (
+    SCOPE,
     Choice,
     Ranked,
     Selection,
-    check_scope,
     excess_loss,
     given,
     lowest,
@@ -40,6 +40,8 @@ from slm.selection.rule import (
 from slm.selection.schedules import RatioSchedule, ratio_schedule
 from slm.store.windows import Batch
 from slm_kernels import max_selected
+
+SEED = Kind("an integer of 64 bits", whole(-(2**63)).fits)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,7 @@ class Random(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
-            raise UserError(f"selection.seed is {self.seed!r}, it must be an integer of 64 bits")
+        check_value("selection.seed", self.seed, SEED)
 
     def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
         length = batch["targets"].shape[1]
@@ -151,7 +152,7 @@ class Intersection(Selection):
     scope: str = "batch"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
+        check_value("selection.scope", self.scope, SCOPE)
         assert len(self.schedules) == 2  # raises where a ratio is no ratio
 
     @cached_property
@@ -205,8 +206,7 @@ class Mixture(Excess):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.clm_weight, int | float) or not 0 < self.clm_weight < 1:
-            raise UserError(f"selection.clm_weight is {self.clm_weight}, it must be in (0, 1)")
+        check_value("selection.clm_weight", self.clm_weight, real(0, 1, "()"))
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         choice = super().choose(batch, token_loss, tokens_seen)

@@ -11,9 +11,10 @@ A pure function of the tokens seen, so a continued run goes on exactly.
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from slm.checks import check_value, is_list, real, word
 from slm.errors import UserError
 
 SHAPES = ("step", "linear", "cosine")
@@ -45,19 +46,17 @@ def ratio_schedule(value: Any, key: str = "selection.select_ratio") -> RatioSche
         return RatioSchedule("step", ((0, checked_ratio(value, key)),))
     if set(value) != {"shape", "points"}:
         raise UserError(f"{key} has {sorted(value)}, it must have shape and points, or be a number")
-    if value["shape"] not in SHAPES:
-        raise UserError(f"{key}.shape is {value['shape']!r}, it must be one of {SHAPES}")
+    check_value(f"{key}.shape", value["shape"], word(*SHAPES))
     return RatioSchedule(value["shape"], checked_points(value["points"], f"{key}.points"))
 
 
 def checked_ratio(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise UserError(f"{key} is {value!r}, it must be in (0, 1]")
+    check_value(key, value, real(0, 1, "(]"))
     return float(value)
 
 
 def checked_points(value: Any, key: str) -> tuple[tuple[int, float], ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+    if not is_list(value) or not value:
         raise UserError(f"{key} is {value!r}, it must be a list of [tokens_seen, select_ratio]")
     points = tuple(checked_point(point, f"{key}[{i}]") for i, point in enumerate(value))
     for (before, _), (after, _) in zip(points, points[1:], strict=False):
@@ -67,9 +66,8 @@ def checked_points(value: Any, key: str) -> tuple[tuple[int, float], ...]:
 
 
 def checked_point(value: Any, key: str) -> tuple[int, float]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+    if not is_list(value) or len(value) != 2:
         raise UserError(f"{key} is {value!r}, it must be [tokens_seen, select_ratio]")
     tokens, ratio = value
-    if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not 0 <= tokens < 2**62:
-        raise UserError(f"{key}: tokens_seen is {tokens!r}, it must be a number of at least 0")
+    check_value(f"{key}: tokens_seen", tokens, real(0))
     return int(tokens), checked_ratio(ratio, key)

@@ -7,8 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slm.selection.rule import Choice, Selection, check_positive, check_scope, excess_loss, group
+from slm.checks import check_value, optional, real
+from slm.selection.rule import SCOPE, Choice, Selection, excess_loss, group
 from slm.store.windows import Batch
+
+POSITIVE = real(0, ends="()")
+CAP = optional(POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Soft(Selection):
     temperature: float
 
     def __post_init__(self) -> None:
-        check_positive("temperature", self.temperature)
+        check_value("selection.temperature", self.temperature, POSITIVE)
 
     def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:  # (B, T) excess / temperature
         raise NotImplementedError
@@ -53,7 +57,7 @@ class Relu(Soft):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_cap(self.cap)
+        check_value("selection.cap", self.cap, CAP)
 
     def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:
         return scaled.clamp(min=0.0, max=self.cap)
@@ -71,19 +75,14 @@ class Softmax(Soft):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_cap(self.cap)
-        check_scope(self.scope)
+        check_value("selection.cap", self.cap, CAP)
+        check_value("selection.scope", self.scope, SCOPE)
 
     def weight(self, scaled: Tensor, valid: Tensor) -> Tensor:
         shape = scaled.shape
         rows = (len(scaled), -1) if self.scope == "sequence" else (1, -1)
         weight = softmax_sums_to_count(scaled.reshape(rows), valid.reshape(rows), group(self.scope))
         return weight.reshape(shape).clamp(max=self.cap) if self.cap else weight.reshape(shape)
-
-
-def check_cap(cap: Any) -> None:
-    if cap is not None:
-        check_positive("cap", cap)
 
 
 def softmax_sums_to_count(scaled: Tensor, valid: Tensor, ranks: Any) -> Tensor:  # (R, N)

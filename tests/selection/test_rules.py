@@ -249,9 +249,15 @@ def test_soft_weights_carry_no_gradient_and_are_finite_for_any_excess():
         (lambda: Sigmoid(0), "selection.temperature is 0, it must be a number above 0"),
         (lambda: Softmax(1.0, cap=-1), "selection.cap is -1, it must be a number above 0"),
         (lambda: Relu(math.nan), "selection.temperature is nan"),
-        (lambda: Mixture(0.5, clm_weight=1), r"selection.clm_weight is 1, it must be in \(0, 1\)"),
-        (lambda: Intersection(0.5, 2), r"selection.entropy_ratio is 2, it must be in \(0, 1\]"),
-        (lambda: Union(0, 0.5), r"selection.loss_ratio is 0, it must be in \(0, 1\]"),
+        (
+            lambda: Mixture(0.5, clm_weight=1),
+            r"selection.clm_weight is 1, .*a number in \(0, 1\)",
+        ),
+        (
+            lambda: Intersection(0.5, 2),
+            r"selection.entropy_ratio is 2, .*a number in \(0, 1\]",
+        ),
+        (lambda: Union(0, 0.5), r"selection.loss_ratio is 0, .*a number in \(0, 1\]"),
         (lambda: Softmax(1.0, scope="row"), "selection.scope is 'row'"),
     ],
 )
@@ -307,7 +313,7 @@ def test_middle_keeps_the_middle_whatever_ties():
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.0001, 60, math.nan])
 def test_ratio_outside_0_1_is_refused(ratio):
     for make in (lambda: Excess(ratio), lambda: Random(ratio, seed=0)):
-        with pytest.raises(UserError, match=rf"select_ratio is {ratio}, it must be in \(0, 1\]"):
+        with pytest.raises(UserError, match=rf"select_ratio is {ratio}, .*a number in \(0, 1\]"):
             make()
 
 
