@@ -115,13 +115,12 @@ def verify_store(path: Path, advance: Advance) -> str:
     if isinstance(store, Corpus):
         check_labels(store)
         load_corpus_tokenizer(store)
-    bare = ""
     if isinstance(store, References):
         references_cost(path)
-        bare = check_records(path, "cost-*.json", "lineage.json")
+        check_records(path, "cost-*.json", "lineage.json")
     tokens = sum(shard.num_tokens for shard in store.shards)
     size = f"{len(store.shards)} shards, {tokens:,} tokens"
-    return f"{kind}, {size}, fingerprint {store.fingerprint}{bare}"
+    return f"{kind}, {size}, fingerprint {store.fingerprint}"
 
 
 def check_manifest(store: Store, column: str) -> None:
@@ -129,8 +128,6 @@ def check_manifest(store: Store, column: str) -> None:
     if not (store.folder / "plan.json").exists():
         raise UserError(f"{store.folder / 'plan.json'} is missing")
     made = make_manifest(store.folder, read_sidecars(store.folder, column))
-    if isinstance(store, Corpus) and not store.has_tokenizer_hashes:
-        made.pop("tokenizer_files", None)
     for name in sorted(made.keys() | store.manifest.keys()):
         if name not in made or name not in store.manifest or made[name] != store.manifest[name]:
             raise UserError(
@@ -194,22 +191,19 @@ def verify_checkpoint(path: Path, advance: Advance) -> str:
     said = read_json(record)
     check_fields(record, said, CHECKPOINT)
     check_hash(path, said["sha256"], record.name, advance)
-    return f"checkpoint{check_records(path.parent, record.name)}"
+    check_records(path.parent, record.name)
+    return "checkpoint"
 
 
 def verify_run(path: Path, advance: Advance) -> str:
-    bare = check_records(
-        path, "run.json", "hparams.json", "lineage.json", "wandb_run.json", "status.json"
-    )
+    check_records(path, *RUN_RECORDS)
     if not (path / "model" / "slm.json").exists():
         raise UserError(f"{path} is unfinished: model/ is missing; run the same command again")
     tables, lineage = path / "tables.json", path / "lineage.json"
-    if lineage.exists() and read_json(lineage) != read_json(path / "model/slm.json")["lineage"]:
+    if read_json(lineage) != read_json(path / "model/slm.json")["lineage"]:
         raise UserError(f"{lineage} is not what model/slm.json says")
-    if not tables.exists():
-        return f"run, finished{bare}; without hashes, so not checked: its CSV files"
     check_files(tables, read_json(tables), advance)
-    return f"run, finished{bare}"
+    return "run, finished"
 
 
 def verify_dynamics(path: Path, advance: Advance) -> str:
@@ -229,12 +223,11 @@ def verify_dynamics(path: Path, advance: Advance) -> str:
         raise UserError(
             f"{path / 'manifest.json'} is not what plan.json, token_set.json and the sidecars say"
         )
-    bare = check_records(path, "classes.json")
-    if (path / "classes.json").exists() and not bare:
+    check_records(path, "classes.json")
+    if (path / "classes.json").exists():
         check_files(path / "classes.json", read_json(path / "classes.json"), advance)
     return (
-        f"token losses, {store.tokens.num_targets:,} tokens at "
-        f"{len(store.checkpoints)} checkpoints{bare}"
+        f"token losses, {store.tokens.num_targets:,} tokens at {len(store.checkpoints)} checkpoints"
     )
 
 
@@ -264,7 +257,8 @@ def verify_prepared(path: Path) -> str:
                 f"{record}: fingerprint of {side} is {said}, that of {path / side} is "
                 f"{manifest['fingerprint']}"
             )
-    return f"report of a preparation{check_records(path, 'plan.json', 'report.json')}"
+    check_records(path, "plan.json", "report.json")
+    return "report of a preparation"
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from slm.prepare.encoder import token_bytes
-from slm.store.files import read_json, write_array, write_json
+from slm.store.files import write_array, write_json
 from slm.store.shards import (
     FORMAT,
     Corpus,
@@ -150,16 +150,6 @@ def text_corpus(tmp_path, tokenizer, make_corpus) -> Corpus:
     ids = [token for text in TEXT for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
     cut = 16 * 20 + 1
     return make_corpus(tmp_path / "corpus", [np.array(ids[:cut]), np.array(ids[cut : 2 * cut])], 16)
-
-
-@pytest.fixture
-def older_corpus(text_corpus) -> Corpus:
-    """One whose manifest knows the tokenizer's identity and not its files."""
-    path = text_corpus.folder / "manifest.json"
-    manifest = read_json(path)
-    del manifest["tokenizer_files"]
-    write_json(path, manifest)
-    return Corpus.open(text_corpus.folder)
 
 
 def swap_ids(folder: Path) -> None:

@@ -63,7 +63,7 @@ def make_analysis(
     ids = rng.integers(0, len(PIECES), (W, T + 1)).astype(np.uint32)
     ids[0, :16] = np.arange(16)
     tokens = TokenSet(np.arange(W) * 10, ids, live, columns, dict(enumerate(PIECES)))
-    run = {"selection": selection, "selection_start": start, "micro_batch_size": BATCH}
+    run = {"seed": 0, "selection": selection, "selection_start": start, "micro_batch_size": BATCH}
     body = {"format": 1, "kind": "dynamics", "corpus_fingerprint": "c0", "sources": ["a"]}
     body |= {"windows_sha256": "w0", "run": run} | (plan or {})
     store = TrajectoryStore.create(folder / f"store-{name}".replace("/", "_"), body, tokens)

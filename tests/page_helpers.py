@@ -48,7 +48,7 @@ def make_analysis(
     **more: Any,
 ) -> Analysis:
     tokens = make_token_set(texts, references=references, **more)
-    run = {"selection": EXCESS, "selection_start": 0, "micro_batch_size": 2}
+    run = {"seed": 0, "selection": EXCESS, "selection_start": 0, "micro_batch_size": 2}
     plan = {
         "format": FORMAT,
         "kind": KIND,

@@ -52,6 +52,11 @@ def make_run(
         "corpus_fingerprint": "c0ffee",
         "tokens_seen": BUDGET,
         "tokens_selected": round(BUDGET * (ratio or 1)),
+        "needs_references": True,
+        "references": [],
+        "heldout": {},
+        "train_seconds": None,
+        "train_flops": None,
     } | record
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "slm.json").write_text(json.dumps({"lineage": lineage}))

@@ -178,9 +178,6 @@ def test_token_losses_are_used_and_what_is_missing_is_added(disk, monkeypatch):
 
 
 def test_a_model_is_evaluated(disk):
-    settings = composed("evaluate", f"models={{m: '{disk}/finished/model'}}", "sets={}")
-    (row,) = evaluate(
-        {"m": str(disk / "finished/model")}, {"held": str(disk / "corpus/heldout")}, settings
-    )
+    (row,) = evaluate({"m": disk / "finished/model"}, {"held": disk / "corpus/heldout"})
     last = losses(disk / "finished" / "heldout.csv")[-1]
     assert row["loss"] == pytest.approx(last["heldout/held/loss"], rel=1e-5)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import swap_ids
 from slm import verify as verification
 from slm.errors import UserError
 from slm.model.build import set_special_ids
@@ -76,7 +75,9 @@ def run(tmp_path, saved) -> Path:
     """A finished run: two checkpoints and the model."""
     folder = tmp_path / "runs" / "one"
     (folder / "wandb" / "offline-run").mkdir(parents=True)
-    write_json(folder / "run.json", {"seed": 0})
+    write_record(folder / "run.json", {"seed": 0})
+    write_record(folder / "lineage.json", {})
+    write_record(folder / "tables.json", {"kind": "tables", "sha256": {}})
     for step in (10, 20):
         checkpoint = {
             "global_step": step,
@@ -176,13 +177,6 @@ def test_a_damaged_tokenizer_is_found(text_corpus):
     path.unlink()
     good, text = only(text_corpus.folder)
     assert not good and "tokenizer.json is missing" in text
-
-
-def test_of_an_older_corpus_the_tokenizer_is_compared_too(older_corpus):
-    assert only(older_corpus.folder)[0]
-    swap_ids(older_corpus.tokenizer_folder)
-    good, text = only(older_corpus.folder)
-    assert not good and "tokenizer is damaged, or was saved by another release" in text
 
 
 @pytest.mark.parametrize("value", [0.5, math.inf, -math.inf, math.nan])
@@ -285,11 +279,11 @@ def test_what_prepare_made_has_two_parts(tmp_path, make_corpus):
 
 def test_the_folder_that_prepare_was_given_is_finished_with_its_report(tmp_path, make_corpus):
     make_corpus(tmp_path / "corpus" / "train", [np.arange(13)], 4)
-    (tmp_path / "corpus" / "plan.json").write_text("{}")
+    write_record(tmp_path / "corpus" / "plan.json", {})
     results = {path.name: (good, text) for path, good, text in verify(tmp_path / "corpus")}
     assert results["train"][0]
     assert not results["corpus"][0] and "report.json is missing" in results["corpus"][1]
-    (tmp_path / "corpus" / "report.json").write_text("{}")
+    write_record(tmp_path / "corpus" / "report.json", {})
     assert all(good for _, good, _ in verify(tmp_path / "corpus"))
 
 
@@ -479,12 +473,10 @@ def test_a_flipped_digit_of_any_record_is_found(tmp_path, text_corpus, reference
         path.write_bytes(whole)
 
 
-def test_a_record_from_before_there_were_seals_is_named(run):
-    (run / "run.json").write_text('{"seed": 5}')
-    text = next(text for path, _, text in verify(run) if path == run)
-    assert text.startswith(
-        "run, finished; without a hash, so not checked: run.json; without hashes"
-    )
+def test_a_record_whose_hash_is_gone_is_named(run):
+    write_json(run / "run.json", {"seed": 6})
+    good, text = next((good, text) for path, good, text in verify(run) if path == run)
+    assert not good and "run.json is damaged or was edited: the hash of its content is gone" in text
 
 
 def test_a_model_names_files_of_its_own_folder_alone(tmp_path, saved):

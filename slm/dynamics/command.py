@@ -55,8 +55,6 @@ EXACT = ("eager", "sdpa")  # attention that every machine has
 def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
     """The model of a checkpoint that fits the corpus."""
     saved = read_checkpoint(path)
-    if "about" not in saved:
-        raise UserError(f"{path} does not say its architecture: an older version wrote it")
     about, expected = saved["about"], corpus.manifest["tokenizer_sha256"]
     if not is_tokenizer_of(corpus, about["tokenizer_sha256"]):
         raise UserError(
@@ -80,7 +78,7 @@ def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
 
 def attention_of(path: Path, about: Json) -> str | None:
     """What the run computed with, where it is of EXACT; a folder's word fetches no kernel."""
-    trained = about["attn_implementation"] if "attn_implementation" in about else None
+    trained = about["attn_implementation"]
     if trained in EXACT:
         return trained
     if trained is not None:

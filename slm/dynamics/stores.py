@@ -54,7 +54,7 @@ def run_record(run: Path) -> Json:
         "identity_sha256": hash_json(identity),
         "seed": identity["seed"],
         "selection": nested(identity, "selection."),
-        "selection_start": identity["selection_start"] if "selection_start" in identity else 0,
+        "selection_start": identity["selection_start"],
         "micro_batch_size": identity["data.micro_batch_size"],
     }
 

@@ -48,7 +48,7 @@ from slm.store.shards import FORMAT, adopt_plan
 from slm.store.windows import IGNORE_INDEX, Windows, to_device
 
 KIND = "dynamics"
-RUN = {"selection": OBJECT, "selection_start": INDEX, "micro_batch_size": SIZE}
+RUN = {"seed": INDEX, "selection": OBJECT, "selection_start": INDEX, "micro_batch_size": SIZE}
 LOSS_FILES = ("losses-*.json", "losses-*.npy", "trajectories.npy", "classes.*", "manifest.json")
 
 

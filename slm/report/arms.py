@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.errors import UserError
-from slm.selection.registry import RULES, in_words, rule_word, takes_all_tokens
+from slm.selection.registry import in_words, rule_word, takes_all_tokens
 from slm.store.files import Json, read_json
 from slm.train.curves import Curve, heldout_sets, read_curve, run_folders
 
@@ -43,13 +43,6 @@ class Run(NamedTuple):
     @property
     def takes_all_tokens(self) -> bool:
         return takes_all_tokens(self.lineage["selection"])
-
-    @property
-    def needs_references(self) -> bool:
-        """False for rules that use no scores; older lineages do not say so, their rule does."""
-        if "needs_references" in self.lineage:
-            return self.lineage["needs_references"]
-        return self.rule not in RULES or bool(RULES[self.rule].needs)
 
 
 class Arm(NamedTuple):
@@ -134,7 +127,7 @@ def check_runs(runs: Sequence[Run]) -> None:
 
 
 def check_heldout(runs: Sequence[Run], sets: Sequence[str]) -> None:
-    """Losses on other windows cannot be compared; runs that do not record theirs pass."""
+    """Losses on other windows cannot be compared."""
     for name in sets:
         known = [(run, text) for run in runs if (text := heldout_text(run, name)) is not None]
         for run, text in known:
@@ -148,8 +141,8 @@ def check_heldout(runs: Sequence[Run], sets: Sequence[str]) -> None:
 
 
 def heldout_text(run: Run, name: str) -> str | None:
-    """512 windows (fingerprint 1f0c...); None where the lineage does not say."""
-    if "heldout" not in run.lineage or name not in run.lineage["heldout"]:
+    """512 windows (fingerprint 1f0c...); None for a set that the run's last start did not have."""
+    if name not in run.lineage["heldout"]:
         return None
     entry = run.lineage["heldout"][name]
     return f"{entry['windows']} windows (fingerprint {entry['fingerprint']})"
@@ -254,8 +247,7 @@ def costs(run: Run) -> dict[str, float]:
     References that a rule only logs are none of its costs.
     """
     record = run.lineage
-    charged = run.needs_references and "references" in record
-    stores = record["references"] if charged else []
+    stores = record["references"] if record["needs_references"] else []
     scoring = [store["scoring_cost"] for store in stores]
     training = [store["model_lineage"] for store in stores]
     found = {
@@ -271,6 +263,6 @@ def costs(run: Run) -> dict[str, float]:
 
 def total(records: Sequence[Json | None], field: str) -> float | None:
     """None where there is nothing to sum, or one of them is unknown: the sum would be too small."""
-    known = [record[field] for record in records if record is not None and field in record]
+    known = [record[field] for record in records if record is not None]
     complete = bool(records) and len(known) == len(records) and None not in known
     return sum(known) if complete else None

@@ -133,10 +133,7 @@ def metrics_of(path: Path) -> list[str]:
 
 
 def project_of(run: Path) -> str:
-    record = read_json(run / "wandb_run.json")
-    if "project" not in record:
-        raise UserError(f"{run}/wandb_run.json names no project; give project=...")
-    return record["project"]
+    return read_json(run / "wandb_run.json")["project"]
 
 
 def chosen_project(given: str | None, logged: Logged | None) -> str:

@@ -258,18 +258,10 @@ class Corpus(Store):
     def open(cls, folder: str | os.PathLike[str], check: str = "size"):
         """The tokenizer's files are small and what they say is believed: hashed at every check."""
         corpus = super().open(folder, check)
-        if corpus.has_tokenizer_hashes:
-            check_fields(
-                Path(folder) / "manifest.json", corpus.manifest, {"tokenizer_files": FILES}
-            )
-            for name, expected in corpus.manifest["tokenizer_files"].items():
-                check_hash(corpus.tokenizer_folder / name, expected, "manifest.json")
+        check_fields(Path(folder) / "manifest.json", corpus.manifest, {"tokenizer_files": FILES})
+        for name, expected in corpus.manifest["tokenizer_files"].items():
+            check_hash(corpus.tokenizer_folder / name, expected, "manifest.json")
         return corpus
-
-    @property
-    def has_tokenizer_hashes(self) -> bool:
-        """Older corpora know the tokenizer's identity alone (slm.store.tokenizer)."""
-        return "tokenizer_files" in self.manifest
 
     @property
     def seq_len(self) -> int:

@@ -31,6 +31,7 @@ def make_store(tmp_path, make_corpus, make_references, tokenizer):
         numbers = np.arange(4)
         run = {
             "selection": selection,
+            "seed": 0,
             "selection_start": start,
             "micro_batch_size": micro_batch_size,
         }

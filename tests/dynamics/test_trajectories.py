@@ -16,7 +16,7 @@ from slm.errors import UserError
 from slm.store.files import write_record
 from slm.store.windows import IGNORE_INDEX, Windows
 
-RUN = {"selection": {"rule": "all"}, "selection_start": 0, "micro_batch_size": 2}
+RUN = {"seed": 0, "selection": {"rule": "all"}, "selection_start": 0, "micro_batch_size": 2}
 
 
 def make_store(folder, corpus, numbers, tokenizer, run=RUN) -> TrajectoryStore:

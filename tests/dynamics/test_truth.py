@@ -87,7 +87,7 @@ def make_analysis(tmp_path, make_corpus, make_references, tokenizer):
         stores = [make_references(tmp_path / "r", corpus, [logprobs], *extra)]
         windows = Windows(corpus, stores if references else [])
         tokens = read_windows(windows, np.arange(8), tokenizer)
-        run = {"selection": selection, "selection_start": 0, "micro_batch_size": 4}
+        run = {"seed": 0, "selection": selection, "selection_start": 0, "micro_batch_size": 4}
         plan = make_plan(windows, np.arange(8), run, "float32")
         store = TrajectoryStore.create(tmp_path / "d", plan, tokens)
         live = np.arange(1, 65) % 9 > 0

@@ -43,7 +43,7 @@ def make_analysis(folder: Any, references: bool = True, losses: np.ndarray = LOS
     if references:
         columns["reference_loss"] = np.full(12, 1.5, np.float32)
     tokens = TokenSet(np.array([3, 8]), IDS.astype(np.uint32), live, columns, PIECES)
-    run = {"selection": EXCESS, "selection_start": 0, "micro_batch_size": 2}
+    run = {"seed": 0, "selection": EXCESS, "selection_start": 0, "micro_batch_size": 2}
     plan = {"kind": "dynamics", "sources": ["web", "math"], "run": run}
     store = TrajectoryStore.create(folder, plan, tokens)
     for index, column in enumerate(losses):

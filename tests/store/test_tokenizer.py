@@ -144,13 +144,6 @@ def test_swapped_ids_are_refused_whenever_the_corpus_is_opened(text_corpus):
         Corpus.open(text_corpus.folder)
 
 
-def test_of_an_older_corpus_swapped_ids_are_refused_when_they_are_used(older_corpus):
-    assert load_corpus_tokenizer(older_corpus).get_vocab()
-    swap_ids(older_corpus.tokenizer_folder)
-    with pytest.raises(UserError, match=r"tokenizer is damaged, or .*: tokenizer_sha256 \w+, mani"):
-        load_corpus_tokenizer(older_corpus)
-
-
 def test_an_upgrade_of_tokenizers_orphans_no_corpus(
     tmp_path, text_corpus, make_corpus, monkeypatch, caplog
 ):

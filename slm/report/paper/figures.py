@@ -319,10 +319,9 @@ def selects(analysis: Analysis) -> bool:
     return True
 
 
-def seed_of(analysis: Analysis) -> int | None:
-    """Of the order of its samples; None where the store does not say."""
-    run = analysis.store.plan["run"]
-    return run["seed"] if "seed" in run else None
+def seed_of(analysis: Analysis) -> int:
+    """Of the order of its samples."""
+    return analysis.store.plan["run"]["seed"]
 
 
 def control_of(run: Analysis, analyses: Sequence[Analysis]) -> Analysis | None:
