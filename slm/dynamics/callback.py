@@ -15,7 +15,6 @@ from lightning import Callback, Trainer
 from slm.dynamics.analysis import run_chooser
 from slm.dynamics.classes import MIN_CHECKPOINTS, RunningFit
 from slm.dynamics.stores import (
-    check_same_tokenizer,
     classify_run,
     draw,
     open_windows,
@@ -29,6 +28,7 @@ from slm.errors import NonFiniteError
 from slm.model.build import check_length
 from slm.model.device import PRECISIONS
 from slm.store.shards import Corpus
+from slm.store.tokenizer import check_same_tokenizer
 from slm.train.callbacks.base import is_due, send, step_ended
 from slm.train.loggers import WandbLog
 
@@ -71,7 +71,8 @@ class TokenDynamics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         training: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
-        check_same_tokenizer(self.windows.corpus, training)
+        mine = self.windows.corpus
+        check_same_tokenizer(mine.folder, mine, f"the training corpus {training.folder}", training)
         check_length(pl_module.lm.model.config, self.windows.corpus.seq_len)
         self.every_tokens = self.every_tokens or even_part(trainer)
         has_it = False

@@ -42,7 +42,7 @@ from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.files import Json, read_json
 from slm.store.shards import Corpus
-from slm.store.tokenizer import is_tokenizer_of
+from slm.store.tokenizer import check_same_tokenizer
 from slm.store.trust import refuse_code
 from slm.store.windows import Windows
 from slm.train.checkpoint import read_checkpoint, read_sidecar, sidecar
@@ -55,12 +55,8 @@ EXACT = ("eager", "sdpa")  # attention that every machine has
 def load_checkpoint(path: Path, corpus: Corpus) -> SelectiveLM:
     """The model of a checkpoint that fits the corpus."""
     saved = read_checkpoint(path)
-    about, expected = saved["about"], corpus.manifest["tokenizer_sha256"]
-    if not is_tokenizer_of(corpus, about["tokenizer_sha256"]):
-        raise UserError(
-            f"{path} was trained with tokenizer {about['tokenizer_sha256']}, {corpus.folder} was "
-            f"made with {expected}"
-        )
+    about = saved["about"]
+    check_same_tokenizer(path, about["tokenizer_sha256"], corpus.folder, corpus)
     fields = json.loads(about["config"])
     refuse_code(str(path), fields)
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)

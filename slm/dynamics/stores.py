@@ -11,11 +11,10 @@ from slm.dynamics.analysis import Analysis, analyse
 from slm.dynamics.classes import CLASSES
 from slm.dynamics.token_set import TokenSet, draw_windows, read_windows
 from slm.dynamics.trajectories import TrajectoryStore
-from slm.errors import UserError
 from slm.names import path_component
 from slm.store.files import Json, hash_json, nested, read_json
 from slm.store.shards import Corpus
-from slm.store.tokenizer import load_corpus_tokenizer, share_tokenizer
+from slm.store.tokenizer import load_corpus_tokenizer
 from slm.store.windows import Windows, open_references
 
 log = logging.getLogger("slm.dynamics")
@@ -88,11 +87,3 @@ def class_rows(analysis: Analysis) -> list[Json]:
 def warn_of_training_text(corpus: Corpus, fingerprint: str) -> None:
     if corpus.fingerprint == fingerprint:
         log.warning("%s is what the run trains on: its tokens are not held out", corpus.folder)
-
-
-def check_same_tokenizer(mine: Corpus, training: Corpus) -> None:
-    found, expected = (corpus.manifest["tokenizer_sha256"] for corpus in (mine, training))
-    if not share_tokenizer(mine, training):
-        raise UserError(
-            f"{mine.folder} has tokenizer {found}, the training corpus {training.folder} {expected}"
-        )

@@ -25,13 +25,13 @@ from slm.console import progress
 from slm.model.build import SelectiveLM, load_model
 from slm.model.device import DTYPES, PRECISIONS, computing, pick_device
 from slm.model.folder import check_model_folder
-from slm.score.command import check_fits, check_tokenizer
+from slm.score.command import check_fits
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.fields import OBJECT, check_fields, one_of
 from slm.store.files import Advance, nothing, read_json, write_csv
 from slm.store.shards import Corpus
-from slm.store.tokenizer import looks_like_hub_name
+from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, looks_like_hub_name
 from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device
 
 log = logging.getLogger("slm.evaluate")
@@ -148,8 +148,9 @@ def evaluate(
     for folder in folders.values():  # all of them before the first forward
         if not looks_like_hub_name(folder):
             check_model_folder("model", folder, check)
+        tokenizer = load_tokenizer(folder)
         for corpus in corpora.values():
-            check_tokenizer(folder, corpus)
+            check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
         warn_of_other_precision(folder, dtype)
     where = pick_device(device)
     total = sum(num_tokens(corpus, max_windows) for corpus in corpora.values())

@@ -24,9 +24,14 @@ from transformers import (
 from slm.errors import UserError
 from slm.model.architecture import new_model, position_limit, text_config, told, with_attention
 from slm.model.folder import check_model_folder, check_savable, quiet_without_terminal
-from slm.model.head import check_head, head_arguments, hidden_states, loss_terms
+from slm.model.head import check_documents, check_head, head_arguments, hidden_states, loss_terms
 from slm.prepare.chat import end_of_turn
-from slm.store.tokenizer import first_line, load_tokenizer, looks_like_hub_name, tokenizer_sha256
+from slm.store.tokenizer import (
+    check_same_tokenizer,
+    first_line,
+    load_tokenizer,
+    looks_like_hub_name,
+)
 from slm.store.trust import check_no_code
 from slm.store.windows import IGNORE_INDEX, Batch, to_device
 from slm_kernels import (
@@ -37,7 +42,6 @@ from slm_kernels import (
 )
 
 CHECK_TOKENS = 128  # of a window, for the checks that need the model's own logits
-LEAK_TOLERANCE = 1e-5  # of the largest hidden state
 SAVED_TOLERANCE = 1e-3  # of the loss, or nats where that is below 1: two devices' rounding
 
 
@@ -64,7 +68,7 @@ def build_lm(
     else:
         if not looks_like_hub_name(init_from):
             check_model_folder("model.init_from", init_from)
-        check_tokenizer(init_from, tokenizer)
+        take_over_tokenizer(init_from, tokenizer)
         check_not_quantized(init_from)
         model = load_model(init_from, attn_implementation)
     check_loss_terms(model, init_from)
@@ -113,14 +117,10 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
 
-def check_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def take_over_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse other token ids; take over a chat template that the corpus's tokenizer lacks."""
     loaded = load_tokenizer(init_from)
-    found, expected = tokenizer_sha256(loaded), tokenizer_sha256(tokenizer)
-    if found != expected:
-        raise UserError(
-            f"model.init_from {init_from} has tokenizer {found}, the corpus has {expected}"
-        )
+    check_same_tokenizer(f"model.init_from {init_from}", loaded, "the corpus", tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = loaded.chat_template
 
@@ -247,7 +247,8 @@ def check_model(lm: SelectiveLM, batch: Batch) -> None:
         with attention_of_torch(lm.model):
             check_head(lm.model, few)
             if "position_ids" in few:
-                check_documents(lm, few)
+                needed_by = "packing=documents, unlike packing=concat,"
+                check_documents(lm.model, few["input_ids"], needed_by)
     except RuntimeError as error:  # fields of its config that do not go together
         raise UserError(f"{type(lm.model).__name__} computes no batch: {told(error)}") from error
     lm.train(training)
@@ -314,26 +315,3 @@ def check_length(config: PreTrainedConfig, seq_len: int) -> None:
     limit = position_limit(config)
     if limit is not None and seq_len > limit:
         raise UserError(f"corpus seq_len is {seq_len}, model max_position_embeddings is {limit}")
-
-
-@torch.no_grad()
-def check_documents(lm: SelectiveLM, batch: Batch) -> None:
-    """Refuse a model that looks back past a restart of position_ids, which packing=documents needs.
-
-    Recurrent models do, and those that take their mask or positions from elsewhere.
-    """
-    ids = batch["input_ids"]
-    index, half = torch.arange(ids.shape[1], device=ids.device), ids.shape[1] // 2
-    restarted = torch.where(index < half, index, index - half).expand_as(ids)
-    others = torch.where(index < half, (ids + 1) % len(head_arguments(lm.model)["weight"]), ids)
-    one, other = (
-        lm.hidden({"input_ids": tokens, "position_ids": restarted})[:, half:]
-        for tokens in (ids, others)
-    )
-    leak = (one - other).abs().max().item()
-    if not leak <= LEAK_TOLERANCE * one.abs().max().item():
-        raise UserError(
-            f"{type(lm.model).__name__} does not keep documents apart (a token of one changes the "
-            f"hidden states of the next by {leak:.3g}), which packing=documents needs; prepare the "
-            "corpus with packing=concat"
-        )

@@ -84,6 +84,32 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
 
 
 @torch.no_grad()
+def check_documents(
+    model: PreTrainedModel,
+    ids: Tensor,  # (B, T)
+    needed_by: str,
+    tolerance: float = 1e-5,  # of the largest hidden state
+) -> None:
+    """Refuse a model that looks back past a restart of position_ids.
+
+    Recurrent models do, and those that take their mask or positions from elsewhere.
+    """
+    index, half = torch.arange(ids.shape[1], device=ids.device), ids.shape[1] // 2
+    restarted = torch.where(index < half, index, index - half).expand_as(ids)
+    others = torch.where(index < half, (ids + 1) % len(head_arguments(model)["weight"]), ids)
+    one, other = (
+        hidden_states(model, {"input_ids": tokens, "position_ids": restarted})[:, half:]
+        for tokens in (ids, others)
+    )
+    leak = (one - other).abs().max().item()
+    if not leak <= tolerance * one.abs().max().item():
+        raise UserError(
+            f"{type(model).__name__} does not keep documents apart (a token of one changes the "
+            f"hidden states of the next by {leak:.3g}), which {needed_by} needs"
+        )
+
+
+@torch.no_grad()
 def check_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     """Refuse a model whose logits our loss does not reproduce: as they are, and made large.
 

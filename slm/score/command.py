@@ -48,7 +48,7 @@ from slm.stage import Folder, stage
 from slm.store.columns import Column, columns_named
 from slm.store.files import Json
 from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
-from slm.store.tokenizer import is_tokenizer_of, load_tokenizer, tokenizer_sha256
+from slm.store.tokenizer import check_same_tokenizer, load_tokenizer
 from slm.store.windows import IGNORE_INDEX, Windows, to_device
 
 log = logging.getLogger("slm.score")
@@ -84,15 +84,6 @@ def way_of(settings: Mapping[str, Any]) -> str:
     return given[0]
 
 
-def check_tokenizer(model: str, corpus: Corpus) -> None:
-    found = tokenizer_sha256(load_tokenizer(model))
-    if not is_tokenizer_of(corpus, found):
-        raise UserError(
-            f"model {model} has tokenizer {found}, {corpus.folder} was made with "
-            f"{corpus.manifest['tokenizer_sha256']}"
-        )
-
-
 def check_fits(lm: SelectiveLM, corpus: Corpus) -> None:
     """Refuse a model that our loss does not reproduce, on two windows."""
     check_length(lm.model.config, corpus.seq_len)
@@ -106,7 +97,7 @@ def load_reference(
     folder: str, corpus: Corpus, device: str, dtype: str, check: str = "size"
 ) -> SelectiveLM:
     check_model_folder("reference_model", folder, check)
-    check_tokenizer(folder, corpus)
+    check_same_tokenizer(f"model {folder}", load_tokenizer(folder), corpus.folder, corpus)
     where = pick_device(device)
     lm = SelectiveLM(load_model(folder)).eval()
     check_fits(lm, corpus)  # in float32: bfloat16 logits would differ by their rounding

@@ -161,19 +161,27 @@ def load_corpus_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def is_tokenizer_of(corpus: Corpus, sha256: str) -> bool:
-    """Is it the identity of the corpus's tokenizer, as it was spelled then or is now?"""
-    if sha256 == corpus.manifest["tokenizer_sha256"]:
-        return True
-    return sha256 == tokenizer_sha256(load_corpus_tokenizer(corpus))
+def spellings(one: Corpus | PreTrainedTokenizerFast | str) -> Iterator[str]:
+    """Identities of a tokenizer: as one was written down, and as these releases spell it."""
+    if isinstance(one, str):
+        yield one
+    elif isinstance(one, Corpus):
+        yield one.manifest["tokenizer_sha256"]
+        yield tokenizer_sha256(load_corpus_tokenizer(one))
+    else:
+        yield tokenizer_sha256(one)
 
 
-def share_tokenizer(one: Corpus, other: Corpus) -> bool:
-    """Do two corpora speak of the same token ids, whatever releases made them?"""
-    if one.manifest["tokenizer_sha256"] == other.manifest["tokenizer_sha256"]:
-        return True
-    first, second = (tokenizer_sha256(load_corpus_tokenizer(corpus)) for corpus in (one, other))
-    return first == second
+def check_same_tokenizer(
+    name: object,
+    theirs: Corpus | PreTrainedTokenizerFast | str,
+    other_name: object,
+    ours: Corpus | PreTrainedTokenizerFast,
+) -> None:
+    """Refuse other token ids, whatever releases made the two. A text is a recorded identity."""
+    first, second = next(spellings(theirs)), next(spellings(ours))
+    if first != second and not {*spellings(theirs)} & {*spellings(ours)}:
+        raise UserError(f"{name} has tokenizer {first}, {other_name} has {second}")
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -8,7 +8,7 @@ from lightning import LightningDataModule
 
 from slm.errors import UserError
 from slm.store.shards import Corpus
-from slm.store.tokenizer import share_tokenizer
+from slm.store.tokenizer import check_same_tokenizer
 from slm.store.windows import Windows, open_references
 from slm.train.order import MicroBatches, Order, Steps
 
@@ -50,16 +50,8 @@ class TokenData(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.consumed_windows = 0
         for name, held in self.heldout.items():
-            self._check_heldout(name, held)
-
-    def _check_heldout(self, name: str, held: Corpus) -> None:
-        field = "tokenizer_sha256"
-        theirs, ours = held.manifest[field], self.corpus.manifest[field]
-        if not share_tokenizer(held, self.corpus):
-            raise UserError(
-                f"held-out set {name} ({held.folder}): {field} is {theirs}, "
-                f"that of {self.corpus.folder} is {ours}"
-            )
+            named_held = f"held-out set {name} ({held.folder})"
+            check_same_tokenizer(named_held, held, self.corpus.folder, self.corpus)
 
     def accumulate(self, world_size: int) -> int:
         """Number of micro-batches of one optimizer step on each rank."""

@@ -211,9 +211,7 @@ def test_another_tokenizer_is_refused_before_any_forward(
     save_model(tmp_path / "c", tiny_llama(), other, "card", {})
     monkeypatch.setattr(evaluation, "corpus_loss", None)
     folder = sets["text"]
-    with pytest.raises(
-        UserError, match=rf"model .*c has tokenizer \w+, {folder} was made with \w+"
-    ):
+    with pytest.raises(UserError, match=rf"model .*c has tokenizer \w+, {folder} has \w+"):
         evaluate(models | {"c": str(tmp_path / "c")}, sets, **settings())
 
 

@@ -344,8 +344,8 @@ def test_what_would_lose_scores_or_move_tokens_is_refused(found, name):
 def test_a_model_that_looks_past_the_beginning_of_a_document_is_refused(found):
     messages = found("refusals")
     assert messages["llama"] == messages["gemma2"] == ""
-    assert "OPTForCausalLM does not keep packed documents apart" in messages["opt"]
-    assert "MambaForCausalLM does not keep packed documents apart" in messages["mamba"]
+    assert "OPTForCausalLM does not keep documents apart" in messages["opt"]
+    assert "MambaForCausalLM does not keep documents apart" in messages["mamba"]
 
 
 def test_a_dataset_that_lost_its_scores_is_refused(found):

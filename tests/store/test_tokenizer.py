@@ -17,10 +17,9 @@ from slm.store.files import read_json, write_json
 from slm.store.shards import Corpus, write_manifest
 from slm.store.tokenizer import (
     EOS,
-    is_tokenizer_of,
+    check_same_tokenizer,
     load_corpus_tokenizer,
     load_tokenizer,
-    share_tokenizer,
     tokenizer_sha256,
     train_tokenizer,
 )
@@ -157,11 +156,15 @@ def test_an_upgrade_of_tokenizers_orphans_no_corpus(
     later = make_corpus(tmp_path / "later", [np.arange(33)], 16)
     assert load_corpus_tokenizer(text_corpus).encode("a text")
     assert f"tokenizer_sha256 new {old}, manifest.json says {old}" in caplog.text
-    assert is_tokenizer_of(text_corpus, old) and is_tokenizer_of(text_corpus, f"new {old}")
-    assert not is_tokenizer_of(text_corpus, f"new {another}")
-    assert share_tokenizer(text_corpus, later) and share_tokenizer(later, text_corpus)
+    for recorded in (old, f"new {old}"):
+        check_same_tokenizer("a", recorded, "b", text_corpus)
+    with pytest.raises(UserError, match=f"^a has tokenizer new {another}, b has {old}$"):
+        check_same_tokenizer("a", f"new {another}", "b", text_corpus)
+    check_same_tokenizer("a", text_corpus, "b", later)
+    check_same_tokenizer("a", later, "b", text_corpus)
     other.save_pretrained(later.tokenizer_folder)
     plan = read_json(later.folder / "plan.json") | {"tokenizer_sha256": f"new {another}"}
     write_json(later.folder / "plan.json", plan)
     write_manifest(later.folder, "tokens", 1)
-    assert not share_tokenizer(text_corpus, Corpus.open(later.folder))
+    with pytest.raises(UserError, match=f"^a has tokenizer {old}, b has new {another}$"):
+        check_same_tokenizer("a", text_corpus, "b", Corpus.open(later.folder))

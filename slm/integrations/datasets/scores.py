@@ -22,7 +22,7 @@ from slm.model.build import SelectiveLM, check_model, load_model
 from slm.model.folder import check_model_folder, model_sha256
 from slm.store.files import hash_json
 from slm.store.tokenizer import looks_like_hub_name
-from slm.store.windows import IGNORE_INDEX, positions
+from slm.store.windows import IGNORE_INDEX, Batch, positions
 from slm.version import __version__
 
 NEEDED = ("with_indices", "features", "new_fingerprint", "desc")
@@ -60,7 +60,8 @@ def score_dataset(
     lm.eval()
     try:
         with torch.autocast(lm.model.device.type, enabled=False):
-            check_fits(lm, bool({"seq_lengths", "position_ids"} & {*dataset.column_names}))
+            documents = bool({"seq_lengths", "position_ids"} & {*dataset.column_names})
+            check_model(lm, probe(lm, documents))
             scored = rows.map(
                 lambda table, numbers: score_table(lm, table, numbers[0], batch_size),
                 with_indices=True,
@@ -82,15 +83,15 @@ def load_folder(name: str | Path) -> PreTrainedModel:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def check_fits(lm: SelectiveLM, documents: bool) -> None:
-    """Refuse a model that our loss does not reproduce, or that looks across documents."""
+def probe(lm: SelectiveLM, documents: bool) -> Batch:
+    """Two rows of any tokens."""
     limit, width = position_limit(lm.model.config), vocabulary(lm)
     length = PROBE_TOKENS if limit is None else min(PROBE_TOKENS, limit)
     ids = torch.arange(2 * length, device=lm.model.device).view(2, length) % width
     batch = {"input_ids": ids, "targets": ids.roll(-1, 1)}
     if documents:
         batch["position_ids"] = torch.arange(length, device=ids.device).expand_as(ids)
-    check_model(lm, batch)
+    return batch
 
 
 def vocabulary(lm: SelectiveLM) -> int:
