@@ -23,8 +23,8 @@ from trl.data_utils import pack_dataset
 
 import warm
 from slm.errors import UserError
-from slm.integrations import dataset_scores
 from slm.integrations.datasets import score_dataset
+from slm.integrations.datasets import scores as dataset_scores
 
 VOCABULARY = 120
 LENGTHS = [5, 1, 17, 2, 0, 9, 30, 9, 12, 3]
