@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def tokenizer():
     return train_tokenizer(TEXT, 300)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_corpus(tokenizer) -> Callable[..., Corpus]:
     """make_corpus(folder, shards of token ids, seq_len) -> Corpus"""
 
@@ -111,7 +112,7 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_references() -> Callable[..., References]:
     """make_references(folder, corpus, log-probs of each shard, entropies) -> References"""
 
@@ -144,12 +145,19 @@ def make_references() -> Callable[..., References]:
     return make
 
 
-@pytest.fixture
-def text_corpus(tmp_path, tokenizer, make_corpus) -> Corpus:
-    """Two shards of real text in windows of 16."""
+@pytest.fixture(scope="session")
+def made_corpus(tmp_path_factory, tokenizer, make_corpus) -> Corpus:
+    """Two shards of real text in windows of 16, for reading."""
     ids = [token for text in TEXT for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
     cut = 16 * 20 + 1
-    return make_corpus(tmp_path / "corpus", [np.array(ids[:cut]), np.array(ids[cut : 2 * cut])], 16)
+    folder = tmp_path_factory.mktemp("made") / "corpus"
+    return make_corpus(folder, [np.array(ids[:cut]), np.array(ids[cut : 2 * cut])], 16)
+
+
+@pytest.fixture
+def text_corpus(tmp_path, made_corpus) -> Corpus:
+    """A test's own copy."""
+    return Corpus.open(shutil.copytree(made_corpus.folder, tmp_path / "corpus"))
 
 
 def swap_ids(folder: Path) -> None:

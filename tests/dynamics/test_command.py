@@ -38,12 +38,19 @@ def crash_and_go_on(config: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> 
     train(config)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, made_corpus) -> Path:
+    words = during(made_corpus, "callbacks.checkpoints.keep=null")
+    return train(compose_train(tmp_path_factory.mktemp("run"), made_corpus.folder, *words)).parent
+
+
 @pytest.fixture
-def run(tmp_path, text_corpus) -> Path:
-    """12 steps of 128 tokens, a checkpoint every second step; losses taken as it trained."""
-    words = during(text_corpus, "callbacks.checkpoints.keep=null")
-    train(compose_train(tmp_path / "run", text_corpus.folder, *words))
-    return tmp_path / "run"
+def run(tmp_path, trained) -> Path:
+    """12 steps of 128 tokens, a checkpoint every second step; losses taken as it trained.
+
+    A test's own copy.
+    """
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def files(folder: Path) -> dict[str, bytes]:
