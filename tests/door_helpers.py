@@ -165,5 +165,5 @@ def run_python(*arguments: str, doors: bool = False, timeout: int = 120) -> str:
 def run_on_ranks(script: str, folder: Path) -> None:
     """Two processes of a test's own file, which is given a folder for what they find."""
     command = [sys.executable, "-W", "ignore", script, str(folder)]
-    codes, said = warm.run_ranks(2, command, PYTHONPATH=os.pathsep.join(sys.path))
+    codes, said = warm.run_ranks(2, command)
     assert codes == [0, 0], said

@@ -28,8 +28,6 @@ STAGES: dict[str, Callable[..., Any]] = {
     "score": slm.score,
     "evaluate": slm.evaluate,
     "harness": harness,
-    "dynamics": slm.dynamics,
-    "report": slm.report,
 }
 
 

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 SET_CHILD_SUBREAPER = 36  # prctl: orphans below become children of the caller
 MODULES = [  # of the commands, and what they import when they run
-    *(f"slm.{name}" for name in ("prepare", "train", "score", "evaluate", "dynamics", "report")),
-    *("slm.verify", "slm.demo", "wandb", "torch._dynamo", "torch.distributed.run"),
-    "transformers.models.llama.modeling_llama",
+    *("slm.prepare.__main__", "slm.score.__main__", "slm.evaluate.__main__", "slm.train.__main__"),
+    *("slm.dynamics.__main__", "slm.report.__main__", "slm.verify", "hypothesis", "pytest"),
+    *("wandb", "torch._dynamo", "transformers.models.llama.modeling_llama"),
 ]
 
 
@@ -90,16 +90,20 @@ def ask(request: Request, streams: list[int]) -> int:
         libc.prctl(SET_CHILD_SUBREAPER, 0)
 
 
-def run_ranks(world: int, words: list[Any], **settings: str) -> tuple[list[int], str]:
-    """As torchrun starts them, all at once: exit codes, and what they printed"""
+def run_ranks(world: int, words: list[Any]) -> tuple[list[int], str]:
+    """As torchrun starts them, all at once: exit codes, and what they printed.
+
+    They find what this process finds, the tests' helpers among it.
+    """
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    common |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     ranks = [
-        Popen(words, env=os.environ | settings | {k: str(v) for k, v in mine.items()}, **said)
+        Popen(words, env=os.environ | {k: str(v) for k, v in mine.items()}, **said)
         for mine in (common | {"RANK": r, "LOCAL_RANK": r, "GROUP_RANK": 0} for r in range(world))
     ]
     texts = [rank.communicate(timeout=300)[0] for rank in ranks]
@@ -177,6 +181,7 @@ def execute(words: list[str]) -> None:
         exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
     elif words[0] == "-m":
         sys.argv = words[1:]
+        os.environ["PYTHONSAFEPATH"] = "1"  # what `import slm` does, which is done
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -244,12 +244,14 @@ def refused_import() -> str:
     return ""
 
 
-def main(name: str, folder: str) -> None:
+def main(folder: str) -> None:
     os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # otherwise it waits for the network
-    make_model().save_pretrained(Path(folder) / "model")
-    make_tokenizer("right").save_pretrained(Path(folder) / "model")
-    with contextlib.chdir(folder):
-        torch.save(globals()[f"run_{name}"](Path(folder)), "found.pt")
+    for run in (run_rows, run_packed, run_collators, run_refusals):
+        own = Path(folder) / run.__name__.removeprefix("run_")
+        make_model().save_pretrained(own / "model")
+        make_tokenizer("right").save_pretrained(own / "model")
+        with contextlib.chdir(own):
+            torch.save(run(own), "found.pt")
 
 
 # ---- here ---------------------------------------------------------------------------------------
@@ -257,19 +259,12 @@ def main(name: str, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """By name, what a run left; each is run once."""
-    made: dict[str, Any] = {}
-
-    def run(name: str) -> Any:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            code = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import test_axolotl as here"
-            call = f"{code}; here.main({name!r}, {str(folder)!r})"
-            run_python("-W", "ignore", "-c", call, doors=True, timeout=300)
-            made[name] = torch.load(folder / "found.pt", weights_only=False)
-        return made[name]
-
-    return run
+    """By name, what a run left; one process runs them all."""
+    folder = tmp_path_factory.mktemp("axolotl")
+    code = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import test_axolotl as here"
+    call = f"{code}; here.main({str(folder)!r})"
+    run_python("-W", "ignore", "-c", call, doors=True, timeout=300)
+    return lambda name: torch.load(folder / name / "found.pt", weights_only=False)
 
 
 def test_accumulated_rows_take_the_step_of_the_definition(found):

@@ -1,6 +1,6 @@
 """Problems to solve, and torch.empty filled with NaN: an output left unwritten fails a test."""
 
-import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
+
+import warm
 
 
 class Problem(NamedTuple):
@@ -59,10 +60,13 @@ def make_problem() -> Callable[..., Problem]:
 
 @pytest.fixture
 def run_on_ranks() -> Callable[[Callable[[int, int, str], None], int, Path], None]:
-    """Run `work(rank, world, folder)` in processes forked from one that has imported torch."""
+    """Run a test file's `work(rank, world, folder)` in processes of their own."""
 
     def run(work: Callable[[int, int, str], None], world: int, folder: Path) -> None:
-        multiprocessing.set_forkserver_preload(["torch.distributed", "hypothesis", "pytest"])
-        start_processes(work, (world, str(folder)), world, start_method="forkserver")
+        file = Path(work.__code__.co_filename)
+        code = f"import os, sys; sys.path.insert(0, {str(file.parent)!r}); import {file.stem} as it"
+        call = f"{code}; it.{work.__name__}(int(os.environ['RANK']), {world}, {str(folder)!r})"
+        codes, said = warm.run_ranks(world, [sys.executable, "-c", call])
+        assert codes == [0] * world, said
 
     return run

@@ -1,30 +1,34 @@
 """The kernels' benchmark runs at toy size, and what the kernels compile to passes the gate."""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import warm
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
-def run(script: str, *words: str) -> str:
-    # The gate compiles; with the interpreter there would be nothing to compile.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BENCHMARKS / script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def run(script: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__file__, *words])
+    script.main()
 
 
 @pytest.mark.slow
-def test_benchmark_at_toy_size(tmp_path):
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_benchmark_at_toy_size(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench, plot = importlib.import_module("bench"), importlib.import_module("plot")
+    monkeypatch.setattr(bench.subprocess, "run", warm.run)
     out = tmp_path / "rows.csv"
     words = ("--small", "--device", "cpu", "--ratio", "0.6", "--only", "ours", "plain torch")
-    run("bench.py", *words, "--out", str(out))
+    run(bench, monkeypatch, *words, "--out", str(out))
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
     peers = {row["peer"] for row in rows}
@@ -33,14 +37,19 @@ def test_benchmark_at_toy_size(tmp_path):
     for row in rows:
         assert float(row["low_ms"]) <= float(row["median_ms"]) <= float(row["high_ms"])
         assert row["torch"] and row["device"]
-    run("plot.py", str(out))
+    run(plot, monkeypatch, str(out))
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_kernels_compile_without_spills_and_with_tensor_cores():
-    table = run("compiled.py", "--dtype", "bf16").splitlines()  # all: `make compile-gate`
-    kernels = [line.split()[0] for line in table[2:]]
+    # With the interpreter there would be nothing to compile.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(BENCHMARKS / "compiled.py"), "--dtype", "bf16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # all dtypes: `make compile-gate`
+    kernels = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     assert len(kernels) == 32 and set(kernels) == {"stats", "score", "gradient", "cached"}
 
 

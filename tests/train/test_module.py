@@ -583,7 +583,7 @@ def break_one_of_two_ranks(folder: str, _: str) -> None:
 
 def run_script(function: str, folder: Path, ranks: int) -> None:
     command = [sys.executable, "-W", "ignore", __file__, function, str(folder), str(ranks)]
-    codes, said = warm.run_ranks(ranks, command, PYTHONPATH=os.pathsep.join(sys.path))
+    codes, said = warm.run_ranks(ranks, command)
     assert codes == [0] * ranks, said
 
 
