@@ -6,7 +6,7 @@ INSTALLED = $(VENV)/.installed
 
 # Two processes of one thread each: half the time on two cores, and torch's threads do not compete.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 TRITON ?= 3.6.0
 RESULTS ?= gpu-results
@@ -16,8 +16,9 @@ RESULTS ?= gpu-results
 demo: $(INSTALLED)
 	$(BIN)/slm demo
 
-test: $(INSTALLED) lint types
-	$(PYTEST)
+# The types are checked beside the tests: alone they would leave a core idle for a minute.
+test: $(INSTALLED) lint
+	$(BIN)/basedpyright & types=$$!; $(PYTEST); tests=$$?; wait $$types && exit $$tests
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow"
