@@ -17,7 +17,6 @@ import numpy as np
 
 from slm.console import progress
 from slm.errors import UserError
-from slm.model.folder import verify_weights
 from slm.model.serving import broken_rules, notes
 from slm.prepare.labels import LABELS
 from slm.score.cost import references_cost
@@ -175,6 +174,8 @@ def check_labels(corpus: Corpus) -> None:
 
 def verify_model(path: Path, advance: Advance) -> str:
     """Its files are whole, and an inference engine finds in them what it needs."""
+    from slm.model.folder import verify_weights  # imports torch
+
     about = verify_weights(path, advance)
     broken = broken_rules(path)
     if broken and (path / "slm.json").exists():

@@ -28,6 +28,8 @@ STAGES: dict[str, Callable[..., Any]] = {
     "score": slm.score,
     "evaluate": slm.evaluate,
     "harness": harness,
+    "dynamics": slm.dynamics,
+    "report": slm.report,
 }
 
 
