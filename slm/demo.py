@@ -267,7 +267,8 @@ def print_table(out: Path, config: Any) -> None:
 
 
 def figure(out: Path) -> None:
-    from slm.report.paper.plots import loss_figure
+    from slm.report.paper.plots import draw
+    from slm.report.sweep_figures import loss_curves
     from slm.train.curves import read_curve
 
     folders = run_folders(out)
@@ -283,7 +284,8 @@ def figure(out: Path) -> None:
         for folder in folders[name]
     ]
     reference = read_curve(folders["reference"][0], "reference", "docs").loss[-1]
-    loss_figure(curves, {"reference model": reference}, f"Loss on {HELDOUT}", out / "figure.png")
+    lines = {"reference model": float(reference)}
+    draw(loss_curves(curves, lines, f"Loss on {HELDOUT}"), out / "figure.png")
 
 
 def report(out: Path) -> None:

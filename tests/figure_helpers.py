@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.container import BarContainer
 
 from slm.dynamics.analysis import Analysis, analyse
 from slm.dynamics.token_set import TokenSet
@@ -103,8 +104,8 @@ def lines_of(path: Path, unit: str = "loss_nats") -> dict[tuple[str, str], dict[
 
 
 def drawn_of(axes: Any) -> list[tuple[list[float], list[float]]]:
-    """The lines of a panel, without the points that are marked."""
-    lines = [line for line in axes.lines if line.get_marker() == "None"]
+    """The lines of a panel, without the points that stand out."""
+    lines = [line for line in axes.lines if line.get_zorder() < 3]
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
 
 
@@ -116,3 +117,10 @@ def assert_drawn(axes: Any, expected: list[dict[int, float]]) -> None:
 def assert_files(path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in path.with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def values_of(axes: Any) -> list[list[float]]:
+    """What the lines and bars of a panel measure."""
+    groups = [group for group in axes.containers if isinstance(group, BarContainer)]
+    bars = [[bar.get_height() for bar in group] for group in groups]
+    return bars or [[y for y in ys if not np.isnan(y)] for _, ys in drawn_of(axes)]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slm.report.paper.plots import loss_figure
+from slm.report.paper.plots import draw
+from slm.report.sweep_figures import loss_curves
 from slm.train.curves import Curve, read_curve
 
 HERE = Path(__file__).parent
@@ -74,13 +75,13 @@ def main() -> None:
     }
     curves = {arm: [in_domain(folder, ARMS[arm]) for folder in folders[arm]] for arm in TRAINED}
     reference = in_domain(out / "runs" / "reference", "reference").loss[-1]
-    loss_figure(
+    figure = loss_curves(
         [curve for runs in curves.values() for curve in runs],
         {"reference model": float(reference)},
         "In-domain loss (mean of GSM8K test and MATH-500), thin lines are seeds",
-        HERE / "figure.png",
         start=1,
     )
+    draw(figure, HERE / "figure.png")
     target = float(np.mean([curve.loss[-1] for curve in curves["all"]]))
     with open(HERE / "tokens_to_match.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

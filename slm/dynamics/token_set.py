@@ -17,16 +17,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from slm.errors import UserError
-from slm.score.token_texts import vocabulary_bytes
+from slm.score.token_texts import vocabulary_bytes, whole_characters
 from slm.store.columns import COLUMNS, DTYPE
 from slm.store.fields import FILES, SIZE, check_fields
 from slm.store.files import hash_file, map_array, read_json, write_array, write_json, write_record
 from slm.store.windows import IGNORE_INDEX, Windows
+
+CONTEXT = 12  # tokens on either side of one
 
 
 def target_columns() -> dict[str, str]:
@@ -186,3 +189,41 @@ def read_token_set(folder: Path) -> TokenSet:
         },
         {int(k): bytes.fromhex(piece) for k, piece in read_json(folder / "pieces.json").items()},
     )
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """A target with the text around it, from its own window."""
+
+    id: int
+    window: int  # of the corpus
+    before: str
+    text: str
+    bytes: str | None  # `e2 80`, where the token is no whole characters
+    after: str
+
+
+def in_context(tokens: TokenSet, target: int) -> Context:
+    row, position = tokens.places[target]
+    place = int(position) + 1  # among the window's T + 1 tokens
+    ids = tokens.tokens[row].tolist()
+    pieces = [tokens.pieces[token] for token in ids]
+    texts = whole_characters(pieces)
+    return Context(
+        id=ids[place],
+        window=int(tokens.windows[row]),
+        before="".join(texts[max(0, place - CONTEXT) : place]),
+        text=texts[place],
+        bytes=None if is_whole(pieces[place]) else pieces[place].hex(" "),
+        after="".join(texts[place + 1 : place + 1 + CONTEXT]),
+    )
+
+
+def is_whole(piece: bytes) -> bool:
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -20,14 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.dynamics.analysis import Analysis, histogram
+from slm.dynamics.class_figures import Shown
 from slm.dynamics.classes import ARROWS, CLASSES, MEANING, draw_examples
-from slm.dynamics.token_set import TokenSet
+from slm.dynamics.colours import CLASS_COLOURS, tint
+from slm.dynamics.figure import Figure
+from slm.dynamics.figures import FIGURES, made
+from slm.dynamics.token_set import in_context
 from slm.score.token_texts import whole_characters
 from slm.train.loggers import Media
 
 EXCESS_BINS, EXCESS_LIMIT_NATS = 64, 8.0  # a quarter of a nat each, 0 is an edge
-CONTEXT_TOKENS = 12
-COLORS = {"HH": "#f6c08a", "LH": "#e6a5d0", "HL": "#9ccbf2", "LL": "#a9dcc9"}
+GROUNDS = {name: tint(colour) for name, colour in CLASS_COLOURS.items()}
 Ends = tuple[np.ndarray, np.ndarray]  # losses (M,) at the first and at the last checkpoint
 STYLE = """
 body{font:13px/1.7 ui-monospace,monospace;color:#111;background:#fff}
@@ -144,14 +147,13 @@ def final_media(analysis: Analysis, seed: int = 0) -> dict[str, Media]:
     """What is logged once, at the end."""
     found: dict[str, Media] = {
         "dynamics/by_class": by_class(analysis),
-        "dynamics/loss_by_class": class_lines(analysis, "loss", analysis.class_losses),
         "dynamics/examples": examples(analysis, seed=seed),
         "dynamics/heat_map": heat_map(analysis, seed=seed),
     }
-    if analysis.kept is not None:
-        rates = class_lines(analysis, "share kept", analysis.kept.by_class)
-        found["dynamics/kept_frac_by_class"] = rates
-    return found
+    drawn = made([kind for kind in FIGURES if kind.wandb], Shown(analysis, seed=seed))
+    return found | {
+        f"dynamics/{kind.name}": lines_of(figure, kind.wandb) for kind, figure in drawn.items()
+    }
 
 
 def final_summary(analysis: Analysis) -> dict[str, float]:
@@ -185,14 +187,14 @@ def known(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def class_lines(analysis: Analysis, what: str, values: np.ndarray) -> Lines:  # (C, 4)
+def lines_of(figure: Figure, title: str) -> Lines:
+    """W&B refuses NaN."""
     curves = {}
-    for index, name in enumerate(CLASSES):
-        there = ~np.isnan(values[:, index])
-        if there.any():
-            places = analysis.tokens_seen[there].tolist()
-            curves[f"{name} {MEANING[name]}"] = (places, values[there, index].tolist())
-    return Lines(f"{what} by final class", curves)
+    for one in (one for panel in figure.panels for one in panel.series):
+        there = ~np.isnan(one.y)
+        places = np.asarray(one.x)[there].tolist()
+        curves[f"{one.name} {one.note}".strip()] = (places, one.y[there].tolist())
+    return Lines(title, curves)
 
 
 # ---- tokens in their context --------------------------------------------------------------------
@@ -201,25 +203,15 @@ def class_lines(analysis: Analysis, what: str, values: np.ndarray) -> Lines:  # 
 def examples(analysis: Analysis, per_class: int = 25, seed: int = 0) -> Rows:
     """Tokens drawn from each class, with what surrounds them."""
     index = np.concatenate(draw_examples(analysis.trajectories.label, per_class, seed))
-    places = analysis.tokens.places[index]
-    texts = [context(analysis.tokens, row, position + 1) for row, position in places]
+    found = [in_context(analysis.tokens, int(target)) for target in index]
     columns = {
         "class": [CLASSES[label] for label in analysis.trajectories.label[index]],
-        **dict(zip(("token", "before", "after"), map(list, zip(*texts, strict=True)), strict=True)),
+        "token": [one.text if one.bytes is None else f"\u27e8{one.bytes}\u27e9" for one in found],
+        "before": [one.before for one in found],
+        "after": [one.after for one in found],
         **numbers_of(analysis, index),
     }
     return Rows(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
-
-
-def context(tokens: TokenSet, window: int, place: int) -> tuple[str, str, str]:
-    """Text of the token at `place` of a window's T + 1, before it and after it."""
-    row = tokens.tokens[window]
-    before, after = row[max(0, place - CONTEXT_TOKENS) : place], row[place + 1 :][:CONTEXT_TOKENS]
-    return text(tokens, row[place : place + 1]), text(tokens, before), text(tokens, after)
-
-
-def text(tokens: TokenSet, ids: np.ndarray) -> str:
-    return b"".join(tokens.pieces[int(index)] for index in ids).decode(errors="replace")
 
 
 def numbers_of(analysis: Analysis, index: np.ndarray) -> dict[str, list[Any]]:
@@ -254,7 +246,7 @@ def heat_map(
         window_html(analysis, ends, row, int(starts[row]), num_tokens) for row in np.sort(drawn)
     ]
     legend = " ".join(
-        f'<b style="background:{COLORS[name]}">&nbsp;{escape(class_text(name))} '
+        f'<b style="background:{GROUNDS[name]}">&nbsp;{escape(class_text(name))} '
         f"{share.share:.1%}&nbsp;</b>"
         for name, share in analysis.shares.items()
     )
@@ -289,4 +281,4 @@ def token_html(analysis: Analysis, ends: Ends, target: int, piece: str) -> str:
     if analysis.kept is not None:
         said.append(f"selected {analysis.kept.times[target]} of {len(analysis.losses)}")
     title, shown = escape(", ".join(said)), escape(piece).replace("\n", "\u21b5\n")
-    return f'<span style="background:{COLORS[name]}" title="{title}">{shown}</span>'
+    return f'<span style="background:{GROUNDS[name]}" title="{title}">{shown}</span>'

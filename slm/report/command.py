@@ -17,12 +17,9 @@ named and left out of the tables; their token losses so far are shown.
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from slm.cli import command
 from slm.command_keys import REPORT
@@ -36,19 +33,17 @@ from slm.dynamics.analysis import (
     store_folders,
 )
 from slm.dynamics.classes import MIN_CHECKPOINTS
+from slm.dynamics.figure import Figure
+from slm.dynamics.figures import Kind, made
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.dynamics.truth import kept_rows, truth_rows
 from slm.errors import UserError
 from slm.names import file_name
-from slm.report.arms import Arm, Run, arms_of, base, check_heldout, check_runs, read_runs
+from slm.report.arms import Arm, Run, arms_of, check_heldout, check_runs, read_runs
 from slm.report.page.page import SweepFigures, write_page
 from slm.report.paper.figures import paper_figures
-from slm.report.paper.plots import (
-    RatioPanel,
-    TokensPanel,
-    ratio_figure,
-    tokens_figure,
-)
+from slm.report.paper.plots import draw
+from slm.report.sweep_figures import CONTROL, SWEEP_FIGURES, Sweep
 from slm.report.table import REACH_NOTE, control_losses, markdown, table_rows
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
@@ -58,7 +53,6 @@ from slm.train.curves import folders_of, run_folders
 
 log = logging.getLogger("slm.report")
 MADE_BY = "slm report"
-CONTROL = "all tokens"
 MAX_PANELS = 8  # in one picture
 MOST_BYTES = 150  # of a set's name in a file's
 
@@ -116,48 +110,16 @@ def check_sets(baselines: Sequence[Arm], sets: Sequence[str]) -> None:
 # ---- the figures --------------------------------------------------------------------------------
 
 
-def ratio_panel(
-    name: str, arms: Sequence[Arm], control: dict[str, float], baselines: Sequence[Arm]
-) -> RatioPanel:
-    lines: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
-    flat: dict[str, float] = {}
-    controls = {CONTROL: control[name]} if control else {}
-    for arm in arms:
-        if arm.select_ratio is not None:
-            lines[arm.line].append((arm.select_ratio, arm.losses(name)))
-        elif not arm.takes_all_tokens:
-            flat[arm.label] = float(np.mean(arm.losses(name)))
-    controls |= {arm.label: float(np.mean(arm.losses(name))) for arm in baselines}
-    return RatioPanel(name, lines, flat, controls)
-
-
-def short_label(run: Run) -> str:
-    return base(run) if run.select_ratio is None else f"k = {run.select_ratio:g}"
-
-
-def tokens_panels(name: str, arms: Sequence[Arm]) -> list[TokensPanel]:
-    """One panel a line, the arms that train on all tokens in each of them."""
-    selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
-    controls = [arm for arm in arms if arm.takes_all_tokens]
-    panels = []
-    for line in dict.fromkeys(arm.line for arm in selecting):
-        mine = [arm for arm in selecting if arm.line == line]
-        curves = [
-            run.curves[name]._replace(label=short_label(run)) for arm in mine for run in arm.runs
-        ]
-        black = [run.curves[name]._replace(label=CONTROL) for arm in controls for run in arm.runs]
-        panels.append(TokensPanel(f"{line}, {name}", curves, black))
-    return panels
-
-
-def tokens_figures(sets: Sequence[str], arms: Sequence[Arm], out: Path) -> None:
-    """One picture, or one a set where it would have too many panels."""
-    grid = {name: tokens_panels(name, arms) for name in sets}
-    if sum(map(len, grid.values())) <= MAX_PANELS:
-        tokens_figure(list(grid.values()), out / "loss_vs_tokens.png")
-        return
-    for name, panels in grid.items():
-        tokens_figure([panels], out / f"loss_vs_tokens_{file_name(name, MOST_BYTES)}.png")
+def draw_sweep(figures: Mapping[Kind, Figure], out: Path) -> None:
+    """One picture a figure, or one a group of its panels where they are too many for one."""
+    for kind, figure in figures.items():
+        groups = list(dict.fromkeys(panel.group for panel in figure.panels))
+        if len(figure.panels) <= MAX_PANELS or groups == [""]:
+            draw(figure, out / f"{kind.name}.png")
+            continue
+        for group in groups:
+            mine = figure._replace(panels=[p for p in figure.panels if p.group == group])
+            draw(mine, out / f"{kind.name}_{file_name(group, MOST_BYTES)}.png")
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -196,13 +158,10 @@ def sweep_report(
     write_csv(out / "table.csv", rows)
     with atomic_file(out / "table.md") as file:
         file.write(markdown(rows, sets, left_out).encode())
-    panels = [ratio_panel(name, arms, control, baselines) for name in sets]
-    ratio_figure(panels, out / "loss_vs_k.png")
-    tokens_figures(sets, arms, out)
-    rows_of_panels = [tokens_panels(name, arms) for name in sets]
+    figures = made(SWEEP_FIGURES, Sweep(arms, baselines, control, sets))
+    draw_sweep(figures, out)
     notes = [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]
-    against_k = [panel for panel in panels if panel.rules or panel.flat]
-    return SweepFigures(against_k, rows_of_panels, sets, rows, [REACH_NOTE, *notes])
+    return SweepFigures(figures, sets, rows, [REACH_NOTE, *notes])
 
 
 # ---- token dynamics -----------------------------------------------------------------------------
@@ -300,12 +259,12 @@ def dynamics_report(
         for analysis in analyses
         if (folder := analysis.store.folder.parents[1]) in of_run
     ]
-    paper_figures(analyses, out / "figures", curves, name)
     truth: list[Json] = []
     with progress("signal and noise", len(analyses), "runs") as advance:
         for analysis in analyses:
             truth += truth_rows(analysis)
             advance(1)
+    paper_figures(analyses, out / "figures", curves, name, truth)
     rule = [row for analysis in analyses for row in kept_rows(analysis)]
     for stem, rows in (("truth", truth), ("truth_kept", rule)):
         if rows:

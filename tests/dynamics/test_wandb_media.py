@@ -13,9 +13,8 @@ from slm.dynamics.classes import CLASSES
 from slm.dynamics.token_set import TokenSet
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.dynamics.wandb_media import (
-    COLORS,
+    GROUNDS,
     by_class,
-    class_lines,
     dynamics_metrics,
     examples,
     excess_histograms,
@@ -125,7 +124,9 @@ def test_the_table_by_class_has_every_checkpoint(analysis):
 def test_curves_leave_out_what_no_token_has(tmp_path):
     losses = np.array([KINDS["HH"], KINDS["LL"]] * 6).T.astype(np.float32)
     found = make_analysis(tmp_path / "d", losses=losses)
-    lines = class_lines(found, "loss", found.class_losses)
+    lines: Any = final_media(found)["dynamics/loss_by_class"]
+    assert lines.title == "loss by final class"
+    assert lines.curves.pop("all tokens") == ([0, 100, 200], [2.5] * 3)
     assert lines.curves == {
         "HH not learned": ([0, 100, 200], [5.0, 5.0, 5.0]),
         "LL easy from the start": ([0, 100, 200], [0.0, 0.0, 0.0]),
@@ -140,9 +141,9 @@ def test_examples_show_the_token_its_context_and_its_losses(analysis):
     # The tokens of L->H are the targets 1, 5 and 9.
     assert rows[3] == {
         "class": "LH",
-        "token": "\ufffd",  # the first half of a character
+        "token": "\u27e8c3\u27e9",  # the first half of a character
         "before": " the<b>",
-        "after": "\ufffd\n the<b>",
+        "after": "\u00e4\n the<b>",
         "source": "web",
         "loss_first": 1.0,
         "loss_last": 3.0,
@@ -172,7 +173,7 @@ def test_without_references_their_columns_are_absent(tmp_path):
 def test_the_heat_map_colours_escaped_text_by_class(analysis):
     page = heat_map(analysis).html
     found = re.findall(r'<span style="background:(#\w+)" title="([^"]*)">([^<]*)</span>', page)
-    colors = {color: name for name, color in COLORS.items()}
+    colors = {color: name for name, color in GROUNDS.items()}
     assert [colors[color] for color, _, _ in found] == ORDER
     assert [html.unescape(piece) for _, _, piece in found] == [
         *("<b>", "", "\u00e4", "\u21b5\n", " the", "<b>"),

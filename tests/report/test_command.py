@@ -68,8 +68,7 @@ def test_the_markdown_table_has_a_line_an_arm(tmp_path, sweep):
 
 def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch):
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(report_module, "ratio_figure", lambda *a: drawn.update(ratio=a[0]))
-    monkeypatch.setattr(report_module, "tokens_figure", lambda *a: drawn.update(tokens=a[0]))
+    monkeypatch.setattr(report_module, "draw", lambda found, path: drawn.update({path.stem: found}))
     make_run(tmp_path / "ref", "All", None, final=2.0, corpus_fingerprint="0", tokens_seen=BUDGET)
     make_run(tmp_path / "sweep" / "soft", "Sigmoid", None, final=3.5)
     rows = report(
@@ -77,18 +76,36 @@ def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch
     ).rows
     assert rows[-1]["arm"] == "the reference" and rows[-1]["mean"] == 4.0
     assert rows[-1]["tokens_to_all_tokens_loss"] == 250  # 10 at 200, 4 at 400, 8.5 between
-    (panel, other), (first, *_) = drawn["ratio"], drawn["tokens"]
-    assert panel.rules == {
-        "excess": [(0.5, [3.0, 3.25]), (1.0, [4.0, 4.5])],
-        "random": [(0.5, [4.5, 4.75]), (1.0, [4.0, 4.5])],
+    panel, other = drawn["loss_vs_k"].panels
+    assert ends_of(panel) == {
+        "excess": ([0.5, 1.0], [3.0, 4.0], [3.25, 4.5]),
+        "random": ([0.5, 1.0], [4.5, 4.0], [4.75, 4.5]),
+        "sigmoid": ([0.5, 1.0], [3.5, 3.5], [3.5, 3.5]),
+        "all tokens": ([0.5, 1.0], [4.25, 4.25], [4.25, 4.25]),
+        "the reference": ([0.5, 1.0], [2.0, 2.0], [2.0, 2.0]),
     }
-    assert panel.flat == {"sigmoid": 3.5}
-    assert panel.lines == {"all tokens": 4.25, "the reference": 2.0}
-    assert other.lines["all tokens"] == 8.5
-    assert [panel.title for panel in first] == ["excess, a", "random, a", "sigmoid, a"]
-    assert [curve.label for curve in first[0].curves] == ["k = 0.5"] * 2
-    assert [curve.label for curve in first[2].curves] == ["sigmoid"]
-    assert [curve.loss[-1] for curve in first[0].controls] == [4.0, 4.5, 4.0, 4.5]
+    assert ends_of(other)["all tokens"][1] == [8.5, 8.5]
+    panels = drawn["loss_vs_tokens"].panels
+    assert [panel.title for panel in panels[:3]] == ["excess, a", "random, a", "sigmoid, a"]
+    last = [(one.text, one.is_seed, float(one.y[-1])) for one in panels[0].series]
+    assert last == [
+        *(("k = 0.5", True, 3.0), ("k = 0.5", True, 3.25), ("k = 0.5", False, 3.125)),
+        *(("all tokens", True, loss) for loss in (4.0, 4.5, 4.0, 4.5)),
+        ("all tokens", False, 4.25),
+    ]
+    assert [one.text for one in panels[2].series][0] == "sigmoid"
+
+
+def ends_of(panel: Any) -> dict[str, tuple[list[float], list[float], list[float]]]:
+    """Of each series: x, and its interval or itself."""
+    return {
+        one.text: (
+            list(one.x),
+            (one.y if one.low is None else one.low).tolist(),
+            (one.y if one.high is None else one.high).tolist(),
+        )
+        for one in panel.series
+    }
 
 
 def test_sets_can_be_chosen(tmp_path, sweep):
@@ -255,16 +272,14 @@ def test_a_baseline_without_any_of_the_sets_cannot_be_drawn(tmp_path):
     [(4, ["loss_vs_tokens"]), (5, ["loss_vs_tokens_a", "loss_vs_tokens_b"])],
 )
 def test_many_panels_become_a_picture_a_set(tmp_path, monkeypatch, rules, expected):
-    drawn: dict[str, list[list[Any]]] = {}
-    monkeypatch.setattr(report_module, "ratio_figure", lambda *a: None)
-    monkeypatch.setattr(
-        report_module, "tokens_figure", lambda grid, path: drawn.update({path.stem: grid})
-    )
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(report_module, "draw", lambda found, path: drawn.update({path.stem: found}))
     for i in range(rules):
         make_run(tmp_path / "runs" / f"{i}", f"Rule{i}")
     report(**config(tmp_path / "runs", tmp_path / "out"))
-    assert list(drawn) == expected
-    assert {len(panels) for grid in drawn.values() for panels in grid} == {rules}
+    assert list(drawn) == ["loss_vs_k", *expected]
+    panels = [len(drawn[name].panels) for name in expected]
+    assert panels == [2 * rules // len(expected)] * len(expected)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +295,13 @@ def test_settings_of_the_wrong_shape_are_refused(tmp_path, key, value, message):
     settings[key] = value
     with pytest.raises(UserError, match=message):
         report(**settings)
+
+
+def test_without_an_arm_that_selects_nothing_is_drawn_against_k(tmp_path):
+    report(**config(make_run(tmp_path / "run", "All", None), tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "loss_vs_tokens.png" in names and "loss_vs_k.png" not in names
+    assert list(data_of(tmp_path / "out" / "report.html")["sweep"]) == ["tokens"]
 
 
 # ---- token dynamics -----------------------------------------------------------------------------

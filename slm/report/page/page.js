@@ -50,13 +50,13 @@ function fillToken(element, text, bytes) {
 // ---- figures -----------------------------------------------------------------------------------
 
 const probe = byId("tip").appendChild(make("span"));
-function shade(name) { // "var(--HH)" -> "rgb(213, 94, 0)", in light or dark
+function shade(name) { // "light-dark(#d55e00, #f08a3c)" -> "rgb(213, 94, 0)", in light or dark
   probe.style.color = name;
   return getComputedStyle(probe).color;
 }
 
 function shaded(value) {
-  if (typeof value === "string") return value.startsWith("var(--") ? shade(value) : value;
+  if (typeof value === "string") return /^(var|light-dark)\(/.test(value) ? shade(value) : value;
   if (Array.isArray(value)) return value.map(shaded);
   if (value === null || typeof value !== "object") return value;
   return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, shaded(inner)]));
@@ -99,11 +99,15 @@ function redraw() {
   for (const element of document.querySelectorAll(".plot")) if (element.figure) draw(element, element.figure);
 }
 
-// A row of figures that come with their titles.
-function panels(parent, figures) {
+// What a section shows: figures with their titles and captions, side by side.
+function fill(section, figures) {
+  const parent = document.querySelector(`[data-section=${section}]`);
+  for (const old of parent.querySelectorAll(".plot")) { sizes.unobserve(old); Plotly.purge(old); }
   parent.replaceChildren(...figures.map((figure) => {
-    const box = make("figure");
-    box.append(make("h4", "", figure.title), make("div", "plot"));
+    const box = make("figure"), plot = make("div", "plot");
+    plot.dataset.figure = figure.figure;
+    box.append(make("h4", "", figure.title), plot);
+    if (figure.caption) box.append(make("figcaption", "", figure.caption));
     return box;
   }));
   figures.forEach((figure, index) => draw(parent.children[index].querySelector(".plot"), figure));
@@ -116,14 +120,14 @@ function showRun(index) {
   state.place = 0;
   const run = page.runs[index];
   for (const part of document.querySelectorAll("[data-run]")) part.hidden = Number(part.dataset.run) !== index;
-  const has = { kept: "times" in run.columns, excess: run.excess.length > 0, truth: "truth" in run.figures, truth_kept: "truth_kept" in run.figures };
-  for (const part of document.querySelectorAll("[data-has]")) part.hidden = !has[part.dataset.has];
-  for (const part of document.querySelectorAll("[data-needs]")) part.hidden = has[part.dataset.needs];
-  if ((state.mode === "excess" && !has.excess) || (state.mode === "times" && !has.kept)) setMode("class");
-  for (const element of document.querySelectorAll(".plot[data-figure]")) {
-    if (element.dataset.figure in run.figures) draw(element, run.figures[element.dataset.figure]);
+  const figuresOf = (section) => run.figures[section] || [];
+  for (const part of document.querySelectorAll("[data-has]")) part.hidden = figuresOf(part.dataset.has).length === 0;
+  for (const part of document.querySelectorAll("[data-needs]")) part.hidden = figuresOf(part.dataset.needs).length > 0;
+  for (const part of document.querySelectorAll("[data-column]")) part.hidden = !(part.dataset.column in run.columns);
+  if (state.mode !== "class" && !(state.mode in run.columns)) setMode("class");
+  for (const { dataset } of document.querySelectorAll("#dynamics [data-section]")) {
+    if (dataset.section !== "compared") fill(dataset.section, figuresOf(dataset.section));
   }
-  if (has.excess) panels(byId("excess"), run.excess);
   showExamples(run);
   showWindows();
 }
@@ -131,22 +135,21 @@ function showRun(index) {
 // ---- examples ----------------------------------------------------------------------------------
 
 function showExamples(run) {
-  const figures = run.trajectories.map((figure, index) => ({ ...figure, title: page.classes[index].name }));
-  panels(byId("trajectories"), figures);
   let offset = 0;
-  run.trajectories.forEach((figure, index) => {
-    const box = byId("trajectories").children[index];
-    const start = offset, count = figure.data.length / 2; // losses and fitted line of each token
+  document.querySelectorAll(".plot[data-figure=trajectories]").forEach((plot, index) => {
+    const box = plot.parentElement;
+    const start = offset, count = plot.figure.data.length / 2; // losses and fitted line of each token
     offset += count;
     const title = box.querySelector("h4");
     title.replaceChildren(make("span", `class ${page.classes[index].key}`, page.classes[index].name));
     if (count === 0) title.append(" no token is in this class");
-    box.append(exampleList(run, start, count, box.querySelector(".plot")));
-    box.querySelector(".plot").on("plotly_hover", (event) => {
-      const number = event.points[0].data.meta;
+    box.append(exampleList(run, start, count, plot));
+    Plotly.restyle(plot, { hoverinfo: "none" }); // the tip shows the token
+    plot.on("plotly_hover", (event) => {
+      const number = event.points[0].curveNumber >> 1;
       showTip(exampleEntry(run, start + number), event.event.clientX, event.event.clientY);
     });
-    box.querySelector(".plot").on("plotly_unhover", hideTip);
+    plot.on("plotly_unhover", hideTip);
   });
 }
 
@@ -189,7 +192,7 @@ function exampleList(run, start, count, plot) {
 }
 
 function emphasise(plot, number) {
-  const faint = plot.figure.data.map((trace) => (number === null || trace.meta === number ? 1 : 0.15));
+  const faint = plot.figure.data.map((_, index) => (number === null || index >> 1 === number ? 1 : 0.15));
   if (faint.length) Plotly.restyle(plot, { opacity: faint });
 }
 
@@ -446,14 +449,8 @@ function showTheme() {
 byId("theme").addEventListener("click", () => { chosen = isDark() ? "light" : "dark"; showTheme(); });
 system.addEventListener("change", showTheme);
 showTheme();
-if (byId("sweep")) {
-  if (page.sweep.ratios.length > 0) panels(byId("ratios"), page.sweep.ratios);
-  panels(byId("tokens"), page.sweep.tokens);
-}
+for (const [section, figures] of Object.entries({ ...page.sweep, ...page.compared })) fill(section, figures);
 if (page.runs.length) {
-  for (const element of document.querySelectorAll(".plot[data-figure^=compared]")) {
-    draw(element, page.compared[element.dataset.figure]);
-  }
   byId("runs").hidden = page.runs.length === 1;
   listen();
   showRun(0);

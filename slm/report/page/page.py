@@ -9,7 +9,7 @@ is never markup. What is shown of large sets is a sample: up to some twenty runs
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,27 +18,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from slm.dynamics.analysis import Analysis, rule_name
+from slm.dynamics.class_figures import EXAMPLES, Shown
 from slm.dynamics.classes import ARROWS, CLASSES, MEANING, draw_examples
-from slm.report.page.figures import (
-    compared,
-    excess_panels,
-    highest,
-    run_figures,
-    trajectories,
-)
-from slm.report.page.sweep import ratio_figure, tokens_figures
+from slm.dynamics.colours import STYLE_SHEET
+from slm.dynamics.figure import Figure
+from slm.dynamics.figures import COMPARED, FIGURES, Kind, made
+from slm.dynamics.selection_figures import SCORES
+from slm.dynamics.token_set import in_context
+from slm.report.page.plots import boxes
 from slm.report.page.tokens import (
     Sample,
     draw_sample,
     excess_limit,
-    in_context,
     loss_paths,
     shown_targets,
     token_columns,
     window_texts,
 )
-from slm.report.page.truth import truth_figures, truth_ratios, truth_table
-from slm.report.paper.plots import RatioPanel, TokensPanel
 from slm.store.files import Json, atomic_file
 
 log = logging.getLogger("slm.report.page.page")
@@ -47,7 +43,6 @@ MAX_WINDOWS = 24
 MAX_TOKENS = 12_000  # shown of one run
 MAX_ALL_TOKENS = 18_000  # shown of all runs
 MAX_BYTES = 8_000_000
-EXAMPLES = 5  # tokens of each class
 # Of a JSON text inside of <script>: no tag can end it, and every parser reads the same lines.
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 CLASS_RULES = {
@@ -61,8 +56,7 @@ CLASS_RULES = {
 class SweepFigures(NamedTuple):
     """What runs that differ in their selection say together."""
 
-    ratio_panels: Sequence[RatioPanel]  # one a held-out set
-    token_panels: Sequence[Sequence[TokensPanel]]  # a row a held-out set
+    figures: Mapping[Kind, Figure]  # sweep_figures.SWEEP_FIGURES
     sets: Sequence[str]  # the held-out sets
     rows: Sequence[Json]  # of the table, one an arm and set, see `report.table_rows`
     notes: Sequence[str]  # below the table
@@ -111,10 +105,11 @@ def render(
         runs=[summary(analysis, rows_of(analysis, truth)) for analysis in analyses],
         classes=[(name, ARROWS[name], CLASS_RULES[name], MEANING[name]) for name in CLASSES],
         table=sweep and sweep_table(sweep),
-        against_k=bool(sweep and sweep.ratio_panels),
+        sections=data["sweep"],
         notes=sweep.notes if sweep else [],
         compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
         compares_fits=len({fit_key(analysis) for analysis in analyses}) > 1,
+        colours={name: colour.css for name, colour in STYLE_SHEET.items()},
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
@@ -149,8 +144,8 @@ def page_data(
             run_data(analysis, samples[set_key(analysis)], rows_of(analysis, truth), seed)
             for analysis in analyses
         ],
-        "compared": compared(analyses) if len(analyses) > 1 else {},
-        "sweep": sweep_figures(sweep) if sweep else {"ratios": [], "tokens": []},
+        "compared": sections(made(COMPARED, analyses)) if len(analyses) > 1 else {},
+        "sweep": sections(sweep.figures) if sweep else {},
     }
 
 
@@ -176,9 +171,8 @@ def set_windows(analyses: Sequence[Analysis], samples: dict[str, Sample]) -> Jso
 
 def run_data(analysis: Analysis, sample: Sample, truth: Sequence[Json], seed: int) -> Json:
     shown = shown_targets(analysis.tokens, sample)
-    groups = draw_examples(analysis.trajectories.label, EXAMPLES, seed)
-    chosen = np.concatenate(groups)
-    top = highest(analysis, groups)
+    chosen = np.concatenate(draw_examples(analysis.trajectories.label, EXAMPLES, seed))
+    kinds = [kind for kind in FIGURES if kind.section]
     return {
         "name": analysis.name,
         "set": set_key(analysis),
@@ -188,22 +182,19 @@ def run_data(analysis: Analysis, sample: Sample, truth: Sequence[Json], seed: in
         "mean_loss": round(analysis.mean_loss, 3),
         "columns": token_columns(analysis, shown),
         "paths": loss_paths(analysis.losses, shown),
-        "figures": run_figures(analysis) | truth_figures(analysis, truth),
-        "excess": excess_panels(analysis),
-        "trajectories": [
-            trajectories(analysis, name, group, top)
-            for name, group in zip(CLASSES, groups, strict=True)
-        ],
-        "examples": [in_context(analysis.tokens, int(target)) for target in chosen],
+        "figures": sections(made(kinds, Shown(analysis, truth=truth, seed=seed))),
+        "examples": [in_context(analysis.tokens, int(target))._asdict() for target in chosen],
         "example_columns": token_columns(analysis, chosen),
     }
 
 
-def sweep_figures(sweep: SweepFigures) -> Json:
-    return {
-        "ratios": [ratio_figure(panel) for panel in sweep.ratio_panels],
-        "tokens": tokens_figures(sweep.token_panels),
-    }
+def sections(figures: Mapping[Kind, Figure]) -> dict[str, list[Json]]:
+    """What stands in each section of the page, in the order of the list."""
+    found: dict[str, list[Json]] = {}
+    for kind, figure in figures.items():
+        if kind.section:
+            found.setdefault(kind.section, []).extend(boxes(kind.name, figure))
+    return found
 
 
 # ---- what the template writes -------------------------------------------------------------------
@@ -247,6 +238,26 @@ def sweep_table(sweep: SweepFigures) -> Json:
     best = {name: min(cells[arm, name]["mean"] for arm in arms) for name in sweep.sets}
     lines = [[cells[arm, name] for name in sweep.sets] for arm in arms]
     return {"sets": sweep.sets, "lines": lines, "best": best}
+
+
+def truth_table(rows: Sequence[Json]) -> list[Json]:
+    """At the last checkpoint: a row a part and score."""
+    last = max((row["tokens_seen"] for row in rows), default=0)
+    return [
+        row | {"label": SCORES[row["score"]], "precision": precision(row)}
+        for row in rows
+        if row["tokens_seen"] == last
+    ]
+
+
+def precision(row: Json) -> list[float]:
+    """At each ratio, ascending."""
+    return [value for name, value in row.items() if name.startswith("precision_at_")]
+
+
+def truth_ratios(rows: Sequence[Json]) -> list[str]:
+    first = rows[0] if rows else {}
+    return [name.removeprefix("precision_at_") for name in first if name.startswith("precision_")]
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.dynamics.analysis import Analysis
-from slm.dynamics.token_set import TokenSet
+from slm.dynamics.token_set import TokenSet, is_whole
 from slm.prepare.labels import NOISE, SIGNAL, UNKNOWN
 from slm.score.token_texts import whole_characters
 from slm.store.files import Json
 
 DIGITS = 3  # of a loss in nats: finer than any checkpoint's noise
 PATH_POINTS = 16  # checkpoints of the small curve
-CONTEXT = 12  # tokens on either side of an example
 LABEL_WORDS = {SIGNAL: "signal", NOISE: "noise", UNKNOWN: "neither"}
 
 
@@ -54,14 +53,6 @@ def partial_bytes(pieces: Sequence[bytes]) -> dict[int, str]:
     }
 
 
-def is_whole(piece: bytes) -> bool:
-    try:
-        piece.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def window_texts(tokens: TokenSet, sample: Sample) -> list[Json]:
     """One entry a window; its first token is only ever an input."""
     return [window_text(tokens, row, sample.width) for row in sample.rows]
@@ -76,23 +67,6 @@ def window_text(tokens: TokenSet, row: int, width: int) -> Json:
         "texts": whole_characters(pieces),
         "bytes": partial_bytes(pieces),
         "live": [0, *tokens.live[row, :width].astype(int).tolist()],
-    }
-
-
-def in_context(tokens: TokenSet, target: int) -> Json:
-    """A target with the text around it, from its own window."""
-    row, position = tokens.places[target]
-    place = int(position) + 1  # among the window's T + 1 tokens
-    ids = tokens.tokens[row].tolist()
-    pieces = [tokens.pieces[token] for token in ids]
-    texts = whole_characters(pieces)
-    return {
-        "id": ids[place],
-        "window": int(tokens.windows[row]),
-        "before": "".join(texts[max(0, place - CONTEXT) : place]),
-        "text": texts[place],
-        "bytes": None if is_whole(pieces[place]) else pieces[place].hex(" "),
-        "after": "".join(texts[place + 1 : place + 1 + CONTEXT]),
     }
 
 
@@ -147,6 +121,3 @@ def excess_limit(analysis: Analysis) -> float | None:
         return None
     excess = analysis.trajectories.last - analysis.tokens.columns["reference_loss"]
     return max(0.1, round(float(np.quantile(np.abs(excess), 0.98)), 1))
-
-
-# ---- examples -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Figures from stored tables.
+"""Figures for print: what figure.py defines, drawn with matplotlib; and the curves of runs.
 
 Nothing here looks at a live run: the input is heldout.csv of each run.
 """
@@ -6,45 +6,157 @@ Nothing here looks at a live run: the input is heldout.csv of each run.
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 
-from slm.store.files import atomic_file
-from slm.train.curves import Curve, by_label, mean_curve
+from slm.dynamics.figure import DASHES, MARKS, Axis, Figure, Panel, Series, table
+from slm.report.paper.excerpts import FONT, legend_text
+from slm.store.files import atomic_file, write_csv
 
-# Okabe and Ito's palette: colour-blind readers can tell them apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-DASHES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
-LOOKS = tuple(zip(COLOURS, "osD^vPX", strict=True))  # colours and markers of rules
-TOKENS_AXIS, LOSS_AXIS = "training tokens seen", "held-out loss (nats per token)"
+MARKERS: dict[str, str] = dict(zip(MARKS, "osD^vPX", strict=True))
+STYLES: dict[str, Any] = dict(
+    zip(DASHES, ("-", "--", ":", "-.", (0, (7, 3)), (0, (7, 3, 1, 3))), strict=True)
+)
+HATCHES: dict[str, str] = dict(zip(DASHES, ("", "//", "..", "xx", "--", "||"), strict=True))
 LEGEND_SIZE, TITLE_SIZE = 9, 11  # points
+MIN_LATE = 8  # points of a line that show its course without its start
 
 
-def draw_curves(axes: Any, runs: Sequence[Curve], start: float, **style: Any) -> None:
-    """A thin line a run, a thick one for their mean, which has the label."""
-    thin = {key: value for key, value in style.items() if key != "label"}
-    mean = mean_curve(runs)
-    for curve, look in [
-        *((run, thin | {"linewidth": 0.7, "alpha": 0.45}) for run in runs),
-        (mean, {"linewidth": 2} | style),
-    ]:
-        keep = curve.tokens_seen >= start
-        axes.plot(curve.tokens_seen[keep], curve.loss[keep], **look)
+# ---- drawing ------------------------------------------------------------------------------------
 
 
-def draw_lines(
-    axes: Any,
-    lines: dict[str, float],
-    labels: dict[str, str],
-    colours: Sequence[str] = ("#555555",),
-) -> None:
-    """Horizontal lines, told apart by their dashes."""
-    for (name, value), style, colour in zip(lines.items(), cycle(DASHES), cycle(colours)):  # noqa: B905  # cycles have no end
-        axes.axhline(value, color=colour, linestyle=style, label=plain(labels[name]), linewidth=1.2)
+def draw(figure: Figure, path: Path) -> None:
+    """As path, a PNG, as SVG beside it, and what is drawn as CSV."""
+    plt = pyplot()
+    columns = min(figure.columns, len(figure.panels))
+    rows = math.ceil(len(figure.panels) / columns)
+    width, height = figure.size
+    size = (width * columns, height * rows)
+    drawn, places = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in places.flat[len(figure.panels) :]:
+        axes.set_visible(False)
+    for number, (axes, panel) in enumerate(zip(places.flat, figure.panels, strict=False)):
+        letter = f"({ascii_lowercase[number]}) " if figure.lettered else ""
+        draw_panel(axes, panel, letter + (panel.title or figure.heading), 0.85 * width)
+        if number % columns == 0:
+            axes.set_ylabel(panel.y.title)
+        if figure.own_legends and panel.series:
+            own_legend(axes, is_text=panel.series[0].target is not None)
+    if not figure.own_legends:
+        shared_legend(drawn, places.flat, figure.legend_title or None, most=3 if columns < 2 else 5)
+    if rows_of_table := table(figure):
+        write_csv(path.with_suffix(".csv"), rows_of_table)
+    save_figure(drawn, path)
+    plt.close(drawn)
+
+
+def draw_panel(axes: Any, panel: Panel, title: str, width: float) -> None:
+    """A panel without series has a title alone, which says so."""
+    if not panel.series:
+        axes.axis("off")
+        dress(axes, title, width)
+        return
+    draw_bars(axes, panel)
+    for one in panel.series:
+        if one.kind != "bars":
+            (draw_line if one.kind == "line" else draw_points)(axes, one)
+    focus(axes, panel)
+    dress_axis(axes.xaxis, panel.x, most=5 if width > 3 else 3)
+    dress_axis(axes.yaxis, panel.y)
+    axes.set_xlabel(panel.x.title)
+    axes.margins(x=0.02)
+    if panel.y.bounds is not None:
+        axes.set_ylim(*panel.y.bounds)
+    elif panel.y.from_zero:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    dress(axes, title, width)
+
+
+def draw_line(axes: Any, one: Series) -> None:
+    """With a band where it has an interval, and a line where a band of one point has no area."""
+    width = 0.75 * one.width * (1 if len(one.y) < 200 else 0.6)  # points, of CSS pixels
+    style: dict[str, Any] = {"color": one.colour.light, "linewidth": width}
+    style |= {"linestyle": STYLES[one.dash], "alpha": 0.45 if one.is_seed else 1.0}
+    if one.mark:
+        style |= {"marker": MARKERS[one.mark], "markevery": math.ceil(len(one.y) / 10)}
+        style |= {"markersize": 5}
+    axes.plot(one.x, one.y, label=label_of(one), **style)
+    if one.low is not None and one.high is not None:
+        axes.fill_between(one.x, one.low, one.high, color=one.colour.light, alpha=0.2, linewidth=0)
+        axes.vlines(one.x, one.low, one.high, color=one.colour.light)
+    if one.at is not None:  # above all lines
+        look: Any = {"color": one.colour.light, "markeredgecolor": "white", "markersize": 8}
+        axes.plot(one.x[one.at], one.y[one.at], "o", zorder=3, **look)
+
+
+def draw_points(axes: Any, one: Series) -> None:
+    look: Any = {"color": one.colour.light, "linestyle": "none", "markersize": 7, "capsize": 2}
+    axes.errorbar(one.x, one.y, ends_of(one), marker=MARKERS[one.mark or "circle"], **look)
+
+
+def draw_bars(axes: Any, panel: Panel) -> None:
+    """On top of each other, as wide as their distance; or side by side over words."""
+    mine = [one for one in panel.series if one.kind == "bars"]
+    below: Any = 0.0
+    for number, one in enumerate(mine):
+        look: Any = {"color": one.colour.light, "label": label_of(one), "hatch": HATCHES[one.dash]}
+        if panel.stacked:
+            axes.bar(one.x, one.y, one.x[1] - one.x[0], below, **look)
+            below = below + one.y
+        else:
+            places = np.arange(len(one.x)) + 0.75 * ((number + 0.5) / len(mine) - 0.5)
+            axes.bar(places, one.y, 0.75 / len(mine), yerr=ends_of(one), **look)
+            axes.set_xticks(range(len(one.x)), one.x)
+
+
+def ends_of(one: Series) -> list[np.ndarray] | None:
+    if one.low is None or one.high is None:
+        return None
+    return [one.y - one.low, one.high - one.y]
+
+
+def label_of(one: Series) -> str | None:
+    if one.is_seed or not one.text:
+        return None
+    return plain(one.text if one.target is None else legend_text(one.text))
+
+
+def focus(axes: Any, panel: Panel) -> None:
+    """Where the first twentieth of training dwarfs all the rest, it runs out of the panel.
+
+    Not where lines have few points: they would leave their first behind.
+    """
+    if panel.x.kind != "tokens" or panel.y.bounds is not None:
+        return
+    lines = [one for one in panel.series if one.kind == "line"]
+    end = max(one.x[-1] for one in lines)
+    late = [one.y[one.x >= end / 20] for one in lines]
+    if min(np.count_nonzero(~np.isnan(values)) for values in late) < MIN_LATE:
+        return
+    low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
+    if max(np.nanmax(one.y) for one in lines) - low > 2 * (high - low) > 0:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+
+
+def dress_axis(axis: Any, found: Axis, most: int = 5) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+    if found.kind == "tokens":  # 50k, 100k, 1.5M
+        axis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_formatter(EngFormatter(sep=""))
+    if found.kind == "share":
+        axis.set_major_formatter(PercentFormatter(1.0))
+    if found.ticks:
+        axis.set_ticks(found.ticks)
+
+
+def own_legend(axes: Any, is_text: bool) -> None:
+    """Below the panel, where it hides no line."""
+    font = {"size": LEGEND_SIZE - 1} | ({"family": FONT} if is_text else {})
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), frameon=False, prop=font)
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -61,123 +173,6 @@ def save_picture(figure: Any, path: Path, **more: Any) -> None:
         figure.savefig(file, format=path.suffix[1:], dpi=160, **more)
 
 
-def loss_figure(
-    curves: Sequence[Curve], lines: dict[str, float], title: str, path: Path, start: float = 0.0
-) -> None:
-    """Loss against tokens: one colour a label, a thin line a run, a thick one their mean.
-
-    lines:  horizontal lines, e.g. the reference model's own loss
-    start:  leave out what lies before so many tokens (the first points dwarf the rest)
-    """
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    for (label, runs), colour in zip(by_label(curves).items(), COLOURS, strict=False):
-        text = f"{label} ({mean_curve(runs).loss[-1]:.3f})"
-        draw_curves(axes, runs, start, color=colour, label=plain(text))
-    draw_lines(axes, lines, {name: f"{name} ({value:.3f})" for name, value in lines.items()})
-    axes.set(xlabel=TOKENS_AXIS, ylabel=LOSS_AXIS)
-    token_ticks(axes)
-    dress(axes, title, width=6.4)
-    shared_legend(figure, [axes], None, most=3)
-    save_picture(figure, path)
-    plt.close(figure)
-
-
-class RatioPanel(NamedTuple):
-    """Final loss on one held-out set against select_ratio."""
-
-    title: str
-    rules: dict[str, list[tuple[float, list[float]]]]  # label: (select_ratio, loss of each seed)
-    flat: dict[str, float]  # rules without a ratio: lines in colour
-    lines: dict[str, float]  # controls and baselines: lines in grey
-
-
-class TokensPanel(NamedTuple):
-    """Loss during training on one held-out set."""
-
-    title: str
-    curves: list[Curve]  # one colour a label, from the first (light) to the last (dark)
-    controls: list[Curve]  # black and dashed
-
-
-def ratio_figure(panels: Sequence[RatioPanel], path: Path) -> None:
-    """A panel a set: the mean over seeds with the range as a band, the controls as lines."""
-    plt = pyplot()
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(1.6 + 4.4 * len(panels), 4.6), layout="constrained", squeeze=False
-    )
-    for axes, panel in zip(grid[0], panels, strict=True):
-        for (label, points), look in zip(panel.rules.items(), cycle(LOOKS)):  # noqa: B905
-            draw_ratios(axes, sorted(points), label, *look)
-        draw_lines(axes, panel.flat, {name: name for name in panel.flat}, COLOURS[::-1])
-        draw_lines(axes, panel.lines, {name: name for name in panel.lines})
-        ratios = {ratio for points in panel.rules.values() for ratio, _ in points}
-        axes.set(xlabel="select_ratio (k): share of tokens trained on")
-        axes.set_xticks(sorted(ratios))
-        dress(axes, panel.title, width=3.8)
-    grid[0][0].set_ylabel(f"final {LOSS_AXIS}")
-    shared_legend(figure, grid[0], "points: mean over seeds, bands: lowest to highest")
-    save_figure(figure, path)
-    plt.close(figure)
-
-
-def draw_ratios(
-    axes: Any, points: list[tuple[float, list[float]]], label: str, colour: str, marker: str
-) -> None:
-    ratios = [ratio for ratio, _ in points]
-    means = [float(np.mean(losses)) for _, losses in points]
-    axes.plot(ratios, means, color=colour, marker=marker, linewidth=2, label=plain(label))
-    low, high = ([find(losses) for _, losses in points] for find in (min, max))
-    axes.fill_between(ratios, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.vlines(ratios, low, high, color=colour)  # a band of one point has no area
-
-
-def tokens_figure(grid: Sequence[Sequence[TokensPanel]], path: Path) -> None:
-    """The panels of a set share their axis; at most four stand side by side.
-
-    The first measurement, before any training, is left out.
-    """
-    plt = pyplot()
-    columns = min(4, len(grid[0]))
-    rows = math.ceil(len(grid[0]) / columns)
-    size = (1.2 + 4.0 * columns, 1.2 + 3.0 * rows * len(grid))
-    figure, places = plt.subplots(
-        rows * len(grid), columns, figsize=size, layout="constrained", squeeze=False, sharex=True
-    )
-    labels = sorted({curve.label for row in grid for panel in row for curve in panel.curves})
-    middles = (np.arange(len(labels)) + 0.5) / max(1, len(labels))
-    shades = plt.get_cmap("viridis")(0.85 - 0.75 * middles)  # the ends are too pale, too black
-    for number, panels in enumerate(grid):
-        mine = places[number * rows : (number + 1) * rows].flat
-        draw_set(list(mine), panels, dict(zip(labels, shades, strict=True)))
-    figure.supylabel(LOSS_AXIS, fontsize=10)
-    shared_legend(figure, places.flat, "thin lines: seeds, thick lines: their mean")
-    save_figure(figure, path)
-    plt.close(figure)
-
-
-def draw_set(places: list[Any], panels: Sequence[TokensPanel], shades: dict[str, Any]) -> None:
-    for axes in places[1:]:
-        axes.sharey(places[0])
-    for axes, panel in zip(places, panels, strict=False):
-        draw_tokens(axes, panel, shades)
-    for axes in places[len(panels) :]:
-        axes.set_visible(False)
-    for axes in places[max(0, len(panels) - 4) : len(panels)]:  # the lowest of each column
-        axes.set_xlabel(TOKENS_AXIS)
-        axes.tick_params(labelbottom=True)
-
-
-def draw_tokens(axes: Any, panel: TokensPanel, shades: dict[str, Any]) -> None:
-    start = panel.curves[0].tokens_seen[:2].max()
-    for label, runs in by_label(panel.curves).items():
-        draw_curves(axes, runs, start, color=shades[label], label=plain(label))
-    for label, runs in by_label(panel.controls).items():
-        draw_curves(axes, runs, start, color="#000000", linestyle="--", label=plain(label))
-    token_ticks(axes)
-    dress(axes, panel.title, width=3.3)
-
-
 def plain(text: str) -> str:
     """Dollars in names and tokens start no formula."""
     return text.replace("$", r"\$")
@@ -188,14 +183,6 @@ def dress(axes: Any, title: str, width: float) -> None:
     text = textwrap.fill(plain(title), characters(width, TITLE_SIZE))
     axes.set_title(text, loc="left", fontsize=TITLE_SIZE)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def token_ticks(axes: Any, most: int = 5) -> None:
-    """50k, 100k, 1.5M"""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def characters(width: float, size: float) -> int:

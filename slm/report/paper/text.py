@@ -12,14 +12,25 @@ import numpy as np
 
 from slm.dynamics.analysis import Analysis
 from slm.dynamics.classes import ARROWS, CLASSES
+from slm.dynamics.colours import CLASS_COLOURS, YELLOW, tint
+from slm.dynamics.figure import Row, amounts
+from slm.dynamics.selection_figures import picker_of
 from slm.errors import UserError
 from slm.report.paper.excerpts import GREY, columns_in, draw_segments, size_of, wrap
-from slm.report.paper.parts import CLASS_COLOURS, WIDTH, Row, amounts, chooser_of, finish
-from slm.report.paper.plots import COLOURS, LEGEND_SIZE, TITLE_SIZE, dress, legend_columns, pyplot
+from slm.report.paper.plots import (
+    LEGEND_SIZE,
+    TITLE_SIZE,
+    dress,
+    legend_columns,
+    pyplot,
+    save_figure,
+)
 from slm.score.token_texts import whole_characters
+from slm.store.files import write_csv
 
-SELECTED_COLOUR = COLOURS[4]
+SELECTED_COLOUR = YELLOW
 BY = ("selection", "class")
+WIDTH = 6.8  # inches: the text of a page
 
 
 class Excerpt(NamedTuple):
@@ -59,7 +70,9 @@ def text_figure(
     draw_segments(axes, found, look.grounds, inks, columns_in(WIDTH))
     dress(axes, look.title, WIDTH)
     place_text(figure, axes, size_of(found, columns_in(WIDTH)), look.labels)
-    finish(figure, path, rows)
+    write_csv(path.with_suffix(".csv"), rows)
+    save_figure(figure, path)
+    pyplot().close(figure)
 
 
 def excerpt_rows(analysis: Analysis, part: Excerpt) -> list[Row]:
@@ -109,25 +122,18 @@ class TextLook(NamedTuple):
 
 
 def selected_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
-    label = f"selected by {chooser_of(analysis).name}"
-    colour = light(SELECTED_COLOUR, 0.75)
+    label = f"selected by {picker_of(analysis).name}"
+    colour = tint(SELECTED_COLOUR, 0.75)
     grounds = [colour if row["selected"] == 1 else None for row in rows]
     title = f"{analysis.name}, after {amounts([analysis.tokens_seen[-1]])[0]} training tokens"
     return TextLook(title, grounds, {label: colour})
 
 
 def class_look(analysis: Analysis, rows: Sequence[Row]) -> TextLook:
-    grounds = [light(CLASS_COLOURS[row["class"]]) if row["class"] else None for row in rows]
-    labels = {ARROWS[name]: light(colour) for name, colour in CLASS_COLOURS.items()}
+    grounds = [tint(CLASS_COLOURS[row["class"]]) if row["class"] else None for row in rows]
+    labels = {ARROWS[name]: tint(colour) for name, colour in CLASS_COLOURS.items()}
     title = f"{analysis.name}, {len(analysis.losses)} checkpoints"
     return TextLook(title, grounds, labels)
-
-
-def light(colour: str, strength: float = 0.45) -> Any:
-    """Mixed with white, so that black text on it can be read."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(1 - strength * (1 - part) for part in to_rgb(colour))
 
 
 def place_text(figure: Any, axes: Any, size: tuple[float, float], labels: dict[str, Any]) -> None:

@@ -19,12 +19,27 @@ from page_helpers import make_analysis, prose, truth_rows
 from run_helpers import make_run
 from slm.dynamics.analysis import Analysis
 from slm.dynamics.classes import CLASSES
+from slm.dynamics.figures import COMPARED, FIGURES, made
 from slm.report.arms import arms_of, read_runs
-from slm.report.command import control_losses, ratio_panel, table_rows, tokens_panels
 from slm.report.page import page as page_module
-from slm.report.page.page import SweepFigures, as_json, sweep_table, write_page
+from slm.report.page.page import (
+    SweepFigures,
+    as_json,
+    sweep_table,
+    truth_ratios,
+    truth_table,
+    write_page,
+)
 from slm.report.page.tokens import draw_sample, shown_targets
-from slm.report.paper.plots import RatioPanel, TokensPanel
+from slm.report.sweep_figures import (
+    SWEEP_FIGURES,
+    Curves,
+    Sweep,
+    ratio_figure,
+    ratio_panel,
+    tokens_figure,
+)
+from slm.report.table import control_losses, table_rows
 from slm.train.curves import Curve
 
 EVIL = [
@@ -69,7 +84,9 @@ def make_sweep(name: str = "excess") -> SweepFigures:
     seen = np.arange(5) * 1000.0
     curves = [Curve("k = 0.5", seen, np.array([9.0, 5, 4, 3.5, end])) for end in (3.25, 3.0)]
     control = [Curve("all tokens", seen, np.array([9.0, 5.5, 4, 3.5, 3.3]))]
-    points = {name: [(0.5, [3.25, 3.0]), (0.7, [3.5])]}
+    points: Any = {name: [(0.5, [3.25, 3.0]), (0.7, [3.5])]}
+    ratios = ratio_figure([ratio_panel("math", points, {}, {"all tokens": 3.3})])
+    tokens = tokens_figure([[Curves(f"{name}, math", "math", curves, control)]])
     row = {"rule": "excess", "set": "math", "tokens_seen": 4000, "tokens_selected": 2000}
     rows = [
         row
@@ -80,8 +97,7 @@ def make_sweep(name: str = "excess") -> SweepFigures:
         | {"tokens_to_all_tokens_loss": None},
     ]
     return SweepFigures(
-        [RatioPanel("math", points, {}, {"all tokens": 3.3})],
-        [[TokensPanel(f"{name}, math", curves, control)]],
+        dict(zip(SWEEP_FIGURES, (ratios, tokens), strict=True)),
         ["math"],
         rows,
         ["Left out: `x`: failed"],
@@ -92,6 +108,12 @@ def embedded(page: str) -> Any:
     found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert len(found) == 1
     return json.loads(found[0])
+
+
+def box_of(run: Any, name: str) -> Any:
+    boxes = [box for section in run["figures"].values() for box in section]
+    (found,) = [box for box in boxes if box["figure"] == name]
+    return found
 
 
 def own_part(page: str) -> str:
@@ -141,7 +163,7 @@ def test_the_data_are_the_analysis(tmp_path, evil):
     assert evil.kept is not None and columns["times"] == evil.kept.times[shown].tolist()
     assert run["tokens_seen"] == evil.tokens_seen.tolist()
     assert run["sources"] == [EVIL_NAME, "b"]
-    losses = {trace["name"]: trace["y"] for trace in run["figures"]["losses"]["data"]}
+    losses = {trace["name"]: trace["y"] for trace in box_of(run, "loss_by_class")["data"]}
     assert losses["all tokens"] == pytest.approx(evil.mean_losses, abs=6e-5)
     assert len(run["examples"]) == len(run["example_columns"]["class"])
     assert run["example_columns"]["class"] == sorted(run["example_columns"]["class"])
@@ -166,7 +188,9 @@ def test_either_part_may_be_absent(tmp_path, evil):
     sweep, run = ((tmp_path / f"{n}.html").read_text(encoding="utf-8") for n in ("sweep", "run"))
     assert 'id="sweep"' in sweep and 'id="dynamics"' not in sweep
     assert 'id="sweep"' not in run and 'id="dynamics"' in run
-    assert embedded(run)["compared"] == {} and embedded(sweep)["runs"] == []
+    assert (
+        embedded(run)["compared"] == embedded(run)["sweep"] == {} and embedded(sweep)["runs"] == []
+    )
 
 
 def test_uneven_checkpoints_are_said(tmp_path):
@@ -216,8 +240,7 @@ def test_the_reports_own_panels_fit(tmp_path):
     arms = arms_of(read_runs([str(tmp_path / "runs")])[0])
     control = control_losses(arms, ["a"])
     sweep = SweepFigures(
-        [ratio_panel("a", arms, control, [])],
-        [tokens_panels("a", arms)],
+        made(SWEEP_FIGURES, Sweep(arms, [], control, ["a"])),
         ["a"],
         table_rows(arms, ["a"], control),
         [],
@@ -233,6 +256,27 @@ def test_the_reports_own_panels_fit(tmp_path):
     lines = {trace["name"]: trace["y"] for trace in drawn["ratios"][0]["data"]}
     assert lines == {"excess": [3.5, 4.0], "softmax": [3.25, 3.25], "all tokens": [4.0, 4.0]}
     assert len(drawn["tokens"]) == 2
+
+
+def test_the_table_of_signal_and_noise_is_of_the_last_checkpoint():
+    found = truth_table(truth_rows())
+    assert [(row["part"], row["label"]) for row in found] == [
+        ("all", "high excess loss"),
+        ("all", "random"),
+        ("<web>", "high excess loss"),
+        ("<web>", "random"),
+    ]
+    assert {row["tokens_seen"] for row in found} == {2000}
+    assert found[0]["precision"] == [0.8 + 0.1, 0.8]
+    assert truth_ratios(truth_rows()) == ["0.2", "0.4"]
+    assert truth_table([]) == truth_ratios([]) == []
+
+
+def test_every_figure_has_a_section_of_the_page():
+    template = (Path(page_module.__file__).parent / "page.html").read_text()
+    sections = set(re.findall(r'data-section="(\w+)"', template))
+    kinds = (*FIGURES, *COMPARED, *SWEEP_FIGURES)
+    assert {kind.section for kind in kinds} - {""} == sections
 
 
 def test_many_runs_stay_small(tmp_path):
@@ -265,8 +309,9 @@ def test_classes_of_other_checkpoints_are_not_compared_unsaid(tmp_path):
 
 def test_without_a_ratio_there_is_no_empty_figure(tmp_path):
     sweep = make_sweep()
-    for panels, shown in ((sweep.ratio_panels, True), ([], False)):
-        write_page(tmp_path / "page.html", "t", [], sweep._replace(ratio_panels=panels))
+    without = {kind: figure for kind, figure in sweep.figures.items() if kind.section == "tokens"}
+    for figures, shown in ((sweep.figures, True), (without, False)):
+        write_page(tmp_path / "page.html", "t", [], sweep._replace(figures=figures))
         page = (tmp_path / "page.html").read_text()
         assert ("Final loss against select_ratio" in page) == shown
 
@@ -502,10 +547,10 @@ def test_odd_tokens_are_shown_as_what_they_are(open_page):
 @pytest.mark.slow
 def test_another_run_has_its_own_figures(open_page, page_file):
     page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
-    shown = "document.querySelector('[data-figure=losses]').data.map(t => [t.name, t.y])"
+    shown = "document.querySelector('[data-figure=loss_by_class]').data.map(t => [t.name, t.y])"
     for index in (1, 2):
         choose_run(page, index)
-        expected = data["runs"][index]["figures"]["losses"]["data"]
+        expected = box_of(data["runs"][index], "loss_by_class")["data"]
         assert page.evaluate(shown) == [[t["name"], t["y"]] for t in expected]
         assert page.locator(".run:visible").count() == 1
     assert page.locator(".run:visible h3").text_content() == EVIL_NAME
@@ -515,7 +560,7 @@ def test_another_run_has_its_own_figures(open_page, page_file):
 def test_the_button_turns_the_page_dark_and_back(open_page):
     page = open_page()
     ground = "getComputedStyle(document.documentElement).backgroundColor"
-    ink = "document.querySelector('[data-figure=losses]').layout.font.color"
+    ink = "document.querySelector('[data-figure=loss_by_class]').layout.font.color"
     light = page.evaluate(ground), page.evaluate(ink)
     page.click("#theme")
     dark = page.evaluate(ground), page.evaluate(ink)
@@ -553,7 +598,7 @@ def test_plots_follow_the_window(open_page):
 def test_an_example_is_pointed_out_in_its_plot(open_page, page_file):
     page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
     page.locator(".examples button").nth(1).focus()
-    faint = "document.querySelector('#trajectories .plot').data.map(t => t.opacity)"
+    faint = "document.querySelector('[data-figure=trajectories]').data.map(t => t.opacity)"
     assert page.evaluate(faint)[:6] == [0.15, 0.15, 1, 1, 0.15, 0.15]
     assert dict(page.evaluate(TIP))["token id"] == str(data["runs"][0]["examples"][1]["id"])
 
@@ -567,7 +612,7 @@ def test_a_page_with_one_part_works(open_page, tmp_path):
     write_page(tmp_path / "bare.html", "t", [bare])
     page = open_page(file=tmp_path / "bare.html")
     assert page.locator("#run").is_hidden() and page.locator("input[value=excess]").is_hidden()
-    assert page.locator("[data-figure=kept_loss]").is_hidden()
+    assert page.locator("[data-figure=loss_by_selection]").count() == 0
     assert page.locator("text=The store has no reference losses").is_visible()
 
 
@@ -579,7 +624,7 @@ def test_signal_and_noise_are_shown_of_runs_that_have_labels(open_page):
     cells = [row.split("\t") for row in table.inner_text().splitlines()]
     assert cells[1] == "all\thigh excess loss\t0.800\t90.0%\t80.0%\t75.0%\t40".split("\t")
     assert cells[3][0] == "<web>"
-    assert page.locator("[data-figure=truth] .main-svg").count() > 0
+    assert page.locator("[data-figure=auc_of_scores] .main-svg").count() > 0
     page.select_option("#run", "1")
     assert page.locator("table:visible", has_text="kept by").count() == 0
-    assert not page.locator("[data-figure=truth]").is_visible()
+    assert page.locator("[data-figure=auc_of_scores]").count() == 0

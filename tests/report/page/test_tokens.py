@@ -7,11 +7,11 @@ import pytest
 
 from page_helpers import make_analysis, make_token_set, prose
 from slm.dynamics.classes import CLASSES, draw_examples
+from slm.dynamics.token_set import in_context
 from slm.report.page.tokens import (
     Sample,
     draw_sample,
     excess_limit,
-    in_context,
     loss_paths,
     numbers,
     partial_bytes,
@@ -132,7 +132,7 @@ def test_examples_are_of_their_class_and_in_their_text(tmp_path):
     assert len(groups) == len(CLASSES)
     pieces = analysis.tokens.pieces
     for target in (0, 24, 25, 40):  # the first window has 25 targets
-        entry = in_context(analysis.tokens, target)
+        entry = in_context(analysis.tokens, target)._asdict()
         assert entry["text"].encode() == pieces[int(analysis.tokens.targets[target])]
         row = analysis.tokens.tokens[entry["window"] // 3]
         whole = b"".join(pieces[int(token)] for token in row).decode()

@@ -5,49 +5,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.report.paper.plots import RatioPanel, TokensPanel, loss_figure, ratio_figure, tokens_figure
-from slm.train.curves import Curve, final_losses, heldout_sets, mean_curve, read_curve
-
-
-def test_read_curve_reads_one_set_and_skips_rows_without_it(tmp_path):
-    (tmp_path / "heldout.csv").write_text(
-        "step,tokens_seen,heldout/a/loss,heldout/b/loss\n0,0,5.5,4\n1,128,,3\n2,256,5.25,2\n"
-    )
-    curve = read_curve(tmp_path, "x", "a")
-    assert curve.tokens_seen.tolist() == [0, 256] and curve.loss.tolist() == [5.5, 5.25]
-
-
-def test_final_losses_are_the_last_of_each_set(tmp_path):
-    assert final_losses(tmp_path) == {}
-    (tmp_path / "heldout.csv").write_text(
-        "step,tokens_seen,heldout/a/loss,heldout/a/bits_per_byte,heldout/b/loss\n"
-        "0,0,5.5,1,4\n1,128,5.25,1,\n2,256,5,1,2\n"
-    )
-    assert final_losses(tmp_path) == {"a": 5.0, "b": 2.0}
-
-
-@pytest.mark.parametrize("name", ["a/b", "loss", "x/loss", "heldout/x", "a b|c$d"])
-def test_a_set_may_have_any_name(tmp_path, name):
-    columns = ["step", "tokens_seen", f"heldout/{name}/loss", f"heldout/{name}/bits_per_byte"]
-    (tmp_path / "heldout.csv").write_text(",".join(columns) + "\n0,0,5.5,1\n1,128,5.25,1\n")
-    assert heldout_sets(tmp_path) == [name]
-    assert final_losses(tmp_path) == {name: 5.25}
+from slm.dynamics.colours import BLUE
+from slm.dynamics.figure import LOSS, SEEN, Panel, Series
+from slm.report.paper.plots import draw, draw_panel, plain, pyplot
+from slm.report.sweep_figures import (
+    Curves,
+    loss_curves,
+    ratio_figure,
+    ratio_panel,
+    tokens_figure,
+)
+from slm.train.curves import Curve
 
 
 def test_a_dollar_in_a_name_starts_no_formula(tmp_path):
     name = r"$\no$ formula"
     curves = [Curve(name, np.array([0.0, 1, 2]), np.array([3.0, 2, 1]))] * 2
-    loss_figure(curves, {name: 2.0}, name, tmp_path / "a.png")
-    ratio_figure([RatioPanel(name, {name: [(0.5, [1.0])]}, {name: 1.0}, {})], tmp_path / "b.png")
-    tokens_figure([[TokensPanel(name, curves, curves)]], tmp_path / "c.png")
+    draw(loss_curves(curves, {name: 2.0}, name), tmp_path / "a.png")
+    draw(
+        ratio_figure([ratio_panel(name, {name: [(0.5, [1.0])]}, {name: 1.0}, {})]),
+        tmp_path / "b.png",
+    )
+    draw(tokens_figure([[Curves(name, "set", curves, curves)]]), tmp_path / "c.png")
     assert {path.name for path in tmp_path.glob("*.png")} == {"a.png", "b.png", "c.png"}
-
-
-def test_the_mean_of_runs_measured_at_other_points_is_interpolated():
-    one = Curve("x", np.array([0.0, 100, 200]), np.array([4.0, 3.0, 2.0]))
-    other = Curve("x", np.array([0.0, 200]), np.array([8.0, 4.0]))
-    mean = mean_curve([one, other])
-    assert mean.tokens_seen.tolist() == [0, 100, 200] and mean.loss.tolist() == [6.0, 4.5, 3.0]
 
 
 def test_figure_draws_each_run_the_mean_and_the_lines(tmp_path, kept):
@@ -57,7 +37,7 @@ def test_figure_draws_each_run_the_mean_and_the_lines(tmp_path, kept):
         Curve("all", seen, np.array([9.0, 7.0, 2.0])),
         Curve("excess", seen, np.array([9.0, 4.0, 1.0])),
     ]
-    loss_figure(curves, {"reference": 2.5}, "title", tmp_path / "f.png", start=1)
+    draw(loss_curves(curves, {"reference": 2.5}, "title", start=1), tmp_path / "f.png")
     axes = kept[0].axes[0]
     labelled = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert list(labelled["all (3.000)"]) == [6.0, 3.0]
@@ -69,10 +49,10 @@ def test_figure_draws_each_run_the_mean_and_the_lines(tmp_path, kept):
 def test_ratio_figure_draws_means_bands_and_controls(tmp_path, kept):
     rules = {"excess": [(0.6, [3.0, 5.0]), (0.2, [2.0, 3.0])], "random": [(0.6, [6.0])]}
     panels = [
-        RatioPanel("a", rules, {"sigmoid": 2.5}, {"all tokens": 4.5}),
-        RatioPanel("b", rules, {}, {"x": 1.0}),
+        ratio_panel("a", rules, {"sigmoid": 2.5}, {"all tokens": 4.5}),
+        ratio_panel("b", rules, {}, {"x": 1.0}),
     ]
-    ratio_figure(panels, tmp_path / "f.png")
+    draw(ratio_figure(panels), tmp_path / "f.png")
     left, right = kept[0].axes
     lines = {line.get_label(): line for line in left.lines}
     assert list(lines["excess"].get_xdata()) == [0.2, 0.6]
@@ -98,16 +78,18 @@ def test_tokens_figure_leaves_out_the_first_point_and_shows_the_controls(tmp_pat
         Curve("k = 0.4", seen, np.array([9.0, 4.0, 1.0])),
     ]
     control = [Curve("all tokens", seen, np.array([9.0, 8.0, 7.0]))]
-    grid = [[TokensPanel("excess", curves, control), TokensPanel("random", curves[2:], control)]]
-    tokens_figure(grid, tmp_path / "f.png")
+    grid = [
+        [Curves("excess", "set", curves, control), Curves("random", "set", curves[2:], control)]
+    ]
+    draw(tokens_figure(grid), tmp_path / "f.png")
     left, right = kept[0].axes
     lines = {line.get_label(): line for line in left.lines}
     assert list(lines["k = 0.2"].get_xdata()) == [1_000_000, 2_000_000]
     assert list(lines["k = 0.2"].get_ydata()) == [6.0, 3.0]
     assert list(lines["all tokens"].get_ydata()) == [8.0, 7.0]
     other = {line.get_label(): line for line in right.lines}
-    assert (other["k = 0.4"].get_color() == lines["k = 0.4"].get_color()).all()
-    assert (lines["k = 0.4"].get_color() != lines["k = 0.2"].get_color()).any()
+    assert other["k = 0.4"].get_color() == lines["k = 0.4"].get_color()
+    assert lines["k = 0.4"].get_color() != lines["k = 0.2"].get_color()
     shown = [text.get_text() for text in kept[0].legends[0].get_texts()]
     assert shown == ["k = 0.2", "k = 0.4", "all tokens"]
 
@@ -115,8 +97,8 @@ def test_tokens_figure_leaves_out_the_first_point_and_shows_the_controls(tmp_pat
 def test_more_than_four_panels_of_a_set_are_wrapped(tmp_path, kept):
     curve = Curve("k = 0.2", np.array([0, 1, 2]), np.array([9.0, 5.0, 4.0]))
     other = curve._replace(loss=curve.loss + 90)
-    grid = [[TokensPanel(f"{i}", [which], []) for i in range(6)] for which in (curve, other)]
-    tokens_figure(grid, tmp_path / "f.png")
+    grid = [[Curves(f"{i}", "set", [which], []) for i in range(6)] for which in (curve, other)]
+    draw(tokens_figure(grid), tmp_path / "f.png")
     shown = [axes for axes in kept[0].axes if axes.get_visible()]
     assert [axes.get_title("left") for axes in shown] == [f"{i}" for i in range(6)] * 2
     assert len({axes.get_ylim() for axes in shown[:6]}) == 1
@@ -126,7 +108,7 @@ def test_more_than_four_panels_of_a_set_are_wrapped(tmp_path, kept):
 @pytest.mark.parametrize("end", [9_000, 20_480, 400_000, 3_300_000])
 def test_ticks_of_tokens_are_few_and_readable(tmp_path, kept, end):
     curve = Curve("all", np.array([0, end // 2, end]), np.array([9.0, 5.0, 4.0]))
-    loss_figure([curve], {}, "title", tmp_path / "f.png")
+    draw(loss_curves([curve], {}, "title"), tmp_path / "f.png")
     axes = kept[0].axes[0]
     low, high = axes.get_xlim()
     shown = {
@@ -160,11 +142,49 @@ def test_long_labels_are_wrapped_and_not_cut(tmp_path, kept, number):
     names = [f"{i} {LONG}" for i in range(number)]
     curves = [Curve(name, seen, loss) for name in names]
     rules = {name: [(0.5, [3.0])] for name in names}
-    panels = [RatioPanel(name, rules, {}, {"all tokens": 2.0}) for name in names]
-    ratio_figure(panels, tmp_path / "k.png")
-    tokens_figure([[TokensPanel(name, curves, []) for name in names]], tmp_path / "tokens.png")
-    loss_figure(curves, {"reference": 2.0}, f"{LONG} {LONG}", tmp_path / "loss.png")
+    panels = [ratio_panel(name, rules, {}, {"all tokens": 2.0}) for name in names]
+    draw(ratio_figure(panels), tmp_path / "k.png")
+    draw(
+        tokens_figure([[Curves(name, "set", curves, []) for name in names]]),
+        tmp_path / "tokens.png",
+    )
+    draw(loss_curves(curves, {"reference": 2.0}, f"{LONG} {LONG}"), tmp_path / "loss.png")
     for figure in kept:
         assert_nothing_is_cut(figure)
         texts = [text.get_text() for text in figure.legends[0].get_texts()]
         assert texts[0].replace("\n", " ").startswith(names[0])
+
+
+# ---- one panel ----------------------------------------------------------------------------------
+
+
+def test_names_are_plain():
+    assert plain(r"a $\x$ \$") == r"a \$\x\$ \\$"
+
+
+def drawn(values: list[float], **more: Any) -> Any:
+    one = Series("s", BLUE, 10 * np.arange(len(values)), np.array(values), **more)
+    _, axes = pyplot().subplots()
+    draw_panel(axes, Panel("", SEEN, LOSS, [one]), "title", 3.0)
+    return axes
+
+
+@pytest.mark.parametrize(
+    "values, top",
+    [
+        ([50.0, 9.0, *np.linspace(4, 2, 38)], 4.2),  # the start dwarfs the rest
+        ([5.0, *np.linspace(4, 2, 39)], 5.15),
+        ([50.0, 4.0, 3.0, 2.0], 52.4),  # too few to leave one out
+        ([50.0, *[np.nan] * 39], None),
+        ([50.0, *[3.0] * 39], 52.35),  # nothing else to see
+    ],
+)
+def test_a_start_that_dwarfs_the_rest_runs_out_of_the_panel(kept, values, top):
+    axes = drawn(values)
+    assert list(axes.lines[0].get_ydata()) == pytest.approx(values, nan_ok=True)
+    assert top is None or axes.get_ylim()[1] == pytest.approx(top)
+
+
+def test_a_point_that_stands_out_lies_on_its_line(kept):
+    (point,) = [line for line in drawn([3.0, 2.0, 1.0], at=1).lines if line.get_marker() == "o"]
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == (10, 2.0)

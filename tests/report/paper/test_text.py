@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from figure_helpers import (
     PIECES,
@@ -17,9 +18,9 @@ from figure_helpers import (
     rows_of,
 )
 from slm.dynamics.classes import CLASSES
+from slm.dynamics.colours import CLASS_COLOURS, tint
 from slm.errors import UserError
-from slm.report.paper.parts import CLASS_COLOURS
-from slm.report.paper.text import Excerpt, choose_excerpt, light, text_figure
+from slm.report.paper.text import Excerpt, choose_excerpt, text_figure
 
 
 @pytest.fixture
@@ -58,7 +59,9 @@ def test_text_by_class_has_the_classes_colours(make, tmp_path, kept):
     for box in kept[0].axes[0].patches:
         widths[box.get_facecolor()[:3]] += box.get_width()
     for name, colour in CLASS_COLOURS.items():
-        assert widths[light(colour)] == sum(len(r["text"]) for r in rows if r["class"] == name)
+        assert widths[to_rgb(tint(colour))] == sum(
+            len(r["text"]) for r in rows if r["class"] == name
+        )
 
 
 def test_wild_text_is_drawn_without_a_warning(make, tmp_path, kept):

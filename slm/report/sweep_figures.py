@@ -1,0 +1,207 @@
+"""Figures of arms: the final loss against select_ratio, and the loss during training.
+
+To add one: a function of a `Sweep` that returns a `Figure`, and its line in SWEEP_FIGURES.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from slm.dynamics.colours import INK, PALETTE, QUIET, Colour, ramp
+from slm.dynamics.figure import (
+    DASHES,
+    HELDOUT_LOSS,
+    SEEN,
+    Axis,
+    Figure,
+    Panel,
+    Series,
+    nth_series,
+)
+from slm.dynamics.figures import Kind
+from slm.errors import UserError
+from slm.report.arms import Arm, Run, base
+from slm.train.curves import Curve, by_label, mean_curve
+
+CONTROL = "all tokens"
+Points = list[tuple[float, list[float]]]  # (select_ratio, loss of each seed)
+
+
+class Sweep(NamedTuple):
+    arms: Sequence[Arm]
+    baselines: Sequence[Arm]
+    control: dict[str, float]  # mean final loss on all tokens, of each held-out set
+    sets: Sequence[str]
+
+
+# ---- against select_ratio -----------------------------------------------------------------------
+
+
+def loss_vs_k(sweep: Sweep) -> Figure:
+    if all(arm.takes_all_tokens and arm.select_ratio is None for arm in sweep.arms):
+        raise UserError("no arm selects tokens")
+    return ratio_figure([ratio_panel(name, *losses_of(name, sweep)) for name in sweep.sets])
+
+
+def ratio_figure(panels: Sequence[Panel]) -> Figure:
+    """A panel a set: means over seeds with their range, the controls as lines."""
+    size = (4.4 + 1.6 / len(panels), 4.6)
+    note = "points: mean over seeds, bands: lowest to highest"
+    return Figure("", panels, size=size, columns=len(panels), legend_title=note)
+
+
+def losses_of(
+    name: str, sweep: Sweep
+) -> tuple[dict[str, Points], dict[str, float], dict[str, float]]:
+    """Of the rules with a ratio, of those without, and of the controls and baselines."""
+    lines: dict[str, Points] = defaultdict(list)
+    flat = {}
+    for arm in sweep.arms:
+        if arm.select_ratio is not None:
+            lines[arm.line].append((arm.select_ratio, arm.losses(name)))
+        elif not arm.takes_all_tokens:
+            flat[arm.label] = float(np.mean(arm.losses(name)))
+    controls = {CONTROL: sweep.control[name]} if sweep.control else {}
+    return (
+        lines,
+        flat,
+        controls | {arm.label: float(np.mean(arm.losses(name))) for arm in sweep.baselines},
+    )
+
+
+def ratio_panel(
+    title: str, lines: dict[str, Points], flat: dict[str, float], controls: dict[str, float]
+) -> Panel:
+    ratios = sorted({ratio for points in lines.values() for ratio, _ in points})
+    ends = [ratios[0], ratios[-1]] if len(ratios) > 1 else [0.0, 1.0]
+    series = [ratio_series(label, lines[label], i) for i, label in enumerate(lines)]
+    series += flat_series(flat, ends, [PALETTE[i] for i in (4, 3, 2, 5)])
+    series += flat_series(controls, ends, [INK, QUIET])
+    x = Axis("select_ratio (k): share of tokens trained on", "select_ratio", ticks=ratios)
+    return Panel(title, x, HELDOUT_LOSS._replace(title=f"final {HELDOUT_LOSS.title}"), series)
+
+
+def ratio_series(label: str, points: Points, index: int) -> Series:
+    points = sorted(points)
+    low, high, mean = (np.array([of(losses) for _, losses in points]) for of in (min, max, np.mean))
+    ratios = [ratio for ratio, _ in points]
+    return nth_series(index, label, ratios, mean)._replace(low=low, high=high)
+
+
+def flat_series(
+    lines: dict[str, float], ends: Sequence[float], colours: Sequence[Colour]
+) -> list[Series]:
+    """Horizontal lines, told apart by their dashes."""
+    return [
+        Series(name, colours[i % len(colours)], ends, np.array([value] * 2))._replace(
+            dash=DASHES[1 + i % (len(DASHES) - 1)], width=1.4
+        )
+        for i, (name, value) in enumerate(lines.items())
+    ]
+
+
+# ---- during training ----------------------------------------------------------------------------
+
+
+class Curves(NamedTuple):
+    """Of one panel."""
+
+    title: str
+    set: str
+    curves: Sequence[Curve]
+    controls: Sequence[Curve]  # black and dashed
+
+    @property
+    def start(self) -> float:
+        """The first measurement, before any training, is left out: it dwarfs the others."""
+        return float(self.curves[0].tokens_seen[:2].max())
+
+
+def loss_vs_tokens(sweep: Sweep) -> Figure:
+    return tokens_figure([panel_curves(name, sweep.arms) for name in sweep.sets])
+
+
+def tokens_figure(grid: Sequence[Sequence[Curves]]) -> Figure:
+    """A panel a line and set, the arms that train on all tokens in each of them."""
+    labels = sorted({curve.label for row in grid for found in row for curve in found.curves})
+    colours = dict(zip(labels, ramp(len(labels)), strict=True))
+    panels = [tokens_panel(found, colours, loss_range(row)) for row in grid for found in row]
+    note = "thin lines: seeds, thick lines: their mean"
+    columns = min(4, len(grid[0]))
+    return Figure("", panels, size=(4.0, 3.2), columns=columns, legend_title=note)
+
+
+def panel_curves(name: str, arms: Sequence[Arm]) -> list[Curves]:
+    selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
+    controls = [arm for arm in arms if arm.takes_all_tokens]
+    black = [run.curves[name]._replace(label=CONTROL) for arm in controls for run in arm.runs]
+    found = []
+    for line in dict.fromkeys(arm.line for arm in selecting):
+        runs = [run for arm in selecting if arm.line == line for run in arm.runs]
+        curves = [run.curves[name]._replace(label=short_label(run)) for run in runs]
+        found.append(Curves(f"{line}, {name}", name, curves, black))
+    return found
+
+
+def short_label(run: Run) -> str:
+    return base(run) if run.select_ratio is None else f"k = {run.select_ratio:g}"
+
+
+def loss_range(row: Iterable[Curves]) -> tuple[float, float]:
+    """Without the steep first tenth of training, beside which the rest looks flat."""
+    late = [
+        curve.loss[curve.tokens_seen >= max(found.start, curve.tokens_seen[-1] / 10)]
+        for found in row
+        for curve in (*found.curves, *found.controls)
+    ]
+    losses = np.concatenate(late)
+    margin = 0.04 * float(np.ptp(losses)) or 0.1
+    return float(losses.min()) - margin, float(losses.max()) + margin
+
+
+def tokens_panel(found: Curves, colours: dict[str, Colour], bounds: tuple[float, float]) -> Panel:
+    series = [
+        one
+        for label, runs in by_label(found.curves).items()
+        for one in seed_series(runs, found.start, colours[label])
+    ]
+    for runs in by_label(found.controls).values():
+        series += [one._replace(dash="dash") for one in seed_series(runs, found.start, INK)]
+    return Panel(found.title, SEEN, HELDOUT_LOSS._replace(bounds=bounds), series, group=found.set)
+
+
+def seed_series(runs: Sequence[Curve], start: float, colour: Colour) -> list[Series]:
+    """Thin lines of the seeds, where there are several, and a thick one of their mean."""
+
+    def one(curve: Curve) -> Series:
+        late = curve.tokens_seen >= start
+        return Series(curve.label, colour, curve.tokens_seen[late], curve.loss[late])
+
+    seeds = [one(run)._replace(is_seed=True, width=0.8) for run in runs if len(runs) > 1]
+    return [*seeds, one(mean_curve(runs))]
+
+
+def loss_curves(
+    curves: Sequence[Curve], lines: dict[str, float], title: str, start: float = 0.0
+) -> Figure:
+    """Loss against tokens: one colour a label, its last loss in the legend.
+
+    lines:  horizontal lines, e.g. the reference model's own loss
+    start:  leave out what lies before so many tokens (the first points dwarf the rest)
+    """
+    series = []
+    for index, (label, runs) in enumerate(by_label(curves).items()):
+        text = f"{label} ({mean_curve(runs).loss[-1]:.3f})"
+        series += [
+            one._replace(label=text)
+            for one in seed_series(runs, start, PALETTE[index % len(PALETTE)])
+        ]
+    ends = [start, max(float(curve.tokens_seen[-1]) for curve in curves)]
+    named = {f"{name} ({value:.3f})": value for name, value in lines.items()}
+    series += flat_series(named, ends, [QUIET])
+    return Figure("", [Panel(title, SEEN, HELDOUT_LOSS, series)], size=(7.2, 4.4))
+
+
+SWEEP_FIGURES = (Kind(loss_vs_k, "ratios"), Kind(loss_vs_tokens, "tokens"))

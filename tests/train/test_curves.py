@@ -1,0 +1,38 @@
+"""What a run wrote, read back."""
+
+import numpy as np
+import pytest
+
+from slm.train.curves import Curve, final_losses, heldout_sets, mean_curve, read_curve
+
+
+def test_read_curve_reads_one_set_and_skips_rows_without_it(tmp_path):
+    (tmp_path / "heldout.csv").write_text(
+        "step,tokens_seen,heldout/a/loss,heldout/b/loss\n0,0,5.5,4\n1,128,,3\n2,256,5.25,2\n"
+    )
+    curve = read_curve(tmp_path, "x", "a")
+    assert curve.tokens_seen.tolist() == [0, 256] and curve.loss.tolist() == [5.5, 5.25]
+
+
+def test_final_losses_are_the_last_of_each_set(tmp_path):
+    assert final_losses(tmp_path) == {}
+    (tmp_path / "heldout.csv").write_text(
+        "step,tokens_seen,heldout/a/loss,heldout/a/bits_per_byte,heldout/b/loss\n"
+        "0,0,5.5,1,4\n1,128,5.25,1,\n2,256,5,1,2\n"
+    )
+    assert final_losses(tmp_path) == {"a": 5.0, "b": 2.0}
+
+
+@pytest.mark.parametrize("name", ["a/b", "loss", "x/loss", "heldout/x", "a b|c$d"])
+def test_a_set_may_have_any_name(tmp_path, name):
+    columns = ["step", "tokens_seen", f"heldout/{name}/loss", f"heldout/{name}/bits_per_byte"]
+    (tmp_path / "heldout.csv").write_text(",".join(columns) + "\n0,0,5.5,1\n1,128,5.25,1\n")
+    assert heldout_sets(tmp_path) == [name]
+    assert final_losses(tmp_path) == {name: 5.25}
+
+
+def test_the_mean_of_runs_measured_at_other_points_is_interpolated():
+    one = Curve("x", np.array([0.0, 100, 200]), np.array([4.0, 3.0, 2.0]))
+    other = Curve("x", np.array([0.0, 200]), np.array([8.0, 4.0]))
+    mean = mean_curve([one, other])
+    assert mean.tokens_seen.tolist() == [0, 100, 200] and mean.loss.tolist() == [6.0, 4.5, 3.0]
