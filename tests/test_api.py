@@ -16,20 +16,27 @@ from omegaconf import OmegaConf
 import slm
 from model_helpers import small_llama
 from slm.cli import conf_folder
+from slm.dynamics.command import dynamics
 from slm.errors import UserError
+from slm.evaluate.command import evaluate
 from slm.evaluate.harness import harness
 from slm.model.folder import save_model
+from slm.prepare.command import prepare
+from slm.report.command import report
+from slm.report.workspace import dashboard
+from slm.score.command import score
 from slm.stage import complete
 from slm.store.shards import Corpus, References
 from slm.store.tokenizer import load_corpus_tokenizer
 
 STAGES: dict[str, Callable[..., Any]] = {
-    "prepare": slm.prepare,
-    "score": slm.score,
-    "evaluate": slm.evaluate,
+    "prepare": prepare,
+    "score": score,
+    "evaluate": evaluate,
     "harness": harness,
-    "dynamics": slm.dynamics,
-    "report": slm.report,
+    "dynamics": dynamics,
+    "report": report,
+    "dashboard": dashboard,
 }
 
 
@@ -61,7 +68,7 @@ def test_parameters_and_defaults_are_the_keys_of_the_command(name: str):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_parameter_is_explained(name: str):
-    about = inspect.getdoc(STAGES[name] if name == "harness" else STAGES[name].__call__)
+    about = inspect.getdoc(STAGES[name])
     assert about is not None
     explained = [line.strip().partition(":")[0] for line in about.splitlines() if ": " in line]
     assert set(inspect.signature(STAGES[name]).parameters) <= set(explained)
@@ -72,6 +79,8 @@ def test_a_stage_is_its_folder_and_its_function():
     import slm.prepare.sources
 
     assert slm.prepare.sources.parse_sources([], "sources") == []  # type: ignore[attr-defined]
+    assert inspect.signature(slm.prepare) == inspect.signature(prepare)
+    assert slm.prepare.__call__ is prepare
     with pytest.raises(UserError, match="seq_length is given, and nothing reads it, did you mean"):
         slm.prepare(["a.jsonl"], "corpus", seq_length=8)  # type: ignore[call-arg]
 

@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -26,21 +25,18 @@ import numpy as np
 
 from slm.cli import command
 from slm.command_keys import PREPARE
-from slm.console import Progress, progress
 from slm.errors import UserError
 from slm.prepare.chat import chat_format, find_template
-from slm.prepare.encode import window_targets
 from slm.prepare.encoder import encoder_state
 from slm.prepare.overlap import Exclusion, Overlap, read_exclusion
 from slm.prepare.readers import out_of_memory, read_blocks, read_source
 from slm.prepare.records import read_texts
-from slm.prepare.report import SIDES, say_report
+from slm.prepare.report import SIDES, finish_side, say_report, show_progress
 from slm.prepare.shard_writer import ShardWriter
 from slm.prepare.sources import Source, parse_sources
 from slm.prepare.workers import (
     COUNTS,
     Job,
-    Result,
     Tally,
     bad_record,
     group_blocks,
@@ -59,7 +55,7 @@ from slm.store.files import (
     write_error,
     write_record,
 )
-from slm.store.shards import FORMAT, Corpus, adopt_plan, read_sidecars, write_manifest
+from slm.store.shards import FORMAT, Corpus, adopt_plan, read_sidecars
 from slm.store.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
 
 log = logging.getLogger("slm.prepare")
@@ -78,40 +74,6 @@ TOKENIZER: TokenizerKeys = {
     "train_mb": 64,
     "chat_template": None,
 }
-
-
-# ---- progress -----------------------------------------------------------------------------------
-
-
-class Speed:
-    """What was read and made of it so far, as the progress bar says it."""
-
-    def __init__(self, show: Progress) -> None:
-        self.show, self.started = show, time.monotonic()
-        self.text_bytes, self.tokens = 0, 0
-
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self.started, 1e-9)
-
-    def __str__(self) -> str:
-        mb, thousands = self.text_bytes / 1e6, self.tokens / 1e3
-        return f"{mb / self.seconds:.2f} MB/s, {thousands / self.seconds:.0f}k tokens/s"
-
-    def add(self, result: Result) -> None:
-        self.text_bytes += int(result.documents[:, 4].sum())
-        self.tokens += int(result.documents[:, 0].sum())
-        self.show(result.num_input_bytes, str(self))
-
-
-@contextmanager
-def show_progress(total_bytes: int | None) -> Iterator[Speed]:
-    """total_bytes: not known of a compressed file, a table or the hub"""
-    with progress("preparing", total_bytes, "bytes") as show:
-        speed = Speed(show)
-        yield speed
-    if speed.text_bytes:
-        log.info("%.1f MB of text in %.1f s: %s", speed.text_bytes / 1e6, speed.seconds, speed)
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -304,25 +266,6 @@ def encode_corpus(
             tally.add(result)
             speed.add(result)
         return {side: (writer.finish(), writer.num_shards) for side, writer in writers.items()}
-
-
-def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Json:
-    """Write the manifest; returns the side's report."""
-    if num_shards == 0:
-        hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
-        raise UserError(
-            f"the {folder.name} side has {counts['tokens']} tokens in {counts['documents']} "
-            "documents (a text file is one, see `document` of a source), fewer than the "
-            f"{config.seq_len + 1} of one window (heldout_ratio={config.heldout_ratio}, "
-            f"seq_len={config.seq_len}): {hint}"
-        )
-    manifest = write_manifest(folder, "tokens", num_shards)
-    assert manifest is not None, "every sidecar was just written"
-    in_windows = counts["tokens"] - counts["dropped_tail_tokens"] - num_shards
-    counts |= {"windows": in_windows // config.seq_len, "shards": num_shards}
-    if "targets" in counts:
-        counts |= window_targets(Corpus.open(folder))
-    return counts | {"fingerprint": manifest["fingerprint"]}
 
 
 def damage(out: Path) -> str | None:

@@ -1,12 +1,71 @@
-"""What `slm prepare` says of what it made."""
+"""What `slm prepare` counts, and says as it works and at its end."""
 
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from slm.console import Progress, progress
+from slm.errors import UserError
+from slm.prepare.encode import window_targets
+from slm.prepare.workers import Result
 from slm.store.files import Json
+from slm.store.shards import Corpus, write_manifest
 
 log = logging.getLogger("slm.prepare")
 SIDES = ("train", "heldout")
+
+
+class Speed:
+    """What was read and made of it so far, as the progress bar says it."""
+
+    def __init__(self, show: Progress) -> None:
+        self.show, self.started = show, time.monotonic()
+        self.text_bytes, self.tokens = 0, 0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def __str__(self) -> str:
+        mb, thousands = self.text_bytes / 1e6, self.tokens / 1e3
+        return f"{mb / self.seconds:.2f} MB/s, {thousands / self.seconds:.0f}k tokens/s"
+
+    def add(self, result: Result) -> None:
+        self.text_bytes += int(result.documents[:, 4].sum())
+        self.tokens += int(result.documents[:, 0].sum())
+        self.show(result.num_input_bytes, str(self))
+
+
+@contextmanager
+def show_progress(total_bytes: int | None) -> Iterator[Speed]:
+    """total_bytes: not known of a compressed file, a table or the hub"""
+    with progress("preparing", total_bytes, "bytes") as show:
+        speed = Speed(show)
+        yield speed
+    if speed.text_bytes:
+        log.info("%.1f MB of text in %.1f s: %s", speed.text_bytes / 1e6, speed.seconds, speed)
+
+
+def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Json:
+    """Write the manifest; returns the side's report."""
+    if num_shards == 0:
+        hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
+        raise UserError(
+            f"the {folder.name} side has {counts['tokens']} tokens in {counts['documents']} "
+            "documents (a text file is one, see `document` of a source), fewer than the "
+            f"{config.seq_len + 1} of one window (heldout_ratio={config.heldout_ratio}, "
+            f"seq_len={config.seq_len}): {hint}"
+        )
+    manifest = write_manifest(folder, "tokens", num_shards)
+    assert manifest is not None, "every sidecar was just written"
+    in_windows = counts["tokens"] - counts["dropped_tail_tokens"] - num_shards
+    counts |= {"windows": in_windows // config.seq_len, "shards": num_shards}
+    if "targets" in counts:
+        counts |= window_targets(Corpus.open(folder))
+    return counts | {"fingerprint": manifest["fingerprint"]}
 
 
 def say_report(out: Path, report: Json) -> None:

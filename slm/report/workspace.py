@@ -16,13 +16,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
-from slm.checks import check
 from slm.cli import command
 from slm.command_keys import DASHBOARD
 from slm.dynamics.classes import CLASSES
 from slm.errors import UserError
+from slm.stage import Folder, stage
 from slm.store.files import read_json, write_json
 from slm.train.callbacks.base import TOKENS_SEEN
 from slm.train.loggers import resolve_mode
@@ -203,25 +201,27 @@ def load_library() -> Library:
     return Library(workspaces, panels)
 
 
-def build(config: Any, logged: Logged | None) -> Any:
+def build(
+    project: str | None, entity: str | None, name: str, group: str | None, logged: Logged | None
+) -> Any:
     """The Workspace; nothing is sent."""
-    library, project = load_library(), chosen_project(config.project, logged)
-    ws, runset = library.workspaces, make_runset(library, config.group)
+    library = load_library()
+    ws, runset = library.workspaces, make_runset(library, group)
     sections = [
-        make_section(library, name, [make_panel(library, panel, config.group) for panel in panels])
-        for name, panels in shown_sections(logged, config.group is not None).items()
+        make_section(library, title, [make_panel(library, panel, group) for panel in panels])
+        for title, panels in shown_sections(logged, group is not None).items()
     ]
     try:
         return ws.Workspace(
-            entity=config.entity or "",
-            project=project,
-            name=config.name,
+            entity=entity or "",
+            project=chosen_project(project, logged),
+            name=name,
             sections=sections,
             settings=ws.WorkspaceSettings(x_axis=TOKENS_SEEN, max_runs=MAX_RUNS),
             runset_settings=runset,
         )
     except ValueError as error:  # pydantic's has several lines
-        raise UserError(f"name is {config.name!r}, W&B refuses it: {last_words(error)}") from None
+        raise UserError(f"name is {name!r}, W&B refuses it: {last_words(error)}") from None
 
 
 def last_words(error: ValueError) -> str:
@@ -307,23 +307,48 @@ def save_workspace(workspace: Any, out: Path) -> None:
         raise UserError(f"{out} is written; W&B took no workspace: {text}") from None
 
 
-def dashboard(config: Any) -> Any:
-    """Write config.out and, where it is wanted, save to W&B; returns the library's Workspace."""
-    check(config, DASHBOARD)
-    saving = is_to_be_saved(config.save)
-    logged = None if config.runs is None else read_logged(config.runs)
-    workspace, out = build(config, logged), Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, workspace._spec)
+@stage(DASHBOARD)
+def dashboard(
+    runs: Folder | None = None,
+    out: Folder = "dashboard.json",
+    *,
+    project: str | None = None,
+    entity: str | None = None,
+    name: str = "Selective language modeling",
+    group: str | None = None,
+    save: str | bool = "auto",
+) -> Any:
+    """A W&B workspace with the loss, the selection, token dynamics and the speed.
+
+    Args:
+        runs: a run's folder, or one with runs below it: panels for what was logged there.
+        out: a file for the workspace as W&B's own specification.
+        project: of W&B, by default the one that `runs` were logged to, else slm.
+        entity: user or team, by default the login's own.
+        name: of the workspace.
+        group: a sweep's group in W&B: its runs alone, seeds averaged.
+        save: "auto": to W&B where there is a login and a way out; True: or fail; False.
+
+    Returns:
+        The Workspace of the package wandb-workspaces.
+
+    Raises:
+        UserError: that package is missing, `runs` has no run, W&B refuses; a setting is wrong.
+    """
+    saving = is_to_be_saved(save)
+    logged = None if runs is None else read_logged(str(runs))
+    workspace = build(project, entity, name, group, logged)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, workspace._spec)
     if saving:
-        save_workspace(workspace, out)
+        save_workspace(workspace, path)
     return workspace
 
 
 @command("dashboard")
 def main(**settings: Any) -> None:
-    config = OmegaConf.create(settings)
-    workspace = dashboard(config)
+    workspace = dashboard(**settings)
     for section in workspace.sections:
         print(f"{section.name}: {len(section.panels)} panels")
-    log.info("workspace: %s", config.out)
+    log.info("workspace: %s", settings["out"])

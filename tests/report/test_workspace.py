@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import wandb
-from hydra import compose, initialize_config_dir
 
-from slm.cli import conf_folder
 from slm.errors import UserError
 from slm.report.workspace import SECTIONS, dashboard, load_library
 from slm.train import loggers as tracking
@@ -36,16 +34,8 @@ def refuse(*_: Any, **__: Any) -> Any:
     raise AssertionError("a test reached for the network")
 
 
-def config(out: Path, **keys: Any) -> Any:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        composed = compose("dashboard")
-    for key, value in {"out": str(out), **keys}.items():
-        composed[key] = value
-    return composed
-
-
 def written(tmp_path: Path, **keys: Any) -> dict[str, Any]:
-    dashboard(config(tmp_path / "out.json", **keys))
+    dashboard(out=tmp_path / "out.json", **keys)
     return json.loads((tmp_path / "out.json").read_text())
 
 
@@ -211,7 +201,7 @@ def test_without_a_login_nothing_is_sent(tmp_path, saved, caplog):
     assert written(tmp_path)["project"] == "slm" and saved == []
     assert "not saved to W&B: no login found" in caplog.text
     with pytest.raises(UserError, match="save is true, and W&B is offline: no login found"):
-        dashboard(config(tmp_path / "other.json", save=True))
+        dashboard(out=tmp_path / "other.json", save=True)
     assert not (tmp_path / "other.json").exists()
 
 
@@ -291,7 +281,7 @@ def test_wrong_values_are_refused(tmp_path, keys, message):
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(UserError, match="out is '.*', it must be a file, no folder"):
-        dashboard(config(tmp_path))
+        dashboard(out=tmp_path)
 
 
 def test_the_missing_package_is_named(tmp_path, monkeypatch):
