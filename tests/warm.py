@@ -3,6 +3,7 @@
 A new interpreter takes seconds to import them. Here one process has, and `Popen` and `run` have it
 fork instead: the child is a child of the caller with a pid, signals, streams and an exit code like
 any other, and ends as an interpreter ends. Elsewhere than on Linux they are subprocess's own.
+Variables that a library reads as it is imported (HF_HOME, TORCH_COMPILE_DISABLE) come too late.
 
     run([sys.executable, "-m", "slm.train", "out=x"], capture_output=True, text=True)
 """

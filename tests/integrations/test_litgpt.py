@@ -27,6 +27,8 @@ L = 16
 PROGRAM = f"""
 import sys
 sys.path += [{str(DOORS)!r}, {str(HERE.parent)!r}]
+import torch._dynamo
+torch._dynamo.config.disable = True  # a minute of a C++ compiler
 import litgpt_helpers
 litgpt_helpers.main()
 """
@@ -88,7 +90,6 @@ def said(out: Path, folders: dict[str, str], **selection: Any) -> tuple[int, str
     environment = os.environ | {
         "PYTHONPATH": f"{root}:{root / 'kernels'}",
         "OMP_NUM_THREADS": "1",
-        "TORCH_COMPILE_DISABLE": "1",  # a minute of a C++ compiler
     }
     settings = json.dumps({"out": str(out), "data": folders, "selection": selection})
     out.mkdir()
