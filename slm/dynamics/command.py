@@ -246,7 +246,8 @@ def dynamics(
     """
     import_modules(modules)
     folders = run_folders(folders_of(runs))
-    windows = open_windows(corpus, references, combine, check, "")
+    scored = folders_of(references or [])
+    windows = open_windows(str(corpus), scored, combine, check, "")
     tokens = draw(windows, num_targets, seed, by_source)
     stores = [open_store(run, windows, tokens, name, dtype, check) for run in folders]
     fill(folders, stores, windows, tokens, device, dtype, batch_size)

@@ -60,7 +60,7 @@ MOST_BYTES = 150  # of a set's name in a file's
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def read_baselines(folders: dict[str, str], sets: Sequence[str]) -> list[Arm]:
+def read_baselines(folders: Mapping[str, Any], sets: Sequence[str]) -> list[Arm]:
     """One arm each, under the name that it was given; corpus and budget may be others."""
     arms = []
     for label, folder in folders.items():
@@ -143,7 +143,7 @@ def report_left_out(left_out: dict[Path, str]) -> None:
 
 
 def sweep_report(
-    runs: Sequence[Run], left_out: dict[Path, str], wanted: Any, baseline_folders: Json, out: Path
+    runs: Sequence[Run], left_out: dict[Path, str], wanted: Any, named: Mapping[str, Any], out: Path
 ) -> SweepFigures:
     """Write the tables and figures of finished runs."""
     check_runs(runs)
@@ -151,7 +151,7 @@ def sweep_report(
     control = control_losses(arms, sets)
     if not control:
         log.warning("no run trains on all tokens (selection=all or select_ratio=1): no control")
-    baselines = read_baselines(baseline_folders, sets)
+    baselines = read_baselines(named, sets)
     check_names(arms, baselines)
     check_heldout([run for arm in (*arms, *baselines) for run in arm.runs], sets)
     rows = table_rows([*arms, *baselines], sets, control)

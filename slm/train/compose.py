@@ -43,9 +43,8 @@ def composed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def usual_choices() -> dict[str, str]:
     """Of conf/train.yaml, for each group."""
-    entries = [
-        e for e in OmegaConf.load(root_file("train"))["defaults"] if isinstance(e, DictConfig)
-    ]
+    root: Any = OmegaConf.load(root_file("train"))
+    entries = [entry for entry in root.defaults if isinstance(entry, DictConfig)]
     return {str(k): v for entry in entries for k, v in entry.items() if k in GROUPS}
 
 

@@ -130,7 +130,9 @@ def test_a_run_of_either_way_goes_on_in_the_other(tmp_path, text_corpus, referen
 class Count(Callback):
     steps = 0
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.steps = trainer.global_step
 
 
