@@ -4,6 +4,7 @@ Nothing here looks at a live run: the input is heldout.csv of each run.
 """
 
 import math
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -214,10 +215,14 @@ def legend_columns(texts: Sequence[str], width: float, most: int) -> int:
 
 
 def pyplot() -> Any:
-    """matplotlib costs a second, and no display is needed to write a file."""
+    """matplotlib costs a second, and no display is needed to write a file.
+
+    A notebook names in the environment how it shows figures, its user's too: that stays.
+    """
     import matplotlib
 
-    matplotlib.use("Agg")
+    if "MPLBACKEND" not in os.environ:
+        matplotlib.use("Agg")
     import matplotlib.pyplot
 
     return matplotlib.pyplot
