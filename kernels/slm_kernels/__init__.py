@@ -9,6 +9,7 @@ from slm_kernels.selective_cross_entropy import (
     selective_cross_entropy_from_logits,
     token_cross_entropy,
     weighted_cross_entropy,
+    weighted_cross_entropy_from_logits,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "selective_cross_entropy_from_logits",
     "token_cross_entropy",
     "weighted_cross_entropy",
+    "weighted_cross_entropy_from_logits",
 ]

@@ -155,10 +155,44 @@ def weighted_cross_entropy(
         known = _row_weight(made, targets, valid, max_rows, compute_dtype(hidden))
     with _without_autocast(hidden):
         local_sum = done.weighted_sum(known, max_rows)
+    return _weighted(local_sum, token_loss, known, denominator)
+
+
+def weighted_cross_entropy_from_logits(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...), int64, already shifted
+    token_weight: Tensor | Callable[[Tensor], Tensor],  # (...), bool or floating point
+    *,
+    denominator: float | Tensor | None = None,
+    ignore_index: int = -100,
+) -> WeightedCrossEntropy:
+    """`weighted_cross_entropy` for trainers that only expose logits.
+
+    What `selective_cross_entropy_from_logits` says of them is true here.
+    """
+    checks.check_denominator(denominator)
+    checks.check_logits(logits)
+    valid = _valid(targets, logits.shape[:-1], logits.shape[-1], ignore_index, logits.device)
+    rows, row_targets = _flatten(logits, targets, valid)
+    with torch.no_grad():
+        stats = from_logits.token_stats(rows, row_targets)
+        token_loss = stats.loss.view(targets.shape)
+        made = token_weight(token_loss) if callable(token_weight) else token_weight
+    known = _row_weight(made, targets, valid, None, stats.loss.dtype)
+    local_sum = from_logits.weighted_sum(rows, row_targets, known, stats)
+    return _weighted(local_sum, token_loss, known, denominator)
+
+
+def _weighted(
+    local_sum: Tensor,  # ()
+    token_loss: Tensor,  # (...)
+    token_weight: Tensor,  # (N,)
+    denominator: float | Tensor | None,
+) -> WeightedCrossEntropy:
     if denominator is None:
-        denominator = known.sum()
-    loss = _divide(local_sum, denominator, ~known.any())
-    return WeightedCrossEntropy(loss, token_loss, known.view(targets.shape))
+        denominator = token_weight.sum()
+    loss = _divide(local_sum, denominator, ~token_weight.any())
+    return WeightedCrossEntropy(loss, token_loss, token_weight.view(token_loss.shape))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
     plugins: [slm.integrations.axolotl.SelectivePlugin]
     slm_select_ratio: 0.6        # of the scored targets; slm_scope: batch and slm_selection: excess
+    # or a rule of slm.selection with its fields: slm_selection: {rule: sigmoid, temperature: 1}
     datasets:
       - path: scored/            # rows of input_ids, attention_mask, labels and reference_logprob
         type:                    # empty: tokenised before it was scored
@@ -35,7 +36,7 @@ if it logs `kept_frac`.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ try:
     from axolotl.integrations.base import BasePlugin
     from pydantic import BaseModel, model_validator
 
-    from slm.integrations.loss import COLUMN, SelectiveLoss
+    from slm.integrations.loss import COLUMN, SCORES, SelectiveLoss
     from slm.integrations.signatures import check_attributes, check_parameters
     from slm.integrations.transformers import (
         ReferenceCollator,
@@ -87,9 +88,9 @@ OWN_FILES = ("cache-", "tmp")  # what datasets writes beside the files of a data
 class SelectiveArgs(BaseModel):
     """Fields of the YAML, those of SelectiveLoss (slm/integrations/loss.py)."""
 
-    slm_select_ratio: float
-    slm_scope: str = "batch"
-    slm_selection: str = "excess"
+    slm_select_ratio: float | dict[str, Any] | None = None
+    slm_scope: str | None = None
+    slm_selection: str | dict[str, Any] = "excess"
 
     @model_validator(mode="after")
     def check_selective(self) -> "SelectiveArgs":
@@ -102,9 +103,9 @@ class SelectiveArgs(BaseModel):
 class SelectiveTrainingArgs:
     """The same, in axolotl's training arguments, whose fields all have a default."""
 
-    slm_select_ratio: float | None = None
-    slm_scope: str = "batch"
-    slm_selection: str = "excess"
+    slm_select_ratio: Any = None
+    slm_scope: Any = None
+    slm_selection: Any = "excess"
 
 
 def check_config(config: Any) -> None:
@@ -156,11 +157,10 @@ class PackedCollator:
 
 def with_scores(example: Mapping[str, Any]) -> Mapping[str, Any]:
     """NaN for the first token, which nothing of its own stands before."""
-    if COLUMN not in example:
-        return example
-    scores = scores_in(example[COLUMN]).clone()
-    scores[:1] = torch.nan
-    return {**example, COLUMN: scores}
+    found = {name: scores_in(example[name]).clone() for name in SCORES if name in example}
+    for scores in found.values():
+        scores[:1] = torch.nan
+    return {**example, **found}
 
 
 def grouped(examples: list[Any], sizes: list[int]) -> list[list[Any]]:
@@ -209,13 +209,12 @@ def make_trainer_class() -> type:
         """AxolotlTrainer with the loss that its training arguments name."""
 
         def __init__(self, *, args: Any, train_dataset: Any, **kwargs: Any):
-            check_columns(train_dataset)
+            selective = SelectiveLoss(args.slm_select_ratio, args.slm_scope, args.slm_selection)
+            check_columns(train_dataset, selective.rule.needs)
             super().__init__(
                 args=args,
                 train_dataset=train_dataset,
-                select_ratio=args.slm_select_ratio,
-                scope=args.slm_scope,
-                selection=args.slm_selection,
+                selection=selective.rule,
                 **kwargs,
             )
             if args.sample_packing:
@@ -227,13 +226,15 @@ def make_trainer_class() -> type:
     return SelectiveAxolotlTrainer
 
 
-def check_columns(dataset: Any) -> None:
-    if COLUMN not in dataset.column_names:
-        raise ValueError(
-            f"the prepared dataset has no {COLUMN} (it has {', '.join(dataset.column_names)}): "
-            "give axolotl one with input_ids, attention_mask, labels and "
-            f"{COLUMN}, and leave its type: empty"
-        )
+def check_columns(dataset: Any, needs: Sequence[str]) -> None:
+    """Every rule needs COLUMN here: it keeps the first tokens of packed documents out."""
+    for name in (COLUMN, *needs):
+        if name not in dataset.column_names:
+            raise ValueError(
+                f"the prepared dataset has no {name} (it has {', '.join(dataset.column_names)}): "
+                f"give axolotl one with input_ids, attention_mask, labels and {name}, and leave "
+                "its type: empty"
+            )
 
 
 def check_isolation(model: Any) -> None:

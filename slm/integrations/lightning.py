@@ -1,7 +1,7 @@
 """SelectiveModule's loss in a LightningModule of your own (made for lightning 2.6).
 
     class Mine(SelectiveMixin, LightningModule):
-        selective = SelectiveLoss(select_ratio=0.6)
+        selective = SelectiveLoss(select_ratio=0.6)  # or SelectiveLoss(selection=Sigmoid(1.0))
 
         def training_step(self, batch, batch_idx):
             hidden = self.model.model(batch["input_ids"]).last_hidden_state
@@ -11,17 +11,20 @@
 Lightning averages the losses of accumulated micro-batches and the gradients of ranks; the selective
 loss is a sum over all of them, divided once by the number of tokens selected. So each micro-batch
 leaves the gradient of its sum, and `on_before_optimizer_step` divides, before gradients are
-clipped. It divides all gradients, so another term cannot be added to the loss: that is refused. The
-value that `selective_loss` returns is the mean over the micro-batch's selected tokens; that of the
-whole step is logged as train/loss. A step may return None, and nothing of it counts. `targets` and
-`reference_logprob` are shifted, as batches of slm.store.windows are. For validation take
-slm_kernels.token_cross_entropy over every target.
+clipped. It divides all gradients, so another term cannot be added to the loss: that is refused.
+The value that `selective_loss` returns is the mean over the micro-batch's selected tokens; that of
+the whole step is logged as train/loss. A step may return None, and nothing of it counts.
+`targets` and `reference_logprob` are shifted, as batches of slm.data are; what else a rule needs
+goes beside them, as `reference_entropy=batch["reference_entropy"]`, and `window=` and `epoch=` make
+Random draw what the trainer draws. For validation take slm_kernels.token_cross_entropy over every
+target.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor
 
@@ -38,20 +41,22 @@ PROVISIONAL = 1024.0
 class SelectiveMixin:
     """Before LightningModule among the bases; `selective` says how tokens are chosen.
 
-    Logs train/loss (mean over the selected tokens), train/loss_all (over every target, comparable
+    Logs train/loss (the one that is minimised), train/loss_all (over every target, comparable
     across select ratios) and slm/kept_frac, each of the whole optimizer step.
     """
 
     selective: SelectiveLoss
     _open_step: int | None = None  # whose gradients are not divided yet
-    _pending: tuple[Tensor, Tensor] | None = None  # what was returned, and its sums, until backward
+    # What was returned, and its sums with the divisor as their last, until backward.
+    _pending: tuple[Tensor, Tensor] | None = None
 
     def selective_loss(
         self,
         hidden: Tensor,  # (B, T, D)
         head: Mapping[str, Any],  # weight, and bias, logit_scale, softcap by need
         targets: Tensor,  # (B, T), -100: no target
-        reference_logprob: Tensor,  # (B, T), nats, NaN: no score
+        reference_logprob: Tensor | None = None,  # (B, T), nats, NaN: no score
+        **columns: Tensor,
     ) -> Tensor:  # ()
         """What training_step returns: the mean of this micro-batch, with the gradient of its sum.
 
@@ -65,12 +70,16 @@ class SelectiveMixin:
                 "selective_loss is for training_step; evaluate every target with "
                 "slm_kernels.token_cross_entropy"
             )
+        self.selective.check_step("SelectiveMixin")
         self._pending = None  # of a step that returned None, whose graph goes before the next
-        output = self.selective(hidden, head, targets, reference_logprob, PROVISIONAL)
-        mean = output.loss.detach() * PROVISIONAL / output.selected.sum().clamp(min=1)
+        if reference_logprob is not None:
+            columns[COLUMN] = reference_logprob
+        output = self.selective(hidden, head, targets, columns, PROVISIONAL)
+        mean = output.loss.detach() * PROVISIONAL / output.divisor.clamp(min=1)
         scaled = output.loss * me.trainer.accumulate_grad_batches
         returned = scaled - scaled.detach() + mean
-        self._pending = returned, step_sums(record_of(output, targets, reference_logprob))
+        sums = step_sums(record_of(output, targets, columns))
+        self._pending = returned, torch.cat([sums, output.divisor.to(sums)[None]])
         return returned
 
     def _begin(self, step: int, device: torch.device) -> None:
@@ -81,7 +90,7 @@ class SelectiveMixin:
                 f"the gradients of step {self._open_step} were not divided: does "
                 f"{type(self).__name__}.on_before_optimizer_step call super()?"
             )
-        self._open_step, self._sums = step, no_sums(device)
+        self._open_step, self._sums = step, F.pad(no_sums(device), (0, 1))
 
     def on_fit_start(self) -> None:
         """A step that an earlier fit left unfinished has no gradients any more."""
@@ -111,19 +120,21 @@ class SelectiveMixin:
             return
         module: Any = self
         sums = torch.as_tensor(module.trainer.strategy.reduce(self._sums, reduce_op="sum"))
-        found = named(sums.tolist())
-        valid, kept = found["num_valid"], found["num_selected"]
-        if valid and not kept:
-            raise ValueError(f"all of the step's {valid:.0f} targets have NaN as their {COLUMN}")
+        *values, divisor = sums.tolist()
+        found = named(values)
+        valid = found["num_valid"]
+        if valid and not divisor:
+            raise ValueError(f"all of the step's {valid:.0f} targets have NaN as their score")
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        factor = PROVISIONAL * module.trainer.world_size / max(1.0, kept)
+        factor = PROVISIONAL * module.trainer.world_size / max(1.0, divisor)
         if gradients:
             torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as in clipping
         self._open_step = None
         if not valid:
             return
         mean = means(found)
-        logged = {"train/loss": mean["loss_selected"], "train/loss_all": mean["loss_all"]}
+        loss = found["loss_weighted"] / divisor
+        logged = {"train/loss": loss, "train/loss_all": mean["loss_all"]}
         module.log_dict(logged | {"slm/kept_frac": mean["kept_frac"]}, rank_zero_only=True)
 
 

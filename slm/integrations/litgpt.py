@@ -1,20 +1,23 @@
 """Selective language modeling in LitGPT 0.5: stock `litgpt.pretrain` on a corpus and its scores.
 
 B micro-batch, L sequence, V vocabulary. LitGPT has no hook: `pretrain.fit` calls the function
-`chunked_cross_entropy` of its own module on what `CycleIterator` of its own module yields. Both are
-replaced while `selective_pretraining` lasts; nothing else of LitGPT is touched::
+`chunked_cross_entropy` of its own module on what `CycleIterator` of its own module yields. These
+three are replaced while `selective_pretraining` lasts; nothing else of LitGPT is touched::
 
     from litgpt import pretrain
 
-    with selective_pretraining(select_ratio=0.6):
+    with selective_pretraining(select_ratio=0.6):  # or selection=Sigmoid(temperature=1.0)
         data = SelectiveData("corpus/train", "references", "corpus/heldout")
         pretrain.setup("pythia-160m", data=data, train=TrainArgs(max_seq_length=2048, ...))
 
 LitGPT parses sys.argv again as it saves: `python train.py pythia-160m`, without other words. Any
 other data module will do whose training batches are {"tokens": (B, L + 1) int64,
-"reference_logprob": (B, L) float32}, the scores of tokens[:, 1:]: natural log, <= 0. The scores
-travel with their tokens from the loader to the step that trains on them, however many batches are
-read ahead. Validation stays cross-entropy over every token.
+"reference_logprob": (B, L) float32}, the scores of tokens[:, 1:]: natural log, <= 0. With `window`
+(B,), the number of each row in the data, Random draws what the trainer draws. The scores travel
+with their tokens from the loader to the step that trains on them, however many batches are read
+ahead.
+Validation stays cross-entropy over every token, and so is `loss_all`, which LitGPT's loggers get
+beside `loss`.
 
 fit averages the losses of its micro-batches and ranks. That is the mean over all selected tokens
 where every micro-batch selects as many as the others, which it does where every token has a score;
@@ -25,7 +28,7 @@ targets, -reference_logprob, select_ratio=0.6).loss` takes the place of `chunked
 `slm_kernels.selective_cross_entropy` with `model.lm_head.weight` saves the logits as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,38 +41,47 @@ from litgpt.utils import CycleIterator, chunked_cross_entropy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from slm.integrations.loss import LOGGED, SCORES, Columns, SelectiveLoss, record_of
 from slm.integrations.signatures import check_attributes, check_parameters
+from slm.selection import Selection
+from slm.selection.books import means, named, no_sums, step_sums
 from slm.store.shards import Corpus, References
 from slm.store.windows import Windows
-from slm_kernels import max_selected, selective_cross_entropy_from_logits
 from slm_kernels.ops import refuse
-from slm_kernels.selection import check_select_ratio
 
 MADE_FOR = "litgpt 0.5.13"
-SCOPES = ("batch", "sequence")
+KNOWN = {"tokens", "window", *SCORES}
 check_attributes(pretrain, ("fit", "validate", "CycleIterator", "chunked_cross_entropy"), MADE_FOR)
 check_parameters(
     chunked_cross_entropy, ("logits", "targets", "chunk_size", "ignore_index"), MADE_FOR
 )
 check_parameters(CycleIterator.__init__, ("iterable",), MADE_FOR)
+check_parameters(pretrain.fit, ("fabric", "devices", "state", "train", "num_nodes"), MADE_FOR)
 check_parameters(DataModule.connect, ("tokenizer", "batch_size", "max_seq_length"), MADE_FOR)
 
-Batch = dict[str, Tensor]  # tokens (B, L + 1), reference_logprob (B, L)
+Batch = dict[str, Tensor]  # tokens (B, L + 1), scores (B, L), window and epoch (B,)
 
 
 @contextmanager
-def selective_pretraining(*, select_ratio: float, scope: str = "batch") -> Iterator[None]:
-    """While it lasts, `litgpt.pretrain` trains on the selected tokens of every micro-batch.
+def selective_pretraining(
+    *,
+    select_ratio: Any = None,
+    scope: str | None = None,
+    selection: Selection | Mapping[str, Any] | str = "excess",
+) -> Iterator[None]:
+    """While it lasts, `litgpt.pretrain` trains on what a rule selects of every micro-batch.
 
-    Raises ValueError for a select_ratio outside (0, 1] and a scope other than "batch" (of a
-    micro-batch) and "sequence".
+    Takes what SelectiveLoss takes. Raises ValueError for what that refuses and for scope "global".
     """
-    selection = _Selection(select_ratio, scope)
-    stock: dict[str, Any] = {
-        name: getattr(pretrain, name) for name in ("CycleIterator", "chunked_cross_entropy")
+    chosen = _Selection(SelectiveLoss(select_ratio, scope, selection), pretrain.fit)
+    replaced: dict[str, Any] = {
+        "fit": chosen.fit,
+        "CycleIterator": partial(_Batches, chosen),
+        "chunked_cross_entropy": chosen.loss,
     }
-    pretrain.CycleIterator = partial(_Batches, selection)  # type: ignore[misc, assignment]
-    pretrain.chunked_cross_entropy = selection.loss
+    stock = {name: getattr(pretrain, name) for name in replaced}
+    for name, value in replaced.items():
+        setattr(pretrain, name, value)
     try:
         yield
     finally:
@@ -86,22 +98,53 @@ class _Batches(CycleIterator):
 
     def __next__(self) -> Tensor:  # (B, L + 1)
         batch = super().__next__()
-        if not isinstance(batch, dict) or set(batch) != {"tokens", "reference_logprob"}:
+        needed = {"tokens", *self.selection.selective.rule.needs}
+        if not isinstance(batch, dict) or not needed <= set(batch) <= KNOWN:
             found = ", ".join(batch) if isinstance(batch, dict) else type(batch).__name__
             raise ValueError(
-                f"training batches must be dicts of tokens and reference_logprob, got {found}"
+                f"training batches must be dicts of {' and '.join(sorted(needed, reverse=True))}, "
+                f"got {found}"
             )
-        self.selection.batch = batch
+        self.selection.batch = batch | {"epoch": torch.full((len(batch["tokens"]),), self.epoch)}
         return batch["tokens"]
 
 
 class _Selection:
-    def __init__(self, select_ratio: float, scope: str):
-        check_select_ratio(select_ratio)
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-        self.select_ratio, self.scope = select_ratio, scope
+    def __init__(self, selective: SelectiveLoss, stock_fit: Callable[..., None]):
+        selective.check_step("LitGPT", True, "its loss is divided in every micro-batch")
+        if selective.rule.scope == "global":
+            raise ValueError(
+                "scope is 'global', under which ranks select different numbers, and LitGPT "
+                "averages ranks: it must be 'batch' or 'sequence'"
+            )
+        self.selective, self.stock_fit = selective, stock_fit
         self.batch: Batch | None = None
+        self.tokens_seen: Callable[[], int] = lambda: 0
+        self.sums = no_sums(torch.device("cpu"))
+
+    def fit(self, fabric: Any, devices: int, state: dict[str, Any], **others: Any) -> None:
+        """LitGPT's, whose step and logger are known meanwhile."""
+        train, num_nodes = others["train"], others.get("num_nodes", 1)
+        iters = train.gradient_accumulation_iters(devices, num_nodes)
+        size = train.micro_batch_size * state["model"].max_seq_length * fabric.world_size
+        self.tokens_seen = lambda: state["step_count"] * iters * size
+        self.sums = no_sums(fabric.device)
+        log_dict = fabric.log_dict
+
+        def log(metrics: Mapping[str, Any], step: int | None = None) -> None:
+            log_dict({**metrics, **self.means(fabric)} if "loss" in metrics else metrics, step)
+
+        fabric.log_dict = log
+        try:
+            self.stock_fit(fabric=fabric, devices=devices, state=state, **others)
+        finally:
+            fabric.log_dict = log_dict
+
+    def means(self, fabric: Any) -> dict[str, float]:
+        """Of all micro-batches and ranks since the last log; every rank calls."""
+        found = means(named(fabric.all_reduce(self.sums, reduce_op="sum").tolist()))
+        self.sums.zero_()
+        return {name: found[name] for name in LOGGED if name in found}
 
     def loss(
         self,
@@ -114,44 +157,46 @@ class _Selection:
         if not torch.is_grad_enabled() or targets.is_meta:
             return chunked_cross_entropy(logits, targets, chunk_size, ignore_index)
         assert isinstance(logits, Tensor), f"pretrain of {MADE_FOR} has its logits whole"
-        out = selective_cross_entropy_from_logits(
-            logits,
-            targets,
-            self._reference_loss(targets),
-            select_ratio=self.select_ratio,
-            scope=self.scope,
-            ignore_index=ignore_index,
-        )
-        check_count(out.num_selected, targets.shape, self.select_ratio, self.scope)
+        (targets, columns), seen = self._read(targets), self.tokens_seen()
+        count = self.selective.denominator([(targets, columns)], lambda count: count, seen)
+        targets = check_count(count, targets, self.selective.rule, seen)
+        out = self.selective.of_logits(logits, targets, columns, count, seen)
+        self.sums = self.sums.to(targets.device) + step_sums(record_of(out, targets, columns))
         return out.loss
 
-    def _reference_loss(
+    def _read(
         self,
         targets: Tensor,  # (B, L)
-    ) -> Tensor:  # (B, L)
+    ) -> tuple[Tensor, Columns]:
+        """The targets, which must be those of the batch that was read, and what it has of them."""
         batch, self.batch = self.batch, None
         if batch is None:
             raise ValueError("litgpt.pretrain asks for a training loss before it read a batch")
-        tokens, logprob = batch["tokens"][:, 1:], batch["reference_logprob"]
-        if not tokens.shape == logprob.shape == targets.shape:
-            raise ValueError(
-                f"targets are {tuple(targets.shape)}, those of the batch {tuple(tokens.shape)} and "
-                f"its reference_logprob {tuple(logprob.shape)}: set train.max_seq_length to the "
-                "length of the scored windows"
-            )
-        logprob = refuse(logprob, logprob > 0, logprob, "reference_logprob must be <= 0")
-        return -refuse(logprob, targets != tokens, targets, "targets must be those of the batch")
+        columns = {name: value.to(targets.device) for name, value in batch.items()}
+        tokens = columns.pop("tokens")[:, 1:]
+        for name in ("targets", *(name for name in SCORES if name in columns)):
+            found = targets if name == "targets" else columns[name]
+            if found.shape != tokens.shape:
+                raise ValueError(
+                    f"{name} is {tuple(found.shape)}, the targets of the batch are "
+                    f"{tuple(tokens.shape)}: set train.max_seq_length to the length of the scored "
+                    "windows"
+                )
+        others = targets != tokens
+        return refuse(targets, others, targets, "targets must be those of the batch"), columns
 
 
-def check_count(num_selected: Tensor, shape: torch.Size, select_ratio: float, scope: str) -> None:
-    """ValueError, or a device assertion, unless as many tokens were selected as in other calls."""
-    wanted = max_selected(shape, select_ratio, scope)
-    refuse(
-        num_selected,
-        num_selected != wanted,
-        num_selected,
-        f"every micro-batch must select {wanted} of its {shape.numel()} tokens, because LitGPT "
-        "averages micro-batches and ranks: give every token a reference_logprob",
+def check_count(count: Tensor, targets: Tensor, rule: Selection, tokens_seen: int) -> Tensor:
+    """ValueError, or a device assertion, unless this is divided by as much as other calls are."""
+    rows, length = targets.shape
+    every = torch.full((rows,), length) if rule.scope == "sequence" else torch.tensor(rows * length)
+    wanted = int(rule.divisor(every, tokens_seen).sum())
+    return refuse(
+        targets,
+        count != wanted,
+        count,
+        f"every micro-batch must select {wanted} of its {targets.numel()} tokens, because LitGPT "
+        "averages micro-batches and ranks: give every token its scores",
     )
 
 
@@ -232,7 +277,7 @@ class SelectiveData(DataModule):
     def _scored(self, numbers: list[int]) -> Batch:
         batch = self.windows.batch(np.array(numbers))
         tokens = torch.cat([batch["input_ids"][:, :1], batch["targets"]], dim=1)
-        return {"tokens": tokens, "reference_logprob": batch["reference_logprob"]}
+        return {"tokens": tokens} | {name: batch[name] for name in batch.keys() & KNOWN}
 
     def _tokens(self, numbers: list[int]) -> Tensor:  # (B, L + 1)
         return torch.from_numpy(self.heldout.tokens(np.array(numbers)))

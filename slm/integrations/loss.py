@@ -1,190 +1,236 @@
-"""The selective loss as the adapters call it: unshifted labels, one denominator for a whole step.
+"""The selective loss as the doors call it: any rule of slm.selection, one denominator for a step.
 
-`labels` and `reference_logprob` stand beside the tokens that they are about, as Hugging Face has
-it: entry i is about token i. `shifted` moves both to the position that predicts.
+`labels` and score columns stand beside the tokens that they are about, as Hugging Face has it:
+entry i is about token i. `shifted` moves them to the position that predicts.
 
-The denominator of an optimizer step is the number of tokens selected in all of its micro-batches on
-all ranks, as in slm/train/module.py. How many that are depends on labels and scores alone, so it is
-known before the first forward pass, and one division by it is exact however the step is split.
+A target without a score is no target to a rule: all rules choose among the same candidates. What
+the loss of an optimizer step is divided by, over all of its micro-batches and ranks, depends on
+labels and scores alone for every rule but Intersection and Union, so it is known before the first
+forward pass, and one division by it is exact however the step is split.
 
-Letters: B rows, T positions, D width.
+Letters: B rows, T positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from slm.selection import Selection
 from slm.selection.books import TokenRecord
-from slm.store.columns import LOGPROBS
-from slm.store.windows import IGNORE_INDEX
+from slm.selection.registry import make_rule
+from slm.store.columns import COLUMNS, LOGPROBS
+from slm.store.windows import IGNORE_INDEX, Batch
 from slm_kernels import (
-    select_count,
-    select_top_k,
-    selective_cross_entropy,
+    WeightedCrossEntropy,
     weighted_cross_entropy,
+    weighted_cross_entropy_from_logits,
 )
-from slm_kernels.selection import SCOPES, check_select_ratio
+from slm_kernels.ops import refuse
 
+Columns = Mapping[str, Tensor]  # of a batch by their keys; other names are looked over
 COLUMN = LOGPROBS.key
+SCORES = tuple(column.key for column in COLUMNS.values())
 LOGGED = ("loss_all", "loss_selected", "loss_unselected", "kept_frac", "scored_frac")  # of means
-SELECTIONS = ("excess", "random")
 
 
 class SelectiveOutput(NamedTuple):
-    """Only `loss` carries gradient; token_loss and selected are about the next token."""
+    """Only `loss` carries gradient; all but it and divisor are about the next token."""
 
     loss: Tensor  # ()
     token_loss: Tensor  # (B, T), nats
     selected: Tensor  # (B, T), bool
+    token_weight: Tensor  # (B, T)
+    divisor: Tensor  # (), what this micro-batch adds to the step's denominator
 
 
-@dataclass(frozen=True)
 class SelectiveLoss:
-    """Cross-entropy of the tokens with the highest excess loss (Rho-1, arXiv 2404.07965, Eq 3-5).
+    """Cross-entropy of the tokens that a rule chooses (Rho-1, arXiv 2404.07965, Eq 3-5).
+
+        SelectiveLoss(0.6)                               # the highest excess loss
+        SelectiveLoss(0.6, "sequence", "random")         # as many of the same candidates
+        SelectiveLoss(selection=Sigmoid(temperature=1.0))
 
     select_ratio:  the paper's k, in (0, 1]
     scope:         among which tokens they are ranked: "sequence" (each row), "batch" (one forward
-                   on one rank) or "global" (one forward on all ranks). Only "sequence" chooses the
-                   same tokens however a step is split into micro-batches and ranks
-    selection:     "excess", or "random": as many of the same candidates, the control
+                   on one rank, the default) or "global" (one forward on all ranks). Only "sequence"
+                   chooses the same tokens however a step is split into micro-batches and ranks
+    selection:     the word of a rule that these two describe; else a rule of slm.selection, or how
+                   a folder writes one, {"rule": "sigmoid", "temperature": 1.0}, without these two
     """
 
-    select_ratio: float
-    scope: str = "batch"
-    selection: str = "excess"
+    def __init__(
+        self,
+        select_ratio: Any = None,
+        scope: str | None = None,
+        selection: Selection | Mapping[str, Any] | str = "excess",
+    ):
+        self.rule = rule_of(select_ratio, scope, selection)
 
-    def __post_init__(self) -> None:
-        if isinstance(self.select_ratio, bool) or not isinstance(self.select_ratio, int | float):
-            raise ValueError(f"select_ratio is {self.select_ratio!r}, it must be a number")
-        check_select_ratio(self.select_ratio)
-        for name, known in (("scope", SCOPES), ("selection", SELECTIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, it must be one of {known}")
+    def check_step(self, framework: str, knows_tokens: bool = False, divides: str = "") -> None:
+        """Refuse a rule that this framework cannot serve.
+
+        knows_tokens:  it can say how many tokens were seen, and so follow a schedule
+        divides:       what divides its loss, before the rule has chosen; empty: after that
+        """
+        moving = [one for one in self.rule.schedules if len(one.points) > 1]
+        if moving and not knows_tokens:
+            raise ValueError(
+                f"selection {self.rule} follows the tokens seen, which {framework} does not count "
+                "for it: give a number as its ratio"
+            )
+        if divides:
+            try:
+                self.rule.divisor(torch.ones((), dtype=torch.int64), 0)
+            except ValueError as error:
+                raise ValueError(f"{error}, and {divides}: {framework} cannot use it") from None
 
     def __call__(
         self,
         hidden: Tensor,  # (B, T, D)
         head: Mapping[str, Any],  # weight, and bias, logit_scale, softcap by need
         targets: Tensor,  # (B, T), shifted
-        reference_logprob: Tensor,  # (B, T), shifted; nats, NaN: no score
+        columns: Columns,  # (B, T) each, shifted; NaN: no score
         denominator: Tensor | float,
+        tokens_seen: int = 0,
     ) -> SelectiveOutput:
-        """Sum of the selected tokens' losses / denominator."""
-        check_shapes(targets, reference_logprob)
-        if self.selection == "random":
-            return self._random(hidden, head, targets, reference_logprob, denominator)
-        ranking = {"scope": self._scope, "group": self._group}
-        out = selective_cross_entropy(
-            hidden,
-            targets=targets,
-            reference_loss=-reference_logprob.float(),
-            select_ratio=self.select_ratio,
-            denominator=denominator,
-            **ranking,
-            **head,
-        )
-        return SelectiveOutput(out.loss, out.token_loss, out.selected)
+        """Weighted sum of the targets' losses / denominator."""
+        on_cpu = targets.device.type == "cpu"  # where counting rows is free
+        max_rows = None if on_cpu else self.rule.max_rows({"targets": targets}, tokens_seen)
+        loss = partial(weighted_cross_entropy, hidden, max_rows=max_rows, **head)
+        return self.through(loss, targets, columns, denominator, tokens_seen)
 
-    def _random(
+    def of_logits(
         self,
-        hidden: Tensor,
-        head: Mapping[str, Any],
+        logits: Tensor,  # (B, T, V)
         targets: Tensor,
-        reference_logprob: Tensor,
+        columns: Columns,
         denominator: Tensor | float,
+        tokens_seen: int = 0,
     ) -> SelectiveOutput:
-        """Drawn from torch's own generator, whose state the trainers save and restore."""
-        selected = select_top_k(
-            torch.rand(targets.shape, device=targets.device),
-            is_candidate(targets, reference_logprob),
-            self.select_ratio,
-            scope=self._scope,
-            group=self._group,
-        )
-        out = weighted_cross_entropy(
-            hidden, targets=targets, token_weight=selected, denominator=denominator, **head
-        )
-        return SelectiveOutput(out.loss, out.token_loss, selected)
+        """The same where logits are all that there is."""
+        loss = partial(weighted_cross_entropy_from_logits, logits)
+        return self.through(loss, targets, columns, denominator, tokens_seen)
 
-    @property
-    def _group(self) -> Any:
-        return dist.group.WORLD if self.scope == "global" and dist.is_initialized() else None
-
-    @property
-    def _scope(self) -> str:
-        """A single process is a group of one."""
-        return "batch" if self.scope == "global" and self._group is None else self.scope
-
-    def num_selected(
+    def through(
         self,
-        micro_batches: Sequence[tuple[Tensor, Tensor]],  # targets and reference_logprob, shifted
-        sum_over_ranks: Callable[[Tensor], Tensor],
-    ) -> Tensor:  # ()
-        """How many tokens all these micro-batches select on all ranks: the step's denominator."""
-        counts = [self._count(*one) for one in micro_batches]
-        if self.scope == "global":  # a micro-batch's tokens are ranked with those of other ranks
-            candidates = sum_over_ranks(torch.stack(counts))
-            return select_count(candidates, self.select_ratio).sum()
-        return sum_over_ranks(
-            torch.stack([select_count(count, self.select_ratio).sum() for count in counts]).sum()
+        loss: Callable[..., WeightedCrossEntropy],
+        targets: Tensor,
+        columns: Columns,
+        denominator: Tensor | float,
+        tokens_seen: int,
+    ) -> SelectiveOutput:
+        """The same by `loss(targets=, token_weight=, denominator=)`, as slm_kernels has it."""
+        batch = self.batch(targets, columns)
+        weight, made = self.rule.deferred(batch, tokens_seen)
+        out = loss(targets=targets, token_weight=weight, denominator=denominator)
+        (choice,) = made
+        by_choice = self.rule.divides_by == "selected"
+        counted = choice.selected if by_choice else batch["targets"] != IGNORE_INDEX
+        return SelectiveOutput(
+            out.loss, out.token_loss, choice.selected, out.token_weight, counted.sum()
         )
 
-    def _count(self, targets: Tensor, reference_logprob: Tensor) -> Tensor:  # () or (B,)
-        check_shapes(targets, reference_logprob)
-        check_signs(reference_logprob)
-        candidates = is_candidate(targets, reference_logprob)
-        return candidates.sum(-1) if self.scope == "sequence" else candidates.sum()
+    def batch(self, targets: Tensor, columns: Columns) -> Batch:
+        """What the rule sees, with numbers of windows by need.
+
+        Where a framework has none they are drawn from torch's own generator, whose state trainers
+        save and restore.
+        """
+        batch = self.candidates(targets, columns)
+        if self.rule.reads_window and "window" in columns:
+            return batch | {name: columns[name] for name in ("window", "epoch")}
+        if self.rule.reads_window:
+            rows = targets.new_zeros(len(targets))
+            return batch | {"window": rows.clone().random_(2**62), "epoch": rows}
+        return batch
+
+    def candidates(self, targets: Tensor, columns: Columns) -> Batch:
+        """The targets that have every score, and the scores; others are no targets to a rule."""
+        names = [name for name in SCORES if name in (COLUMN, *self.rule.needs)]
+        if missing := [name for name in self.rule.needs if name not in columns]:
+            raise ValueError(
+                f"{type(self.rule).__name__} needs {missing[0]}, the batch has "
+                f"{', '.join(sorted(columns)) or 'no scores'}"
+            )
+        batch = {"targets": targets}
+        for name in names:
+            if name in columns:
+                batch[name] = checked(name, columns[name].float(), targets)
+                unscored = batch[name].isnan()
+                batch["targets"] = batch["targets"].masked_fill(unscored, IGNORE_INDEX)
+        return batch
+
+    def denominator(
+        self,
+        micro_batches: Sequence[tuple[Tensor, Columns]],  # targets and scores, shifted
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        tokens_seen: int = 0,
+    ) -> Tensor:  # ()
+        """What the loss of all these micro-batches on all ranks is divided by."""
+        counts = [self._count(*one) for one in micro_batches]
+        if self.rule.scope == "global":  # a micro-batch's tokens are ranked with other ranks'
+            counts = [sum_over_ranks(torch.stack(counts))]
+        total = torch.stack([self.rule.divisor(one, tokens_seen).sum() for one in counts]).sum()
+        return total if self.rule.scope == "global" else sum_over_ranks(total)
+
+    def _count(self, targets: Tensor, columns: Columns) -> Tensor:  # () or (B,)
+        live = self.candidates(targets, columns)["targets"] != IGNORE_INDEX
+        return live.sum(-1) if self.rule.scope == "sequence" else live.sum()
 
 
-def record_of(output: SelectiveOutput, targets: Tensor, reference_logprob: Tensor) -> TokenRecord:
+def rule_of(
+    select_ratio: Any, scope: str | None, selection: Selection | Mapping[str, Any] | str
+) -> Selection:
+    """The rule that a door was given."""
+    if isinstance(selection, str):
+        fields = {"select_ratio": select_ratio, "scope": scope or "batch"}
+        seed = {"seed": 0} if selection == "random" else {}
+        return make_rule({"rule": selection, **fields, **seed})
+    for name, value in (("select_ratio", select_ratio), ("scope", scope)):
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, but {selection} says it itself: leave one out")
+    return selection if isinstance(selection, Selection) else make_rule(selection)
+
+
+def record_of(output: SelectiveOutput, targets: Tensor, columns: Columns) -> TokenRecord:
     """Of a micro-batch, for its books; a door has no numbers of windows, so rows are counted."""
     return TokenRecord(
         window=torch.arange(len(targets)),
         valid=targets != IGNORE_INDEX,
         selected=output.selected,
         token_loss=output.token_loss.detach(),
-        reference_loss=-reference_logprob,
-        token_weight=output.selected,
+        reference_loss=-columns[COLUMN] if COLUMN in columns else None,
+        token_weight=output.token_weight,
     )
 
 
-def is_candidate(targets: Tensor, reference_logprob: Tensor) -> Tensor:  # (B, T), bool
-    return (targets != IGNORE_INDEX) & ~reference_logprob.isnan()
-
-
-def check_shapes(targets: Tensor, reference_logprob: Tensor) -> None:
-    if targets.shape != reference_logprob.shape:
+def check_shape(name: str, values: Tensor, targets: Tensor) -> None:
+    if targets.shape != values.shape:
         raise ValueError(
-            f"{COLUMN} has shape {tuple(reference_logprob.shape)}, the labels have "
-            f"{tuple(targets.shape)}"
+            f"{name} has shape {tuple(values.shape)}, the labels have {tuple(targets.shape)}"
         )
 
 
-def check_signs(reference_logprob: Tensor) -> None:
-    """Where it costs nothing; elsewhere the loss has an assertion on the device."""
-    if reference_logprob.device.type != "cpu":
-        return
-    wrong = reference_logprob[(reference_logprob > 0) | reference_logprob.isneginf()]
-    if len(wrong):
-        raise ValueError(
-            f"{COLUMN} holds {wrong[0].item()}, it must be a natural log of a probability: finite "
-            "and <= 0, or NaN where there is no score"
-        )
+def checked(name: str, values: Tensor, targets: Tensor) -> Tensor:
+    """ValueError where a target's score is none; an assertion on the device, where there is one."""
+    check_shape(name, values, targets)
+    (column,) = [one for one in COLUMNS.values() if one.key == name]
+    wrong = (targets != IGNORE_INDEX) & ((column.sign * values < 0) | values.isinf())
+    return refuse(values, wrong, values, f"{name}: {column.needed}, or NaN for no score")
 
 
-def shifted(
-    labels: Tensor,  # (B, T)
-    reference_logprob: Tensor,  # (B, T)
-) -> tuple[Tensor, Tensor]:
+def shifted(labels: Tensor, columns: Columns) -> tuple[Tensor, dict[str, Tensor]]:
     """What the position before each token predicts; the last position predicts nothing."""
-    check_shapes(labels, reference_logprob)
-    pad = labels.new_full((len(labels), 1), IGNORE_INDEX)
-    nothing = torch.full_like(pad, torch.nan, dtype=reference_logprob.dtype)
-    return (
-        torch.cat([labels[:, 1:], pad], dim=1),
-        torch.cat([reference_logprob[:, 1:], nothing], dim=1),
-    )
+    found = {name: columns[name] for name in SCORES if name in columns}
+    for name, values in found.items():
+        check_shape(name, values, labels)
+    return moved(labels, IGNORE_INDEX), {
+        name: moved(values, torch.nan) for name, values in found.items()
+    }
+
+
+def moved(values: Tensor, last: float) -> Tensor:  # (B, T)
+    return torch.cat([values[:, 1:], torch.full_like(values[:, :1], last)], dim=1)

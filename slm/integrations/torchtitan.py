@@ -25,15 +25,15 @@ and scores have their precision (bfloat16 logits change about one selection in a
     torchrun ... -m torchtitan.train --module my.registry --config mine --loss.select_ratio 0.4
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
@@ -42,21 +42,15 @@ from torchtitan.config import CompileConfig
 from torchtitan.distributed.utils import dist_sum_tensor
 from torchtitan.trainer import Trainer
 
-from slm.integrations.loss import COLUMN, is_candidate
+from slm.integrations.loss import COLUMN, LOGGED, SCORES, Columns, record_of
+from slm.integrations.loss import SelectiveLoss as DoorLoss
 from slm.integrations.signatures import check_parameters
-from slm_kernels import (
-    max_selected,
-    select_count,
-    select_top_k,
-    selective_cross_entropy_from_logits,
-    token_cross_entropy,
-)
-from slm_kernels.ops import refuse
-from slm_kernels.selection import SCOPES, check_select_ratio
+from slm.selection.books import means, named, no_sums, step_sums
+from slm_kernels import WeightedCrossEntropy, token_cross_entropy
+from slm_kernels import weighted_cross_entropy_from_logits as from_logits
 
 MADE_FOR = "torchtitan 0.3.0"
-_CALL = ("pred", "labels", "global_valid_tokens")
-_STEP = ("labels", "global_valid_tokens")
+_CALL, _STEP = ("pred", "labels", "global_valid_tokens"), ("labels", "global_valid_tokens")
 for _function, _names in (
     (BaseLoss.__call__, _CALL),
     (ChunkedLossWrapper.__call__, (*_CALL, "loss_inputs")),
@@ -70,77 +64,89 @@ for _function, _names in (
 ):
     check_parameters(_function, _names, MADE_FOR)
 
+Loss = Callable[..., WeightedCrossEntropy]
 Batch = tuple[dict[str, Tensor], Tensor]  # what a dataloader yields: named inputs, labels
+COLUMNS = (*SCORES, "window", "epoch")  # of the named inputs, those that are for the loss
+
+
+@dataclass(kw_only=True)
+class _Rule:
+    select_ratio: float | None = None
+    """The paper's k%, in (0, 1]; 0.6 where `selection` is a word."""
+
+    scope: str | None = None
+    """Rank a token against: "sequence", "batch" (a micro-batch, the default) or "global"."""
+
+    selection: Any = "excess"
+    """A rule of slm.selection: its word, or an object without the two fields above."""
+
+
+def selective_of(config: _Rule) -> DoorLoss:
+    default = 0.6 if isinstance(config.selection, str) else None
+    ratio = default if config.select_ratio is None else config.select_ratio
+    found = DoorLoss(ratio, config.scope, config.selection)
+    found.check_step("torchtitan", True, "its loss is divided before the first forward pass")
+    return found
 
 
 class _Selective:
-    """What both losses share: their selection, and the scores of the batch that comes next.
+    """What both losses share: their rule, and the scores of the batch that comes next.
 
     The scores are bound to the loss, not passed to it: a wrapper that splits the batch would split
-    them alike, then K tokens of every part would be selected, and nobody would notice.
+    them alike, then tokens would be selected in every part, and nobody would notice.
     """
 
-    def __init__(self, select_ratio: float, scope: str):
-        check_select_ratio(select_ratio)
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-        self.select_ratio, self.scope = select_ratio, scope
-        self.group: ProcessGroup | None = None  # whose tokens are ranked, with scope "global"
-        self._bound: Tensor | None = None
-        self.sum_over_all = torch.tensor(0.0)  # (), loss of every valid token of the last batch
+    def __init__(self, config: _Rule):
+        self.selective = selective_of(config)
+        self.tokens_seen = 0  # when the step began
+        self.sums = no_sums(torch.device("cpu"))  # of the last batch
+        self._bound: Columns | None = None
 
-    def bind(
-        self,
-        reference_logprob: Tensor,  # (B, L), float32, <= 0; NaN: no score
-    ) -> None:
-        """The next call, and only that one, is about this batch."""
-        self._bound = reference_logprob
+    def bind(self, reference_logprob: Tensor | None = None, **columns: Tensor) -> None:
+        """(B, L) each, NaN: no score. The next call, and only that one, is about this batch."""
+        given = {} if reference_logprob is None else {COLUMN: reference_logprob}
+        self._bound = given | columns
 
-    def _reference_loss(
-        self,
-        pred: Tensor,  # (B, L, ...)
-        labels: Tensor,  # (B, L)
-        others: dict[str, Any],
-    ) -> Tensor | None:  # (B, L); None for validation
+    def _columns(self, pred: Tensor, labels: Tensor, others: dict[str, Any]) -> Columns | None:
+        """What was bound for (B, L, ...) and (B, L); None for validation."""
         bound, self._bound = self._bound, None
-        if COLUMN in others:
-            raise ValueError(f"{COLUMN} was passed to the loss: call its bind({COLUMN}) first")
+        if passed := [name for name in SCORES if name in others]:
+            raise ValueError(f"{passed[0]} was passed to the loss: call its bind() first")
         if isinstance(pred, DTensor):
             raise ValueError(
                 f"{type(self).__name__} ranks whole local tensors, got a DTensor with placements "
                 f"{pred.placements}: parallelism.tensor_parallel_degree must be 1"
             )
-        if bound is None:
-            if not torch.is_grad_enabled():
-                return None
+        if bound is None and not torch.is_grad_enabled():
+            return None
+        shapes = [tuple(bound[name].shape) for name in SCORES if name in bound] if bound else None
+        if bound is None or any(shape != labels.shape for shape in shapes or ()):
             raise ValueError(
-                f"{type(self).__name__} got labels {tuple(labels.shape)} to train on and no "
-                f"{COLUMN}: SelectiveTrainer binds it, and ChunkedLossWrapper cannot hold this "
-                "loss (use SelectiveChunkedLoss)"
-            )
-        if bound.shape != labels.shape:
-            raise ValueError(
-                f"{type(self).__name__} was called with labels {tuple(labels.shape)} of a batch "
-                f"whose {COLUMN} is {tuple(bound.shape)}: a selection needs the whole batch, so "
+                f"{type(self).__name__} got labels {tuple(labels.shape)} to train on and scores of "
+                f"{shapes}: SelectiveTrainer binds those of the whole batch, and "
                 "ChunkedLossWrapper cannot hold this loss (use SelectiveChunkedLoss)"
             )
-        wrong = (labels != IGNORE_INDEX) & (bound > 0)
-        return -refuse(bound, wrong, bound, f"{COLUMN} must be <= 0")
+        return bound
+
+    def _by(
+        self, loss: Loss, labels: Tensor, columns: Columns, denominator: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if denominator is None:
+            denominator = self.selective.denominator([(labels, columns)], lambda count: count)
+        out = self.selective.through(loss, labels, columns, denominator, self.tokens_seen)
+        self.sums = step_sums(record_of(out, labels, columns))
+        return out.loss, {}
 
 
 class SelectiveLoss(_Selective, BaseLoss):
     """Cross-entropy of the selected tokens, from logits that somebody made."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):
-        select_ratio: float = 0.6
-        """The paper's k%, in (0, 1]."""
-
-        scope: str = "batch"
-        """What tokens are ranked against: "sequence", "batch" (a micro-batch) or "global"."""
+    class Config(_Rule, BaseLoss.Config):
+        pass
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
-        _Selective.__init__(self, config.select_ratio, config.scope)
+        _Selective.__init__(self, config)
         # The selection's operators are opaque to a compiler; what validation runs is not.
         self._over_all = CrossEntropyLoss.Config().build(compile_config=compile_config)
 
@@ -151,40 +157,41 @@ class SelectiveLoss(_Selective, BaseLoss):
         global_valid_tokens: Tensor | None = None,  # (), what the sum is divided by
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        reference_loss = self._reference_loss(pred, labels, kwargs)
-        if reference_loss is None:
+        columns = self._columns(pred, labels, kwargs)
+        if columns is None:
             return self._over_all(pred, labels, global_valid_tokens)
-        out = selective_cross_entropy_from_logits(
-            pred,
-            labels,
-            reference_loss,
-            select_ratio=self.select_ratio,
-            scope=self.scope,
-            group=self.group,
-            denominator=global_valid_tokens,
-            ignore_index=IGNORE_INDEX,
-        )
-        self.sum_over_all = out.token_loss.sum()
-        return out.loss, {}
+        return self._by(partial(from_logits, pred), labels, columns, global_valid_tokens)
+
+
+class _RowLoss(CrossEntropyLoss):
+    """With a weight for every row, summed: what ChunkedLossWrapper calls for a chunk."""
+
+    def __call__(
+        self,
+        pred: Tensor,  # (1, C, V)
+        labels: Tensor,  # (1, C)
+        global_valid_tokens: Any = None,
+        token_weight: Tensor | None = None,  # (1, C)
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if token_weight is None:
+            return super().__call__(pred, labels, global_valid_tokens, **kwargs)
+        # A row without a weight has no label, and no loss.
+        losses = F.cross_entropy(pred.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        return (losses * token_weight.flatten()).sum() / global_valid_tokens, {}
 
 
 class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
-    """Score all tokens, select once in the whole batch, train on the selected rows in chunks.
+    """Score all tokens, choose once in the whole batch, train on the rows with a weight in chunks.
 
-    The first pass goes through `slm_kernels`: no logits, and float32 scores from bfloat16 operands.
-    The second is ChunkedLossWrapper with CrossEntropyLoss over (1, K, D), so that FSDP and
-    gradient accumulation are torchtitan's own, and unselected rows cost no backward arithmetic.
-    The batch's length need not be a multiple of `num_chunks`, except for validation. It asks the
-    device nothing, but nobody has run it within a CUDA graph yet (training.disable_cuda_graphs).
+    The first pass goes through `slm_kernels`: no logits, float32 scores. The second, of (1, K, D),
+    is torchtitan's own; rows without a weight cost no backward. The device is asked nothing, but
+    nobody has run it within a CUDA graph yet (training.disable_cuda_graphs).
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(ChunkedLossWrapper.Config):
-        select_ratio: float = 0.6
-        """The paper's k%, in (0, 1]."""
-
-        scope: str = "batch"
-        """What tokens are ranked against: "sequence", "batch" (a micro-batch) or "global"."""
+    class Config(_Rule, ChunkedLossWrapper.Config):
+        pass
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         if type(config.loss_fn) is not CrossEntropyLoss.Config:
@@ -192,8 +199,9 @@ class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
                 "SelectiveChunkedLoss minimises the cross-entropy of what it selects: loss.loss_fn "
                 f"must be CrossEntropyLoss.Config, got {type(config.loss_fn).__qualname__}"
             )
-        _Selective.__init__(self, config.select_ratio, config.scope)
+        _Selective.__init__(self, config)
         ChunkedLossWrapper.__init__(self, config, compile_config=compile_config)
+        self.loss_fn = _RowLoss(config.loss_fn, compile_config=compile_config)
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
         if type(lm_head).forward is not nn.Linear.forward:
@@ -210,24 +218,33 @@ class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
         global_valid_tokens: Tensor | None = None,  # (), what the sum is divided by
         **loss_inputs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        reference_loss = self._reference_loss(pred, labels, loss_inputs)
-        if reference_loss is None:
+        columns = self._columns(pred, labels, loss_inputs)
+        if columns is None:
             return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
-        selected = self._select(pred, labels, reference_loss)
-        count = selected.sum()
-        rows = self._rows(selected)
-        live = torch.arange(len(rows), device=rows.device) < count
-        row_labels = labels.flatten()[rows].masked_fill(~live, IGNORE_INDEX)
-        hidden = pred.flatten(0, 1).index_select(0, rows)
-        denominator = count.clamp(min=1) if global_valid_tokens is None else global_valid_tokens
-        return super().__call__(hidden[None], row_labels[None], denominator)
+        return self._by(partial(self._in_chunks, pred), labels, columns, global_valid_tokens)
 
-    def _select(
+    def _in_chunks(
         self,
         hidden: Tensor,  # (B, L, D)
-        labels: Tensor,  # (B, L)
-        reference_loss: Tensor,  # (B, L)
-    ) -> Tensor:  # (B, L), bool
+        targets: Tensor,  # (B, L)
+        token_weight: Tensor | Callable[[Tensor], Tensor],  # (B, L)
+        denominator: Tensor,
+    ) -> WeightedCrossEntropy:
+        token_loss = self._score(hidden, targets)
+        with torch.no_grad():
+            made = token_weight(token_loss) if callable(token_weight) else token_weight
+            weight = made.to(token_loss.dtype)
+            rows = self._rows(weight != 0)
+            row_weight = weight.flatten()[rows]
+            row_labels = targets.flatten()[rows].masked_fill(row_weight == 0, IGNORE_INDEX)
+        chosen = hidden.flatten(0, 1).index_select(0, rows)
+        loss, _ = super().__call__(
+            chosen[None], row_labels[None], denominator.clamp(min=1), token_weight=row_weight[None]
+        )
+        return WeightedCrossEntropy(loss, token_loss, weight)
+
+    @torch.no_grad()
+    def _score(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (B, L, D), (B, L) -> (B, L)
         head = self.lm_head
         assert isinstance(head, nn.Linear), "set_lm_head comes first"
         if isinstance(head, FSDPModule):
@@ -237,24 +254,14 @@ class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
                 f"lm_head.weight is a DTensor with placements {head.weight.placements}: "
                 "parallelism.tensor_parallel_degree must be 1"
             )
-        with torch.no_grad():
-            token_loss = token_cross_entropy(hidden, head.weight, labels, bias=head.bias).loss
-            self.sum_over_all = token_loss.sum()
-            candidates = (labels != IGNORE_INDEX) & ~reference_loss.isnan()
-            scores = token_loss - reference_loss
-            return select_top_k(
-                scores, candidates, self.select_ratio, scope=self.scope, group=self.group
-            )
+        return token_cross_entropy(hidden, head.weight, labels, bias=head.bias).loss
 
-    def _rows(
-        self,
-        selected: Tensor,  # (B, L), bool
-    ) -> Tensor:  # (a multiple of num_chunks,), int64: the selected rows in order, then others
-        """As many as can be selected in a batch of this shape: the device is not asked."""
-        capacity = max_selected(selected.shape, self.select_ratio, self.scope)
+    def _rows(self, chosen: Tensor) -> Tensor:  # (B, L) bool -> (a multiple of num_chunks,) int64
+        """Chosen rows in order, then others: as many as this shape can have, unasked."""
+        capacity = self.selective.rule.max_rows({"targets": chosen}, self.tokens_seen)
         if capacity is None:
-            capacity = int(selected.sum())
-        order = selected.flatten().argsort(descending=True, stable=True)[: max(1, capacity)]
+            capacity = int(chosen.sum())
+        order = chosen.flatten().argsort(descending=True, stable=True)[: max(1, capacity)]
         return F.pad(order, (0, -len(order) % self.num_chunks))
 
 
@@ -270,22 +277,20 @@ class SelectiveTrainer(Trainer):
     def __init__(self, config: Config):
         check_config(config)
         super().__init__(config)
-        if self.loss_fn.scope == "global":
-            if not self.parallel_dims.dp_enabled:
-                raise ValueError("loss.scope 'global' needs several data-parallel ranks, got 1")
-            self.loss_fn.group = self.parallel_dims.get_mesh("batch").get_group()
+        if self.loss_fn.selective.rule.scope == "global" and not self.parallel_dims.dp_enabled:
+            raise ValueError("loss.scope 'global' needs several data-parallel ranks, got 1")
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        self._num_selected = self._count_selected(batches)
-        self._sum_over_all = torch.zeros((), device=self.device)
+        num_tokens = sum(labels.numel() for _, labels in batches)
+        self.loss_fn.tokens_seen = (self.step - 1) * num_tokens * self.parallel_dims.world_size
+        self._denominator = self._count(batches)
+        self._sums = no_sums(self.device)
         mine = iter(batches)
         super().train_step(mine)
         assert next(mine, None) is None, f"{MADE_FOR} reads every micro-batch of a step"
         if self.metrics_processor.should_log(self.step):
-            self._log_over_all(
-                torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in batches])
-            )
+            self._log()
 
     def forward_backward_step(
         self,
@@ -294,19 +299,19 @@ class SelectiveTrainer(Trainer):
         labels: Tensor | list[Tensor],
         global_valid_tokens: Tensor,
     ) -> Tensor:
-        """The sum is over selected tokens, and so is the number that it is divided by."""
+        """The sum is over chosen tokens, and so is the number that it is divided by."""
         loss = super().forward_backward_step(
-            input_dict=input_dict, labels=labels, global_valid_tokens=self._num_selected
+            input_dict=input_dict, labels=labels, global_valid_tokens=self._denominator
         )
-        self._sum_over_all += self.loss_fn.sum_over_all
+        self._sums += self.loss_fn.sums
         return loss
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        others = {key: value for key, value in input_dict.items() if key != COLUMN}
+        ours, others = split(input_dict)
         inputs, labels, extra_kwargs = super().post_dataloading_process(others, labels)
-        return inputs, labels, extra_kwargs | {COLUMN: input_dict[COLUMN]}
+        return inputs, labels, extra_kwargs | ours
 
     def _forward_backward_body(
         self,
@@ -316,38 +321,40 @@ class SelectiveTrainer(Trainer):
         extra_kwargs: dict[str, Any],
     ) -> Tensor:
         # Bound here and not earlier: what a CUDA graph replays reads its own copy of the arguments.
-        self.loss_fn.bind(extra_kwargs[COLUMN])
-        others = {key: value for key, value in extra_kwargs.items() if key != COLUMN}
+        ours, others = split(extra_kwargs)
+        self.loss_fn.bind(**ours)
         return super()._forward_backward_body(inputs, labels, global_valid_tokens, others)
 
-    def _count_selected(self, batches: list[Batch]) -> Tensor:  # (), int64, on self.device
-        """Selected tokens of the step on all ranks; it depends on labels and NaNs alone."""
-        axis = -1 if self.loss_fn.scope == "sequence" else None
-        candidates = torch.stack(
-            [num_candidates(inputs, labels, axis, self.step) for inputs, labels in batches]
-        )
-        together = self.loss_fn.scope == "global"
-        ranked = self._over_ranks(candidates) if together else candidates
-        total = select_count(ranked, self.loss_fn.select_ratio).sum()
-        total = total if together else self._over_ranks(total)
-        if not candidates.any() and int(total) == 0:
-            raise ValueError(f"step {self.step}: no token has a label and a {COLUMN}")
+    def _count(self, batches: list[Batch]) -> Tensor:  # (), int64, on self.device
+        """What the step's loss is divided by; it depends on labels and NaNs alone."""
+        selective, pairs = self.loss_fn.selective, [(labels, inputs) for inputs, labels in batches]
+        try:
+            live = [selective.candidates(*pair)["targets"] != IGNORE_INDEX for pair in pairs]
+            total = selective.denominator(pairs, self._over_ranks, self.loss_fn.tokens_seen)
+        except ValueError as error:
+            raise ValueError(f"step {self.step}: {error}") from None
+        if not any(mask.any() for mask in live) and int(total) == 0:
+            raise ValueError(f"step {self.step}: no token has a label and a score")
         return total
 
-    def _log_over_all(
-        self,
-        num_valid: Tensor,  # (micro-batches,)
-    ) -> None:
+    def _log(self) -> None:
         """To TensorBoard and W&B: comparable across ratios, as the selected tokens' loss is not."""
-        mean = self._over_ranks(self._sum_over_all) / self._over_ranks(num_valid.sum())
-        metrics = {"slm/loss_all": mean.item(), "slm/num_selected": int(self._num_selected)}
+        sums = named(self._over_ranks(self._sums).tolist())
+        metrics = {f"slm/{name}": mean for name, mean in means(sums).items() if name in LOGGED}
+        metrics["slm/num_selected"] = sums["num_selected"]
         self.metrics_processor.logger.log(metrics, self.step)
 
-    def _over_ranks(self, counts: Tensor) -> Tensor:
-        counts = counts.to(self.device)
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
         if not self.parallel_dims.dp_enabled:
-            return counts
-        return dist_sum_tensor(counts, self.parallel_dims.get_mesh("batch"))
+            return values
+        return dist_sum_tensor(values, self.parallel_dims.get_mesh("batch"))
+
+
+def split(named: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is for the loss, and the rest."""
+    ours = {name: named[name] for name in COLUMNS if name in named}
+    return ours, {name: value for name, value in named.items() if name not in ours}
 
 
 def selective(
@@ -381,33 +388,12 @@ def check_config(config: SelectiveTrainer.Config) -> None:
         )
     if config.debug.spmd_typechecking:
         raise ValueError("debug.spmd_typechecking must be False: a selection has no SPMD type")
-    reads_back = isinstance(config.loss, SelectiveLoss.Config) or config.loss.scope == "global"
-    if reads_back and not config.training.disable_cuda_graphs:
+    rule = selective_of(config.loss).rule
+    reads_back = isinstance(config.loss, SelectiveLoss.Config) or rule.scope == "global"
+    moves = any(len(schedule.points) > 1 for schedule in rule.schedules)
+    if (reads_back or moves) and not config.training.disable_cuda_graphs:
         raise ValueError(
             "training.disable_cuda_graphs must be True for SelectiveLoss and for scope 'global', "
-            "which ask the device how many tokens were selected; got False"
+            "which ask the device how many tokens were selected, and for a schedule, which a graph "
+            "would not follow; got False"
         )
-
-
-def num_candidates(
-    inputs: dict[str, Tensor],
-    labels: Tensor,  # (B, L)
-    axis: int | None,
-    step: int,
-) -> Tensor:  # () or, with axis -1, (B,): labelled tokens that have a reference score
-    if COLUMN not in inputs:
-        raise ValueError(
-            f"step {step}: the dataloader must yield {COLUMN} beside the input, got "
-            f"{', '.join(inputs)}"
-        )
-    scores, valid = inputs[COLUMN], labels != IGNORE_INDEX
-    if scores.shape != labels.shape or scores.dtype != torch.float32:
-        raise ValueError(
-            f"step {step}: {COLUMN} must be float32 {tuple(labels.shape)} as the labels, got "
-            f"{scores.dtype} {tuple(scores.shape)}"
-        )
-    if (valid & (scores > 0)).any():
-        raise ValueError(
-            f"step {step}: {COLUMN} must be <= 0, got {float(scores[valid & (scores > 0)][0])}"
-        )
-    return is_candidate(labels, scores).sum(axis)

@@ -3,11 +3,13 @@
     class MyTrainer(SelectiveTrainerMixin, Trainer): ...     # or SelectiveTrainer, which is that
 
     trainer = SelectiveTrainer(model, args, train_dataset=dataset, select_ratio=0.6)
+    trainer = SelectiveTrainer(model, args, train_dataset=dataset, selection=Sigmoid(1.0))
 
 `train_dataset` has a column `reference_logprob` beside `input_ids`: one log-prob (natural log) a
-token, NaN where there is none; slm.integrations.datasets makes it. The mixin
+token, NaN where there is none; slm.integrations.datasets makes it. A rule that needs another score
+column finds it there, one that needs none does without. The mixin
 
-    keeps the column    which `remove_unused_columns` would drop without a word
+    keeps the columns   which `remove_unused_columns` would drop without a word
     wraps the collator  so that scores are padded with NaN exactly where its tokens went
     replaces the loss   inside the model's forward, which DDP and FSDP wrap, without any logits
     divides once        by the tokens selected in all micro-batches of the step on all ranks
@@ -27,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from slm.integrations.loss import COLUMN, LOGGED, SelectiveLoss, record_of, shifted
+from slm.integrations.loss import LOGGED, SCORES, Columns, SelectiveLoss, record_of, shifted
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.model.head import check_causal, check_head, head_arguments, loss_terms, projection_of
+from slm.selection import Selection
 from slm.selection.books import means, named, no_sums, step_sums
 from slm.store.windows import IGNORE_INDEX
 
@@ -47,13 +50,14 @@ check_attributes(
 FIRST_MARK = 2**40  # above every token id
 PROBE_TOKENS = 8
 LIGER_LOSS = "fused_linear_cross_entropy"
+ADVICE = "; slm.integrations.datasets.score_dataset adds it, and nothing can be selected without"
 
 
 # ---- the batch ----------------------------------------------------------------------------------
 
 
 class ReferenceCollator:
-    """Any collator, with `reference_logprob` (B, T) beside what it makes, NaN where it pads.
+    """Any collator, with the score columns (B, T) beside what it makes, NaN where it pads.
 
     Where a token went is asked of the collator itself: it collates the examples once more, with
     marks in place of `input_ids`. So padding on either side, padding to a multiple, flattening and
@@ -65,25 +69,19 @@ class ReferenceCollator:
         self.collator = collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        having = [COLUMN in one and one[COLUMN] is not None for one in examples]
-        if any(having) and not all(having):
-            raise ValueError(f"example {having.index(False)} of the batch has no {COLUMN}")
+        found = {name: scores_of(examples, name) for name in SCORES}
         batch: Any = self.collator([without_scores(example) for example in examples])
-        if any(having):
-            batch[COLUMN] = self._placed(examples, batch)
+        columns = {name: scores for name, scores in found.items() if scores}
+        if columns:
+            places, padding = self._places(examples, batch)
+            for name, scores in columns.items():
+                batch[name] = torch.cat(scores)[places].masked_fill(padding, torch.nan)
         return batch
 
-    def _placed(
+    def _places(
         self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
-    ) -> Tensor:  # (B, T)
+    ) -> tuple[Tensor, Tensor]:  # (B, T) into the examples' tokens in a row, (B, T) what is none
         tokens = [torch.as_tensor(example["input_ids"]) for example in examples]
-        scores = [scores_in(example[COLUMN]) for example in examples]
-        for row, (ids, values) in enumerate(zip(tokens, scores, strict=True)):
-            if len(ids) != len(values):
-                raise ValueError(
-                    f"example {row} of the batch has {len(ids)} input_ids and {len(values)} "
-                    f"{COLUMN}"
-                )
         starts = np.cumsum([FIRST_MARK, *map(len, tokens)])
         marked = [
             without_scores(example) | {"input_ids": marks_like(example["input_ids"], int(start))}
@@ -98,11 +96,28 @@ class ReferenceCollator:
                 "nobody knows where their scores belong; make it deterministic, without a look at "
                 "the ids"
             )
-        return torch.cat(scores)[places].masked_fill(padding, torch.nan)
+        return places, padding
+
+
+def scores_of(examples: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
+    """A column of the examples, nothing where none of them has it."""
+    having = [name in one and one[name] is not None for one in examples]
+    if not any(having):
+        return []
+    if not all(having):
+        raise ValueError(f"example {having.index(False)} of the batch has no {name}")
+    scores = [scores_in(example[name]) for example in examples]
+    for row, (example, values) in enumerate(zip(examples, scores, strict=True)):
+        if len(example["input_ids"]) != len(values):
+            raise ValueError(
+                f"example {row} of the batch has {len(example['input_ids'])} input_ids and "
+                f"{len(values)} {name}"
+            )
+    return scores
 
 
 def without_scores(example: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: copied(value) for name, value in example.items() if name != COLUMN}
+    return {name: copied(value) for name, value in example.items() if name not in SCORES}
 
 
 def copied(value: Any) -> Any:
@@ -165,7 +180,7 @@ def probe_head(model: PreTrainedModel) -> None:
 def attach(model: nn.Module, loss: SelectiveLoss) -> None:
     """`model(..., labels=, reference_logprob=, denominator=)` returns a SelectiveOutput.
 
-    Without reference_logprob the forward is what it was. It is called through whatever wraps the
+    Without a denominator the forward is what it was. It is called through whatever wraps the
     model, so that DDP and FSDP see one forward, and the backbone is looked up then, since FSDP and
     PEFT replace it later.
     """
@@ -177,16 +192,16 @@ def attach(model: nn.Module, loss: SelectiveLoss) -> None:
     def forward(
         self: Any,
         *args: Any,
-        reference_logprob: Tensor | None = None,
-        denominator: Tensor | float = 1.0,
+        denominator: Tensor | float | None = None,
+        tokens_seen: int = 0,
         **kwargs: Any,
     ) -> Any:
-        if reference_logprob is None:
+        if denominator is None:
             return original(self, *args, **kwargs)
-        labels = kwargs.pop("labels")
+        columns = {name: kwargs.pop(name) for name in SCORES if name in kwargs}
+        targets, scores = shifted(kwargs.pop("labels"), columns)
         hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        targets, scores = shifted(labels, reference_logprob)
-        return loss(hidden, head_arguments(self), targets, scores, denominator)
+        return loss(hidden, head_arguments(self), targets, scores, denominator, tokens_seen)
 
     # What inspects the signature must find the model's; __wrapped__ would lead accelerate past us.
     forward.__signature__ = inspect.signature(type(inner).forward)  # type: ignore[attr-defined]
@@ -197,20 +212,23 @@ def attach(model: nn.Module, loss: SelectiveLoss) -> None:
 
 
 class SelectiveTrainerMixin:
-    """Before a `Trainer` among the bases. Takes the fields of SelectiveLoss as keywords more."""
+    """Before a `Trainer` among the bases. Takes what SelectiveLoss takes as keywords more."""
 
     def __init__(
         self,
         *args: Any,
-        select_ratio: float,
-        scope: str = "batch",
-        selection: str = "excess",
+        select_ratio: Any = None,
+        scope: str | None = None,
+        selection: Selection | Mapping[str, Any] | str = "excess",
         **kwargs: Any,
     ):
         self.selective = SelectiveLoss(select_ratio, scope, selection)
         super().__init__(*args, **kwargs)
         me: Any = self
         check_trainer(me)
+        counts = me.args.include_num_input_tokens_seen != "no"
+        asked = "Trainer" if counts else "Trainer without include_num_input_tokens_seen"
+        self.selective.check_step(asked, counts, "its loss is divided before the first forward")
         self.check_rows(names_of(me.train_dataset))
         me.data_collator = ReferenceCollator(me.data_collator)
         if not hasattr(me, "loss_is_scaled_for_ga"):  # transformers 5.16 asks this instead
@@ -238,8 +256,7 @@ class SelectiveTrainerMixin:
         me: Any = super()
         me._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # type: ignore[attr-defined]
-        if COLUMN not in columns:
-            columns.append(COLUMN)
+        columns += [name for name in SCORES if name not in columns]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The step's micro-batches, and how many tokens they select on all ranks.
@@ -256,11 +273,19 @@ class SelectiveTrainerMixin:
             check_steps(me.state.global_step, len(batches), num_batches)
             self._waiting = batches
             return [], None
-        pairs = [shifted(column_of(batch, "labels"), scores_of(batch)) for batch in batches]
-        count = self.selective.num_selected(pairs, self._sum_over_ranks)
+        pairs = [self._shifted(batch) for batch in batches]
+        self._tokens_seen = me.state.num_input_tokens_seen  # the same for the whole step
+        count = self.selective.denominator(pairs, self._sum_over_ranks, self._tokens_seen)
         if count == 0:
             check_scored(pairs)
         return batches, count
+
+    def _shifted(self, batch: Mapping[str, Any]) -> tuple[Tensor, Columns]:
+        """Targets and scores; every score that the rule needs is there."""
+        columns = {n: batch[n] for n in SCORES if n in batch and batch[n] is not None}
+        for name in self.selective.rule.needs:
+            columns[name] = column_of(batch, name, ADVICE)
+        return shifted(column_of(batch, "labels"), columns)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         me: Any = self
@@ -277,9 +302,8 @@ class SelectiveTrainerMixin:
         if not model.training:
             me: Any = super()
             return me.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        scores_of(inputs)
-        output = model(**inputs, denominator=num_items_in_batch)
-        targets, scores = shifted(inputs["labels"], inputs[COLUMN])
+        targets, scores = self._shifted(inputs)
+        output = model(**inputs, denominator=num_items_in_batch, tokens_seen=self._tokens_seen)
         self._sums += step_sums(record_of(output, targets, scores))
         # The denominator counts every rank's tokens, and data-parallel wrappers average gradients.
         loss = output.loss * self.accelerator.num_processes  # type: ignore[attr-defined]
@@ -289,7 +313,7 @@ class SelectiveTrainerMixin:
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """What the trainer computes without scores, with labels or without."""
-        rest = {key: value for key, value in inputs.items() if key != COLUMN}
+        rest = {key: value for key, value in inputs.items() if key not in SCORES}
         me: Any = super()
         return me.prediction_step(model, rest, *args, **kwargs)
 
@@ -310,14 +334,7 @@ def names_of(dataset: Any) -> list[str]:
 
 
 class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
-    """`Trainer(..., select_ratio=, scope=, selection=)`."""
-
-
-def scores_of(batch: Mapping[str, Any]) -> Tensor:  # (B, T)
-    advice = (
-        "; slm.integrations.datasets.score_dataset adds it, and nothing can be selected without"
-    )
-    return column_of(batch, COLUMN, advice)
+    """`Trainer(..., select_ratio=, scope=)`, or with `selection=`."""
 
 
 def column_of(batch: Mapping[str, Any], name: str, advice: str = "") -> Tensor:  # (B, T)
@@ -335,12 +352,12 @@ def check_steps(global_step: int, found: int, needed: int) -> None:
         )
 
 
-def check_scored(pairs: list[tuple[Tensor, Tensor]]) -> None:
+def check_scored(pairs: list[tuple[Tensor, Columns]]) -> None:
     """Nothing was selected: is that because there is no target, or because no score is there?"""
     num_valid = sum(int((targets != IGNORE_INDEX).sum()) for targets, _ in pairs)
     if num_valid:
         raise ValueError(
-            f"all of the step's {num_valid} targets on this rank have NaN as their {COLUMN}"
+            f"all of the step's {num_valid} targets on this rank have NaN as their score"
         )
 
 

@@ -14,7 +14,7 @@ and accuracy are measured on the steps that are logged, since they cost a pass o
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
-from slm.integrations.loss import COLUMN
+from slm.integrations.loss import SCORES
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.integrations.transformers import SelectiveTrainerMixin, names_of
 
@@ -35,11 +35,9 @@ check_parameters(
 check_parameters(pack_dataset, ("dataset", "seq_length", "strategy"), MADE_FOR)
 check_attributes(SFTTrainer, ("compute_loss", "_set_signature_columns_if_needed"), MADE_FOR)
 
-COLUMNS = ["input_ids", "labels", COLUMN, "seq_lengths"]  # the last of rows that are packed already
-
 
 class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
-    """`SFTTrainer(..., select_ratio=, scope=, selection=)`."""
+    """`SFTTrainer(..., select_ratio=, scope=)`, or with `selection=`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -49,7 +47,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
 
     def check_rows(self, names: list[str]) -> None:
         """Of the dataset as it is trained on, prepared by TRL or not."""
-        check_columns(names)
+        check_columns(names, self.selective.rule.needs)
         if "seq_lengths" in names and not self.padding_free:
             raise ValueError(
                 "the rows hold several documents (seq_lengths), but padding_free is False, so "
@@ -71,9 +69,9 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         """
         names = names_of(dataset)
         prepare = super()._prepare_dataset
-        if dataset_name != "train" and COLUMN not in names:
+        if dataset_name != "train" and not {*SCORES} & {*names}:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        check_columns(names)
+        check_columns(names, self.selective.rule.needs)
         check_contexts(args, packing, "seq_lengths" in names)
         if "completion_mask" in names and "labels" not in names and not self.completion_only_loss:
             raise ValueError(
@@ -84,11 +82,15 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         uncut = copy.copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
         dataset = prepare(dataset, processing_class, uncut, False, None, dataset_name)
-        dataset = dataset.select_columns(COLUMNS if "seq_lengths" in names else COLUMNS[:3])
+        by_token = [
+            name for name in ("input_ids", "labels", *SCORES) if name in names or name == "labels"
+        ]
+        lengths = ["seq_lengths"] * ("seq_lengths" in names)  # of rows that are packed already
+        dataset = dataset.select_columns([*by_token, *lengths])
         if packing:
             dataset = pack(dataset, args)
         elif args.max_length is not None:
-            dataset = truncate(dataset, args.max_length)
+            dataset = truncate(dataset, by_token, args.max_length)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def compute_loss(
@@ -119,7 +121,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
 
         So no random number is drawn: how often is logged does not change what is trained.
         """
-        rest = {key: value for key, value in inputs.items() if key != COLUMN}
+        rest = {key: value for key, value in inputs.items() if key not in SCORES}
         model.eval()
         found = model(**rest, use_cache=False, fused_lm_head=True)
         model.train()
@@ -129,12 +131,11 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         self._metrics["train"]["mean_token_accuracy"].append(correct / max(1.0, count))
 
 
-def check_columns(names: list[str]) -> None:
-    for name, advice in (
-        ("input_ids", "tokenise before you score"),
-        (COLUMN, "slm.integrations.datasets.score_dataset adds it"),
-    ):
+def check_columns(names: list[str], needed: Sequence[str]) -> None:
+    for name in ("input_ids", *needed):
         if name not in names:
+            to_score = "slm.integrations.datasets.score_dataset adds it"
+            advice = "tokenise before you score" if name == "input_ids" else to_score
             raise ValueError(f"train_dataset has no {name} (it has {', '.join(names)}): {advice}")
     if "position_ids" in names:
         raise ValueError(
@@ -167,11 +168,11 @@ def pack(dataset: Any, args: Any) -> Any:
     return pack_dataset(dataset, args.max_length, args.packing_strategy)
 
 
-def truncate(dataset: Any, max_length: int) -> Any:
+def truncate(dataset: Any, by_token: list[str], max_length: int) -> Any:
     """The first `max_length` tokens of every row; rows without a target are dropped."""
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: row[name][:max_length] for name in COLUMNS[:3]}
+        return {name: row[name][:max_length] for name in by_token}
 
     def has_target(row: dict[str, Any]) -> bool:
         return any(label != -100 for label in row["labels"])

@@ -1,5 +1,6 @@
 """What every rule is: a `Selection`, that makes a `Choice` of each batch; `Ranked`: a share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -9,12 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slm.checks import check_value, word
+from slm.errors import UserError
 from slm.selection.schedules import RatioSchedule, ratio_schedule
 from slm.store.windows import IGNORE_INDEX, Batch
-from slm_kernels import max_selected, select_top_k
+from slm_kernels import max_selected, select_count, select_top_k
 
 SCOPES = ("sequence", "batch", "global")
 SCOPE = word(*SCOPES)
+TokenWeight = Tensor | Callable[[Tensor], Tensor]  # (B, T), or what makes it of the token losses
 
 
 class Choice(NamedTuple):
@@ -30,6 +33,7 @@ class Selection:
 
     needs:             columns of the batch beyond ids and targets
     needs_token_loss:  False: the choice can be made before the forward pass
+    reads_window:      whether it looks at the columns `window` and `epoch`
     divides_by:        the loss's denominator over the whole optimizer step: the number of
                        "selected" or of "valid" tokens
     picks_tokens:      False: what it selects says nothing of a token, for it takes all, any by
@@ -38,12 +42,35 @@ class Selection:
 
     needs: ClassVar[tuple[str, ...]] = ()
     needs_token_loss: ClassVar[bool] = False
+    reads_window: ClassVar[bool] = False
     divides_by: ClassVar[str] = "selected"
     picks_tokens: ClassVar[bool] = True
     scope: str = "batch"
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         raise NotImplementedError
+
+    def deferred(self, batch: Batch, tokens_seen: int) -> tuple[TokenWeight, list[Choice]]:
+        """The token weights as the loss takes them, and where the choice is once it is made."""
+        made: list[Choice] = []
+
+        def choose(token_loss: Tensor | None) -> Tensor:
+            made.append(self.choose(batch, token_loss, tokens_seen))
+            return made[-1].token_weight
+
+        return choose if self.needs_token_loss else choose(None), made
+
+    def divisor(self, num_candidates: Tensor, tokens_seen: int) -> Tensor:
+        """What rankings of so many candidates add to the loss's denominator, before they are made.
+
+        UserError of a rule whose choice alone tells.
+        """
+        if self.divides_by == "valid":
+            return num_candidates
+        raise UserError(
+            f"{type(self).__name__} has to choose before it is known how many tokens its loss is "
+            "divided by"
+        )
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
         """Most tokens of this batch that can get a weight; None: ask the device."""
@@ -98,6 +125,9 @@ class Ranked(Selection):
         score = self.score(batch, token_loss)
         selected = top_k(score, self.candidates(batch), self.schedule.at(tokens_seen), self.scope)
         return Choice(selected, selected, lowest(score, selected, self.scope))
+
+    def divisor(self, num_candidates: Tensor, tokens_seen: int) -> Tensor:
+        return select_count(num_candidates, self.schedule.at(tokens_seen))
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
         return max_selected(batch["targets"].shape, self.schedule.at(tokens_seen), self.scope)

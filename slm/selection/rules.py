@@ -39,7 +39,7 @@ from slm.selection.rule import (
 )
 from slm.selection.schedules import RatioSchedule, ratio_schedule
 from slm.store.windows import Batch
-from slm_kernels import max_selected
+from slm_kernels import max_selected, select_count
 
 SEED = Kind("an integer of 64 bits", whole(-(2**63)).fits)
 
@@ -47,6 +47,8 @@ SEED = Kind("an integer of 64 bits", whole(-(2**63)).fits)
 @dataclass(frozen=True)
 class All(Selection):
     """Every token: causal language modeling (Rho-1, Eq 2); it trains the reference too."""
+
+    divides_by = "valid"
 
     picks_tokens = False
 
@@ -108,6 +110,7 @@ class Random(Ranked):
     """
 
     picks_tokens = False
+    reads_window = True
     seed: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -128,11 +131,20 @@ class Middle(Ranked):
 
     needs_token_loss = True
 
+    def shares(self, tokens_seen: int) -> tuple[float, float]:
+        """What stays without the top, and of that without the bottom."""
+        ratio = self.schedule.at(tokens_seen)
+        return (1 + ratio) / 2, 2 * ratio / (1 + ratio)
+
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
-        losses, ratio = given(token_loss), self.schedule.at(tokens_seen)
-        without_top = top_k(-losses, self.candidates(batch), (1 + ratio) / 2, self.scope)
-        selected = top_k(losses, without_top, 2 * ratio / (1 + ratio), self.scope)
+        losses, (first, second) = given(token_loss), self.shares(tokens_seen)
+        without_top = top_k(-losses, self.candidates(batch), first, self.scope)
+        selected = top_k(losses, without_top, second, self.scope)
         return Choice(selected, selected, lowest(losses, selected, self.scope))
+
+    def divisor(self, num_candidates: Tensor, tokens_seen: int) -> Tensor:
+        first, second = self.shares(tokens_seen)
+        return select_count(select_count(num_candidates, first), second)
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
         limit = super().max_rows(batch, tokens_seen)

@@ -75,22 +75,18 @@ class SelectiveModule(LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._begin_step()
         batch = self.scored(batch)
-        rule, choices = self.rule(), []
+        rule = self.rule()
         self._select_ratio = rule.ratio(self.tokens_seen)
-
-        def choose(token_loss: Tensor | None) -> Tensor:
-            choices.append(rule.choose(batch, token_loss, self.tokens_seen))
-            return choices[-1].token_weight
-
+        token_weight, made = rule.deferred(batch, self.tokens_seen)
         on_cpu = self.device.type == "cpu"  # where counting rows is free
         self._provisional = float(batch["targets"].numel())
         output = self.lm(
             batch,
-            choose if rule.needs_token_loss else choose(None),
+            token_weight,
             denominator=self._provisional,
             max_rows=None if on_cpu else rule.max_rows(batch, self.tokens_seen),
         )
-        self._add(batch, output, choices[-1])
+        self._add(batch, output, made[-1])
         # Lightning divides by the number of micro-batches; the denominator is the whole step's.
         return output.loss * self.trainer.accumulate_grad_batches
 

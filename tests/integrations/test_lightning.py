@@ -60,8 +60,9 @@ def batch_of(rows: list[Row]) -> dict[str, Tensor]:
     def padded(name: str, value: float) -> Tensor:
         return torch.tensor([r[name] + [value] * (longest - len(r["input_ids"])) for r in rows])
 
-    targets, scores = shifted(padded("labels", -100), padded("reference_logprob", NAN))
-    return {"input_ids": padded("input_ids", 0), "targets": targets, "reference_logprob": scores}
+    scores = {"reference_logprob": padded("reference_logprob", NAN)}
+    targets, columns = shifted(padded("labels", -100), scores)
+    return {"input_ids": padded("input_ids", 0), "targets": targets, **columns}
 
 
 def fit(module: LightningModule, batches: Any, held: Any = None, **fields: Any) -> Any:

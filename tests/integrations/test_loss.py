@@ -1,13 +1,38 @@
 """The loss of the adapters against float64; what a step divides by, against counting by hand."""
 
+import ast
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from door_helpers import expected_gradients, gradients_of, make_model, make_rows, top
+from door_helpers import ROOT, expected_gradients, gradients_of, make_model, make_rows, top
 from slm.integrations.loss import SelectiveLoss, shifted
 from slm.model.head import head_arguments
+from slm.selection import (
+    All,
+    Excess,
+    Intersection,
+    Loss,
+    Middle,
+    Mixture,
+    Random,
+    ReferenceEntropy,
+    ReferenceLoss,
+    Relu,
+    Selection,
+    Sigmoid,
+    Softmax,
+    Union,
+)
+from slm.selection.registry import RULES, word_of
 
 NAN = float("nan")
+INTEGRATIONS = ROOT / "slm" / "integrations"
 
 
 def batch_of(lengths: list[int], **fields: int):
@@ -23,11 +48,12 @@ def batch_of(lengths: list[int], **fields: int):
 
 def test_entries_move_to_the_position_that_predicts_them():
     labels, scores = torch.tensor([[5, 6, -100]]), torch.tensor([[NAN, -1.0, -2.0]])
-    targets, shifted_scores = shifted(labels, scores)
-    assert targets.tolist() == [[6, -100, -100]]
-    torch.testing.assert_close(shifted_scores, torch.tensor([[-1.0, -2.0, NAN]]), equal_nan=True)
+    targets, columns = shifted(labels, {"reference_logprob": scores, "window": labels})
+    assert targets.tolist() == [[6, -100, -100]] and list(columns) == ["reference_logprob"]
+    expected = torch.tensor([[-1.0, -2.0, NAN]])
+    torch.testing.assert_close(columns["reference_logprob"], expected, equal_nan=True)
     with pytest.raises(ValueError, match=r"shape \(1, 2\), the labels have \(1, 3\)"):
-        shifted(labels, scores[:, :2])
+        shifted(labels, {"reference_logprob": scores[:, :2]})
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch", "global"])
@@ -37,8 +63,8 @@ def test_gradients_are_those_of_the_definition(scope):
     groups = [[row] for row in rows] if scope == "sequence" else [rows]
     expected, loss, count = expected_gradients(model, groups, 0.4)
     one = SelectiveLoss(0.4, scope)
-    targets, moved = shifted(labels, scores)
-    divisor = one.num_selected([(targets, moved)], lambda counts: counts)
+    targets, moved = shifted(labels, {"reference_logprob": scores})
+    divisor = one.denominator([(targets, moved)], lambda counts: counts)
     out = one(model.model(ids).last_hidden_state, head_arguments(model), targets, moved, divisor)
     out.loss.backward()
     assert divisor == count == out.selected.sum()
@@ -50,11 +76,12 @@ def test_gradients_are_those_of_the_definition(scope):
 def test_a_step_of_several_micro_batches_and_ranks_has_one_denominator():
     """Half of 3, 5 and 2, 2 candidates: 2 + 3 and 1 + 1, K rounding up at one half; two ranks."""
     t = torch.tensor
-    first = (t([[1, 2, 3, -100, 4, -100]]), t([[-1.0, -1.0, -1.0, -1.0, NAN, NAN]]))
-    second = (t([[1, 2, 3], [4, 5, -100]]), t([[-1.0, -1.0, -1.0], [-1.0, -1.0, NAN]]))
+    scores = t([[-1.0, -1.0, -1.0, -1.0, NAN, NAN]]), t([[-1.0, -1.0, -1.0], [-1.0, -1.0, NAN]])
+    first, second = ({"reference_logprob": values} for values in scores)
+    step = [(t([[1, 2, 3, -100, 4, -100]]), first), (t([[1, 2, 3], [4, 5, -100]]), second)]
 
     def num(scope: str) -> int:
-        return int(SelectiveLoss(0.5, scope).num_selected([first, second], lambda n: 2 * n))
+        return int(SelectiveLoss(0.5, scope).denominator(step, lambda n: 2 * n))
 
     assert num("batch") == 2 * (2 + 3)
     assert num("sequence") == 2 * (2 + 2 + 1)
@@ -64,9 +91,9 @@ def test_a_step_of_several_micro_batches_and_ranks_has_one_denominator():
 def test_random_draws_as_many_candidates_without_looking_at_losses():
     _, ids, labels, scores = batch_of([9, 5, 12], prompt=2, unscored=3)
     model, one = make_model(), SelectiveLoss(0.4, "sequence", "random")
-    targets, moved = shifted(labels, scores)
+    targets, moved = shifted(labels, {"reference_logprob": scores})
     hidden, drawn = model.model(ids).last_hidden_state.detach(), []
-    candidates = (targets != -100) & ~moved.isnan()
+    candidates = (targets != -100) & ~moved["reference_logprob"].isnan()
     for seed in range(200):
         torch.manual_seed(seed)
         drawn.append(one(hidden, head_arguments(model), targets, moved, 1.0).selected)
@@ -79,15 +106,236 @@ def test_random_draws_as_many_candidates_without_looking_at_losses():
 def test_nothing_to_select_is_zero_with_zero_gradients():
     _, ids, labels, scores = batch_of([4, 4])
     model, one = make_model(), SelectiveLoss(0.4)
-    targets, moved = shifted(labels, torch.full_like(scores, NAN))
-    divisor = one.num_selected([(targets, moved)], lambda counts: counts)
+    targets, moved = shifted(labels, {"reference_logprob": torch.full_like(scores, NAN)})
+    divisor = one.denominator([(targets, moved)], lambda counts: counts)
     hidden = model.model(ids).last_hidden_state
     one(hidden, head_arguments(model), targets, moved, divisor).loss.backward()
     assert divisor == 0 and all((g == 0).all() for g in gradients_of(model).values())
 
 
 def test_probabilities_and_positive_numbers_are_no_scores():
-    with pytest.raises(ValueError, match="reference_logprob holds 0.25, it must be a natural log"):
-        SelectiveLoss(0.5).num_selected(
-            [(torch.tensor([[1, 2]]), torch.tensor([[-1.0, 0.25]]))], lambda counts: counts
-        )
+    for wrong in (0.25, -float("inf")):
+        scores = {"reference_logprob": torch.tensor([[-1.0, wrong]])}
+        message = f"reference_logprob: a finite number <= 0 is needed, .* the first {wrong}"
+        with pytest.raises(ValueError, match=message):
+            SelectiveLoss(0.5).denominator([(torch.tensor([[1, 2]]), scores)], lambda n: n)
+
+
+# ---- every rule ---------------------------------------------------------------------------------
+
+TEMPERATURE = 0.7
+
+
+def kept(scores: list[float], ratio: float) -> list[bool]:
+    """The K highest; ties to the first."""
+    return top(torch.tensor(scores, dtype=torch.float64), ratio).tolist() if scores else []
+
+
+def middle(losses: list[float], ratio: float) -> list[bool]:
+    low = kept([-loss for loss in losses], (1 + ratio) / 2)
+    rest = [loss if is_low else NAN for loss, is_low in zip(losses, low, strict=True)]
+    return kept(rest, 2 * ratio / (1 + ratio))
+
+
+def softmax(excess: list[float], cap: float) -> list[float]:
+    exps = [math.exp(value / TEMPERATURE) for value in excess]
+    return [min(cap, len(exps) * value / sum(exps)) for value in exps]
+
+
+# Of the candidates of one ranking: losses, reference losses, entropies -> weights.
+Weights = Callable[[list[float], list[float], list[float]], Sequence[float]]
+
+
+def excesses(losses: list[float], reference: list[float]) -> list[float]:
+    return [one - other for one, other in zip(losses, reference, strict=True)]
+
+
+def over(excess: list[float], weight: Callable[[float], float]) -> list[float]:
+    return [weight(value / TEMPERATURE) for value in excess]
+
+
+DEFINITIONS: dict[str, tuple[Selection, Weights]] = {
+    "all": (All(), lambda loss, ref, ent: [1] * len(loss)),
+    "excess": (Excess(0.4), lambda loss, ref, ent: kept(excesses(loss, ref), 0.4)),
+    "rows": (Excess(0.4, "sequence"), lambda loss, ref, ent: kept(excesses(loss, ref), 0.4)),
+    "loss": (Loss(0.4), lambda loss, ref, ent: kept(loss, 0.4)),
+    "reference_loss": (ReferenceLoss(0.4), lambda loss, ref, ent: kept([-v for v in ref], 0.4)),
+    "entropy": (ReferenceEntropy(0.4), lambda loss, ref, ent: kept([-v for v in ent], 0.4)),
+    "middle": (Middle(0.4), lambda loss, ref, ent: middle(loss, 0.4)),
+    "mixture": (
+        Mixture(0.4, clm_weight=0.3),
+        lambda loss, ref, ent: [0.12 + 0.7 * one for one in kept(excesses(loss, ref), 0.4)],
+    ),
+    "sigmoid": (
+        Sigmoid(TEMPERATURE),
+        lambda loss, ref, ent: over(excesses(loss, ref), lambda x: 1 / (1 + math.exp(-x))),
+    ),
+    "relu": (
+        Relu(TEMPERATURE, cap=2.0),
+        lambda loss, ref, ent: over(excesses(loss, ref), lambda x: min(max(x, 0.0), 2.0)),
+    ),
+    "softmax": (
+        Softmax(TEMPERATURE, cap=3.0),
+        lambda loss, ref, ent: softmax(excesses(loss, ref), 3.0),
+    ),
+}
+
+
+def micro_batch(seed: int) -> dict[str, torch.Tensor]:
+    """Two rows of unequal length, a prompt, tokens without a score and an entropy of each."""
+    _, ids, labels, scores = batch_of([9, 12], prompt=2, unscored=2, seed=seed)
+    entropy = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed))
+    columns = {"reference_logprob": scores, "reference_entropy": entropy}
+    targets, moved = shifted(labels, columns)
+    return {"input_ids": ids, "targets": targets, **moved}
+
+
+def fp64_loss(model: Any, step: list[Any], rule: Selection, weights: Weights) -> torch.Tensor:
+    """Sum of weight * loss over rankings, micro-batches and tokens, divided once."""
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
+    for batch in step:
+        logits = model(batch["input_ids"]).logits
+        losses = F.cross_entropy(logits.mT, batch["targets"], reduction="none")
+        live = (batch["targets"] != -100) & ~batch["reference_logprob"].isnan()
+        rows = [[row] for row in range(len(live))] if rule.scope == "sequence" else [[0, 1]]
+        for ranking in rows:
+            mine = live[ranking]
+            given = losses[ranking][mine]
+            reference = -batch["reference_logprob"][ranking][mine].double()
+            entropy = batch["reference_entropy"][ranking][mine].double()
+            weight = weights(given.tolist(), reference.tolist(), entropy.tolist())
+            total = total + (torch.tensor(weight, dtype=torch.float64) * given).sum()
+            is_soft = rule.divides_by == "valid"
+            count += len(weight) if is_soft else sum(one > 0.12001 for one in weight)
+    return total / count
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_losses_after_updates_are_those_of_the_rule(name, from_logits):
+    """Two steps of two micro-batches, SGD; the losses show that the gradients were right."""
+    rule, weights = DEFINITIONS[name]
+    loss = SelectiveLoss(selection=rule)
+    model = make_model()
+    exact = copy.deepcopy(model).double()
+    for step in ([micro_batch(1), micro_batch(2)], [micro_batch(3), micro_batch(4)]) * 2:
+        pairs = [(batch["targets"], batch) for batch in step]
+        divisor, total = loss.denominator(pairs, lambda counts: counts), 0.0
+        for batch in step:
+            hidden = model.model(batch["input_ids"]).last_hidden_state
+            if from_logits:
+                logits = model.lm_head(hidden)
+                out = loss.of_logits(logits, batch["targets"], batch, divisor)
+            else:
+                out = loss(hidden, head_arguments(model), batch["targets"], batch, divisor)
+            out.loss.backward()
+            total += out.loss.item()
+        wanted = fp64_loss(exact, step, rule, weights)
+        wanted.backward()
+        assert total == pytest.approx(wanted.item(), rel=2e-5)
+        for one in (model, exact):
+            with torch.no_grad():
+                for parameter in one.parameters():
+                    assert parameter.grad is not None
+                    parameter -= 0.2 * parameter.grad
+            one.zero_grad()
+
+
+def test_random_draws_what_the_trainer_draws_where_windows_have_numbers():
+    rule, batch = Random(0.4, seed=5), micro_batch(1)
+    numbers = {"window": torch.tensor([7, 9]), "epoch": torch.tensor([1, 1])}
+    live = batch["targets"].masked_fill(batch["reference_logprob"].isnan(), -100)
+    expected = rule.choose({"targets": live, **numbers}, None, 0).selected
+    model, loss = make_model(), SelectiveLoss(selection=rule)
+    hidden = model.model(batch["input_ids"]).last_hidden_state
+    head = head_arguments(model)
+    out = loss(hidden, head, batch["targets"], {**batch, **numbers}, 1.0)
+    assert torch.equal(out.selected, expected)
+    drawn = loss(hidden, head, batch["targets"], batch, 1.0)
+    assert not torch.equal(drawn.selected, expected)
+    assert drawn.divisor == out.divisor == expected.sum()
+
+
+def test_a_schedule_is_followed_by_tokens_seen():
+    ratio = {"shape": "step", "points": [[0, 1.0], [100, 0.25]]}
+    loss, batch = SelectiveLoss(ratio), micro_batch(1)
+    pairs = [(batch["targets"], batch)]
+    live = int(((batch["targets"] != -100) & ~batch["reference_logprob"].isnan()).sum())
+    assert [int(loss.denominator(pairs, lambda n: n, seen)) for seen in (0, 99, 100)] == [
+        live, live, int(live / 4 + 0.5),
+    ]  # fmt: skip
+    loss.check_step("anybody", knows_tokens=True)
+    with pytest.raises(ValueError, match="follows the tokens seen, which nobody does not count"):
+        loss.check_step("nobody")
+
+
+@pytest.mark.parametrize("rule", [Intersection(0.5, 0.5), Union(0.5, 0.5)])
+def test_rules_that_have_to_choose_first_say_so(rule):
+    message = f"{type(rule).__name__} has to choose before .*, and it divides before: X cannot"
+    with pytest.raises(ValueError, match=message):
+        SelectiveLoss(selection=rule).check_step("X", divides="it divides before")
+    SelectiveLoss(selection=rule).check_step("who divides after that")
+
+
+def test_a_rule_is_given_one_way():
+    assert SelectiveLoss(0.6).rule == Excess(0.6)
+    assert SelectiveLoss(0.6, "sequence", "random").rule == Random(0.6, "sequence", seed=0)
+    assert SelectiveLoss(0.6, selection="middle").rule == Middle(0.6)
+    as_written = {"rule": "sigmoid", "temperature": 2.0}
+    assert SelectiveLoss(selection=as_written).rule == Sigmoid(2.0)
+    for fields, message in (
+        ({"select_ratio": 0.6, "selection": Sigmoid(1.0)}, "select_ratio is 0.6, but Sigmoid"),
+        ({"scope": "batch", "selection": Excess(0.6)}, "scope is 'batch', but Excess"),
+        ({}, "select_ratio is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SelectiveLoss(**fields)
+
+
+def test_a_rule_without_its_column_is_refused():
+    batch = micro_batch(1)
+    one = {"reference_logprob": batch["reference_logprob"]}
+    with pytest.raises(ValueError, match="ReferenceEntropy needs reference_entropy, the batch has"):
+        SelectiveLoss(selection=ReferenceEntropy(0.4)).candidates(batch["targets"], one)
+    found = SelectiveLoss(selection=Loss(0.4)).candidates(batch["targets"], {})
+    assert torch.equal(found["targets"], batch["targets"])
+
+
+# ---- the table of the README --------------------------------------------------------------------
+
+
+def calls_of_check_step(door: str) -> list[ast.expr]:
+    """The arguments of a door's own call; trl and axolotl have the one of transformers."""
+    code = (INTEGRATIONS / f"{door}.py").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr == "check_step":
+                return node.args
+    assert "SelectiveTrainerMixin" in code, door
+    return calls_of_check_step("transformers")
+
+
+def test_the_readme_says_which_rule_reaches_which_door():
+    lines = (INTEGRATIONS / "README.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    head = next(i for i, row in enumerate(cells) if row[0] == "rule")
+    doors, known, last, schedule = cells[head][1:], *cells[head + 2 : head + 5]
+    assert {*known[0].split(", "), *last[0].split(", ")} == set(RULES) and schedule[0][0] == "s"
+    examples = {word_of(type(rule).__name__): rule for rule, _ in DEFINITIONS.values()}
+    examples |= {"random": Random(0.4, seed=0), "union": Union(0.5, 0.5)}
+    examples["intersection"] = Intersection(0.5, 0.5)
+    for door, moves in zip(doors, schedule[1:], strict=True):
+        given = calls_of_check_step(door)
+        assert moves == ("yes" if len(given) > 1 else "no"), door
+        for row in (known, last):
+            for word in row[0].split(", "):
+                says = refuses(examples[word], divides=len(given) > 2)
+                assert row[1 + doors.index(door)] == ("no" if says else "yes"), (door, word)
+
+
+def refuses(rule: Selection, divides: bool) -> bool:
+    try:
+        SelectiveLoss(selection=rule).check_step("x", divides="y" if divides else "")
+    except ValueError:
+        return True
+    return False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import warm
 from door_folder import DOORS, door
+from slm.selection import All, Middle, Mixture, Random, Sigmoid
 from slm_kernels import selective_cross_entropy
 from text_helpers import DATA, needs_data
 
@@ -163,7 +164,7 @@ def test_scores_are_of_one_call_only(titan):
     loss = chunked_loss(titan, case)
     loss.bind(case.logprob)
     loss(case.hidden, case.labels)
-    with pytest.raises(ValueError, match=r"labels \(3, 16\) to train on and no reference_logprob"):
+    with pytest.raises(ValueError, match=r"labels \(3, 16\) to train on and scores of None"):
         loss(case.hidden, case.labels)
 
 
@@ -171,7 +172,9 @@ def test_what_is_no_log_probability_is_refused(titan):
     case = Case()
     for loss in (chunked_loss(titan, case), logits_loss(titan)):
         loss.bind(-case.logprob)
-        with pytest.raises(ValueError, match="reference_logprob must be <= 0, got 40 others"):
+        with pytest.raises(
+            ValueError, match="reference_logprob: a finite number <= 0 is needed, .* got 40 others"
+        ):
             loss(case.hidden, case.labels)
 
 
@@ -179,9 +182,9 @@ def test_what_the_losses_cannot_hold_is_refused(titan):
     inner = titan.SelectiveLoss.Config()
     with pytest.raises(ValueError, match=r"loss.loss_fn must be .*, got SelectiveLoss.Config"):
         titan.SelectiveChunkedLoss.Config(loss_fn=inner).build(compile_config=None)
-    with pytest.raises(ValueError, match=r"select_ratio must lie in \(0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match="select_ratio is 1.5, it must be"):
         titan.SelectiveLoss.Config(select_ratio=1.5).build(compile_config=None)
-    with pytest.raises(ValueError, match="scope must be one of .*, got 'chunk'"):
+    with pytest.raises(ValueError, match="scope is 'chunk', it must be one of"):
         titan.SelectiveChunkedLoss.Config(scope="chunk").build(compile_config=None)
     with pytest.raises(ValueError, match="plain linear layer, got Bilinear"):
         chunked_loss(titan, Case()).set_lm_head(nn.Bilinear(2, 2, 2))
@@ -221,9 +224,12 @@ def test_torchtitans_command_line_takes_it(titan, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     words = ["--module", "registry_of_mine", "--config", "mine", "--loss.select_ratio", "0.4"]
+    words += ["--loss.selection", "random"]
     config = importlib.import_module("torchtitan.config").ConfigManager().parse_args(words)
     assert type(config) is titan.SelectiveTrainer.Config
-    assert config.loss == titan.SelectiveChunkedLoss.Config(num_chunks=4, select_ratio=0.4)
+    assert config.loss == titan.SelectiveChunkedLoss.Config(
+        num_chunks=4, select_ratio=0.4, selection="random"
+    )
 
 
 def test_other_losses_and_cuda_graphs_are_refused(titan):
@@ -235,24 +241,34 @@ def test_other_losses_and_cuda_graphs_are_refused(titan):
             titan.selective(stock, loss).build()
 
 
-def test_micro_batches_are_counted(titan):
-    """NaN under an ignored label is nothing; what is no score, or has none, is refused."""
-    case = Case()
-    inputs = {"input": case.labels, "reference_logprob": case.logprob}
-    assert titan.num_candidates(inputs, case.labels, -1, 7).tolist() == [11, 13, 16]
-    assert titan.num_candidates(inputs, case.labels, None, 7) == 40
-    for scores, message in (
-        (case.logprob.double(), "must be float32"),
-        (
-            case.logprob[:, 1:],
-            r"must be float32 \(3, 16\) as the labels, got torch.float32 \(3, 15\)",
-        ),
-        (-case.logprob, "must be <= 0, got 2.457"),
-    ):
-        with pytest.raises(ValueError, match=f"^step 7: reference_logprob {message}"):
-            titan.num_candidates(
-                {"input": case.labels, "reference_logprob": scores}, case.labels, -1, 7
-            )
+@pytest.mark.parametrize("kind", ["chunked", "logits"])
+@pytest.mark.parametrize(
+    "rule", [Sigmoid(0.7), Mixture(0.4, "sequence", 0.3), Random(0.4, seed=3), Middle(0.4), All()]
+)
+def test_any_rule_trains_as_its_definition_says(titan, kind, rule):
+    """By torch's own cross-entropy and the rule's own weights."""
+    case, window = Case(), torch.tensor([3, 1, 2])
+    config = {"chunked": titan.SelectiveChunkedLoss, "logits": titan.SelectiveLoss}[kind].Config
+    loss = config(selection=rule).build(compile_config=None)
+    numbers = {"window": window, "epoch": torch.zeros_like(window)}
+    loss.bind(reference_logprob=case.logprob, **numbers)
+    if kind == "chunked":
+        loss.set_lm_head(case.head)
+        got = case.gradients(lambda: loss(case.hidden, case.labels)[0])
+    else:
+        got = case.gradients(lambda: loss(case.head(case.hidden), case.labels)[0])
+    labels = case.labels.masked_fill(case.logprob.isnan(), IGNORED)
+
+    def wanted() -> Tensor:
+        logits = case.head(case.hidden).flatten(0, 1)
+        losses = F.cross_entropy(logits, labels.flatten(), reduction="none").view(3, 16)
+        batch = {"targets": labels, "reference_logprob": case.logprob, **numbers}
+        choice = rule.choose(batch, losses.detach(), 0)
+        valid = labels != IGNORED
+        count = {"selected": choice.selected, "valid": valid}[rule.divides_by].sum()
+        return (losses * choice.token_weight)[valid].sum() / count
+
+    torch.testing.assert_close(got, case.gradients(wanted), rtol=2e-5, atol=1e-6)
 
 
 # ---- torchtitan's own Trainer ---------------------------------------------------------------
@@ -367,9 +383,9 @@ def test_the_scope_may_be_all_ranks(tmp_path, loss):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scored": False}, "step 1: the dataloader must yield reference_logprob beside the input"),
-        ({"sign": -1.0}, "step 1: reference_logprob must be <= 0, got "),
-        ({"sign": math.nan}, "step 1: no token has a label and a reference_logprob"),
+        ({"scored": False}, "step 1: Excess needs reference_logprob, the batch has input"),
+        ({"sign": -1.0}, "step 1: reference_logprob: a finite number <= 0 is needed"),
+        ({"sign": math.nan}, "step 1: no token has a label and a score"),
         ({"scope": "global"}, "loss.scope 'global' needs several data-parallel ranks, got 1"),
     ],
 )

@@ -256,8 +256,9 @@ def test_scores_of_the_model_itself_are_its_losses_in_every_batch(tmp_path, fiel
     model: Any = trainer.model
     compared = 0
     for batch in trainer.get_train_dataloader():
-        scores = batch.pop("reference_logprob")
-        targets, moved = shifted(batch.pop("labels"), scores)
+        scores = {"reference_logprob": batch.pop("reference_logprob")}
+        targets, columns = shifted(batch.pop("labels"), scores)
+        moved = columns["reference_logprob"]
         hidden = model.model(**batch).last_hidden_state.detach()
         losses = token_cross_entropy(hidden, model.lm_head.weight, targets).loss
         live = (targets != -100) & ~moved.isnan()
