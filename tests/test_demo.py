@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +40,22 @@ def test_a_module_is_held_out_whole():
     assert 0.05 < share < 0.25
 
 
-def test_no_held_out_module_is_in_the_training_text(tmp_path):
-    write_texts(tmp_path)
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_no_held_out_module_is_in_the_training_text(texts):
     names = {}
     for kind in ("raw", "curated", "heldout_raw", "heldout"):
-        lines = (tmp_path / f"{kind}.jsonl").read_text().splitlines()
+        lines = (texts / f"{kind}.jsonl").read_text().splitlines()
         names[kind] = {json.loads(line)["name"] for line in lines}
     for kind in ("heldout_raw", "heldout"):
         assert names[kind] and all(is_heldout(name) for name in names[kind])
-    size = (tmp_path / "heldout_raw.jsonl").stat().st_size
+    size = (texts / "heldout_raw.jsonl").stat().st_size
     assert 200_000 < size < 1_000_000
     assert not [name for name in names["raw"] | names["curated"] if is_heldout(name)]
     assert "pydoc_data/topics.py" not in names["raw"]  # it is the curated text, word for word
@@ -68,9 +76,9 @@ def test_quoted_is_read_back_by_hydra(path, expected):
     assert OverridesParser.create().parse_override(f"out={quoted(path)}").value() == path
 
 
-def write_less_text(folder: Path) -> None:
+def write_less_text(texts: Path, folder: Path) -> None:
     """The demo's own texts, cut: scoring millions of tokens would show nothing more."""
-    write_texts(folder)
+    shutil.copytree(texts, folder)
     for path in folder.glob("*.jsonl"):
         lines = path.read_text().splitlines(keepends=True)
         sizes = np.cumsum([len(line) for line in lines])
@@ -78,8 +86,8 @@ def write_less_text(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_demo_runs_from_another_folder(tmp_path, monkeypatch, call):
-    write_less_text(tmp_path / "a b,c=d" / "text")
+def test_the_whole_demo_runs_from_another_folder(texts, tmp_path, monkeypatch, call):
+    write_less_text(texts, tmp_path / "a b,c=d" / "text")
     monkeypatch.setattr(demo.subprocess, "run", warm.run)  # of the stages
     monkeypatch.chdir(tmp_path)
     words = ['out="a b,c=d"', "base_tokens=16384", "target_tokens=8192", "seeds=2"]
