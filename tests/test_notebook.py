@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 
-nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
 NOTEBOOK = Path(__file__).resolve().parents[1] / "experiments" / "notebook.ipynb"
 
 
