@@ -22,10 +22,12 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import Callback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import slm
 import warm
 from conftest import swap_ids
 from model_helpers import ARCHITECTURES, small_llama
 from run_helpers import leave_strays, train
+from slm.cli import plain_settings
 from slm.dynamics.analysis import analyse
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.errors import NonFiniteError, UserError
@@ -42,6 +44,7 @@ from slm.train import build as building
 from slm.train.build import accelerator, check_device
 from slm.train.callbacks.heldout import HeldoutLoss
 from slm.train.checkpoint import check_checkpoint
+from slm.train.command import main
 from slm.train.module import SelectiveModule
 from slm.train.settings import warn_of_other_precision
 from train_helpers import (
@@ -207,10 +210,14 @@ def test_the_record_names_the_architecture_that_was_loaded(
     identity = json.loads((tmp_path / "run" / "run.json").read_text())
     assert not [field for field in identity if field.startswith("model.architecture")]
     command_line = SimpleNamespace(overrides=SimpleNamespace(task=words))
-    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: command_line)
+    door: Any = main
     with pytest.raises(UserError, match="model.architecture.hidden_size=32 is given with model.in"):
-        train(config)
+        door.__wrapped__(**plain_settings(config))
+    model = {"init_from": str(whole / "model"), "architecture": {"hidden_size": 32}}
+    with pytest.raises(UserError, match="model.architecture is given with model.init_from="):
+        slm.train(text_corpus.folder, tmp_path / "other", 1536, model=model)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_schedule_that_the_run_does_not_reach_is_named(tmp_path, text_corpus, caplog):
@@ -330,7 +337,7 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
         ),
         (["selection.select_ratio=0"], r"select_ratio is 0.*\(0, 1\]"),
         (["selection.select_ratio=1.2"], r"select_ratio is 1.2.*\(0, 1\]"),
-        (["selection.select_ratio=sixty"], "select_ratio is 'sixty', it must be in"),
+        (["selection.select_ratio=sixty"], "select_ratio is 'sixty', it must be a number in"),
         (["data.heldout=somewhere"], "data.heldout is 'somewhere', it must be {name: folder"),
         (["max_tokens=100"], r"max_tokens \(100\) is less than one optimizer step \(128 tokens\)"),
         (["data.micro_batch_size=3"], r"data.batch_size \(8\)"),
