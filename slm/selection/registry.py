@@ -132,7 +132,10 @@ def make_rule(selection: Mapping[str, Any]) -> Selection:
     fields = by_word(selection)
     word = fields.pop("rule")
     if word not in RULES:
-        raise UserError(f"no rule {word!r} is known here (modules=[...] imports one's own)")
+        raise UserError(
+            f"no rule {word!r} is known here (there are {', '.join(RULES)}; modules=[...] imports "
+            "one's own)"
+        )
     for key, value in fields.items():
         if not is_plain(value):
             raise UserError(f"{key} of rule {word} is {value!r}, not a number, word or schedule")

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,10 +171,13 @@ def tagged(lengths: list[int]) -> list[Row]:
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "no ratio": ({"slm_select_ratio": "absent"}, "slm_select_ratio\n  Field required"),
-    "ratio": ({"slm_select_ratio": 1.5}, "select_ratio must lie in (0, 1], got 1.5"),
+    "no ratio": (
+        {"slm_select_ratio": "absent"},
+        "select_ratio is None, it must be a number in (0, 1]",
+    ),
+    "ratio": ({"slm_select_ratio": 1.5}, "select_ratio is 1.5, it must be a number in (0, 1]"),
     "scope": ({"slm_scope": "rank"}, "scope is 'rank', it must be one of"),
-    "selection": ({"slm_selection": "worst"}, "selection is 'worst', it must be one of"),
+    "selection": ({"slm_selection": "worst"}, "no rule 'worst' is known here (there are all"),
     "truncate": (
         {"excess_length_strategy": "truncate"},
         "excess_length_strategy is 'truncate', which cuts the tokens but not reference_logprob",
@@ -223,7 +227,8 @@ def refused_columns() -> str:
 
     plain = dataset_of([{"input_ids": [1], "labels": [1], "attention_mask": [1]}])
     try:
-        make_trainer_class()(args=None, train_dataset=plain)
+        rule = {"slm_select_ratio": 0.6, "slm_scope": "batch", "slm_selection": "excess"}
+        make_trainer_class()(args=SimpleNamespace(**rule), train_dataset=plain)
     except ValueError as error:
         return str(error)
     return ""
