@@ -82,7 +82,7 @@ def write_less_text(texts: Path, folder: Path) -> None:
     for path in folder.glob("*.jsonl"):
         lines = path.read_text().splitlines(keepends=True)
         sizes = np.cumsum([len(line) for line in lines])
-        path.write_text("".join(lines[: int(np.searchsorted(sizes, 400_000)) + 1]))
+        path.write_text("".join(lines[: int(np.searchsorted(sizes, 100_000)) + 1]))
 
 
 @pytest.mark.slow
@@ -91,7 +91,11 @@ def test_the_whole_demo_runs_from_another_folder(texts, tmp_path, monkeypatch, c
     monkeypatch.setattr(demo.subprocess, "run", warm.run)  # of the stages
     monkeypatch.chdir(tmp_path)
     words = ['out="a b,c=d"', "base_tokens=16384", "target_tokens=8192", "seeds=2"]
-    more = ['train=["logger=csv"]', "vocab_size=512", "dynamics_targets=500"]
+    more = [
+        'train=["logger=csv", "data.heldout_windows=16"]',
+        "vocab_size=512",
+        "dynamics_targets=500",
+    ]
     code, _, errors = call(demo.main, *words, *more)
     assert code == 0, errors
     out = tmp_path / "a b,c=d"
