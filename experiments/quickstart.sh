@@ -2,7 +2,7 @@
 # The whole pipeline, a command a stage, in a new folder: bash experiments/quickstart.sh [FOLDER]
 # Its text is what every Python brings: docstrings and the language reference (curated), and the source
 # of the standard library (raw). Two or three minutes on two cores, nothing is downloaded. The budgets
-# are too small to say anything of selection; `slm demo` trains longer, with three seeds.
+# are too small to say anything of selection; `slm demo` trains longer, with two seeds.
 set -euo pipefail
 mkdir -p "${1:-quickstart}"
 cd "${1:-quickstart}"

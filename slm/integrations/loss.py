@@ -11,6 +11,7 @@ forward pass, and one division by it is exact however the step is split.
 Letters: B rows, T positions, D width, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from slm.selection import Selection
 from slm.selection.books import TokenRecord
-from slm.selection.registry import make_rule
+from slm.selection.registry import RULES, make_rule
 from slm.store.columns import COLUMNS, LOGPROBS
 from slm.store.windows import IGNORE_INDEX, Batch
 from slm_kernels import (
@@ -186,13 +187,23 @@ def rule_of(
 ) -> Selection:
     """The rule that a door was given."""
     if isinstance(selection, str):
-        fields = {"select_ratio": select_ratio, "scope": scope or "batch"}
-        seed = {"seed": 0} if selection == "random" else {}
-        return make_rule({"rule": selection, **fields, **seed})
+        return make_rule({"rule": selection} | fields_for(selection, select_ratio, scope))
     for name, value in (("select_ratio", select_ratio), ("scope", scope)):
         if value is not None:
             raise ValueError(f"{name} is {value!r}, but {selection} says it itself: leave one out")
     return selection if isinstance(selection, Selection) else make_rule(selection)
+
+
+def fields_for(word: str, select_ratio: Any, scope: str | None) -> dict[str, Any]:
+    """What a rule that is named by its word alone gets: what it takes, and no more."""
+    if word not in RULES:
+        return {}
+    takes = inspect.signature(RULES[word]).parameters
+    for name, value in (("select_ratio", select_ratio), ("scope", scope)):
+        if value is not None and name not in takes:
+            raise ValueError(f"{name} is {value!r}, but {word} has none: leave it out")
+    given = {"select_ratio": select_ratio, "scope": scope or "batch", "seed": 0}
+    return {name: value for name, value in given.items() if name in takes}
 
 
 def record_of(output: SelectiveOutput, targets: Tensor, columns: Columns) -> TokenRecord:

@@ -35,10 +35,12 @@ def word_of(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-BUILT_IN: tuple[type[Selection], ...] = (
-    *(rules.All, rules.Excess, rules.Random, rules.Loss, rules.Middle, rules.Mixture),
-    *(rules.ReferenceLoss, rules.ReferenceEntropy, rules.Intersection, rules.Union),
-    *(soft.Sigmoid, soft.Softmax, soft.Relu),
+BUILT_IN: tuple[type[Selection], ...] = tuple(
+    kind
+    for module in (rules, soft)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, Selection)
+    if kind.__module__ == module.__name__ and kind is not soft.Soft  # what its rules share
 )
 RULES: dict[str, type[Selection]] = {word_of(rule.__name__): rule for rule in BUILT_IN}
 # Of a run's identity: the key of a word, and the words that are ours.

@@ -100,8 +100,9 @@ class Windows:
             )
         return tokens
 
-    def batch(self, windows: np.ndarray) -> Batch:
+    def batch(self, windows: np.ndarray | Sequence[int]) -> Batch:
         """The windows with these global numbers, (B,) int64, as a batch of tensors."""
+        windows = np.asarray(windows, np.int64)
         size, length = len(windows), self.corpus.seq_len
         ids = torch.from_numpy(self.tokens(windows))
         batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}

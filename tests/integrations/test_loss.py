@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from door_helpers import ROOT, expected_gradients, gradients_of, make_model, make_rows, top
+from slm.errors import UserError
 from slm.integrations.loss import SelectiveLoss, shifted
 from slm.model.head import head_arguments
 from slm.selection import (
@@ -339,3 +340,12 @@ def refuses(rule: Selection, divides: bool) -> bool:
     except ValueError:
         return True
     return False
+
+
+def test_a_word_gets_what_its_rule_takes_and_no_more():
+    assert SelectiveLoss(None, None, "all").rule == All()
+    assert SelectiveLoss(0.6, None, "random").rule == Random(select_ratio=0.6, seed=0)
+    with pytest.raises(ValueError, match=r"select_ratio is 0.6, but all has none: leave it out"):
+        SelectiveLoss(0.6, None, "all")
+    with pytest.raises(UserError, match="rule sigmoid .* 'temperature'"):
+        SelectiveLoss(None, None, "sigmoid")

@@ -25,6 +25,7 @@ def test_every_token_but_a_shards_first_is_a_target_once(tmp_path, make_corpus):
     corpus = make_corpus(tmp_path / "c", shards, 4)
     batch = Windows(corpus).batch(np.arange(5))
     assert sorted(batch["targets"].flatten().tolist()) == [*range(1, 13), *range(14, 22)]
+    assert torch.equal(Windows(corpus).batch([3, 1])["targets"], batch["targets"][[3, 1]])
     expected = naive_windows(shards, 4)
     for row, window in enumerate(expected):
         assert batch["input_ids"][row].tolist() == window[:-1].tolist()
