@@ -182,7 +182,8 @@ def execute(words: list[str]) -> None:
         exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
     elif words[0] == "-m":
         sys.argv = words[1:]
-        os.environ["PYTHONSAFEPATH"] = "1"  # what `import slm` does, which is done
+        if words[1].startswith("slm."):  # what `import slm` does, which is done
+            os.environ["PYTHONSAFEPATH"] = "1"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)

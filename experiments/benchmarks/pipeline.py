@@ -276,6 +276,7 @@ def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, 
     ) -> Path:
         path = folder / name
         path.mkdir(parents=True)
+        (path / "tokenizer").mkdir()  # of no files: nothing is decoded
         write_json(path / "plan.json", {"format": FORMAT, "kind": kind} | identity | more)
         for index in range(4):
             array = make()
@@ -492,7 +493,7 @@ def store_of_lines(run: Path, tokens: int, checkpoints: int) -> None:
     rule = {"_target_": "slm.selection.Excess", "select_ratio": 0.6, "scope": "batch"}
     plan = {
         "kind": "dynamics", "corpus_fingerprint": "", "windows_sha256": "", "sources": ["text"],
-        "run": {"selection": rule, "selection_start": 0, "micro_batch_size": 32},
+        "run": {"selection": rule, "selection_start": 0, "micro_batch_size": 32, "seed": 0},
     }  # fmt: skip
     run.mkdir()
     (run / "run.json").write_text(json.dumps({}))

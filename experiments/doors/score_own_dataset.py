@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", help="the same, of a causal LM with this tokenizer")
     parser.add_argument("--rows", type=int, default=50)
     given = parser.parse_args()
-    texts = stand_in.curated()[: given.rows]
+    texts = [text[:400] for text in stand_in.curated()[: given.rows]]
     tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else train_tokenizer(texts, 1024)
     model = given.model or small_model(len(tokenizer))
 

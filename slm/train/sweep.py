@@ -93,11 +93,11 @@ class Sweep(Callback):
         try:
             rows = show(Path(config.hydra.sweep.dir), self.id)
         except Exception as error:  # Hydra makes a warning of it, and exit code 0
-            fail(config.hydra.job.name, f"the table of the sweep: {sentence(error)}")
+            fail("train", f"the table of the sweep: {sentence(error)}")
         failed = sum(row.status not in COMPLETE for row in rows)
         if failed:
             again = "the same command tries them again and skips what is finished"
-            fail(config.hydra.job.name, f"{failed} of {len(rows)} jobs failed; {again}")
+            fail("train", f"{failed} of {len(rows)} jobs failed; {again}")
 
 
 def job_folder(config: DictConfig) -> Path:

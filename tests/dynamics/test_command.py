@@ -350,7 +350,7 @@ def test_a_checkpoints_word_fetches_no_kernel(caplog):
         "eager",
         "sdpa",
     ]
-    assert attention_of(path, {}) is None and not caplog.text
+    assert attention_of(path, {"attn_implementation": None}) is None and not caplog.text
     assert attention_of(path, {"attn_implementation": "somebody/kernels"}) is None
     assert "attention 'somebody/kernels' is not taken" in caplog.text
 

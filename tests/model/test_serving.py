@@ -21,7 +21,7 @@ from slm.model.serving import (
     notes,
     special_ids,
 )
-from slm.store.files import hash_file, read_json, write_json
+from slm.store.files import hash_file, read_json, sealed, write_json
 from slm.verify import verify
 
 SIZES: dict[str, Any] = {
@@ -84,9 +84,8 @@ def agree(folder: Path) -> None:
     """The hashes in slm.json are those of the files: nothing is damaged, only wrong."""
     record = read_json(folder / "slm.json")
     present = {name for name in record["sha256"] if (folder / name).exists()}
-    write_json(
-        folder / "slm.json", record | {"sha256": {n: hash_file(folder / n) for n in present}}
-    )
+    hashes = {"sha256": {name: hash_file(folder / name) for name in present}}
+    write_json(folder / "slm.json", sealed(record | hashes))
     (folder / "slm.json").chmod(0o644)
 
 
