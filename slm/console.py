@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 LINE_EVERY_S = 30.0
 
@@ -83,7 +84,7 @@ class Bar(Progress):
         form = "{unit} |{bar}| {desc}"  # unit: any text that stays
         # On a terminal that does not say how wide it is, tqdm would show nothing.
         blind = sys.stderr.isatty() and not os.get_terminal_size(sys.stderr.fileno()).columns
-        width = {"ncols": 80} if blind else {"dynamic_ncols": True}
+        width: dict[str, Any] = {"ncols": 80} if blind else {"dynamic_ncols": True}
         options = {"bar_format": form, "unit": label, "file": sys.stderr}
         self.bar = tqdm(total=total, initial=done, **options, **width)
 

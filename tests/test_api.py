@@ -79,10 +79,11 @@ def test_a_stage_is_its_folder_and_its_function():
     import slm.prepare.sources
 
     assert slm.prepare.sources.parse_sources([], "sources") == []  # type: ignore[attr-defined]
-    assert inspect.signature(slm.prepare) == inspect.signature(prepare)
-    assert slm.prepare.__call__ is prepare
+    package: Any = slm.prepare
+    assert inspect.signature(package) == inspect.signature(prepare)
+    assert package.__call__ is prepare
     with pytest.raises(UserError, match="seq_length is given, and nothing reads it, did you mean"):
-        slm.prepare(["a.jsonl"], "corpus", seq_length=8)  # type: ignore[call-arg]
+        package(["a.jsonl"], "corpus", seq_length=8)
 
 
 def test_from_text_to_losses(tmp_path: Path):

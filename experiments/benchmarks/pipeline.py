@@ -411,15 +411,15 @@ def bare_step_s(lm: Any, adamw: Any, corpus: Any, steps: int) -> float:
 
 def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
     """Choosing among 16,384 tokens and keeping its books, against a step of the demo's model."""
-    from slm.selection import rules as selection
+    import slm.selection as selection
     from slm.selection.books import TokenRecord, source_metrics, step_sums, token_metrics
     from slm.store.shards import Corpus
-    from slm.store.windows import Windows
+    from slm.store.windows import IGNORE_INDEX, Windows
 
     windows = Windows(Corpus.open(make_corpus(folder, 0.5 if small else 3)))
     size = 16 if small else 128
     batch = windows.batch(np.arange(size)) | {"epoch": torch.zeros(size, dtype=torch.int64)}
-    valid = batch["targets"] != selection.IGNORE_INDEX
+    valid = batch["targets"] != IGNORE_INDEX
     losses, reference = (5 * torch.rand(valid.shape) for _ in range(2))
     batch |= {"reference_logprob": -reference, "reference_entropy": reference}
     rules = {
