@@ -7,7 +7,7 @@ A bar on a terminal and in a notebook; elsewhere, for logs, a plain line every L
 the same: how many of how many, how fast or what the caller has to tell, how long it will take.
 """
 
-import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -82,11 +82,12 @@ class Bar(Progress):
 
         super().__init__(label, total, unit, done)
         form = "{unit} |{bar}| {desc}"  # unit: any text that stays
-        # On a terminal that does not say how wide it is, tqdm would show nothing.
-        blind = sys.stderr.isatty() and not os.get_terminal_size(sys.stderr.fileno()).columns
-        width: dict[str, Any] = {"ncols": 80} if blind else {"dynamic_ncols": True}
+        # On a terminal that does not say how large it is, tqdm would show nothing.
+        fixed: dict[str, Any] = {}
+        if sys.stderr.isatty():
+            fixed["ncols"], fixed["nrows"] = shutil.get_terminal_size()
         options = {"bar_format": form, "unit": label, "file": sys.stderr}
-        self.bar = tqdm(total=total, initial=done, **options, **width)
+        self.bar = tqdm(total=total, initial=done, **options, **fixed)
 
     def show(self, count: int) -> None:
         said = "  ".join(filter(None, [self.counted(), self.speed(), self.left()]))
