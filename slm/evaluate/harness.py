@@ -231,14 +231,14 @@ def harness(
     Raises:
         UserError: lm_eval is not installed, a folder or a file is damaged, a setting is wrong.
     """
+    check_installed()
+    go_offline()
     from slm.model.build import load_model
     from slm.model.device import pick_device
     from slm.model.folder import check_model_folder, verify_weights
     from slm.selection.registry import import_modules
 
     import_modules(modules)
-    check_installed()
-    go_offline()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     names = expand_tasks(list(tasks))
     folders = {name: str(folder) for name, folder in models.items()}
