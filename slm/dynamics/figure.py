@@ -4,8 +4,8 @@
     Panel    series on two axes
     Figure   panels side by side
 
-One definition is drawn by plots.py (matplotlib) and plotly.py (the page), logged to W&B
-(panels.py), and written as a table, so that others can draw it anew.
+One definition is drawn by slm/report/paper/plots.py (matplotlib) and slm/report/page/plots.py
+(Plotly), logged to W&B (wandb_media.py), and written as a table, so that others can draw it anew.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ leaves the gradient of its sum, and `on_before_optimizer_step` divides, before g
 clipped. It divides all gradients, so another term cannot be added to the loss: that is refused.
 The value that `selective_loss` returns is the mean over the micro-batch's selected tokens; that of
 the whole step is logged as train/loss. A step may return None, and nothing of it counts.
-`targets` and `reference_logprob` are shifted, as batches of slm.data are; what else a rule needs
+`targets` and `reference_logprob` are shifted, as batches of Windows are; what else a rule needs
 goes beside them, as `reference_entropy=batch["reference_entropy"]`, and `window=` and `epoch=` make
 Random draw what the trainer draws. For validation take slm_kernels.token_cross_entropy over every
 target.
