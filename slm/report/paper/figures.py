@@ -5,8 +5,8 @@
     selection                    figure 6   loss of what a rule selects and does not
     perplexity                   figure 8   perplexity of the sets selected at several checkpoints
 
-and all others that slm/dynamics/figures.py says are for paper. Each is a PNG, an SVG and, so that others can
-draw it anew, the numbers it draws as CSV. The same losses give the same bytes.
+and all others that slm/dynamics/figures.py says are for paper. Each is a PNG, an SVG and, so that
+others can draw it anew, the numbers it draws as CSV. The same losses give the same bytes.
 """
 
 import logging
