@@ -140,6 +140,8 @@ def as_whole(value: Any, kind: Kind) -> str:
 def check_known(key: str, table: Table, instead: Mapping[str, str]) -> None:
     if key in table:
         return
+    if inner := [row.removeprefix(f"{key}.") for row in table if row.startswith(f"{key}.")]:
+        raise UserError(f"{key} has keys of its own and no value: give {', '.join(inner)} in it")
     near = difflib.get_close_matches(key, table, n=1)
     hint = f", did you mean {near[0]}?" if near else ""
     raise UserError(f"{key} is given, " + instead.get(key, f"and nothing reads it{hint}"))

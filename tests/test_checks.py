@@ -92,3 +92,12 @@ def test_a_key_that_nothing_reads_is_refused_by_name():
         assert str(raised.value) == sentence
     with pytest.raises(UserError, match="^steps is given, tokens does its work$"):
         check({"steps": 3}, table, {"steps": "tokens does its work"})
+
+
+@pytest.mark.parametrize("value", ["folder", {}])
+def test_a_section_that_is_given_a_value_names_its_keys(value):
+    table = {"tokenizer.path": text, "tokenizer.size": whole(1), "tokens": flag}
+    with pytest.raises(
+        UserError, match="^tokenizer has keys of its own .*: give path, size in it$"
+    ):
+        check({"tokenizer": value}, table)

@@ -43,7 +43,9 @@ def check_model_folder(key: str, name: str, check: str = "size") -> None:
             f"{key} {name} is a PEFT adapter: merge it into its model (merge_and_unload)"
         )
     if not (Path(name) / "config.json").is_file():
-        raise UserError(f"{key} {name} is no model folder: config.json is missing")
+        inner = Path(name) / "model"
+        hint = f", did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        raise UserError(f"{key} {name} is no model folder: config.json is missing{hint}")
     if check == "full" and (Path(name) / "slm.json").is_file():
         check_files(Path(name) / "slm.json", read_json(Path(name) / "slm.json"))
 

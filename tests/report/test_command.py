@@ -203,7 +203,9 @@ def test_folders_without_runs_are_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere is no folder"):
         report(**config(tmp_path / "nowhere", tmp_path / "out"))
     (make_run(tmp_path / "runs" / "a") / "model" / "slm.json").unlink()
-    with pytest.raises(UserError, match="none of the 1 runs in .* is complete"):
+    with pytest.raises(
+        UserError, match="none of the 1 runs in .* can be shown, for the reasons above"
+    ):
         report(**config(tmp_path / "runs", tmp_path / "out"))
 
 
