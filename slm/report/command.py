@@ -326,8 +326,8 @@ def report(
     analyses = read_analyses(folders, max_dynamics, check)
     if not finished and not analyses:
         raise UserError(
-            f"none of the {len(left_out)} runs in {runs} can be shown, for the reasons above, and none "
-            "has token losses (`slm dynamics`)"
+            f"none of the {len(left_out)} runs in {runs} can be shown, for the reasons above, and "
+            "none has token losses (`slm dynamics`)"
         )
     title = ", ".join(Path(name).resolve().name for name in folders)
     with replacing(folder, MADE_BY) as to:
