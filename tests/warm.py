@@ -166,6 +166,8 @@ def become(request: Request, streams: list[int]) -> None:
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.environment)
+    rank_zero_only = import_module("lightning.fabric.utilities.rank_zero")
+    rank_zero_only.rank_zero_only.rank = rank_zero_only._get_rank() or 0  # as it does on import
 
 
 def execute(words: list[str]) -> None:

@@ -234,8 +234,9 @@ class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
         with torch.no_grad():
             made = token_weight(token_loss) if callable(token_weight) else token_weight
             weight = made.to(token_loss.dtype)
-            rows = self._rows(weight != 0)
-            row_weight = weight.flatten()[rows]
+            order = self._rows(weight != 0)
+            spare = (0, -len(order) % self.num_chunks)  # row 0 again, without a weight
+            rows, row_weight = F.pad(order, spare), F.pad(weight.flatten()[order], spare)
             row_labels = targets.flatten()[rows].masked_fill(row_weight == 0, IGNORE_INDEX)
         chosen = hidden.flatten(0, 1).index_select(0, rows)
         loss, _ = super().__call__(
@@ -256,13 +257,12 @@ class SelectiveChunkedLoss(_Selective, ChunkedLossWrapper):
             )
         return token_cross_entropy(hidden, head.weight, labels, bias=head.bias).loss
 
-    def _rows(self, chosen: Tensor) -> Tensor:  # (B, L) bool -> (a multiple of num_chunks,) int64
+    def _rows(self, chosen: Tensor) -> Tensor:  # (B, L) bool -> (capacity,) int64
         """Chosen rows in order, then others: as many as this shape can have, unasked."""
         capacity = self.selective.rule.max_rows({"targets": chosen}, self.tokens_seen)
         if capacity is None:
             capacity = int(chosen.sum())
-        order = chosen.flatten().argsort(descending=True, stable=True)[: max(1, capacity)]
-        return F.pad(order, (0, -len(order) % self.num_chunks))
+        return chosen.flatten().argsort(descending=True, stable=True)[: max(1, capacity)]
 
 
 class SelectiveTrainer(Trainer):

@@ -61,9 +61,11 @@ class Case:
         assert self.hidden.grad is not None and self.head.weight.grad is not None
         return loss.detach(), self.hidden.grad, self.head.weight.grad
 
-    def definition(self, denominator: Tensor | None, scope: str) -> tuple[Tensor, Tensor, Tensor]:
+    def definition(
+        self, denominator: Tensor | None, scope: str, select_ratio: float = 0.4
+    ) -> tuple[Tensor, Tensor, Tensor]:
         operands = (self.hidden, self.head.weight, self.labels, -self.logprob)
-        settings = {"select_ratio": 0.4, "scope": scope, "denominator": denominator}
+        settings = {"select_ratio": select_ratio, "scope": scope, "denominator": denominator}
         return self.gradients(
             lambda: selective_cross_entropy(*operands, **settings, implementation="reference").loss
         )
@@ -102,6 +104,23 @@ def test_chunked_loss_is_the_definition(titan, scope, denominator, num_chunks):
     wanted = case.definition(denominator, scope)
     assert torch.equal(got[1] != 0, wanted[1] != 0)  # exactly the selected rows
     torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_chunks", [3, 5, 8])
+def test_rows_that_fill_the_last_chunk_count_nothing(titan, num_chunks):
+    """The first row, whose excess is made the largest, is selected: it must count once."""
+    case = Case()
+    case.labels[0, 0] = case.head(case.hidden[0, 0]).argmin()
+    case.logprob[0, 0] = 0.0
+    loss = titan.SelectiveChunkedLoss.Config(select_ratio=0.15, num_chunks=num_chunks).build(
+        compile_config=None
+    )
+    loss.set_lm_head(case.head)
+    loss.bind(case.logprob)
+    got = case.gradients(lambda: loss(case.hidden, case.labels, torch.tensor(1))[0])
+    wanted = case.definition(torch.tensor(1), "batch", select_ratio=0.15)
+    assert wanted[1][0, 0].any()
+    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-5)
 
 
 def test_every_token_can_be_selected_or_none(titan):

@@ -629,6 +629,13 @@ def test_killed_runs_end_with_the_same_weights(tmp_path, text_corpus):
 
 
 @pytest.mark.slow
+def test_a_forked_rank_is_no_second_rank_zero():
+    """Lightning reads its rank as it is imported, which was before the fork."""
+    code = "from lightning.pytorch.utilities import rank_zero_only as r; print(r.rank)"
+    assert warm.run_ranks(2, [sys.executable, "-c", code]) == ([0, 0], "0\n\n1\n")
+
+
+@pytest.mark.slow
 def test_rank_zero_adopts_the_folder_and_more_ranks_go_on(tmp_path, text_corpus):
     out = tmp_path / "run"
     words = ["max_tokens=1536", "callbacks.checkpoints.keep=null"]
