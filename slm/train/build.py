@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from transformers import PreTrainedTokenizerFast
 
+from slm.checks import anything, check_known
 from slm.errors import UserError
 from slm.model.build import SelectiveLM, check_trainable
 from slm.model.folder import check_model_folder
@@ -30,8 +32,13 @@ from slm.train.module import SelectiveModule
 from slm.train.settings import check_config
 
 
-def build(node: Any, **arguments: Any) -> Any:
-    """Hydra's instantiate; what the node's class does not take or cannot make is one sentence."""
+def build(key: str, node: Any, **arguments: Any) -> Any:
+    """Hydra's instantiate; what the node's class does not take or cannot make is one sentence.
+
+    `key` is where the node stands in the settings.
+    """
+    if "_target_" not in node:
+        raise UserError(f"{key} has no _target_, which names the class that it is made of")
     try:
         built = instantiate(node, **arguments)
         if isinstance(built, partial):  # called later, in the middle of Lightning's set-up
@@ -40,16 +47,42 @@ def build(node: Any, **arguments: Any) -> Any:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         if isinstance(error.__cause__, TypeError | ValueError | MisconfigurationException):
+            check_taken(key, node)
             raise UserError(f"{node['_target_']}: {error.__cause__}") from None
         raise
     except TypeError as error:
+        check_taken(key, node)
         raise UserError(f"{node['_target_']}: {error}") from None
     return built
 
 
-def built(node: Any) -> Any:
-    """A callback or a logger; Python may give the object itself."""
-    return build(node) if isinstance(node, Mapping) else node
+def check_taken(key: str, node: Mapping[str, Any]) -> None:
+    """A key of the node that its class does not take is refused by its name."""
+    parameters = inspect.signature(get_object(node["_target_"])).parameters.values()
+    table = {f"{key}.{parameter.name}": anything for parameter in parameters}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        for name in node.keys() - {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}:
+            check_known(f"{key}.{name}", table, {})
+
+
+def built(group: str, nodes: Mapping[str, Any]) -> list[Any]:
+    """Callbacks or loggers; Python may give the objects themselves."""
+    return [
+        build(f"{group}.{name}", node) if isinstance(node, Mapping) else node
+        for name, node in nodes.items()
+    ]
+
+
+def strategy(wanted: Any) -> Any:
+    """Gradients' norms, held-out losses and checkpoints want the whole model in every process."""
+    made = build("trainer.strategy", wanted) if isinstance(wanted, Mapping) else wanted
+    is_ddp = type(made) is DDPStrategy and made._start_method == "popen"
+    if isinstance(made, Strategy) and not is_ddp:
+        raise UserError(
+            f"trainer.strategy makes a {type(made).__name__}, it must be a DDPStrategy that starts "
+            "its processes by itself (start_method=popen)"
+        )
+    return made
 
 
 def accelerator(wanted: Any) -> Any:
@@ -70,15 +103,17 @@ def check_device(device: torch.device) -> None:
 
 
 def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], None]) -> Trainer:
-    loggers = [built(node) for node in settings["logger"].values()]
-    callbacks: list[Callback] = [built(node) for node in settings["callbacks"].values()]
+    loggers = built("logger", settings["logger"])
+    callbacks: list[Callback] = built("callbacks", settings["callbacks"])
     checkpoints = next(item for item in callbacks if isinstance(item, Checkpoints))
     # Saved last, so that a run that goes on from it lacks nothing that was made at its step.
     callbacks.sort(key=lambda item: isinstance(item, Checkpoints))
     clocks = [StepClock(item) for item in callbacks if isinstance(item, Metrics)]
     trainer: Trainer = build(
+        "trainer",
         settings["trainer"],
         accelerator=accelerator(settings["trainer"]["accelerator"]),
+        strategy=strategy(settings["trainer"]["strategy"]),
         max_steps=round(settings["max_tokens"] / data.tokens_per_step),
         max_epochs=-1,
         logger=loggers,
@@ -104,16 +139,16 @@ def build_module(
     if init_from is not None and Path(init_from).is_dir():
         check_model_folder("model.init_from", init_from, settings["data"]["check"])
     lm: SelectiveLM = build(
-        settings["model"], tokenizer=tokenizer, vocab_size=data.corpus.vocab_size
+        "model", settings["model"], tokenizer=tokenizer, vocab_size=data.corpus.vocab_size
     )
-    selection: Selection = build(settings["selection"])
+    selection: Selection = build("selection", settings["selection"])
     check_config(settings, data, selection)
     check_trainable(lm, first_windows(data))
     return SelectiveModule(
         lm,
         selection,
-        build(settings["optimizer"]["adamw"]),
-        build(settings["optimizer"]["schedule"]),
+        build("optimizer.adamw", settings["optimizer"]["adamw"]),
+        build("optimizer.schedule", settings["optimizer"]["schedule"]),
         settings["optimizer"]["gradient_clip"],
         data.tokens_per_step,
         settings["selection_start"],

@@ -36,7 +36,7 @@ def fit(settings: Json) -> None:
     folder = Path(settings["run_dir"])
     seed_everything(settings["seed"], workers=True, verbose=False)
     import_modules(settings["modules"])
-    data: TokenData = build(settings["data"])
+    data: TokenData = build("data", settings["data"])
     identity = run_identity(settings, data)
     with ExitStack() as stack:
         start, check_owner = begin(stack, folder, identity, settings["resume"])

@@ -34,6 +34,9 @@ from slm.store.files import Json
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
 count, count_or_null = whole(1), optional(whole(1))
+# Every process holds the whole model: none of those that shard it, or that fork or spawn.
+STRATEGIES = ("auto", "single_device", "ddp")
+STRATEGIES += ("ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 
 # The rest of Lightning's arguments are set by us, or would train on other or fewer tokens than the
 # run's records say.
@@ -42,7 +45,7 @@ TRAINER: Table = {
     "trainer.accelerator": text,
     "trainer.devices": anything,
     "trainer.num_nodes": count,
-    "trainer.strategy": anything,
+    "trainer.strategy": either(word(*STRATEGIES), section),
     "trainer.precision": word(*PRECISIONS),
     "trainer.deterministic": optional(either(flag, word("warn"))),
     "trainer.benchmark": optional(flag),
