@@ -16,9 +16,8 @@ RESULTS ?= gpu-results
 demo: $(INSTALLED)
 	$(BIN)/slm demo
 
-# The types are checked beside the tests: alone they would leave a core idle for a minute.
-test: $(INSTALLED) lint
-	$(BIN)/basedpyright & types=$$!; $(PYTEST); tests=$$?; wait $$types && exit $$tests
+test: $(INSTALLED) lint types
+	$(PYTEST)
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow"
@@ -28,7 +27,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 types: $(INSTALLED)
-	$(BIN)/basedpyright
+	$(BIN)/pyrefly check
 
 bench: $(INSTALLED)
 	$(BIN)/python experiments/benchmarks/pipeline.py

@@ -26,7 +26,7 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-Table = Mapping[str, Kind]
+Table = dict[str, Kind]
 
 
 def is_real(value: Any) -> bool:

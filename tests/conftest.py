@@ -93,7 +93,7 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
         for index, ids in enumerate(shards):
             tokens = np.asarray(ids, np.uint16)
             first = [0] if starts is None else starts[index]
-            columns = {
+            columns: dict[str, np.ndarray] = {
                 "tokens": tokens,
                 "documents": np.array([[s, 0, i, 0] for i, s in enumerate(first)], np.int64),
                 "bytes": sizes[np.minimum(tokens, len(sizes) - 1)].astype(np.uint8),

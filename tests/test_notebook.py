@@ -21,7 +21,7 @@ def test_it_is_committed_without_outputs():
 @pytest.mark.slow
 def test_it_runs_from_text_to_a_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
     where = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
     shown: list[Any] = [

@@ -167,7 +167,7 @@ def run_shape(
     for name in list(peers):
         try:
             peers[name](problem, ratio)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             broken[name] = str(error).splitlines()[0]
             del peers[name]
         clear(problem)

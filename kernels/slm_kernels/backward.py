@@ -1,5 +1,3 @@
-# The language of kernels has no types that a checker could know.
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
 """Triton backward: the gradient of the logits, of the K rows with a weight, a slice at a time.
 
     G = (softmax(z) - onehot) * scale    grad_weight[slice] = G.T @ hidden    grad_hidden += G @ W

@@ -1,5 +1,3 @@
-# The language of kernels has no types that a checker could know.
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
 """Triton forward: loss, row maximum and sum of exponentials of every row; no logits in memory.
 
 A program owns a block of rows and a share of the vocabulary. It walks over its tiles with float32

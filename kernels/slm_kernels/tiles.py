@@ -1,5 +1,3 @@
-# The language of kernels has no types that a checker could know.
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
 """What the Triton kernels share: one tile of logits, and the tiles' sizes for each chip."""
 
 from typing import Any, NamedTuple

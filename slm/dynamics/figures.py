@@ -100,7 +100,9 @@ def compared_shares(analyses: Sequence[Analysis]) -> Figure:
     bars = []
     for index, run in enumerate(analyses):
         found = [run.shares[name] for name in CLASSES]
-        ends = {key: np.array([getattr(one, key) for one in found]) for key in ("low", "high")}
+        ends: dict[str, Any] = {
+            key: np.array([getattr(one, key) for one in found]) for key in ("low", "high")
+        }
         values = np.array([one.share for one in found])
         bars.append(class_bars(index, run, values)._replace(**ends))
     return one_panel(

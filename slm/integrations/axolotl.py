@@ -221,7 +221,8 @@ def make_trainer_class() -> type:
                 check_isolation(causal_lm(self.model))
             inner: Any = self.data_collator
             self.data_collator: Any = PackedCollator(inner.collator)
-            self.eval_data_collator = PackedCollator(self.eval_data_collator)
+            evaluated: Any = self.eval_data_collator
+            self.eval_data_collator = PackedCollator(evaluated)
 
     return SelectiveAxolotlTrainer
 

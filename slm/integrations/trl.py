@@ -112,7 +112,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
             count = inputs["attention_mask"].sum()
         else:
             count = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
-        self._total_train_tokens += self._sum_over_ranks(count).item()
+        self._total_train_tokens += int(self._sum_over_ranks(count))
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     @torch.no_grad()

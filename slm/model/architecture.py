@@ -127,9 +127,9 @@ def fields_read(config: PreTrainedConfig) -> set[str]:
     kind, read = type(config), set()
 
     class Watched(kind):
-        def __getattribute__(self, name: str) -> Any:
-            read.add(name)
-            return super().__getattribute__(name)
+        def __getattribute__(self, key: str) -> Any:
+            read.add(key)
+            return super().__getattribute__(key)
 
     config.__class__ = Watched
     try:

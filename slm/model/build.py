@@ -169,7 +169,7 @@ def set_special_ids(
         if config is model.generation_config:
             stops += ids_of(end_of_turn(tokenizer))
         stops = list(dict.fromkeys(stops))
-        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]  # type: ignore
 
 
 def id_in(config: Any, name: str, text: PreTrainedConfig) -> int | list[int] | None:

@@ -128,7 +128,7 @@ def compile_template(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = refuse  # type: ignore
     return environment.from_string(template)
 
 

@@ -30,7 +30,8 @@ POLL_S = 1.0
 class Source(Protocol):
     """Where the columns of windows come from: a model here, or a server's responses."""
 
-    columns: tuple[Column, ...]
+    @property
+    def columns(self) -> tuple[Column, ...]: ...
 
     def scores(self, numbers: np.ndarray) -> Arrays: ...
     def cost(self, seconds: float, tokens: int) -> Json | None: ...

@@ -101,7 +101,7 @@ class Ranked(Selection):
     """
 
     select_ratio: Any
-    scope: str = "batch"
+    scope: str = "batch"  # type: ignore  # frozen here, and never set on the class above
 
     def __post_init__(self) -> None:
         check_value("selection.scope", self.scope, SCOPE)

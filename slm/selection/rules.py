@@ -161,7 +161,7 @@ class Intersection(Selection):
     needs = ("reference_logprob", "reference_entropy")
     loss_ratio: Any
     entropy_ratio: Any
-    scope: str = "batch"
+    scope: str = "batch"  # type: ignore  # frozen here, and never set on the class above
 
     def __post_init__(self) -> None:
         check_value("selection.scope", self.scope, SCOPE)

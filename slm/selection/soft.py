@@ -71,7 +71,7 @@ class Softmax(Soft):
     """
 
     cap: float | None = None
-    scope: str = "batch"
+    scope: str = "batch"  # type: ignore  # frozen here, and never set on the class above
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,7 +50,7 @@ class Run:
     @property
     def metrics(self) -> dict[str, float]:
         logged = [(name, table[name].dropna()) for table in self.curves.values() for name in table]
-        return {name: float(column.iloc[-1]) for name, column in logged if len(column)}
+        return {str(name): float(column.iloc[-1]) for name, column in logged if len(column)}
 
 
 class Curve(NamedTuple):

@@ -303,7 +303,7 @@ class WandbLog(WandbLogger):
         )
         arguments = self._wandb_init | {"id": self._id, "mode": self.mode, "settings": settings}
         arguments["tags"] = fitting_tags(arguments["tags"])
-        run = self._experiment = wandb.init(**arguments)
+        run = self._experiment = wandb.init(**arguments)  # type: ignore
         for axis in ("trainer/global_step", TOKENS_SEEN):  # the last is the default axis
             run.define_metric(axis)
             run.define_metric("*", step_metric=axis, step_sync=True)

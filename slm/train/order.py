@@ -55,9 +55,9 @@ class Steps(Dataset):
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
 
-    def __getitem__(self, step: int) -> list[Batch] | UserError:
+    def __getitem__(self, index: int) -> list[Batch] | UserError:
         try:
-            return self._read(step)
+            return self._read(index)
         except UserError as error:  # a worker would wrap it in a traceback; the reader raises it
             return error
 

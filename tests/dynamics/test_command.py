@@ -183,12 +183,12 @@ def test_ranks_share_the_windows(text_corpus, tokenizer, count, monkeypatch):
         trainer = SimpleNamespace(world_size=count, global_rank=rank, precision_plugin=plugin)
         module = SimpleNamespace(lm=lm, device=torch.device("cpu"), all_gather=gather)
         with pytest.raises(Gathered):
-            callback._losses(trainer, module)
+            callback._losses(trainer, module)  # type: ignore
     assert len(set(np.bincount(forwards))) == 1
     module = SimpleNamespace(
         lm=lm, device=torch.device("cpu"), all_gather=lambda values: torch.stack(found)
     )
-    together = callback._losses(trainer, module)
+    together = callback._losses(trainer, module)  # type: ignore
     alone = token_losses(lm, windows, numbers, 2)[tokens.live]
     np.testing.assert_allclose(together, alone, rtol=1e-6)
 

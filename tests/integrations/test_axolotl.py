@@ -156,7 +156,7 @@ def run_collators(folder: Path) -> dict[str, Any]:
             batch = dict(PackedCollator(collator)(scored))
             same = dict(PackedCollator(collator)(json.loads(json.dumps(without))))
             found[kind.__name__, side] = (batch, same, dict(collator(without)))
-    return found
+    return found  # type: ignore
 
 
 def tagged(lengths: list[int]) -> list[Row]:

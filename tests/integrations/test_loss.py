@@ -284,11 +284,12 @@ def test_a_rule_is_given_one_way():
     assert SelectiveLoss(0.6, selection="middle").rule == Middle(0.6)
     as_written = {"rule": "sigmoid", "temperature": 2.0}
     assert SelectiveLoss(selection=as_written).rule == Sigmoid(2.0)
-    for fields, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"select_ratio": 0.6, "selection": Sigmoid(1.0)}, "select_ratio is 0.6, but Sigmoid"),
         ({"scope": "batch", "selection": Excess(0.6)}, "scope is 'batch', but Excess"),
         ({}, "select_ratio is None"),
-    ):
+    ]
+    for fields, message in wrong:
         with pytest.raises(ValueError, match=message):
             SelectiveLoss(**fields)
 

@@ -326,7 +326,7 @@ def build(tokenizer):
     def make(
         init_from: Path | None = None, fields: dict[str, Any] | None = None, **options: Any
     ) -> SelectiveLM:
-        defaults = {
+        defaults: dict[str, Any] = {
             "attn_implementation": "sdpa",
             "activation_checkpointing": False,
             "compile": False,
@@ -565,7 +565,7 @@ def sharded_gradients(folder: str, layers_too: str) -> None:
 
 def test_logits_cache_changes_gradients_by_its_rounding_alone():
     batch = make_batch()
-    results = []
+    results: list[Any] = []
     for size in (0, 2**20):
         lm = make_lm("llama")
         lm.logits_cache_bytes = size

@@ -433,7 +433,7 @@ def test_labels_by_hand(run, tmp_path, merges_folder, caplog):
     assert [document[:2] for document in documents] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     for (text, spans), (_, _, pieces, labels) in zip(marked, documents, strict=False):
         pairs = [spans] if spans and isinstance(spans[0], int) else spans
-        assert labels == labels_by_hand(text, [(a, b) for a, b in pairs], pieces)
+        assert labels == labels_by_hand(text, [(a, b) for a, b in pairs], pieces)  # type: ignore
     assert set(documents[3][3]) == {-1}
     counts = [[labels.count(n) for *_, labels in documents] for n in (1, 0)]
     assert (report["signal"], report["noise"]) == (sum(counts[0]), sum(counts[1]))

@@ -127,7 +127,7 @@ def test_memory_of_a_long_text_is_that_of_a_piece(cuttable, monkeypatch):
             lengths.extend(map(len, batch))
             return encoder_backend.encode_batch_fast(batch, **settings)
 
-    encoder_backend, encoder.backend = encoder.backend, Backend()  # pyright: ignore
+    encoder_backend, encoder.backend = encoder.backend, Backend()  # type: ignore
     text = "some words\nof code " * 20_000
     encoder.encode([text], np.array([len(text)]))
     assert sum(lengths) == len(text) and max(lengths) < 2**16 + 20

@@ -181,7 +181,7 @@ def test_rows_of_datasets_give_it_back(third, text_corpus, tmp_path):
         wrong = Dataset.from_dict(rows | {third.key: [[1.0, 0.0, -4.0]] * 2})
         from_hf_dataset(wrong, tmp_path / "wrong", tokenizer)
     with pytest.raises(ValueError, match="reference_margin and no reference_logprob"):
-        alone = Dataset.from_dict(rows).remove_columns("reference_logprob")
+        alone: Any = Dataset.from_dict(rows).remove_columns("reference_logprob")
         from_hf_dataset(alone, tmp_path / "alone", tokenizer)
 
 

@@ -169,7 +169,7 @@ def test_the_order_of_the_run_is_not_disturbed_by_heldout_evaluation(
 
 def test_finished_folder_loads_in_transformers_and_runs_once(whole, tmp_path, text_corpus):
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
-    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(whole / "model")
     ids = tokenizer("the loss of the model", return_tensors="pt").input_ids
     again = AutoModelForCausalLM.from_pretrained(whole / "model")
     assert torch.equal(model(ids).logits, again(ids).logits)

@@ -143,9 +143,8 @@ def fit(
         "accumulate_grad_batches": len(steps[0]),
     } | trainer
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    Trainer(callbacks=[record], max_epochs=-1, **dict.fromkeys(quiet, False), **options).fit(
-        module, Stream(steps)
-    )
+    options |= dict.fromkeys(quiet, False)
+    Trainer(callbacks=[record], max_epochs=-1, **options).fit(module, Stream(steps))
     return module, record
 
 

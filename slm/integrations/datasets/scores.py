@@ -73,7 +73,7 @@ def score_dataset(
             )
     finally:
         lm.model.train(training)
-    return with_format_of(dataset, scored)
+    return with_format_of(dataset, scored)  # type: ignore
 
 
 def load_folder(name: str | Path) -> PreTrainedModel:
@@ -118,14 +118,14 @@ def way_of_computing(model: PreTrainedModel) -> dict[str, str]:
         "device": model.device.type,
         "dtype": str(model.dtype),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": str(model.config._attn_implementation),
         "slm": __version__,
     } | {name: version(name) for name in ("torch", "transformers")}
 
 
 def with_format_of(dataset: Dataset, scored: Dataset) -> Dataset:
     """As the user had it, the new column among the formatted ones."""
-    form = dict(dataset.format)
+    form: dict[str, Any] = dict(dataset.format)
     options = form.pop("format_kwargs")
     if form["columns"] is not None:
         form["columns"] = [*form["columns"], COLUMN]

@@ -54,7 +54,7 @@ def axis(found: Axis) -> Json:
 def trace(one: Series, panel: Panel) -> Json:
     """Thinned out alike for all lines of one length."""
     kept = picks(len(one.y), MAX_POINTS) if one.kind == "line" else np.arange(len(one.y))
-    found = {
+    found: Json = {
         "name": plain(f"{one.text}, {one.note}" if one.kind == "points" else one.text),
         "legendgroup": plain(one.text),
         "showlegend": one.text != "" and one.kind != "points" and not one.is_seed,

@@ -145,7 +145,7 @@ def test_a_model_in_training_is_asked_without_dropout_and_goes_on(token_lists):
 
 
 def test_chosen_and_shuffled_rows(model, token_lists):
-    dataset = Dataset.from_dict({"input_ids": token_lists}).select([6, 2, 8])
+    dataset: Any = Dataset.from_dict({"input_ids": token_lists}).select([6, 2, 8])
     scored = score_dataset(dataset, model)
     assert_same(
         scored["reference_logprob"][:], [expected(model, token_lists[i]) for i in (6, 2, 8)]
@@ -263,8 +263,9 @@ def test_a_model_that_mixes_documents_scores_rows_but_no_packed_ones(token_lists
     whole = Dataset.from_dict({"input_ids": token_lists})
     wanted = [expected(model, ids) for ids in token_lists]
     assert_same(score_dataset(whole, model)["reference_logprob"][:], wanted)
+    packed: Any = whole.add_column("seq_lengths", [[n] if n else [] for n in LENGTHS])
     with pytest.raises(UserError, match="MambaForCausalLM does not keep documents apart"):
-        score_dataset(whole.add_column("seq_lengths", [[n] if n else [] for n in LENGTHS]), model)
+        score_dataset(packed, model)
 
 
 @pytest.mark.slow
