@@ -228,6 +228,7 @@ def drop_faulty(
 def undisturbed() -> Iterator[None]:
     """An interrupt waits: a worker that is half started would be waited for for ever.
 
+    Then it is heard as ever, which may be not at all: a shell's job in the background ignores it.
     What is started here hears none, not while it imports either: the mask is inherited. In this
     process another thread may be told of it, and Python's handler runs in the main one anyway.
     """
@@ -243,7 +244,7 @@ def undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
     if heard:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 _worker: Worker

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import warm
 from slm.errors import UserError
-from slm.prepare.command import prepare
+from slm.prepare.command import main, prepare
 from slm.prepare.workers import side_of, undisturbed
 from slm.store.claims import claim
 from slm.store.files import ArrayWriter
@@ -572,19 +574,21 @@ def test_labels_of_real_text(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def real_text(tmp_path_factory) -> list[dict[str, object]]:
-    """About 3 MB: nested threads and prose; where there is no such folder, the standard library."""
+    """1.4 MB: nested threads and prose; where there is no such folder, the standard library."""
     if DATA.is_dir():
+        prose = tmp_path_factory.mktemp("prose") / "prose.txt"
+        prose.write_bytes((DATA / "general" / "wikitext2_valid.txt").read_bytes()[:300_000])
         threads = "{question.body_text}\n{answers[\n].body_text}"
         return [
-            {"path": str(DATA / "raw" / "se_*.jsonl"), "text": threads, "name": "se"},
-            {"path": str(DATA / "general" / "*2_valid.txt"), "document": "line", "weight": 1.5},
+            {"path": str(DATA / "raw" / "se_math.*.jsonl"), "text": threads, "name": "se"},
+            {"path": str(prose), "document": "line", "weight": 1.5},
             {"path": str(DATA / "raw" / "aqua_dev.jsonl"), "text": "{question}\n{options[]}"},
         ]
     return [{"path": f"{Path(os.__file__).parent}/*.py", "format": "text"}]
 
 
 def test_same_bytes_whatever_num_proc(run, tmp_path, real_text, monkeypatch):
-    settings = {"sources": real_text, "heldout_ratio": 0.1, "seq_len": 128, "shard_tokens": 200_000}
+    settings = {"sources": real_text, "heldout_ratio": 0.1, "seq_len": 128, "shard_tokens": 100_000}
     vocabulary = {"vocab_size": 1000, "train_mb": 1}
     reports = [
         run(out=f"{num_proc}", num_proc=num_proc, tokenizer=vocabulary, **settings)
@@ -605,13 +609,7 @@ def test_same_bytes_whatever_num_proc(run, tmp_path, real_text, monkeypatch):
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "slm.prepare", *arguments]
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
-
-
-def cli(folder: Path, *arguments: str) -> tuple[int, str]:
-    process = start(folder, *arguments)
-    _, message = process.communicate(timeout=60)
-    return process.returncode, message
+    return warm.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
 
 
 def quote(source: dict[str, object]) -> str:
@@ -627,6 +625,7 @@ def test_killed_and_run_again(run, tmp_path, real_text, bytes_folder):
     out = tmp_path / "a b=1,c"
     process = start(tmp_path, *arguments)
     wait_for(out / "train" / "tokens-00002.json")
+    process.send_signal(signal.SIGSTOP)  # it lives, and gets no further
     with pytest.raises(UserError, match="is being written by another"):
         run(out=out.name, sources=real_text, **settings)
     workers = children(process.pid)
@@ -642,11 +641,10 @@ def test_killed_and_run_again(run, tmp_path, real_text, bytes_folder):
 
 
 def wait_for(path: Path, exists: bool = True) -> None:
-    for _ in range(400):
-        if path.exists() == exists:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{path}: exists is still {not exists}")
+    deadline = time.time() + 60
+    while path.exists() != exists:
+        assert time.time() < deadline, f"{path}: exists is still {not exists}"
+        time.sleep(0.01)
 
 
 def children(pid: int) -> list[int]:
@@ -821,14 +819,19 @@ def test_mistakes_in_the_configuration(run, tmp_path, monkeypatch, settings, mes
     assert not Path("out").exists()
 
 
-def test_command_line_says_one_sentence(tmp_path):
-    code, message = cli(tmp_path, "out=x", "sources=[none.jsonl]", "tokenizer.vocab_size=300")
-    assert (code, message.count("\n")) == (1, 1), message
-    assert "none.jsonl: there is no such file" in message
-    code, message = cli(tmp_path, "out=x", "tokenizer.vocab_size=300")
-    assert (code, "sources must be given" in message) == (1, True), message
-    code, message = cli(tmp_path, "out=x", "sources=[]", "sequence=3")
-    assert (code, "sequence" in message) == (1, True), message
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sources=[none.jsonl]"], "none.jsonl: there is no such file"),
+        ([], "sources must be given"),
+        (["sources=[]", "sequence=3"], "sequence"),
+    ],
+)
+def test_command_line_says_one_sentence(call, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(main, "out=x", "tokenizer.vocab_size=300", *words)
+    assert (code, out, err.count("\n")) == (1, "", 1), err
+    assert message in err
 
 
 def test_disk_full_leaves_nothing_that_looks_finished(run, tmp_path, monkeypatch):
@@ -863,21 +866,25 @@ def test_too_little_memory_is_one_sentence(run, tmp_path, monkeypatch, place, wh
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+def start_with_workers(folder: Path, tokenizer: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """Two workers in the midst of some seconds of work: their results have filled a shard."""
+    write(folder / "a.jsonl", *["abcdefgh" * 1000] * 2000)
+    words = ("out=x", "sources=[a.jsonl]", f"tokenizer.path={tokenizer}", "num_proc=2")
+    process = start(folder, *words, "shard_tokens=10000")
+    wait_for(folder / "x" / "train" / "tokens-00001.json")
+    return process, children(process.pid)
+
+
 def test_two_quick_interrupts_end_the_workers(tmp_path, bytes_folder):
-    """While each worker has some seconds of work in hand, and ignores the signal itself."""
-    words = "".join(f"{i} " for i in range(1_500_000))
-    write(tmp_path / "a.jsonl", "short", *[words] * 20)
-    arguments = ("out=x", "sources=[a.jsonl]", f"tokenizer.path={bytes_folder}", "num_proc=2")
-    process = start(tmp_path, *arguments)
-    wait_for(tmp_path / "x" / "plan.json")
-    while len(workers := children(process.pid)) < 3:  # one of them tracks resources
-        time.sleep(0.1)
-    time.sleep(5)
+    """Whose work would never end, as they are stopped, and who ignore the signal themselves."""
+    process, workers = start_with_workers(tmp_path, bytes_folder)
+    assert len(workers) == 3  # one of them tracks resources
+    for worker in workers[1:]:
+        os.kill(worker, signal.SIGSTOP)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode != 0
     for worker in workers:
         wait_for(Path(f"/proc/{worker}"), exists=False)
@@ -885,7 +892,7 @@ def test_two_quick_interrupts_end_the_workers(tmp_path, bytes_folder):
 
 def test_workers_hear_no_interrupt_while_they_start(tmp_path, bytes_folder):
     """A terminal sends it to every process; it is the parent's to handle."""
-    write(tmp_path / "a.jsonl", *["abcdefgh" * 1000] * 700)
+    write(tmp_path / "a.jsonl", *["abcdefgh" * 1000] * 150)
     arguments = ("out=x", "sources=[a.jsonl]", f"tokenizer.path={bytes_folder}", "num_proc=2")
     process = start(tmp_path, *arguments, "heldout_ratio=0")
     while len(workers := children(process.pid)) < 3:  # one of them tracks resources
@@ -896,8 +903,17 @@ def test_workers_hear_no_interrupt_while_they_start(tmp_path, bytes_folder):
     assert process.returncode == 0 and "Traceback" not in message, message
 
 
-def test_an_interrupt_waits_until_a_worker_has_started():
+@pytest.fixture
+def interrupts() -> Iterator[Callable[[Any], None]]:
+    """interrupts(handler); the tests themselves may run where a shell has them ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)  # type: ignore[return-value]
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_until_a_worker_has_started(interrupts):
     """Also where another thread is told of it, as Python's handlers run in the main one."""
+    interrupts(signal.default_int_handler)
     over, started = threading.Event(), False
     other = threading.Thread(target=over.wait)
     other.start()
@@ -910,12 +926,16 @@ def test_an_interrupt_waits_until_a_worker_has_started():
     assert started and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_an_interrupt_that_is_ignored_ends_nothing(interrupts):
+    interrupts(signal.SIG_IGN)
+    with undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_a_worker_that_dies_is_reported(tmp_path, bytes_folder):
-    write(tmp_path / "a.jsonl", *["abcdefgh" * 1000] * 700)
-    arguments = ("out=x", "sources=[a.jsonl]", f"tokenizer.path={bytes_folder}", "num_proc=2")
-    process = start(tmp_path, *arguments, "shard_tokens=10000")
-    wait_for(tmp_path / "x" / "train" / "tokens-00001.json")
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    process, workers = start_with_workers(tmp_path, bytes_folder)
+    os.kill(workers[-1], signal.SIGKILL)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "a worker process died" in message

@@ -166,7 +166,10 @@ def test_objects_stand_beside_what_conf_has_and_the_run_is_read_back(tmp_path, t
         ({"callbacks": "dynamics"}, "^callbacks.dynamics.corpus must be given"),
         ({"max_token": 3}, "max_token is given, and nothing reads it, did you mean max_tokens?"),
         ({"optimizer": {"lr": 3}}, "optimizer.lr is given, and nothing reads it"),
-        ({"callbacks": {"checkpoints": {"kep": 3}}}, "callbacks.checkpoints.kep is given, and not"),
+        (
+            {"selection": "all", "callbacks": {"checkpoints": {"kep": 3}}},
+            "^callbacks.checkpoints.kep is given, and nothing reads it, did you mean .*keep?",
+        ),
         ({"trainer": {"strategy": "fsdp"}}, "^trainer.strategy is 'fsdp', it must be one of"),
     ],
 )
