@@ -23,6 +23,7 @@ STYLES: dict[str, Any] = dict(
 )
 HATCHES: dict[str, str] = dict(zip(DASHES, ("", "//", "..", "xx", "--", "||"), strict=True))
 LEGEND_SIZE, TITLE_SIZE = 9, 11  # points
+DPI = 160
 MIN_LATE = 8  # points of a line that show its course without its start
 
 
@@ -164,14 +165,23 @@ def save_figure(figure: Any, path: Path) -> None:
     """As path and, for print, as SVG beside it; the same figure gives the same bytes."""
     import matplotlib
 
+    lay_out(figure)
     save_picture(figure, path)
     with matplotlib.rc_context({"svg.hashsalt": "slm"}):  # ids in the SVG are random otherwise
         save_picture(figure, path.with_suffix(".svg"), metadata={"Date": None})
 
 
+def lay_out(figure: Any) -> None:
+    """Once for both files, where each would do it anew: it takes longer than to draw them."""
+    if engine := figure.get_layout_engine():
+        figure.set_dpi(DPI)
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def save_picture(figure: Any, path: Path, **more: Any) -> None:
     with atomic_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=160, **more)
+        figure.savefig(file, format=path.suffix[1:], dpi=DPI, **more)
 
 
 def plain(text: str) -> str:
