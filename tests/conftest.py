@@ -182,6 +182,15 @@ def kept(monkeypatch) -> Iterator[list[Any]]:
 
 
 @pytest.fixture
+def sketched(monkeypatch) -> None:
+    """Of pictures only the names and tables are written: what draws them has tests of its own."""
+    from slm.report.paper import plots
+
+    monkeypatch.setattr(plots, "lay_out", lambda figure: None)
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path, **_: path.write_bytes(b"drawn"))
+
+
+@pytest.fixture
 def call(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """call(main, words) runs a command in this process; exit code, stdout, stderr."""
     root = logging.getLogger()

@@ -118,23 +118,29 @@ def test_an_interrupted_run_goes_on_and_ends_as_its_finished_twin(disk, caplog):
     same_losses(run, disk / "finished")
 
 
-def test_a_new_run_is_of_the_same_arm(disk):
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory) -> Path:
+    """With a run of ours, of another seed than the finished one."""
+    disk = shutil.copytree(WRITTEN, tmp_path_factory.mktemp("beside") / "disk")
     train(composed("train", *train_words(disk, disk / "new", *HALF, "seed=1")))
-    runs, left_out = read_runs([str(disk / "finished"), str(disk / "new")])
+    return disk
+
+
+def test_a_new_run_is_of_the_same_arm(beside):
+    runs, left_out = read_runs([str(beside / "finished"), str(beside / "new")])
     (arm,) = arms_of(runs)
     assert (arm.label, len(arm.runs), left_out) == ("excess 0.5", 2, {})
 
 
-@pytest.mark.slow  # it draws the figures of two stores of token losses
-def test_a_report_has_a_new_run_beside_the_older_one(disk):
-    train(composed("train", *train_words(disk, disk / "new", *HALF, "seed=1")))
-    paths = ", ".join(f"'{disk}/{name}'" for name in ("finished", "new"))
-    settings = composed("report", f"runs=[{paths}]", f"out='{disk}/report'")
+@pytest.mark.usefixtures("sketched")
+def test_a_report_has_a_new_run_beside_the_older_one(beside, tmp_path):
+    paths = ", ".join(f"'{beside}/{name}'" for name in ("finished", "new"))
+    settings = composed("report", f"runs=[{paths}]", f"out='{tmp_path}/report'")
     report(**plain_settings(settings))
-    with open(disk / "report" / "table.csv", newline="") as file:
+    with open(tmp_path / "report" / "table.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["arm"], row["seeds"]) == ("excess 0.5", "2")
-    assert (disk / "report" / "figures").is_dir()
+    assert (tmp_path / "report" / "figures").is_dir()
 
 
 def test_a_sweep_is_two_arms(disk):

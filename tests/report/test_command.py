@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from figure_helpers import assert_files
 from page_helpers import make_analysis, prose
 from run_helpers import BUDGET, make_run
 from run_helpers import compose_report as config
@@ -18,14 +19,14 @@ from slm.dynamics.trajectories import TrajectoryStore
 from slm.dynamics.truth import truth_rows
 from slm.errors import UserError
 from slm.report import command as report_module
-from slm.report.command import report
+from slm.report.command import read_analyses, report
 from slm.report.table import REACH_NOTE
 
+pytestmark = pytest.mark.usefixtures("sketched")
 
-@pytest.fixture
-def sweep(tmp_path) -> Path:
+
+def make_sweep(folder: Path) -> Path:
     """Two rules at k = 0.5 and 1, two seeds; 1.0 is training on all tokens under either."""
-    folder = tmp_path / "sweep"
     for rule, offset in (("Excess", 0.0), ("Random", 1.5)):
         for seed in (0, 1):
             make_run(folder / f"{rule}{seed}half", rule, 0.5, seed, 3.0 + offset + seed / 4)
@@ -33,9 +34,24 @@ def sweep(tmp_path) -> Path:
     return folder
 
 
-def test_the_table_has_mean_and_spread_and_tokens_to_reach(tmp_path, sweep):
-    report(**config(sweep, tmp_path / "out"))
-    with open(tmp_path / "out" / "table.csv", newline="") as file:
+@pytest.fixture
+def sweep(tmp_path) -> Path:
+    return make_sweep(tmp_path / "sweep")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """The report of a sweep of which one run has token losses; its pictures are drawn."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs = make_sweep(folder / "sweep")
+    analysis = make_analysis(runs / "Excess0half" / "dynamics" / "tokens", prose(6, 9))
+    analysis.store.write_classes(analysis.trajectories, [{"class": "HH"}], 0.7, 2.5)
+    report(**config(runs, folder / "out"))
+    return folder / "out"
+
+
+def test_the_table_has_mean_and_spread_and_tokens_to_reach(out):
+    with open(out / "table.csv", newline="") as file:
         rows = {(row["arm"], row["set"]): row for row in csv.DictReader(file)}
     assert [arm for arm, name in rows if name == "a"] == [
         "excess 0.5", "excess 1", "random 0.5", "random 1",
@@ -51,9 +67,8 @@ def test_the_table_has_mean_and_spread_and_tokens_to_reach(tmp_path, sweep):
     assert rows["random 1", "a"]["tokens_to_all_tokens_loss"] == "400"  # 4 and 4.5: all they saw
 
 
-def test_the_markdown_table_has_a_line_an_arm(tmp_path, sweep):
-    report(**config(sweep, tmp_path / "out"))
-    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+def test_the_markdown_table_has_a_line_an_arm(out):
+    lines = (out / "table.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
     assert cells[0][:5] == ["arm", "a", "b", "seeds", "tokens seen"]
     assert cells[2][:4] == [
@@ -314,19 +329,17 @@ def data_of(page: Path) -> Any:
     return json.loads(text.split("</script>")[0])
 
 
-def test_runs_with_token_losses_are_shown_beside_the_sweep(tmp_path, sweep):
-    folder = sweep / "Excess0half"
-    analysis = make_analysis(folder / "dynamics" / "tokens", prose(6, 9))
-    analysis.store.write_classes(analysis.trajectories, [{"class": "HH"}], 0.7, 2.5)
-    report(**config(sweep, tmp_path / "out"))
-    data = data_of(tmp_path / "out" / "report.html")
+def test_runs_with_token_losses_are_shown_beside_the_sweep(out):
+    data = data_of(out / "report.html")
     assert [run["name"] for run in data["runs"]] == ["Excess0half"]
     assert data["runs"][0]["mean_loss"] == 2.5  # what the classes were made with
     assert len(data["sweep"]["ratios"]) == 2
-    with open(tmp_path / "out" / "figures" / "selection-Excess0half.csv", newline="") as file:
+    with open(out / "figures" / "selection-Excess0half.csv", newline="") as file:
         panels = {row["panel"] for row in csv.DictReader(file)}
     assert len(panels) == 3  # selected, held out, unselected
-    assert not (tmp_path / "out" / "truth.csv").exists()
+    for path in (out / "loss_vs_k.png", out / "figures" / "selection-Excess0half.png"):
+        assert_files(path)
+    assert not (out / "truth.csv").exists()
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -334,10 +347,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         make_analysis(tmp_path / "runs" / name / "seed=0" / "dynamics" / "tokens", prose(4, 9))
         make_run(tmp_path / "runs" / name / "seed=0", identity={"x": name})
     make_analysis(tmp_path / "runs" / "all" / "seed=0" / "dynamics" / "other", prose(4, 9))
-    report(**config(tmp_path / "runs", tmp_path / "out"))
-    data = data_of(tmp_path / "out" / "report.html")
     expected = ["all/seed=0, other", "all/seed=0, tokens", "excess/seed=0"]
-    assert [run["name"] for run in data["runs"]] == expected
+    assert names_shown(tmp_path / "runs") == expected
 
 
 def test_a_run_that_still_trains_shows_what_it_has(tmp_path, caplog):
@@ -371,14 +382,13 @@ def test_a_damaged_store_is_named_and_left_out(tmp_path, caplog):
     column[5] = 1.25
     np.save(path, column)  # a number again, but another one than was written
     caplog.clear()
-    report(**config(folder, tmp_path / "out"))
-    assert len(data_of(tmp_path / "out" / "report.html")["runs"]) == 1
+    assert names_shown(folder) == ["run"]
     report(**config(folder, tmp_path / "out", check="full"))
     assert "losses-000000000002000.npy is damaged: sha256" in caplog.text
     assert data_of(tmp_path / "out" / "report.html")["runs"] == []
     path.write_bytes(path.read_bytes()[:-3])
     caplog.clear()
-    report(**config(folder, tmp_path / "out"))
+    assert names_shown(folder) == []
     assert "losses-000000000002000.npy" in caplog.text and "left out" in caplog.text
 
 
@@ -389,16 +399,15 @@ def test_jobs_of_a_sweep_have_short_names(tmp_path):
         make_run(folder, rule, ratio, seed)
         make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
     names = ["excess 0.4, seed 0", "excess 0.4, seed 1", "all tokens, seed 0"]
-    assert names_shown(tmp_path) == names
+    assert names_shown(tmp_path / "sweep") == names
     folder = tmp_path / "sweep" / "selection=random,selection.select_ratio=1.0,seed=0"
     make_run(folder, "Random", 1.0, 0)
     make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
-    assert names_shown(tmp_path) == [*names[:2], "excess 1, seed 0", "random 1, seed 0"]
+    assert names_shown(tmp_path / "sweep") == [*names[:2], "excess 1, seed 0", "random 1, seed 0"]
 
 
-def names_shown(folder: Path) -> list[str]:
-    report(**config(folder / "sweep", folder / "out"))
-    return [run["name"] for run in data_of(folder / "out" / "report.html")["runs"]]
+def names_shown(runs: Path) -> list[str]:
+    return [analysis.name for analysis in read_analyses([str(runs)], 12, "size")]
 
 
 def test_figures_of_an_earlier_report_go(tmp_path):

@@ -80,6 +80,7 @@ def test_what_a_folder_says_is_neither_imported_nor_called(mark, selection):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sketched")
 def test_a_report_of_hostile_runs_runs_nothing_and_says_so(mark, tmp_path, call):
     folder = make_run(tmp_path / "run", "Excess", 0.5)
     for number, selection in enumerate(HOSTILE):
