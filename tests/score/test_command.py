@@ -22,6 +22,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import warm
 from slm import console
 from slm.errors import UserError
 from slm.model.build import SelectiveLM, load_model
@@ -578,7 +579,7 @@ def workers(config: Any, slow_s: float, course: str, *words: str) -> str:
     """Run `course` after WORKERS; returns what it printed."""
     code = WORKERS + textwrap.dedent(course)
     command = [sys.executable, "-c", code, OmegaConf.to_yaml(config), str(slow_s), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
