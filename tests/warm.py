@@ -6,6 +6,9 @@ any other, and ends as an interpreter ends. Elsewhere than on Linux they are sub
 Variables that a library reads as it is imported (HF_HOME, TORCH_COMPILE_DISABLE) come too late.
 
     run([sys.executable, "-m", "slm.train", "out=x"], capture_output=True, text=True)
+
+`after`: code that imports more. The first child with this code leaves a process that has run it,
+from which the others are forked.
 """
 
 import atexit
@@ -49,6 +52,10 @@ class Request(NamedTuple):
 class Forked(subprocess.Popen[Any]):
     """Takes a command line that begins with sys.executable; of the options, cwd, env and streams"""
 
+    def __init__(self, args: Any, *, after: str = "", **options: Any):
+        self._after = after
+        super().__init__(args, **options)
+
     def _execute_child(self, args: Any, *rest: Any) -> None:  # in the order of CPython's own
         assert args[0] == sys.executable, args
         cwd, env, (p2cread, _, _, c2pwrite, _, errwrite) = rest[4], rest[5], rest[9:15]
@@ -56,10 +63,9 @@ class Forked(subprocess.Popen[Any]):
         request = Request(os.getpid(), words, str(cwd or os.getcwd()), environment)
         streams = [p2cread, c2pwrite, errwrite]
         given = [mine if mine != -1 else number for number, mine in enumerate(streams)]
-        self.pid = ask(request, given)
+        self.pid = ask(request, given, self._after)
         self._child_created = True
-        for stream in {*streams} - {-1}:
-            os.close(stream)
+        self._close_pipe_fds(*rest[9:15])
 
 
 def run(words: list[Any], **options: Any) -> subprocess.CompletedProcess[Any]:
@@ -79,9 +85,9 @@ def run(words: list[Any], **options: Any) -> subprocess.CompletedProcess[Any]:
     return done
 
 
-def ask(request: Request, streams: list[int]) -> int:
+def ask(request: Request, streams: list[int], after: str) -> int:
     """The pid of a new child of this process."""
-    channel = server()
+    channel = server(after)
     sys.stdout.flush()
     libc = ctypes.CDLL(None)
     libc.prctl(SET_CHILD_SUBREAPER, 1)
@@ -92,7 +98,7 @@ def ask(request: Request, streams: list[int]) -> int:
         libc.prctl(SET_CHILD_SUBREAPER, 0)
 
 
-def run_ranks(world: int, words: list[Any]) -> tuple[list[int], str]:
+def run_ranks(world: int, words: list[Any], after: str = "") -> tuple[list[int], str]:
     """As torchrun starts them, all at once: exit codes, and what they printed.
 
     They find what this process finds, the tests' helpers among it.
@@ -105,31 +111,27 @@ def run_ranks(world: int, words: list[Any]) -> tuple[list[int], str]:
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     common |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     ranks = [
-        Popen(words, env=os.environ | {k: str(v) for k, v in mine.items()}, **said)
+        Popen(words, after=after, env=os.environ | {k: str(v) for k, v in mine.items()}, **said)
         for mine in (common | {"RANK": r, "LOCAL_RANK": r, "GROUP_RANK": 0} for r in range(world))
     ]
     texts = [rank.communicate(timeout=300)[0] for rank in ranks]
     return [rank.returncode for rank in ranks], "\n".join(texts)
 
 
-channels: list[socket.socket] = []
+channels: dict[str, socket.socket] = {}
 
 
-def server() -> socket.socket:
+def server(after: str = "") -> socket.socket:
     """Of this process, started at its first use; it ends with the other end of its socket."""
-    if not channels:
+    if after not in channels:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        line = [sys.executable, __file__, str(its.fileno())]
-        process = subprocess.Popen(
-            line,
-            pass_fds=[its.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        start = Forked if after else subprocess.Popen
+        process = start([sys.executable, __file__, after], stdin=its, env=os.environ | threads)
         its.close()
-        channels.append(mine)
+        channels[after] = mine
         atexit.register(lambda: (mine.close(), process.wait()))
-    return channels[0]
+    return channels[after]
 
 
 Popen = Forked if sys.platform == "linux" else subprocess.Popen
@@ -219,10 +221,12 @@ def end(work: Callable[[], None]) -> int:
 
 
 def main() -> None:
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it is the caller's
     for name in MODULES:
         import_module(name)
+    exec(sys.argv[1], {"__name__": "after"})
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     request = serve(channel)
