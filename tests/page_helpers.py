@@ -45,10 +45,11 @@ def make_analysis(
     references: bool = True,
     spacing: int = 1000,
     sources: tuple[str, str] = ("prose", "code"),
+    batch: int = 2,  # windows that are ranked together
     **more: Any,
 ) -> Analysis:
     tokens = make_token_set(texts, references=references, **more)
-    run = {"seed": 0, "selection": EXCESS, "selection_start": 0, "micro_batch_size": 2}
+    run = {"seed": 0, "selection": EXCESS, "selection_start": 0, "micro_batch_size": batch}
     plan = {
         "format": FORMAT,
         "kind": KIND,

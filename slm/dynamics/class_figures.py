@@ -93,9 +93,9 @@ def trajectories(shown: Shown) -> Figure:
 def trajectory_series(analysis: Analysis, name: str, targets: np.ndarray) -> list[Series]:
     found, seen = [], analysis.tokens_seen
     places = picks(len(seen), 20)  # straight in the checkpoints' numbers, not always in tokens
-    for target in targets.tolist():
+    columns = np.array([column[targets] for column in analysis.losses], np.float64)
+    for target, losses in zip(targets.tolist(), columns.T, strict=True):
         start, end = analysis.trajectories.start[target], analysis.trajectories.end[target]
-        losses = np.array([column[target] for column in analysis.losses], np.float64)
         fitted = np.linspace(start, end, len(seen))[places]
         one = Series("loss", CLASS_COLOURS[name], seen, losses, "", width=1.4, target=target)
         line = one._replace(name="fitted", x=seen[places], y=fitted, dash="dot", width=1.2)
@@ -143,8 +143,8 @@ def token_series(analysis: Analysis, targets: np.ndarray) -> list[Series]:
     """At checkpoints spread evenly over all."""
     places = picks(len(analysis.losses), MOST_POINTS)
     seen, found = analysis.tokens_seen[places], []
-    for target, colour in zip(targets.tolist(), cycle(PALETTE)):  # noqa: B905  # no end
+    columns = np.array([analysis.losses[index][targets] for index in places], np.float64)
+    for target, values, colour in zip(targets.tolist(), columns.T, cycle(PALETTE)):  # noqa: B905
         text = analysis.tokens.pieces[int(analysis.tokens.targets[target])].decode(errors="replace")
-        values = np.array([analysis.losses[index][target] for index in places], np.float64)
         found.append(Series(text, colour, seen, values, target=target))
     return found

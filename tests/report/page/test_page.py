@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -280,7 +280,9 @@ def test_every_figure_has_a_section_of_the_page():
 
 
 def test_many_runs_stay_small(tmp_path):
-    runs = [make_analysis(tmp_path / str(n), prose(30, 257), f"run {n}") for n in range(6)]
+    runs = [
+        make_analysis(tmp_path / str(n), prose(30, 257), f"run {n}", batch=32) for n in range(6)
+    ]
     write_page(tmp_path / "page.html", "t", runs)
     assert (tmp_path / "page.html").stat().st_size < 8_000_000
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -318,7 +320,7 @@ def test_without_a_ratio_there_is_no_empty_figure(tmp_path):
 
 @pytest.mark.slow
 def test_the_page_of_320_000_tokens_at_64_checkpoints_is_small(tmp_path):
-    analysis = make_analysis(tmp_path / "d", prose(160, 2001), checkpoints=64)
+    analysis = make_analysis(tmp_path / "d", prose(160, 2001), checkpoints=64, batch=32)
     assert analysis.tokens.num_targets == 319_999
     write_page(tmp_path / "page.html", "t", [analysis])
     assert (tmp_path / "page.html").stat().st_size < 8_000_000
@@ -368,31 +370,63 @@ def page_file(tmp_path_factory, evil) -> Path:
     return folder / "page.html"
 
 
+class Watched(NamedTuple):
+    """A page, what it complained of and what it fetched."""
+
+    page: Page
+    complaints: list[str]
+    requests: list[str]
+
+    def assert_quiet(self) -> None:
+        assert self.complaints == [] and not self.page.evaluate("window.hit || 0")
+        assert len(self.requests) == 1 and self.requests[0].startswith("file:")
+
+
+@pytest.fixture(scope="module")
+def open_page(browser) -> Callable[..., Watched]:
+    """open_page(file, scheme): the figures are drawn."""
+
+    def open_it(file: Path, scheme: Any = "light") -> Watched:
+        found = Watched(browser.new_context(viewport=SIZE, color_scheme=scheme).new_page(), [], [])
+        found.page.on("console", lambda message: found.complaints.append(message.text))
+        found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
+        found.page.on("request", lambda request: found.requests.append(request.url))
+        found.page.goto(file.as_uri())
+        wait_until(found.page, "document.querySelectorAll('.plot .main-svg').length > 0")
+        return found
+
+    return open_it
+
+
+@pytest.fixture(scope="module")
+def opened(open_page, page_file) -> Watched:
+    return open_page(page_file)
+
+
+@pytest.fixture(scope="module")
+def opened_sweep(open_page, tmp_path_factory) -> Watched:
+    path = tmp_path_factory.mktemp("sweep") / "sweep.html"
+    write_page(path, "t", [], make_sweep())
+    return open_page(path, "dark")
+
+
 @pytest.fixture
-def open_page(browser, page_file) -> Iterator[Any]:
-    """open_page(width, scheme) -> a page; afterwards it has neither complained nor fetched."""
-    contexts, complaints, requests = [], [], []
-
-    def open_it(width: int = 1200, scheme: str = "light", file: Path = page_file) -> Page:
-        size: Any = {"width": width, "height": 900}
-        context = browser.new_context(viewport=size, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(file.as_uri())
-        wait_until(page, "document.querySelectorAll('.plot .main-svg').length > 0")
-        return page
-
-    yield open_it
-    hits = [page.evaluate("window.hit || 0") for c in contexts for page in c.pages]
-    for context in contexts:
-        context.close()
-    assert complaints == [] and not any(hits)
-    assert len(requests) == len(contexts) and all(url.startswith("file:") for url in requests)
+def page(opened) -> Iterator[Page]:
+    """As it was when it was opened; afterwards it has neither complained nor fetched."""
+    page = opened.page
+    page.set_viewport_size(SIZE)
+    page.emulate_media(color_scheme="light")
+    page.mouse.move(0, 0)
+    page.evaluate("document.activeElement.blur()")
+    choose_run(page, 0)
+    page.check("input[value=class]")
+    yield page
+    opened.assert_quiet()
 
 
+SIZE: Any = {"width": 1200, "height": 900}
+GROUND = "getComputedStyle(document.documentElement).backgroundColor"
+INK = "document.querySelector('.plot').layout.font.color"
 TIP = (
     "[...document.querySelectorAll('#tip dt')].map(e => [e.textContent, e.nextSibling.textContent])"
 )
@@ -428,12 +462,13 @@ def wait_until(page: Page, expression: str, seconds: float = 10) -> None:
 
 
 def choose_run(page: Page, index: int) -> None:
-    page.select_option("#run", str(index))
+    if page.locator("#run").input_value() != str(index):
+        page.select_option("#run", str(index))
 
 
 @pytest.mark.slow
-def test_a_tooltip_has_the_numbers_of_its_token(open_page, page_file):
-    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+def test_a_tooltip_has_the_numbers_of_its_token(page, page_file):
+    data = embedded(page_file.read_text(encoding="utf-8"))
     run = data["runs"][0]
     window, columns = data["windows"][run["set"]][0], run["columns"]
     assert window["live"][:3] == [0, 1, 1]
@@ -467,8 +502,8 @@ def test_a_tooltip_has_the_numbers_of_its_token(open_page, page_file):
 
 
 @pytest.mark.slow
-def test_the_second_page_goes_on_where_the_first_ended(open_page, page_file):
-    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+def test_the_second_page_goes_on_where_the_first_ended(page, page_file):
+    data = embedded(page_file.read_text(encoding="utf-8"))
     run = data["runs"][0]
     windows = data["windows"][run["set"]]
     page.click("#next")
@@ -483,8 +518,7 @@ def test_the_second_page_goes_on_where_the_first_ended(open_page, page_file):
 
 
 @pytest.mark.slow
-def test_the_keyboard_moves_from_token_to_token(open_page):
-    page = open_page()
+def test_the_keyboard_moves_from_token_to_token(page):
     page.locator(".t").first.focus()
     assert dict(page.evaluate(TIP))[""] == "no target: no loss here"
     page.keyboard.press("ArrowRight")
@@ -497,8 +531,8 @@ def test_the_keyboard_moves_from_token_to_token(open_page):
 
 
 @pytest.mark.slow
-def test_the_switches_change_the_colours(open_page, page_file):
-    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+def test_the_switches_change_the_colours(page, page_file):
+    data = embedded(page_file.read_text(encoding="utf-8"))
     run = data["runs"][0]
     live = [bit for window in data["windows"][run["set"]][:5] for bit in window["live"]]
     places = np.flatnonzero(live)
@@ -526,8 +560,7 @@ def test_the_switches_change_the_colours(open_page, page_file):
 
 
 @pytest.mark.slow
-def test_odd_tokens_are_shown_as_what_they_are(open_page):
-    page = open_page()
+def test_odd_tokens_are_shown_as_what_they_are(page):
     choose_run(page, 2)
     texts = page.evaluate("[...document.querySelectorAll('.t')].map(e => e.textContent)")
     expected = [SHOWN[piece] if piece in SHOWN else piece.decode() for piece in EVIL]
@@ -545,8 +578,8 @@ def test_odd_tokens_are_shown_as_what_they_are(open_page):
 
 
 @pytest.mark.slow
-def test_another_run_has_its_own_figures(open_page, page_file):
-    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+def test_another_run_has_its_own_figures(page, page_file):
+    data = embedded(page_file.read_text(encoding="utf-8"))
     shown = "document.querySelector('[data-figure=loss_by_class]').data.map(t => [t.name, t.y])"
     for index in (1, 2):
         choose_run(page, index)
@@ -557,37 +590,40 @@ def test_another_run_has_its_own_figures(open_page, page_file):
 
 
 @pytest.mark.slow
-def test_the_button_turns_the_page_dark_and_back(open_page):
-    page = open_page()
-    ground = "getComputedStyle(document.documentElement).backgroundColor"
-    ink = "document.querySelector('[data-figure=loss_by_class]').layout.font.color"
-    light = page.evaluate(ground), page.evaluate(ink)
-    page.click("#theme")
-    dark = page.evaluate(ground), page.evaluate(ink)
+def test_the_button_turns_the_page_light_and_back(opened_sweep, page):
+    """The one page is as the system is, dark, the other light."""
+    sweep = opened_sweep.page
+    light = page.evaluate(GROUND), page.evaluate(INK)
+    dark = sweep.evaluate(GROUND), sweep.evaluate(INK)
     assert light[0] != dark[0] and light[1] != dark[1]
-    assert page.locator("#theme").text_content() == "Light"
-    page.click("#theme")
-    assert (page.evaluate(ground), page.evaluate(ink)) == light
-    assert open_page(scheme="dark").evaluate(ground) == dark[0]
+    assert [shown.locator("#theme").text_content() for shown in (page, sweep)] == ["Dark", "Light"]
+    sweep.click("#theme")
+    assert (sweep.evaluate(GROUND), sweep.evaluate(INK)) == light
+    assert sweep.locator("#theme").text_content() == "Dark"
+    sweep.click("#theme")
+    assert (sweep.evaluate(GROUND), sweep.evaluate(INK)) == dark
+    opened_sweep.assert_quiet()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1600])
-def test_it_fits_and_can_be_read(open_page, tmp_path, width, scheme):
-    page = open_page(width, scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for mode in ("class", "excess", "times"):
-        page.check(f"input[value={mode}]")
-        assert min(page.evaluate(CONTRASTS)) >= 4.5, mode
-    wait_until(page, f"({PLOTS}).every(([outer, inner]) => Math.abs(outer - inner) <= 1)")
-    page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
-    assert (tmp_path / f"{scheme}-{width}.png").stat().st_size > 50_000
+def test_it_fits_and_can_be_read(page, tmp_path, scheme):
+    page.emulate_media(color_scheme=scheme)
+    wait_until(page, f"{INK} === getComputedStyle(document.documentElement).color")
+    for width in (390, 1600):
+        page.set_viewport_size({"width": width, "height": 900})
+        wait_until(page, f"({PLOTS}).every(([outer, inner]) => Math.abs(outer - inner) <= 1)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for mode in ("class", "excess", "times"):
+            page.check(f"input[value={mode}]")
+            assert min(page.evaluate(CONTRASTS)) >= 4.5, mode
+        page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
+        assert (tmp_path / f"{scheme}-{width}.png").stat().st_size > 50_000
 
 
 @pytest.mark.slow
-def test_plots_follow_the_window(open_page):
-    page = open_page(1600)
+def test_plots_follow_the_window(page):
+    page.set_viewport_size({"width": 1600, "height": 900})
     page.set_viewport_size({"width": 500, "height": 900})
     wait_until(
         page, f"({PLOTS}).every(([outer, inner]) => inner <= 500 && Math.abs(outer - inner) <= 1)"
@@ -595,8 +631,8 @@ def test_plots_follow_the_window(open_page):
 
 
 @pytest.mark.slow
-def test_an_example_is_pointed_out_in_its_plot(open_page, page_file):
-    page, data = open_page(), embedded(page_file.read_text(encoding="utf-8"))
+def test_an_example_is_pointed_out_in_its_plot(page, page_file):
+    data = embedded(page_file.read_text(encoding="utf-8"))
     page.locator(".examples button").nth(1).focus()
     faint = "document.querySelector('[data-figure=trajectories]').data.map(t => t.opacity)"
     assert page.evaluate(faint)[:6] == [0.15, 0.15, 1, 1, 0.15, 0.15]
@@ -604,27 +640,28 @@ def test_an_example_is_pointed_out_in_its_plot(open_page, page_file):
 
 
 @pytest.mark.slow
-def test_a_page_with_one_part_works(open_page, tmp_path):
-    write_page(tmp_path / "sweep.html", "t", [], make_sweep())
-    page = open_page(file=tmp_path / "sweep.html")
+def test_a_page_with_one_part_works(open_page, opened_sweep, tmp_path):
+    page = opened_sweep.page
     assert page.locator(".plot .main-svg").count() > 0 and page.locator("#run").count() == 0
+    opened_sweep.assert_quiet()
     bare = make_analysis(tmp_path / "d", prose(2, 9), references=False)
     write_page(tmp_path / "bare.html", "t", [bare])
-    page = open_page(file=tmp_path / "bare.html")
+    opened = open_page(tmp_path / "bare.html")
+    page = opened.page
     assert page.locator("#run").is_hidden() and page.locator("input[value=excess]").is_hidden()
     assert page.locator("[data-figure=loss_by_selection]").count() == 0
     assert page.locator("text=The store has no reference losses").is_visible()
+    opened.assert_quiet()
 
 
 @pytest.mark.slow
-def test_signal_and_noise_are_shown_of_runs_that_have_labels(open_page):
-    page = open_page()
+def test_signal_and_noise_are_shown_of_runs_that_have_labels(page):
     table = page.locator("table:visible", has_text="kept by")
     assert table.count() == 1
     cells = [row.split("\t") for row in table.inner_text().splitlines()]
     assert cells[1] == "all\thigh excess loss\t0.800\t90.0%\t80.0%\t75.0%\t40".split("\t")
     assert cells[3][0] == "<web>"
     assert page.locator("[data-figure=auc_of_scores] .main-svg").count() > 0
-    page.select_option("#run", "1")
+    choose_run(page, 1)
     assert page.locator("table:visible", has_text="kept by").count() == 0
     assert page.locator("[data-figure=auc_of_scores]").count() == 0
