@@ -1,5 +1,6 @@
 """Small real folders: a tokenizer, corpora made by hand, references with known scores."""
 
+import gc
 import json
 import logging
 import os
@@ -49,6 +50,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection that looked at all of it would take a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
