@@ -1,5 +1,6 @@
 """Small real folders: a tokenizer, corpora made by hand, references with known scores."""
 
+import atexit
 import gc
 import json
 import logging
@@ -56,10 +57,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: a collection that looked at all of it would take a second."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session", autouse=True)
