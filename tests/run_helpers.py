@@ -25,9 +25,12 @@ def train(config: Any) -> Path:
     return train(**arguments(plain_settings(config))).model
 
 
+STRAYS = ("queue", "random", "tokenizers", "datasets", "numpy", "torch", "hydra")
+
+
 def leave_strays(folder: Path) -> None:
     """Files with the names of modules that every command imports; importing one ends it."""
-    for name in ("queue", "random", "tokenizers", "datasets", "numpy", "torch", "hydra"):
+    for name in STRAYS:
         (folder / f"{name}.py").write_text("raise SystemExit('a stray module was imported')")
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 
+TOY_MB = 0.1
 RESULTS = Path(__file__).parent / "results" / "pipeline.csv"
 FIELDS: tuple[str, ...] = (
     "benchmark", "case", "unit", "median", "low", "high", "repeats", "target", "machine", "cores",
@@ -154,14 +155,14 @@ def make_corpus(folder: Path, size_mb: float) -> Path:
 
 def bench_prepare(rows: Rows, folder: Path, small: bool) -> None:
     """`slm prepare` against the tokenizer's own encode_batch_fast on the same text and cores."""
-    corpus = make_corpus(folder, 1 if small else 10)
-    rates = prepare_rates(folder, corpus, 1 if small else 40, 1 if small else 5)
+    corpus = make_corpus(folder, TOY_MB if small else 10)
+    rates = prepare_rates(folder, corpus, TOY_MB if small else 40, 1 if small else 5)
     rows.add("prepare", "encode_batch_fast alone", "MB/s", rates["bare"], "")
     rows.add("prepare", "slm prepare, start-up left out", "MB/s", rates["prepare"], "")
     rows.add("prepare", "ratio", "1", ratios(rates["prepare"], rates["bare"]), ">= 0.85")
-    add_long_input(rows, folder, corpus, 2 if small else 160, 1 if small else 3)
+    add_long_input(rows, folder, corpus, 2 * TOY_MB if small else 160, 1 if small else 3)
     source = folder / "memory.jsonl"
-    for size in (1, 2) if small else (10, 100, 1000):
+    for size in (TOY_MB,) if small else (10, 100, 1000):
         write_source_text(source, size)
         words = (f"tokenizer.path='{corpus / 'tokenizer'}'", "heldout_ratio=0")
         peak = peak_mb(prepare_command(source, folder / f"m{size}", *words))
@@ -316,7 +317,7 @@ def bench_score(rows: Rows, folder: Path, small: bool) -> None:
     from slm.store.shards import Corpus
     from slm.store.windows import Windows
 
-    corpus = Corpus.open(make_corpus(folder, 0.5 if small else 3))
+    corpus = Corpus.open(make_corpus(folder, TOY_MB if small else 3))
     lm = small_lm(corpus.vocab_size).eval()
     total = corpus.num_targets
     counter = iter(range(1000))
@@ -353,7 +354,7 @@ def bench_train(rows: Rows, folder: Path, small: bool) -> None:
     from slm.store.shards import Corpus
     from slm.train.optim import adamw
 
-    corpus_folder = make_corpus(folder, 0.5 if small else 3)
+    corpus_folder = make_corpus(folder, TOY_MB if small else 3)
     corpus = Corpus.open(corpus_folder)
     steps = 6 if small else 60
     ours, bare = [], []
@@ -416,7 +417,7 @@ def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
     from slm.store.shards import Corpus
     from slm.store.windows import IGNORE_INDEX, Windows
 
-    windows = Windows(Corpus.open(make_corpus(folder, 0.5 if small else 3)))
+    windows = Windows(Corpus.open(make_corpus(folder, TOY_MB if small else 3)))
     size = 16 if small else 128
     batch = windows.batch(np.arange(size)) | {"epoch": torch.zeros(size, dtype=torch.int64)}
     valid = batch["targets"] != IGNORE_INDEX
@@ -446,7 +447,7 @@ def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
     timed_rules = {
         name: lambda rule=rule: rule.choose(batch, losses, 0) for name, rule in rules.items()
     }
-    seconds = in_turn(2 if small else 15, step=step, books=books, **timed_rules)
+    seconds = in_turn(1 if small else 15, step=step, books=books, **timed_rules)
     for name in rules:
         rows.add("selection", f"{name}, {valid.numel():,} tokens", "s", seconds[name], "<= 0.005")
     share = ratios(seconds["excess, batch"], seconds["step"])
@@ -467,7 +468,7 @@ def bench_dynamics(rows: Rows, folder: Path, small: bool) -> None:
     seconds, sizes = zip(*(page_cost(folder) for _ in range(1 if small else 5)), strict=True)
     rows.add("dynamics", "slm report of 320,000 tokens x 64", "s", list(seconds), "< 30")
     rows.add("dynamics", "its page", "MB", list(sizes), "< 8")
-    corpus = make_corpus(folder, 0.5 if small else 3)
+    corpus = make_corpus(folder, TOY_MB if small else 3)
     steps, targets = (6, 500) if small else (192, 32_768)
     added = [
         callback_share(folder / f"run{repeat}", corpus, steps, targets)
@@ -640,8 +641,9 @@ def bench_help(rows: Rows, folder: Path, small: bool) -> None:
     for words, target in ((["--help"], "<= 0.3"), (["train", "--help"], "<= 1.5")):
         command = [program, *words]
         run = lambda command=command: subprocess.run(command, check=True, capture_output=True)  # noqa: E731
-        run()
-        seconds = in_turn(2 if small else 9, run=run)["run"]
+        if not small:
+            run()
+        seconds = in_turn(1 if small else 9, run=run)["run"]
         rows.add("help", f"slm {' '.join(words)}", "s", seconds, target)
 
 

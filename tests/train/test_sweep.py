@@ -290,21 +290,30 @@ def test_a_choice_that_no_group_has_is_one_sentence_before_any_job_starts(tmp_pa
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["multirun.yaml"]
 
 
+def launch(folder: Path, corpus: Path, *words: str) -> dict[str, str]:
+    """What became of the jobs of a launcher, which start in a folder of strays."""
+    leave_strays(folder)
+    words = ("selection=random", "seed=0", "logger=csv", *words)
+    done = train(folder / "sweep", corpus, *words)
+    rows = table(folder / "sweep")
+    failed = [row["error"] for row in rows.values() if row["status"] == "failed"]
+    assert done.returncode == (1 if failed else 0), done.stderr
+    assert all(error.startswith("selection.select_ratio is 2") for error in failed)
+    return {name: row["status"] for name, row in rows.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_launcher_of_processes_does_the_same(tmp_path, text_corpus, launcher):
-    words = [
-        "selection=random",
-        "selection.select_ratio=0.5,2",
-        "seed=0",
-        f"hydra/launcher={launcher}",
-    ]
-    leave_strays(tmp_path)  # the jobs of a launcher start in this folder
-    done = train(tmp_path / "sweep", text_corpus.folder, *words, "logger=csv")
-    assert done.returncode == 1, done.stderr
-    rows = table(tmp_path / "sweep")
-    assert {name: row["status"] for name, row in rows.items()} == {
+def test_joblib_does_the_same(tmp_path, text_corpus):
+    """batch_size: both jobs in one of its processes, which import everything."""
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=2"]
+    found = launch(tmp_path, text_corpus.folder, "selection.select_ratio=0.5,2", *words)
+    assert found == {
         "selection.select_ratio=0.5": "finished",
         "selection.select_ratio=2": "failed",
     }
-    assert rows["selection.select_ratio=2"]["error"].startswith("selection.select_ratio is 2")
+
+
+@pytest.mark.slow
+def test_submitit_does_the_same(tmp_path, text_corpus):
+    words = ["selection.select_ratio=0.5", "hydra/launcher=submitit_local"]
+    assert list(launch(tmp_path, text_corpus.folder, *words).values()) == ["finished"]
