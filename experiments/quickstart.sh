@@ -20,14 +20,14 @@ slm prepare out=unseen 'sources=[{path: text/heldout.jsonl, weight: 0.2}]' token
 # A base on raw text; the reference, which is the base tuned on curated text; its scores of the corpus.
 slm train out=runs/base data.corpus=corpus/train selection=all max_tokens=100_000
 slm train out=runs/reference data.corpus=curated/train selection=all model.init_from=runs/base/model \
-    max_tokens=50_000 'data.heldout={unseen: unseen/heldout}' data.heldout_windows=64
+    max_tokens=50_000 'data.heldout={unseen: unseen/heldout}' data.heldout_windows=32
 slm score out=references corpus=corpus/train reference_model=runs/reference/model
 slm score out=unseen_references corpus=unseen/heldout reference_model=runs/reference/model
 
 # The target, which trains on the 60% of highest excess loss, beside its two controls.
 slm train -m out=runs/targets selection=all,random,excess data.corpus=corpus/train \
     data.references=references model.init_from=runs/base/model max_tokens=50_000 \
-    'data.heldout={unseen: unseen/heldout}' data.heldout_windows=64 callbacks=dynamics \
+    'data.heldout={unseen: unseen/heldout}' data.heldout_windows=32 callbacks=dynamics \
     callbacks.dynamics.corpus=unseen/heldout callbacks.dynamics.references=unseen_references \
     callbacks.dynamics.num_targets=4_000
 

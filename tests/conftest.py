@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from slm.demo import write_texts
 from slm.prepare.encoder import token_bytes
 from slm.store.files import write_array, write_json
 from slm.store.shards import (
@@ -167,6 +168,28 @@ def made_corpus(tmp_path_factory, tokenizer, make_corpus) -> Corpus:
 def text_corpus(tmp_path, made_corpus) -> Corpus:
     """A test's own copy."""
     return Corpus.open(shutil.copytree(made_corpus.folder, tmp_path / "corpus"))
+
+
+@pytest.fixture(scope="session")
+def demo_texts(tmp_path_factory) -> Path:
+    """The demo's, all of them."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cut_demo_texts(demo_texts) -> Callable[[Path, int], None]:
+    """cut_demo_texts(folder, characters): so much of each, as more would show nothing more."""
+
+    def cut(folder: Path, size: int) -> None:
+        folder.mkdir(parents=True)
+        for path in demo_texts.glob("*.jsonl"):
+            lines = path.read_text().splitlines(keepends=True)
+            sizes = np.cumsum([len(line) for line in lines])
+            (folder / path.name).write_text("".join(lines[: int(np.searchsorted(sizes, size)) + 1]))
+
+    return cut
 
 
 def swap_ids(folder: Path) -> None:

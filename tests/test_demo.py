@@ -1,16 +1,14 @@
 """The demo's text and its split; the stages run whole in CI, at a small scale."""
 
+import ast
 import csv
 import json
-import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 import warm
 from slm import demo
-from slm.demo import docstrings, is_heldout, quoted, source_files, write_texts
+from slm.demo import docstrings, is_heldout, quoted, source_files, statements
 
 
 def test_docstrings_of_modules_classes_and_functions_with_their_names():
@@ -22,6 +20,14 @@ def test_docstrings_of_modules_classes_and_functions_with_their_names():
     assert found == [f"pkg.mod\n\n{long} 1", f"pkg.mod.A\n\n{long} 2", f"pkg.mod.f\n\n{long} 3"]
     assert list(docstrings("x.py", "def broken(:\n")) == []
     assert list(docstrings("x.py", 'def f():\n    """short"""\n')) == []
+
+
+def test_statements_are_what_a_walk_through_the_whole_tree_finds():
+    path = dict(source_files())["asyncio/base_events.py"]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = ast.Module | ast.stmt | ast.ExceptHandler | ast.match_case
+    walked = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    assert list(statements(tree)) == walked
 
 
 def test_topics_of_the_language_reference():
@@ -40,22 +46,15 @@ def test_a_module_is_held_out_whole():
     assert 0.05 < share < 0.25
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder)
-    return folder
-
-
 @pytest.mark.slow
-def test_no_held_out_module_is_in_the_training_text(texts):
+def test_no_held_out_module_is_in_the_training_text(demo_texts):
     names = {}
     for kind in ("raw", "curated", "heldout_raw", "heldout"):
-        lines = (texts / f"{kind}.jsonl").read_text().splitlines()
+        lines = (demo_texts / f"{kind}.jsonl").read_text().splitlines()
         names[kind] = {json.loads(line)["name"] for line in lines}
     for kind in ("heldout_raw", "heldout"):
         assert names[kind] and all(is_heldout(name) for name in names[kind])
-    size = (texts / "heldout_raw.jsonl").stat().st_size
+    size = (demo_texts / "heldout_raw.jsonl").stat().st_size
     assert 200_000 < size < 1_000_000
     assert not [name for name in names["raw"] | names["curated"] if is_heldout(name)]
     assert "pydoc_data/topics.py" not in names["raw"]  # it is the curated text, word for word
@@ -76,23 +75,16 @@ def test_quoted_is_read_back_by_hydra(path, expected):
     assert OverridesParser.create().parse_override(f"out={quoted(path)}").value() == path
 
 
-def write_less_text(texts: Path, folder: Path) -> None:
-    """The demo's own texts, cut: scoring millions of tokens would show nothing more."""
-    shutil.copytree(texts, folder)
-    for path in folder.glob("*.jsonl"):
-        lines = path.read_text().splitlines(keepends=True)
-        sizes = np.cumsum([len(line) for line in lines])
-        path.write_text("".join(lines[: int(np.searchsorted(sizes, 100_000)) + 1]))
-
-
 @pytest.mark.slow
-def test_the_whole_demo_runs_from_another_folder(texts, tmp_path, monkeypatch, call):
-    write_less_text(texts, tmp_path / "a b,c=d" / "text")
+def test_the_whole_demo_runs_from_another_folder(cut_demo_texts, tmp_path, monkeypatch, call):
+    cut_demo_texts(tmp_path / "a b,c=d" / "text", 20_000)
     monkeypatch.setattr(demo.subprocess, "run", warm.run)  # of the stages
     monkeypatch.chdir(tmp_path)
-    words = ['out="a b,c=d"', "base_tokens=16384", "target_tokens=8192", "seeds=2"]
+    words = ['out="a b,c=d"', "base_tokens=2048", "target_tokens=1024", "seeds=2"]
+    small = '"data.batch_size=8", "data.micro_batch_size=8", "data.heldout_windows=8"'
     more = [
-        'train=["logger=csv", "data.heldout_windows=16"]',
+        f'train=["logger=csv", {small}]',
+        "seq_len=64",
         "vocab_size=512",
         "dynamics_targets=500",
     ]

@@ -35,29 +35,41 @@ def commands(script: str) -> list[list[str]]:
 
 
 def run(words: list[str], folder: Path) -> None:
-    """`slm x` and `python ...`, in a process of its own."""
+    """`slm x` and `python ...`, in a process of its own; short budgets, which show as much."""
+    words = [re.sub(r"max_tokens=[0-9_]+", "max_tokens=8_192", word) for word in words]
     start = ["-m", f"slm.{words[1]}", *words[2:]] if words[0] == "slm" else words[1:]
     done = warm.run([sys.executable, *start], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
 
 
+@pytest.fixture
+def text(tmp_path, cut_demo_texts) -> None:
+    cut_demo_texts(tmp_path / "text", 600_000)
+
+
+def run_all(script: str, folder: Path) -> None:
+    """The text is there, which is made first."""
+    first, *rest = [words for words in commands(script) if words[0] in ("slm", "python")]
+    assert first == ["python", "-c", "from slm.demo import write_texts; write_texts('text')"]
+    for words in rest:
+        run(words, folder)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("text")
 def test_the_blocks_of_the_readme_run_as_printed(tmp_path):
     page = ROOT / "README.md"
-    for script in blocks(page, "bash"):
-        for words in commands(script):
-            run(words, tmp_path)
+    (script,) = blocks(page, "bash")
+    run_all(script, tmp_path)
     for code in blocks(page, "python"):
         run(["python", "-c", code], tmp_path)
     assert (tmp_path / "losses.csv").exists() and (tmp_path / "runs" / "random" / "model").is_dir()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("text")
 def test_quickstart_runs_as_printed(tmp_path):
-    script = (ROOT / "experiments" / "quickstart.sh").read_text()
-    for words in commands(script):
-        if words[0] in ("slm", "python"):
-            run(words, tmp_path)
+    run_all((ROOT / "experiments" / "quickstart.sh").read_text(), tmp_path)
     assert (tmp_path / "report" / "report.html").exists()
 
 
