@@ -592,9 +592,10 @@ def test_auto_never_takes_apples_gpu(monkeypatch):
 
 @pytest.mark.slow
 def test_ranks_do_not_import_modules_of_the_current_folder(tmp_path, text_corpus):
+    """Lightning starts the second in an interpreter of its own; the first has its imports."""
     leave_strays(tmp_path)
     start = command(tmp_path / "run", text_corpus.folder, *TWO_RANKS, "max_tokens=512")
-    done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path)
+    done = warm.run(start, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model").exists()
 
@@ -613,10 +614,11 @@ def test_signal_saves_a_checkpoint_and_tells_the_scheduler(tmp_path, text_corpus
 
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_weights(tmp_path, text_corpus):
-    words = (text_corpus.folder, f"max_tokens={128 * 200}")
+    every = "callbacks.checkpoints.every_tokens=640"
+    words = (text_corpus.folder, f"max_tokens={128 * 100}", every)
     assert warm.run(command(tmp_path / "whole", *words)).returncode == 0
     out = tmp_path / "a path, with = and spaces"
-    for step in (30, 31, 70, 155):
+    for step in (12, 13, 35, 60):
         process = warm.Popen(command(out, *words))
         wait_for(out / "checkpoints", process)
         wait_until(partial(is_at, out / "train.csv", step), process)
@@ -625,7 +627,7 @@ def test_killed_runs_end_with_the_same_weights(tmp_path, text_corpus):
     assert warm.run(command(out, *words)).returncode == 0
     same_results(tmp_path / "whole", out)
     steps = [int(row["step"]) for row in rows(out / "train.csv")]
-    assert steps == list(range(1, 201))
+    assert steps == list(range(1, 101))
 
 
 @pytest.mark.slow
