@@ -1,10 +1,14 @@
 """Run folders made by hand, with losses that are known; the words of a model of no size."""
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from slm.cli import conf_folder, plain_settings
 
@@ -16,6 +20,24 @@ TINY_MODEL = [
     "model.architecture.num_attention_heads=2",
     "model.architecture.num_key_value_heads=2",
 ]
+
+
+@cache
+def chosen(root: str, choices: tuple[str, ...]) -> Any:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose(root, overrides=list(choices))
+
+
+def composed(root: str, *words: str) -> Any:
+    """What Hydra composes from a command line: a group's choices once, over them the keys."""
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    is_choice = [(conf_folder() / word.key_or_group).is_dir() for word in parsed]
+    choices = tuple(word for word, choice in zip(words, is_choice, strict=True) if choice)
+    config = copy.deepcopy(chosen(root, choices))
+    for word, choice in zip(parsed, is_choice, strict=True):
+        if not choice:
+            OmegaConf.update(config, word.key_or_group, word.value(), force_add=word.is_add())
+    return config
 
 
 def train(config: Any) -> Path:
@@ -77,9 +99,8 @@ def make_run(
 
 
 def compose_report(runs: Any, out: Path, **more: Any) -> Any:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        composed = compose("report", overrides=[f"out='{out}'"])
-    composed.runs = [str(run) for run in runs] if isinstance(runs, list) else str(runs)
+    config = composed("report", f"out='{out}'")
+    config.runs = [str(run) for run in runs] if isinstance(runs, list) else str(runs)
     for key, value in more.items():
-        composed[key] = value
-    return plain_settings(composed)
+        config[key] = value
+    return plain_settings(config)

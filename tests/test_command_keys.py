@@ -6,13 +6,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from run_helpers import composed
 from slm import command_keys
 from slm.checks import ABSENT, Table, check
-from slm.cli import COMMANDS, conf_folder
+from slm.cli import COMMANDS, plain_settings
 from slm.command_keys import FORWARD
+from slm.errors import UserError
 from slm.model.device import DTYPES
 
 GIVEN = {  # what must be given; nothing of it is there
@@ -37,8 +38,7 @@ def test_every_command_with_a_configuration_has_a_table():
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_rows_are_the_keys_of_the_configuration_and_its_values_fit(name):
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = compose(name, overrides=GIVEN[name])
+    config = composed(name, *GIVEN[name])
     table = table_of(name)
     check(config, table)  # or a key has no row
     assert ABSENT not in [OmegaConf.select(config, key, default=ABSENT) for key in table]
@@ -92,13 +92,23 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ("demo", "select_ratio=0", r"select_ratio is 0, it must be a number in \(0, 1\]"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(
-    call: Any, tmp_path, monkeypatch, name: str, word: str, sentence: str
-):
+def test_what_does_not_fit_is_one_sentence(tmp_path, monkeypatch, name, word, sentence):
     monkeypatch.chdir(tmp_path)
-    is_folder = find_spec(f"slm.{name}").submodule_search_locations  # type: ignore[union-attr]
-    door = import_module(f"slm.{name}.__main__" if is_folder else f"slm.{name}")
-    code, out, err = call(door.main, *GIVEN[name], word)
-    assert (code, out, err.count("\n")) == (1, "", 1), err
-    assert re.match(f"slm {name}: {sentence}", err.strip()), err
+    with pytest.raises(UserError) as refused:
+        door_of(name).__wrapped__(**plain_settings(composed(name, *GIVEN[name], word)))
+    assert re.match(sentence, str(refused.value)) and "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_command_says_it(call, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(door_of(name), *GIVEN[name], "+seqlen=4")
+    assert (code, out, err.count("\n")) == (1, "", 1), err
+    assert err.startswith(f"slm {name}: seqlen is given, and nothing reads it"), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def door_of(name: str) -> Any:
+    is_folder = find_spec(f"slm.{name}").submodule_search_locations  # type: ignore[union-attr]
+    return import_module(f"slm.{name}.__main__" if is_folder else f"slm.{name}").main

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from run_helpers import TINY_MODEL, train
+from run_helpers import TINY_MODEL, composed, train
 from slm.cli import COMMANDS, conf_folder
 
 ROOTS = sorted(path.stem for path in conf_folder().glob("*.yaml") if path.stem != "base")
@@ -17,11 +17,6 @@ GROUPS = {
     group: sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
     for group in ("model", "selection", "optimizer", "callbacks", "logger", "experiment")
 }
-
-
-def composed(root: str, *overrides: str) -> Any:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose(root, overrides=list(overrides))
 
 
 @pytest.mark.parametrize("root", ROOTS)

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lightning import Callback
 from safetensors.torch import load_file
 
-from run_helpers import TINY_MODEL
-from slm.cli import conf_folder
+from run_helpers import TINY_MODEL, composed
 from slm.train import build as building
 
 TINY = [
@@ -42,8 +40,7 @@ def compose_train(out: Path, corpus: Path, *overrides: str) -> Any:
         *TINY,
         *overrides,
     ]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("train", overrides=words)
+    return composed("train", *words)
 
 
 class Crash(Callback):

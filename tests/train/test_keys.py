@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from lightning import Callback
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
-from run_helpers import train
+from run_helpers import composed, train
 from slm.checks import ABSENT, select
-from slm.cli import conf_folder, plain_settings
+from slm.cli import plain_settings
 from slm.errors import UserError
 from slm.train import build as building
 from slm.train.keys import TRAIN, check_train
@@ -19,14 +18,13 @@ from train_helpers import compose_train
 OF_LIGHTNING = {"benchmark", "detect_anomaly", "profiler", "sync_batchnorm", "default_root_dir"}
 
 
-def composed(*overrides: str) -> Any:
+def settings(*overrides: str) -> Any:
     words = ["out=x", "run_dir=x", "max_tokens=1", "data.corpus=c", *overrides]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return plain_settings(compose("train", overrides=words))
+    return plain_settings(composed("train", *words))
 
 
 def test_every_row_is_a_key_of_the_configuration():
-    config = composed("callbacks=dynamics", "callbacks.dynamics.corpus=c")
+    config = settings("callbacks=dynamics", "callbacks.dynamics.corpus=c")
     absent = {key for key in TRAIN if select(config, key) is ABSENT}
     assert absent == {f"trainer.{name}" for name in OF_LIGHTNING}
     check_train(config)
@@ -124,10 +122,10 @@ def test_a_gpu_where_there_is_none_is_one_sentence(tmp_path, text_corpus, monkey
 
 def test_lightnings_arguments_from_the_environment_are_refused_too(monkeypatch):
     monkeypatch.setenv("PL_TRAINER_DEVICES", "7")  # a key of ours, which the configuration gives
-    check_train(composed())
+    check_train(settings())
     monkeypatch.setenv("PL_TRAINER_OVERFIT_BATCHES", "2")
     with pytest.raises(UserError, match="overfit_batches is given, as PL_TRAINER_OVERFIT_BATCHES"):
-        check_train(composed())
+        check_train(settings())
 
 
 class Stop(Callback):
