@@ -44,13 +44,15 @@ class Request(NamedTuple):
     words: list[str]  # after `python`
     cwd: str
     environment: dict[str, str]
+    leads_session: bool
 
 
 # ---- the caller ---------------------------------------------------------------------------------
 
 
 class Forked(subprocess.Popen[Any]):
-    """Takes a command line that begins with sys.executable; of the options, cwd, env and streams"""
+    """Takes a command line that begins with sys.executable; of the options, cwd, env, streams, and
+    start_new_session"""
 
     def __init__(self, args: Any, *, after: str = "", **options: Any):
         self._after = after
@@ -60,7 +62,7 @@ class Forked(subprocess.Popen[Any]):
         assert args[0] == sys.executable, args
         cwd, env, (p2cread, _, _, c2pwrite, _, errwrite) = rest[4], rest[5], rest[9:15]
         words, environment = [str(word) for word in args[1:]], dict(env or os.environ)
-        request = Request(os.getpid(), words, str(cwd or os.getcwd()), environment)
+        request = Request(os.getpid(), words, str(cwd or os.getcwd()), environment, bool(rest[20]))
         streams = [p2cread, c2pwrite, errwrite]
         given = [mine if mine != -1 else number for number, mine in enumerate(streams)]
         self.pid = ask(request, given, self._after)
@@ -163,6 +165,8 @@ def serve(channel: socket.socket) -> Request | None:
 def become(request: Request, streams: list[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request.leads_session:
+        os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -179,6 +183,8 @@ def execute(words: list[str]) -> None:
         assert words[1] == "ignore", words
         warnings.simplefilter("ignore")
         words = words[2:]
+    if words[0].startswith("-X"):
+        words = words[1:]
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[0:1] = paths
     if words[0] == "-c":
@@ -189,6 +195,8 @@ def execute(words: list[str]) -> None:
         sys.argv = words[1:]
         if words[1].startswith("slm."):  # what `import slm` does, which is done
             os.environ["PYTHONSAFEPATH"] = "1"
+        else:
+            sys.path.insert(0, os.getcwd())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
