@@ -77,6 +77,7 @@ def test_a_class_of_few_tokens_is_not_said_to_have_none():
     ]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_tokens_shown_are_among_the_most_restless(make, tmp_path):
     losses = losses_of(0, 9)
     restless = [3, 7]  # kind 3: L->L
@@ -85,6 +86,7 @@ def test_the_tokens_shown_are_among_the_most_restless(make, tmp_path):
     assert {k[1] for k in lines_of(tmp_path / "c.png") if k[0] == "LL"} == {"3", "7"}
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_class_without_tokens_has_no_lines(make, tmp_path, kept):
     losses = losses_of(0, 4)
     losses[:, :] = np.linspace(5, 1, 4)[:, None]
@@ -93,11 +95,12 @@ def test_a_class_without_tokens_has_no_lines(make, tmp_path, kept):
     assert kept[0].axes[1].get_title("left") == "(b) no tokens of L\u2192L"
 
 
+@pytest.mark.usefixtures("sketched")
 def test_of_many_checkpoints_a_token_shows_some(make, tmp_path):
-    class_figure(make(losses=losses_of(0, 100)), tmp_path / "c.png", num_tokens=1)
+    class_figure(make(losses=losses_of(0, 60)), tmp_path / "c.png", num_tokens=1)
     lines = {key[0]: line for key, line in lines_of(tmp_path / "c.png").items()}
-    assert len(lines["classes"]) == 100 and len(lines["HH"]) == 48
-    assert min(lines["HH"]) == 0 and max(lines["HH"]) == 9_900_000
+    assert len(lines["classes"]) == 60 and len(lines["HH"]) == 48
+    assert min(lines["HH"]) == 0 and max(lines["HH"]) == 5_900_000
 
 
 # ---- on the page --------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def median_loss(shown: Shown) -> Figure:
     return one_panel("Median loss", LOSS, [line], "Of all frozen tokens.")
 
 
+@pytest.mark.usefixtures("sketched")
 def test_one_line_shows_a_figure_everywhere(tmp_path, analysis, monkeypatch):
     kinds = (*FIGURES, Kind(median_loss, "classes", wandb="median"))
     for reader in (page, paper, wandb_media):

@@ -98,6 +98,7 @@ def test_selection_is_counted_by_hand_in_both_runs(make, tmp_path, kept):
     assert shown == ["run", "all tokens"]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_run_alone_has_two_panels_and_nothing_where_all_is_selected(make, tmp_path, kept):
     run = make(start=250_000)
     selection_figure(run, None, tmp_path / "s.png")
@@ -128,6 +129,7 @@ def test_a_control_at_other_times_is_refused(make):
         common_checkpoints(run, control)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_names_must_tell_the_lines_apart(make, tmp_path):
     run, curve = make(), Curve("x", np.array([0, 1]), np.array([1.0, 2.0]))
     selection_figure(run, None, tmp_path / "s.png", [curve])  # a curve of neither run

@@ -44,6 +44,7 @@ def test_dollars_start_no_formula(make, tmp_path, kept):
     assert [text.replace(r"\$", "$") for text in shown] == ["\u201c$\\x$\u201d"] * 3
 
 
+@pytest.mark.usefixtures("sketched")
 def test_all_figures_that_can_be_drawn_are_written(make, tmp_path, caplog, kept):
     caplog.set_level(logging.INFO)
     runs = [make("excess 0.5"), make("other", ALL, plan={"windows_sha256": "w1"})]
@@ -60,8 +61,7 @@ def test_all_figures_that_can_be_drawn_are_written(make, tmp_path, caplog, kept)
     }
     for path in found:
         assert path.name.startswith(KINDS)
-        assert_files(path)
-        assert rows_of(path)
+        assert path.exists() and path.with_suffix(".svg").exists() and rows_of(path)
     panels = {key for key in lines_of(tmp_path / "out" / "selection-excess_0.5.png")}
     assert ("selected", "a/b $c$") in panels and ("heldout", "excess 0.5") in panels
     text = caplog.text
@@ -74,6 +74,7 @@ def test_all_figures_that_can_be_drawn_are_written(make, tmp_path, caplog, kept)
 NAMES = ("excess_0.5", "other", "a_b_c", "random", "blind")
 
 
+@pytest.mark.usefixtures("sketched")
 def test_without_a_control_the_run_stands_alone(make, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     found = paper_figures([make(start=999_999)], tmp_path / "out")
@@ -92,10 +93,13 @@ def test_the_same_losses_give_the_same_bytes(make, tmp_path):
     assert len(files) == 7 * 3
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        if name.endswith(".png"):
+            assert_files(tmp_path / "one" / name)
         if name.endswith(".svg"):
             assert "<dc:date>" not in (tmp_path / "one" / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("sketched")
 def test_another_seed_shows_other_text_and_tokens(make, tmp_path):
     run = make()
     for seed in (0, 1):

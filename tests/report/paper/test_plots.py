@@ -7,6 +7,7 @@ import pytest
 
 from slm.dynamics.colours import BLUE
 from slm.dynamics.figure import LOSS, SEEN, Panel, Series
+from slm.report.paper import plots
 from slm.report.paper.plots import draw, draw_panel, plain, pyplot
 from slm.report.sweep_figures import (
     Curves,
@@ -94,6 +95,7 @@ def test_tokens_figure_leaves_out_the_first_point_and_shows_the_controls(tmp_pat
     assert shown == ["k = 0.2", "k = 0.4", "all tokens"]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_more_than_four_panels_of_a_set_are_wrapped(tmp_path, kept):
     curve = Curve("k = 0.2", np.array([0, 1, 2]), np.array([9.0, 5.0, 4.0]))
     other = curve._replace(loss=curve.loss + 90)
@@ -105,6 +107,7 @@ def test_more_than_four_panels_of_a_set_are_wrapped(tmp_path, kept):
     assert shown[0].get_ylim()[1] < 10 < 90 < shown[6].get_ylim()[0]
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("end", [9_000, 20_480, 400_000, 3_300_000])
 def test_ticks_of_tokens_are_few_and_readable(tmp_path, kept, end):
     curve = Curve("all", np.array([0, end // 2, end]), np.array([9.0, 5.0, 4.0]))
@@ -137,7 +140,8 @@ def assert_nothing_is_cut(figure: Any) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3, 6])
-def test_long_labels_are_wrapped_and_not_cut(tmp_path, kept, number):
+def test_long_labels_are_wrapped_and_not_cut(tmp_path, kept, monkeypatch, number):
+    monkeypatch.setattr(plots, "save_picture", lambda *_, **__: None)  # laid out, not written
     seen, loss = np.array([0, 1, 2]), np.array([9.0, 5.0, 4.0])
     names = [f"{i} {LONG}" for i in range(number)]
     curves = [Curve(name, seen, loss) for name in names]
