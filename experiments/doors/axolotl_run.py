@@ -1,4 +1,4 @@
-"""axolotl with the plugin: PYTHONPATH=.venv/doors python experiments/doors/axolotl_run.py
+"""axolotl with the plugin: PYTHONPATH=.venv/doors python experiments/doors/axolotl_run.py [steps]
 
 What `axolotl train axolotl.yaml` calls, in its order, on a CPU, but for the loader of models, which
 imports bitsandbytes; a trainer that trl has no more since 1.16 is stubbed.
@@ -36,7 +36,7 @@ def make_trainer(config: Path, model: Any, **fields: Any) -> Any:
     return setup_trainer(cfg, train, evaluation, model, tokenizer, None, steps)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, steps: int) -> None:
     import stand_in
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -50,10 +50,10 @@ def main(folder: Path) -> None:
     Dataset.from_list(rows).save_to_disk(folder / "scored")
     places = {"base_model": folder, "output_dir": folder / "out", "dataset_prepared_path": folder}
     fields: dict[str, Any] = {key: str(value) for key, value in places.items()}
-    fields["datasets"] = [{"path": str(folder / "scored"), "type": None}]
-    make_trainer(CONFIG, model, **fields, bf16=False, use_cpu=True).train()
+    fields |= {"datasets": [{"path": str(folder / "scored"), "type": None}], "max_steps": steps}
+    make_trainer(CONFIG, model, **fields, bf16=False, use_cpu=True, dataset_num_proc=1).train()
 
 
 if __name__ == "__main__":  # axolotl's other processes read this file as well
     with tempfile.TemporaryDirectory() as name:
-        main(Path(name))
+        main(Path(name), int(sys.argv[1]) if len(sys.argv) > 1 else 20)
