@@ -1,7 +1,6 @@
 """The column against log-softmax of all logits, row by row; TRL's packing keeps it aligned."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -22,6 +21,7 @@ from transformers import (
 )
 from trl.data_utils import pack_dataset
 
+import warm
 from slm.errors import UserError
 from slm.integrations.datasets import score_dataset
 from slm.integrations.datasets import scores as dataset_scores
@@ -281,7 +281,7 @@ def test_the_example_prints_tokens_beside_their_scores(tmp_path, tokenizer):
     words = ["--tokenizer", str(tmp_path / "t"), "--model", str(tmp_path / "m"), "--rows", "3"]
     paths = os.pathsep.join([str(root), str(root / "kernels")])
     settings = {"PYTHONPATH": paths, "HF_HOME": str(tmp_path)}
-    done = subprocess.run(  # reads HF_HOME as it imports datasets
+    done = warm.run(  # reads HF_HOME as it imports datasets
         [sys.executable, script, *words],
         capture_output=True,
         text=True,
