@@ -43,13 +43,14 @@ def slm(folder: Path, *words: str) -> str:
 @needs_data
 def test_text_to_evaluation(tmp_path):
     raw = f"{{path: '{DATA}/raw/aqua_*.jsonl', text: \"{{question}}\\n{{rationale}}\"}}"
-    curated = f"{{path: '{DATA}/curated/gsm8k_train.jsonl', text: \"{{question}}\\n{{answer}}\"}}"
+    curated = f"{{path: '{DATA}/curated/gsm8k_train.jsonl', text: \"{{question}}\\n{{answer}}\""
+    curated += ", weight: 0.05}"
     common = ("seq_len=64", "heldout_ratio=0.1")
     slm(tmp_path, "prepare", "out=raw", f"sources=[{raw}]", "tokenizer.vocab_size=512", *common)
     shared = "tokenizer.path=raw/train/tokenizer"
     slm(tmp_path, "prepare", "out=curated", f"sources=[{curated}]", shared, *common)
     train = ("train", *TINY, "max_tokens=8_192")
-    heldout = "data.heldout={gsm: curated/heldout}"
+    heldout = ("data.heldout={gsm: curated/heldout}", "callbacks.heldout.every_tokens=4_096")
     slm(tmp_path, *train, "out=base", "data.corpus=raw/train", "selection=all")
     base = "model.init_from=base/model"
     slm(tmp_path, *train, "out=reference", "data.corpus=curated/train", "selection=all", base)
@@ -57,7 +58,7 @@ def test_text_to_evaluation(tmp_path):
     slm(tmp_path, "score", "out=refs", "corpus=raw/train", reference)
     check_scores(tmp_path)
     words = ("out=slm", "data.corpus=raw/train", "data.references=refs", "selection=excess")
-    slm(tmp_path, *train, *words, base, heldout)
+    slm(tmp_path, *train, *words, base, *heldout)
     slm(tmp_path, "evaluate", "models={slm: slm/model}", "sets={gsm: curated/heldout}", "out=e.csv")
     check_evaluation(tmp_path)
     report = slm(tmp_path, "verify", "raw", "curated", "refs", "slm")
@@ -93,8 +94,8 @@ def check_evaluation(folder: Path) -> None:
     assert float(row["loss"]) == pytest.approx(torch.cat(nats).mean().item(), rel=1e-6)
     with open(folder / "slm" / "heldout.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    if len(windows) <= 256:  # what training evaluates at most
-        assert float(last["heldout/gsm/loss"]) == pytest.approx(float(row["loss"]), rel=1e-6)
+    assert len(windows) <= 256  # what training evaluates at most
+    assert float(last["heldout/gsm/loss"]) == pytest.approx(float(row["loss"]), rel=1e-6)
 
 
 CLASS = re.compile(
