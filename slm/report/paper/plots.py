@@ -172,9 +172,13 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def lay_out(figure: Any) -> None:
-    """Once for both files, where each would do it anew: it takes longer than to draw them."""
+    """For both files, where each would do it anew: it takes longer than to draw them.
+
+    Twice: in panels of another size an axis may have other ticks, with wider labels.
+    """
     if engine := figure.get_layout_engine():
         figure.set_dpi(DPI)
+        engine.execute(figure)
         engine.execute(figure)
         figure.set_layout_engine(None)
 

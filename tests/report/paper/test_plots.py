@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slm.dynamics.colours import BLUE
-from slm.dynamics.figure import LOSS, SEEN, Panel, Series
+from slm.dynamics.figure import LOSS, SEEN, Figure, Panel, Series
 from slm.report.paper import plots
 from slm.report.paper.plots import draw, draw_panel, plain, pyplot
 from slm.report.sweep_figures import (
@@ -129,10 +129,12 @@ LONG = "excess, combine=mean, references=9041ad67+5e5d26e4, online_reference=79a
 
 
 def assert_nothing_is_cut(figure: Any) -> None:
-    """Legends and titles lie inside the figure, titles do not run into each other."""
+    """Legends, titles and labels lie inside the figure, titles do not run into each other."""
     canvas = figure.canvas.get_renderer()
+    figure.draw_without_rendering()
     titles = [axes._left_title.get_window_extent(canvas) for axes in figure.axes]
-    for box in [*titles, *(legend.get_window_extent(canvas) for legend in figure.legends)]:
+    labels = [axes.yaxis.label.get_window_extent(canvas) for axes in figure.axes]
+    for box in [*titles, *labels, *(legend.get_window_extent(canvas) for legend in figure.legends)]:
         assert box.x0 >= 0 and box.y0 >= 0
         assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     for one, other in zip(titles, titles[1:], strict=False):
@@ -157,6 +159,16 @@ def test_long_labels_are_wrapped_and_not_cut(tmp_path, kept, monkeypatch, number
         assert_nothing_is_cut(figure)
         texts = [text.get_text() for text in figure.legends[0].get_texts()]
         assert texts[0].replace("\n", " ").startswith(names[0])
+
+
+def test_ticks_that_the_layout_changes_cut_no_label(tmp_path, kept):
+    """The empty panel in the middle leaves the others so little room that 5.5 becomes 5.25."""
+    line = Series("s", BLUE, np.array([0, 1500]), np.array([5.725, 4.27]))
+    numbers = {"class means": 2, "no tokens of L-L": 0, "tokens of H-H": 3}
+    panels = [Panel(title, SEEN, LOSS, [line] * count) for title, count in numbers.items()]
+    figure = Figure("", panels, size=(2.27, 3.4), lettered=True, own_legends=True)
+    draw(figure, tmp_path / "f.png")
+    assert_nothing_is_cut(kept[0])
 
 
 # ---- one panel ----------------------------------------------------------------------------------
