@@ -143,6 +143,7 @@ function showExamples(run) {
     const title = box.querySelector("h4");
     title.replaceChildren(make("span", `class ${page.classes[index].key}`, page.classes[index].name));
     if (count === 0) title.append(" no token is in this class");
+    plot.hidden = count === 0;
     box.append(exampleList(run, start, count, plot));
     Plotly.restyle(plot, { hoverinfo: "none" }); // the tip shows the token
     plot.on("plotly_hover", (event) => {

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from page_helpers import make_analysis, prose, truth_rows
 from run_helpers import make_run
-from slm.dynamics.analysis import Analysis
+from slm.dynamics.analysis import Analysis, analyse
 from slm.dynamics.classes import CLASSES
 from slm.dynamics.figures import COMPARED, FIGURES, made
 from slm.report.arms import arms_of, read_runs
@@ -644,13 +644,16 @@ def test_a_page_with_one_part_works(open_page, opened_sweep, tmp_path):
     page = opened_sweep.page
     assert page.locator(".plot .main-svg").count() > 0 and page.locator("#run").count() == 0
     opened_sweep.assert_quiet()
-    bare = make_analysis(tmp_path / "d", prose(2, 9), references=False)
+    store = make_analysis(tmp_path / "d", prose(2, 9), references=False).store
+    bare = analyse(store, "run", threshold=10)  # nothing rises or falls by so much
     write_page(tmp_path / "bare.html", "t", [bare])
     opened = open_page(tmp_path / "bare.html")
     page = opened.page
     assert page.locator("#run").is_hidden() and page.locator("input[value=excess]").is_hidden()
     assert page.locator("[data-figure=loss_by_selection]").count() == 0
     assert page.locator("text=The store has no reference losses").is_visible()
+    examples = page.locator(".plot[data-figure=trajectories]")
+    assert [plot.is_visible() for plot in examples.all()] == [True, False, False, True]
     opened.assert_quiet()
 
 
