@@ -9,8 +9,6 @@ import nbclient
 import nbformat
 import pytest
 
-import warm
-
 NOTEBOOK = Path(__file__).resolve().parents[1] / "experiments" / "notebook.ipynb"
 
 
@@ -32,16 +30,12 @@ def read_smaller() -> Any:
     for mine, smaller in SMALLER.items():
         assert text.count(mine) == 1
         text = text.replace(mine, smaller)
-    notebook: Any = nbformat.reads(text, as_version=4)
-    # A kernel has this as its default, if matplotlib is imported after its start.
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("%matplotlib inline"))
-    return notebook
+    return nbformat.reads(text, as_version=4)
 
 
 @pytest.mark.slow
 def test_it_runs_from_text_to_a_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("jupyter_client.launcher.Popen", warm.Popen)
     notebook = read_smaller()
     where = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()

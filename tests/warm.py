@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -173,6 +174,7 @@ def become(request: Request, streams: list[int]) -> None:
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.environment)
+    tempfile.tempdir = None  # TMPDIR may be another
     rank_zero_only = import_module("lightning.fabric.utilities.rank_zero")
     rank_zero_only.rank_zero_only.rank = rank_zero_only._get_rank() or 0  # as it does on import
 
