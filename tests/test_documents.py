@@ -35,7 +35,7 @@ def commands(script: str) -> list[list[str]]:
 
 
 def run(words: list[str], folder: Path) -> None:
-    """`slm x` and `python ...`, in a process of its own; short budgets, which show as much."""
+    """`slm x` and `python ...` as printed but for budgets, which are short; a process each."""
     words = [re.sub(r"max_tokens=[0-9_]+", "max_tokens=8_192", word) for word in words]
     start = ["-m", f"slm.{words[1]}", *words[2:]] if words[0] == "slm" else words[1:]
     done = warm.run([sys.executable, *start], cwd=folder, capture_output=True, text=True)
@@ -57,7 +57,7 @@ def run_all(script: str, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("text")
-def test_the_blocks_of_the_readme_run_as_printed(tmp_path):
+def test_the_blocks_of_the_readme_run(tmp_path):
     page = ROOT / "README.md"
     (script,) = blocks(page, "bash")
     run_all(script, tmp_path)
@@ -68,7 +68,7 @@ def test_the_blocks_of_the_readme_run_as_printed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("text")
-def test_quickstart_runs_as_printed(tmp_path):
+def test_quickstart_runs(tmp_path):
     run_all((ROOT / "experiments" / "quickstart.sh").read_text(), tmp_path)
     assert (tmp_path / "report" / "report.html").exists()
 

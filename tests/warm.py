@@ -68,7 +68,7 @@ class Forked(subprocess.Popen[Any]):
         given = [mine if mine != -1 else number for number, mine in enumerate(streams)]
         self.pid = ask(request, given, self._after)
         self._child_created = True
-        self._close_pipe_fds(*rest[9:15])
+        self._close_pipe_fds(*rest[9:15])  # type: ignore[attr-defined]
 
 
 def run(words: list[Any], **options: Any) -> subprocess.CompletedProcess[Any]:
@@ -130,14 +130,23 @@ def server(after: str = "") -> socket.socket:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         start = Forked if after else subprocess.Popen
-        process = start([sys.executable, __file__, after], stdin=its, env=os.environ | threads)
+        line = [sys.executable, __file__, after]
+        process = start(line, stdin=its.fileno(), env=os.environ | threads)
         its.close()
         channels[after] = mine
         atexit.register(lambda: (mine.close(), process.wait()))
     return channels[after]
 
 
-Popen = Forked if sys.platform == "linux" else subprocess.Popen
+class Started(subprocess.Popen[Any]):
+    def __init__(self, args: Any, *, after: str = "", **options: Any):
+        if after:
+            assert args[1] == "-c", args
+            args = [*args[:2], f"{after}\n{args[2]}", *args[3:]]
+        super().__init__(args, **options)
+
+
+Popen = Forked if sys.platform == "linux" else Started
 
 
 # ---- the server and its children ----------------------------------------------------------------
