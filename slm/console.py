@@ -101,9 +101,14 @@ class Bar(Progress):
         self.close()
 
 
+def is_notebook() -> bool:
+    """This process is a notebook's kernel; one that runs notebooks may import ipykernel as well."""
+    module = sys.modules.get("ipykernel.kernelapp")
+    return module is not None and module.IPKernelApp.initialized()
+
+
 def new_progress(label: str, total: int | None, unit: str = "", done: int = 0) -> Progress:
-    is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return (Bar if is_watched else Progress)(label, total, unit, done)
+    return (Bar if sys.stderr.isatty() or is_notebook() else Progress)(label, total, unit, done)
 
 
 @contextmanager

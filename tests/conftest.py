@@ -37,6 +37,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Tests never reach for a network, and two cores are shared by everything.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline")
 
+SKETCHED = """
+from slm.report.paper import plots
+plots.lay_out = lambda figure: None
+plots.save_picture = lambda figure, path, **_: path.write_bytes(b"drawn")
+"""
 TEXT = [
     "Selective language modeling trains on the tokens that are worth learning.",
     "A reference model scores every token of the corpus once; the scores are stored.",
@@ -218,8 +223,9 @@ def sketched(monkeypatch) -> None:
     """Of pictures only the names and tables are written: what draws them has tests of its own."""
     from slm.report.paper import plots
 
-    monkeypatch.setattr(plots, "lay_out", lambda figure: None)
-    monkeypatch.setattr(plots, "save_picture", lambda figure, path, **_: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(plots, "lay_out", plots.lay_out)  # put back afterwards
+    monkeypatch.setattr(plots, "save_picture", plots.save_picture)
+    exec(SKETCHED, {})
 
 
 @pytest.fixture

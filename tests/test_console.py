@@ -44,6 +44,16 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "scoring" in said and "4,000/4,000 tokens" in said and "/s" in said
 
 
+def test_a_kernel_gets_a_bar_and_a_process_that_runs_notebooks_lines(monkeypatch):
+    from ipykernel.kernelapp import IPKernelApp
+
+    assert type(new_progress("x", 1)) is console.Progress
+    monkeypatch.setattr(IPKernelApp, "initialized", lambda: True)
+    bar = new_progress("x", 1)
+    assert type(bar) is console.Bar
+    bar.close()
+
+
 def test_nothing_to_do_is_no_division_by_zero(monkeypatch, capsys):
     monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
     with progress("verifying", 0, "bytes") as advance:

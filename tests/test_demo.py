@@ -3,10 +3,12 @@
 import ast
 import csv
 import json
+from functools import partial
 
 import pytest
 
 import warm
+from conftest import SKETCHED
 from slm import demo
 from slm.demo import docstrings, is_heldout, quoted, source_files, statements
 
@@ -77,8 +79,8 @@ def test_quoted_is_read_back_by_hydra(path, expected):
 
 @pytest.mark.slow
 def test_the_whole_demo_runs_from_another_folder(cut_demo_texts, tmp_path, monkeypatch, call):
-    cut_demo_texts(tmp_path / "a b,c=d" / "text", 20_000)
-    monkeypatch.setattr(demo.subprocess, "run", warm.run)  # of the stages
+    cut_demo_texts(tmp_path / "a b,c=d" / "text", 10_000)
+    monkeypatch.setattr(demo.subprocess, "run", partial(warm.run, after=SKETCHED))  # of the stages
     monkeypatch.chdir(tmp_path)
     words = ['out="a b,c=d"', "base_tokens=2048", "target_tokens=1024", "seeds=2"]
     small = '"data.batch_size=8", "data.micro_batch_size=8", "data.heldout_windows=8"'

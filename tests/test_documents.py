@@ -1,5 +1,6 @@
-"""What README, the folders' pages and quickstart.sh print runs as it is printed."""
+"""What README, the folders' pages and quickstart.sh print runs, on less text and short budgets."""
 
+import os
 import re
 import shlex
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import warm
+from conftest import SKETCHED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("slm/**/*.md"))]
@@ -34,11 +36,16 @@ def commands(script: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+BUDGETS = {"max_tokens=": "4_096", "num_targets=": "500", "heldout_windows=": "8"}
+BUDGET = rf"({'|'.join(BUDGETS)})[0-9_]+"
+
+
 def run(words: list[str], folder: Path) -> None:
     """`slm x` and `python ...` as printed but for budgets, which are short; a process each."""
-    words = [re.sub(r"max_tokens=[0-9_]+", "max_tokens=8_192", word) for word in words]
+    words = [re.sub(BUDGET, lambda found: found[1] + BUDGETS[found[1]], word) for word in words]
     start = ["-m", f"slm.{words[1]}", *words[2:]] if words[0] == "slm" else words[1:]
-    done = warm.run([sys.executable, *start], cwd=folder, capture_output=True, text=True)
+    more = {"cwd": folder, "env": os.environ | {"WANDB_MODE": "disabled"}, "after": SKETCHED}
+    done = warm.run([sys.executable, *start], capture_output=True, text=True, **more)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
 
 

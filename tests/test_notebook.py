@@ -36,6 +36,7 @@ def read_smaller() -> Any:
 @pytest.mark.slow
 def test_it_runs_from_text_to_a_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     notebook = read_smaller()
     where = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def peak_flops(device: torch.device, precision: str) -> Peak:
     """Dense matmul rate of `device` under a Lightning precision such as bf16-mixed."""
     dtype = DTYPES[precision.split("-")[0]]
     if device.type == "cpu":
-        return measured_peak(dtype)
+        return measured_peak(dtype, torch.get_num_threads())
     if device.type != "cuda":
         return Peak(None, f"unknown for {device.type}")
     name = torch.cuda.get_device_name(device)
@@ -65,7 +66,10 @@ def listed_flops(device: torch.device, name: str, dtype: torch.dtype) -> float |
         return get_available_flops(device, dtype)
 
 
-def measured_peak(dtype: torch.dtype, size: int = 512, limit_s: float = 0.15) -> Peak:
+@cache  # the jobs of a sweep divide by one number
+def measured_peak(
+    dtype: torch.dtype, num_threads: int, size: int = 512, limit_s: float = 0.15
+) -> Peak:
     """The fastest of the square matmuls that fit into limit_s: no data sheet speaks of CPUs."""
     a = torch.ones(size, size, dtype=dtype)  # no random numbers: the run's state must not move
     torch.mm(a, a)
@@ -73,7 +77,7 @@ def measured_peak(dtype: torch.dtype, size: int = 512, limit_s: float = 0.15) ->
     while (start := time.perf_counter()) < end:
         torch.mm(a, a)
         best_s = min(best_s, time.perf_counter() - start)
-    source = f"measured here: {size}x{size} matmul, {dtype}, {torch.get_num_threads()} threads"
+    source = f"measured here: {size}x{size} matmul, {dtype}, {num_threads} threads"
     return Peak(2 * size**3 / best_s, source)
 
 
