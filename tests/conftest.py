@@ -37,6 +37,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Tests never reach for a network, and two cores are shared by everything.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline")
 
+WHOLE_RUNS = {  # files whose tests train models or draw pictures: seconds each, minutes together
+    *("test_command.py", "test_cli.py", "test_conf.py", "test_compose.py", "test_sweep.py"),
+    *(
+        "test_older_build.py",
+        "test_transformers.py",
+        "test_trl.py",
+        "test_served.py",
+        "test_page.py",
+    ),
+    *("test_workers.py", "test_figures.py", "test_plots.py", "test_build.py"),
+}
 SKETCHED = """
 from slm.report.paper import plots
 plots.lay_out = lambda figure: None
@@ -52,6 +63,10 @@ TEXT = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        interpreted = "triton" in item.nodeid and not torch.cuda.is_available()
+        if item.path.name in WHOLE_RUNS or interpreted:
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs CUDA: see `make gpu-check`")
         for item in items:
