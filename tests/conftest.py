@@ -37,17 +37,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Tests never reach for a network, and two cores are shared by everything.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline")
 
-WHOLE_RUNS = {  # files whose tests train models or draw pictures: seconds each, minutes together
-    *("test_command.py", "test_cli.py", "test_conf.py", "test_compose.py", "test_sweep.py"),
-    *(
-        "test_older_build.py",
-        "test_transformers.py",
-        "test_trl.py",
-        "test_served.py",
-        "test_page.py",
-    ),
-    *("test_workers.py", "test_figures.py", "test_plots.py", "test_build.py"),
-}
+WHOLE_RUNS = """
+test_build.py test_cli.py test_command.py test_compose.py test_conf.py test_figures.py
+test_older_build.py test_page.py test_plots.py test_served.py test_sweep.py test_transformers.py
+test_trl.py test_workers.py
+""".split()  # files whose tests train models or draw pictures: seconds each, minutes together
 SKETCHED = """
 from slm.report.paper import plots
 plots.lay_out = lambda figure: None

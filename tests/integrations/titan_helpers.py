@@ -142,7 +142,7 @@ def trainer_config(
     config.training.mixed_precision_param = "float32"
     config.training.disable_cuda_graphs = True
     config.checkpoint.enable = False  # type: ignore[attr-defined]
-    config.validator.enable, config.validator.steps = validate, 2
+    config.validator.enable, config.validator.steps, config.validator.freq = validate, 2, steps
     config.validator.dataloader = Windows.Config(dataset_path=text, scored=False)
     config.parallelism.spmd_backend = spmd_backend  # type: ignore[assignment]
     config.debug.seed, config.debug.enable_structured_logging = 0, False
