@@ -2,7 +2,8 @@
 
 It imports nothing heavy: `slm --help` must answer at once. `command` makes a function a Hydra
 application that works from a checkout and from an installed wheel, in any directory, and that ends
-with one sentence where the input is wrong.
+with one sentence where the input is wrong. A command's `__main__` composes and checks its keys, and
+then imports the stage: a mistyped key does not wait for PyTorch.
 """
 
 import difflib
@@ -114,8 +115,13 @@ def unreachable(**settings: Any) -> None:
 # ---- Hydra applications -------------------------------------------------------------------------
 
 
-def command(name: str) -> Callable[[Callable[..., Any]], Callable[[], None]]:
-    """Decorator: a function of the keys of conf/<name>.yaml becomes that Hydra application."""
+def command(
+    name: str, check: Callable[[dict[str, Any]], None] | None = None
+) -> Callable[[Callable[..., Any]], Callable[[], None]]:
+    """Decorator: a function of the keys of conf/<name>.yaml becomes that Hydra application.
+
+    check: of the settings, before the function is called, which is what imports anything heavy
+    """
     import hydra  # here, not above: `slm --help` does not need it
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -126,7 +132,10 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[[], None]]:
         @wraps(function)
         def job(config: Any) -> Any:
             try:
-                return function(**plain_settings(config))
+                settings = plain_settings(config)
+                if check is not None:
+                    check(settings)
+                return function(**settings)
             except Exception as error:
                 mine = reported(error)
                 if mine is None:

@@ -26,9 +26,11 @@ count, rate = whole(1), real(0)
 check = word(*CHECKS)
 modules = several(text, least=0)
 megabytes = real(1e-6, 1e6)
+DTYPES = ("float32", "bfloat16", "bf16-mixed")
+PRECISIONS = {"32-true": "float32", "bf16-mixed": "bf16-mixed"}  # Lightning's words for them
 FORWARD: Table = {
     "batch_size": count,
-    "dtype": word("float32", "bfloat16", "bf16-mixed"),
+    "dtype": word(*DTYPES),
     "device": text,
     "modules": modules,
     "check": check,

@@ -1,6 +1,19 @@
 """`python -m slm.dashboard`, which `slm dashboard` runs."""
 
-from slm.report.workspace import main
+from functools import partial
+from typing import Any
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import DASHBOARD
+
+
+@command("dashboard", partial(check, table=DASHBOARD))
+def main(**settings: Any) -> None:
+    from slm.report.workspace import run
+
+    run(**settings)
+
 
 if __name__ == "__main__":
     main()

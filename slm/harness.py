@@ -1,6 +1,19 @@
 """`python -m slm.harness`, which `slm harness` runs."""
 
-from slm.evaluate.harness import main
+from functools import partial
+from typing import Any
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import HARNESS
+
+
+@command("harness", partial(check, table=HARNESS))
+def main(**settings: Any) -> None:
+    from slm.evaluate.harness import run
+
+    run(**settings)
+
 
 if __name__ == "__main__":
     main()

@@ -26,10 +26,10 @@ from run_helpers import STRAYS, leave_strays
 from slm import cli, verify
 from slm.cli import COMMANDS, command, conf_folder, dispatch
 from slm.errors import NonFiniteError, UserError, reported
-from slm.evaluate import command as evaluate
+from slm.evaluate import __main__ as evaluate
 from slm.model.build import set_special_ids
 from slm.model.folder import save_model
-from slm.score import command as score
+from slm.score import __main__ as score
 from slm.store.shards import References
 
 SLM = [sys.executable, "-m", "slm.cli"]
@@ -299,7 +299,17 @@ sys.meta_path.insert(0, Gate)
 """
 
 
-@pytest.mark.parametrize("name", ["train", "score", "evaluate", "dynamics", "report", "dashboard"])
+ALL_GIVEN = {
+    "train": ["data.corpus=no", "max_tokens=1", "out=x"],
+    "score": ["corpus=no"],
+    "evaluate": ["models={a: no}", "sets={b: no}"],
+    "dynamics": ["runs=no", "corpus=no"],
+    "report": ["runs=no", "out=x"],
+    "dashboard": [],
+}
+
+
+@pytest.mark.parametrize("name", ALL_GIVEN)
 def test_nor_are_those_that_come_with_torch(tmp_path, monkeypatch, name):
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     strays, gate = tmp_path / "strays", tmp_path / "gate"
@@ -307,7 +317,7 @@ def test_nor_are_those_that_come_with_torch(tmp_path, monkeypatch, name):
     gate.mkdir()
     leave_strays(strays)
     (gate / "sitecustomize.py").write_text(GATE)
-    start = [sys.executable, "-m", f"slm.{name}"]
+    start = [sys.executable, "-m", f"slm.{name}", *ALL_GIVEN[name]]
     environment = os.environ | {"PYTHONPATH": str(gate)}
     done = subprocess.run(start, capture_output=True, text=True, cwd=strays, env=environment)
     assert "torch/__init__.py" in done.stderr and str(strays) not in done.stderr, done.stderr

@@ -1,6 +1,8 @@
 """Every row has a key in conf/, every key a row; what does not fit is refused first of all."""
 
 import re
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +28,8 @@ GIVEN = {  # what must be given; nothing of it is there
     "dashboard": ["out=x"],
     "demo": ["out=x"],
 }
+
+HEAVY = {"torch", "transformers", "lightning", "wandb", "datasets", "matplotlib"}
 
 
 def table_of(name: str) -> Table:
@@ -107,6 +111,35 @@ def test_the_command_says_it(call, tmp_path, monkeypatch, name):
     assert (code, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith(f"slm {name}: seqlen is given, and nothing reads it"), err
     assert list(tmp_path.iterdir()) == []
+
+
+MISTYPED = f"""
+import sys
+from importlib import import_module
+for name, home, words in {{commands}}:
+    sys.argv = [f"slm {{name}}", *words]
+    try:
+        import_module(home).main()
+    except SystemExit as ended:
+        assert ended.code == 1
+    assert not {HEAVY} & set(sys.modules), (name, {HEAVY} & set(sys.modules))
+"""
+
+
+def test_a_mistake_in_a_key_does_not_wait_for_heavy_imports(tmp_path):
+    doors = [(name, door_of(name).__module__, words) for name, words in GIVEN.items()]
+    doors.append(("train", "slm.train.__main__", ["data.corpus=no", "max_tokens=1", "out=x"]))
+    commands = [(name, home, [*words, "+ouut=1"]) for name, home, words in doors]
+    commands.append(("train", "slm.train.__main__", ["ouut=1"]))
+    code = MISTYPED.replace("{commands}", repr(commands))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    *given, unknown = done.stderr.splitlines()
+    assert unknown == "slm train: no key 'ouut', did you mean out? (`slm train --help` lists them)"
+    for (name, *_), line in zip(commands[:-1], given, strict=True):
+        assert line.startswith(f"slm {name}: ouut is given, and nothing reads it, did you mean")
 
 
 def door_of(name: str) -> Any:

@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 
 SET_CHILD_SUBREAPER = 36  # prctl: orphans below become children of the caller
 MODULES = [  # of the commands, and what they import when they run
-    *("slm.prepare.__main__", "slm.score.__main__", "slm.evaluate.__main__", "slm.train.__main__"),
-    *("slm.dynamics.__main__", "slm.report.__main__", "slm.verify", "hypothesis", "pytest"),
+    *("slm.prepare.command", "slm.score.command", "slm.evaluate.command", "slm.train.command"),
+    *("slm.dynamics.command", "slm.report.command", "slm.verify", "hypothesis", "pytest"),
     *("wandb", "wandb.sdk.launch"),  # the latter is imported by wandb.init
     *("torch._dynamo", "transformers.models.llama.modeling_llama"),
 ]

@@ -380,12 +380,12 @@ import json, sys, time
 from pathlib import Path
 from lightning import Callback
 times = next(word for word in sys.argv if word.startswith("+times=")); sys.argv.remove(times)
-import slm.train.build, slm.train.command
+import slm.train.__main__, slm.train.build
 class Clock(Callback):
     marks = []
     def on_train_batch_end(self, *_): self.marks.append(time.perf_counter())
 slm.train.build.StepProgress = Clock
-slm.train.command.main()
+slm.train.__main__.main()
 gaps = [b - a for a, b in zip(Clock.marks, Clock.marks[1:])]
 Path(times.removeprefix("+times=").strip("'")).write_text(json.dumps(gaps))
 """
@@ -561,7 +561,7 @@ def callback_share(out: Path, corpus: Path, steps: int, targets: int) -> float:
 CALLBACK_TIMES = """
 import json, time
 from collections import defaultdict
-import slm.dynamics.callback, slm.train.command
+import slm.dynamics.callback, slm.train.__main__
 spent = defaultdict(float)
 def clocked(name, function):
     def timed(*arguments, **more):
@@ -577,7 +577,7 @@ for hook in ("on_train_start", "on_train_batch_end", "on_train_end"):
 slm.dynamics.callback.token_losses = clocked("forward", slm.dynamics.callback.token_losses)
 from lightning import Trainer
 Trainer.fit = clocked("training", Trainer.fit)
-slm.train.command.main()
+slm.train.__main__.main()
 print(json.dumps(spent))
 """
 

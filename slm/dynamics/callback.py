@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning import Callback, Trainer
 
+from slm.command_keys import PRECISIONS
 from slm.dynamics.analysis import run_chooser
 from slm.dynamics.classes import MIN_CHECKPOINTS, RunningFit
 from slm.dynamics.stores import (
@@ -26,7 +27,6 @@ from slm.dynamics.trajectories import TrajectoryStore, make_plan, remove_store, 
 from slm.dynamics.wandb_media import dynamics_metrics, excess_histograms, final_media, final_summary
 from slm.errors import NonFiniteError
 from slm.model.build import check_length
-from slm.model.device import PRECISIONS
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer
 from slm.train.callbacks.base import is_due, send, step_ended

@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from slm.cli import command
 from slm.command_keys import DYNAMICS
 from slm.console import progress
 from slm.dynamics.analysis import Analysis, run_chooser
@@ -270,8 +269,7 @@ def print_table(analyses: Sequence[Analysis]) -> None:
     Console().print(table)
 
 
-@command("dynamics")
-def main(**settings: Any) -> None:
+def run(**settings: Any) -> None:
     made = dynamics(**settings)
     print_table(made.analyses)
     for folder in made.folders:

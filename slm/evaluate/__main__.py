@@ -1,6 +1,19 @@
 """`python -m slm.evaluate`, which `slm evaluate` runs."""
 
-from slm.evaluate.command import main
+from functools import partial
+from typing import Any
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import EVALUATE
+
+
+@command("evaluate", partial(check, table=EVALUATE))
+def main(**settings: Any) -> None:
+    from slm.evaluate.command import run
+
+    run(**settings)
+
 
 if __name__ == "__main__":
     main()

@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from slm.cli import command
-from slm.command_keys import EVALUATE
+from slm.command_keys import EVALUATE, PRECISIONS
 from slm.console import progress
 from slm.model.build import SelectiveLM, load_model
-from slm.model.device import DTYPES, PRECISIONS, computing, pick_device
+from slm.model.device import DTYPES, computing, pick_device
 from slm.model.folder import check_model_folder
 from slm.score.command import check_fits
 from slm.selection.registry import import_modules
@@ -178,8 +177,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-@command("evaluate")
-def main(**settings: Any) -> None:
+def run(**settings: Any) -> None:
     print_table(evaluate(**settings))
     if settings["out"] is not None:
         log.info(f"table: {settings['out']}")

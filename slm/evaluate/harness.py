@@ -41,7 +41,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from slm.cli import command
 from slm.command_keys import HARNESS
 from slm.console import LINE_EVERY_S
 from slm.errors import UserError
@@ -285,8 +284,7 @@ def print_table(rows: list[Row]) -> None:
     Console().print(table)
 
 
-@command("harness")
-def main(**settings: Any) -> None:
+def run(**settings: Any) -> None:
     print_table(harness(**settings))
     if settings["out"] is not None:
         log.info(f"table: {settings['out']}")

@@ -9,7 +9,6 @@ from slm.errors import UserError
 # How a forward computes: the dtype of the weights. bf16-mixed is the trainer's, bf16 compute over
 # float32 weights.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16-mixed": torch.float32}
-PRECISIONS = {"32-true": "float32", "bf16-mixed": "bf16-mixed"}  # Lightning's words
 
 
 def pick_device(name: str) -> torch.device:

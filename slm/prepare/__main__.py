@@ -1,6 +1,19 @@
 """`python -m slm.prepare`, which `slm prepare` runs."""
 
-from slm.prepare.command import main
+from functools import partial
+from typing import Any
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import PREPARE
+
+
+@command("prepare", partial(check, table=PREPARE))
+def main(**settings: Any) -> None:
+    from slm.prepare.command import run
+
+    run(**settings)
+
 
 if __name__ == "__main__":
     main()

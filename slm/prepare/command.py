@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from slm.cli import command
 from slm.command_keys import PREPARE
 from slm.errors import UserError
 from slm.prepare.chat import chat_format, find_template
@@ -385,6 +384,5 @@ def write_or_confirm(config: Any) -> Json:
     return report
 
 
-@command("prepare")
-def main(**settings: Any) -> None:
+def run(**settings: Any) -> None:
     prepare(**settings)

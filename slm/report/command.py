@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm.cli import command
 from slm.command_keys import REPORT
 from slm.console import progress
 from slm.dynamics.analysis import (
@@ -337,8 +336,7 @@ def report(
     return Report(folder / "report.html", list(sweep.rows) if sweep else [])
 
 
-@command("report")
-def main(**settings: Any) -> None:
+def run(**settings: Any) -> None:
     made = report(**settings)
     if made.rows:
         print(made.table.read_text(), end="")

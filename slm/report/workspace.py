@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm.cli import command
 from slm.command_keys import DASHBOARD
 from slm.dynamics.classes import CLASSES
 from slm.errors import UserError
@@ -346,8 +345,7 @@ def dashboard(
     return workspace
 
 
-@command("dashboard")
-def main(**settings: Any) -> None:
+def run(**settings: Any) -> None:
     workspace = dashboard(**settings)
     for section in workspace.sections:
         print(f"{section.name}: {len(section.panels)} panels")

@@ -1,6 +1,19 @@
 """`python -m slm.score`, which `slm score` runs."""
 
-from slm.score.command import main
+from functools import partial
+from typing import Any
+
+from slm.checks import check
+from slm.cli import command
+from slm.command_keys import SCORE
+
+
+@command("score", partial(check, table=SCORE))
+def main(**settings: Any) -> None:
+    from slm.score.command import run
+
+    run(**settings)
+
 
 if __name__ == "__main__":
     main()

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from slm.cli import command
 from slm.command_keys import SCORE
 from slm.console import duration, progress
 from slm.errors import UserError
@@ -320,7 +319,6 @@ def score(
     return score_from_responses(settings, opened)
 
 
-@command("score")
-def main(**settings: Any) -> None:
+def run(**settings: Any) -> None:
     made = score(**settings)
     log.info(f"{'references' if settings['requests'] is None else 'requests'}: {os.fspath(made)}")

@@ -1,6 +1,17 @@
 """`python -m slm.train`, which `slm train` runs."""
 
-from slm.train.command import main
+from typing import Any
+
+from slm.cli import command
+from slm.train.keys import check_train
+
+
+@command("train", check_train)
+def main(**settings: Any) -> None:
+    from slm.train.command import run
+
+    run(**settings)
+
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from slm.cli import command
 from slm.errors import UserError
 from slm.selection.rule import Selection
 from slm.stage import Folder, stage
@@ -133,8 +132,7 @@ def arguments(settings: Json) -> Json:
     return rest | whole | folders
 
 
-@command("train")
-def main(**settings: Any) -> None:
+def run(**settings: Any) -> None:
     words = [word.lstrip("+~") for word in HydraConfig.get().overrides.task]
     named = [word for word in words if word.startswith("model.architecture")]
     check_one_architecture(settings, named)

@@ -29,7 +29,7 @@ from slm.checks import (
     whole,
     word,
 )
-from slm.model.device import PRECISIONS
+from slm.command_keys import PRECISIONS
 from slm.store.files import Json
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there

@@ -6,8 +6,8 @@ Types and ranges of single keys are in keys.py.
 import logging
 from collections.abc import Iterable
 
+from slm.command_keys import PRECISIONS
 from slm.errors import UserError
-from slm.model.device import PRECISIONS
 from slm.selection.rule import Selection
 from slm.store.columns import COLUMNS
 from slm.store.files import Json

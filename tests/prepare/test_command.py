@@ -19,7 +19,8 @@ import pytest
 
 import warm
 from slm.errors import UserError
-from slm.prepare.command import main, prepare
+from slm.prepare.__main__ import main
+from slm.prepare.command import prepare
 from slm.prepare.workers import side_of, undisturbed
 from slm.store.claims import claim
 from slm.store.files import ArrayWriter

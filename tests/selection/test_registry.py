@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from page_helpers import make_analysis, prose
 from run_helpers import make_run
 from slm.errors import UserError
-from slm.report import command as report
+from slm.report import __main__ as report
 from slm.selection import Excess, Random
 from slm.selection import registry as rules_module
 from slm.selection.registry import (

@@ -41,10 +41,10 @@ from slm.store.files import read_json
 from slm.store.shards import References
 from slm.store.windows import Windows
 from slm.train import build as building
+from slm.train.__main__ import main
 from slm.train.build import accelerator, check_device
 from slm.train.callbacks.heldout import HeldoutLoss
 from slm.train.checkpoint import check_checkpoint
-from slm.train.command import main
 from slm.train.module import SelectiveModule
 from slm.train.settings import warn_of_other_precision
 from train_helpers import (
