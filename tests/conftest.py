@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm.demo import write_texts
+from slm import demo
 from slm.prepare.encoder import token_bytes
 from slm.store.files import write_array, write_json
 from slm.store.shards import (
@@ -185,23 +185,19 @@ def text_corpus(tmp_path, made_corpus) -> Corpus:
 
 
 @pytest.fixture(scope="session")
-def demo_texts(tmp_path_factory) -> Path:
-    """The demo's, all of them."""
-    folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def cut_demo_texts(demo_texts) -> Callable[[Path, int], None]:
-    """cut_demo_texts(folder, characters): so much of each, as more would show nothing more."""
+def cut_demo_texts() -> Callable[[Path, int], None]:
+    """cut_demo_texts(folder, bytes): of so much source on either side; more would show no more."""
 
     def cut(folder: Path, size: int) -> None:
-        folder.mkdir(parents=True)
-        for path in demo_texts.glob("*.jsonl"):
-            lines = path.read_text().splitlines(keepends=True)
-            sizes = np.cumsum([len(line) for line in lines])
-            (folder / path.name).write_text("".join(lines[: int(np.searchsorted(sizes, size)) + 1]))
+        kept, sizes = [], {True: 0, False: 0}
+        for name, path in demo.source_files():
+            side = demo.is_heldout(name)
+            if sizes[side] < size:
+                kept.append((name, path))
+                sizes[side] += path.stat().st_size
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(demo, "source_files", lambda: kept)
+            demo.write_texts(folder)
 
     return cut
 

@@ -22,6 +22,12 @@ TINY_MODEL = [
 ]
 
 
+def with_tiny_model(words: list[str]) -> list[str]:
+    """A command line; of `slm train` with a new model, one whose model has no size."""
+    is_new = words[1:3] == ["-m", "slm.train"] and "model.init_from" not in " ".join(words)
+    return [*words, *(TINY_MODEL if is_new else [])]
+
+
 @cache
 def chosen(root: str, choices: tuple[str, ...]) -> Any:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):

@@ -3,12 +3,12 @@
 import ast
 import csv
 import json
-from functools import partial
 
 import pytest
 
 import warm
 from conftest import SKETCHED
+from run_helpers import with_tiny_model
 from slm import demo
 from slm.demo import docstrings, is_heldout, quoted, source_files, statements
 
@@ -49,14 +49,15 @@ def test_a_module_is_held_out_whole():
 
 
 @pytest.mark.slow
-def test_no_held_out_module_is_in_the_training_text(demo_texts):
+def test_no_held_out_module_is_in_the_training_text(tmp_path):
+    demo.write_texts(tmp_path)
     names = {}
     for kind in ("raw", "curated", "heldout_raw", "heldout"):
-        lines = (demo_texts / f"{kind}.jsonl").read_text().splitlines()
+        lines = (tmp_path / f"{kind}.jsonl").read_text().splitlines()
         names[kind] = {json.loads(line)["name"] for line in lines}
     for kind in ("heldout_raw", "heldout"):
         assert names[kind] and all(is_heldout(name) for name in names[kind])
-    size = (demo_texts / "heldout_raw.jsonl").stat().st_size
+    size = (tmp_path / "heldout_raw.jsonl").stat().st_size
     assert 200_000 < size < 1_000_000
     assert not [name for name in names["raw"] | names["curated"] if is_heldout(name)]
     assert "pydoc_data/topics.py" not in names["raw"]  # it is the curated text, word for word
@@ -79,10 +80,11 @@ def test_quoted_is_read_back_by_hydra(path, expected):
 
 @pytest.mark.slow
 def test_the_whole_demo_runs_from_another_folder(cut_demo_texts, tmp_path, monkeypatch, call):
-    cut_demo_texts(tmp_path / "a b,c=d" / "text", 10_000)
-    monkeypatch.setattr(demo.subprocess, "run", partial(warm.run, after=SKETCHED))  # of the stages
+    cut_demo_texts(tmp_path / "a b,c=d" / "text", 60_000)
+    stage = lambda words: warm.run(with_tiny_model(words), after=SKETCHED)  # noqa: E731
+    monkeypatch.setattr(demo.subprocess, "run", stage)
     monkeypatch.chdir(tmp_path)
-    words = ['out="a b,c=d"', "base_tokens=2048", "target_tokens=1024", "seeds=2"]
+    words = ['out="a b,c=d"', "base_tokens=1024", "target_tokens=1024", "seeds=2"]
     small = '"data.batch_size=8", "data.micro_batch_size=8", "data.heldout_windows=8"'
     more = [
         f'train=["logger=csv", {small}]',

@@ -1,4 +1,5 @@
-"""What README, the folders' pages and quickstart.sh print runs, on less text and short budgets."""
+"""What README, the folders' pages and quickstart.sh print runs: less text, short budgets, a tiny
+model."""
 
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 
 import warm
 from conftest import SKETCHED
+from run_helpers import with_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("slm/**/*.md"))]
@@ -41,11 +43,13 @@ BUDGET = rf"({'|'.join(BUDGETS)})[0-9_]+"
 
 
 def run(words: list[str], folder: Path) -> None:
-    """`slm x` and `python ...` as printed but for budgets, which are short; a process each."""
+    """`slm x` and `python ...` as printed but for sizes, which are small; a process each."""
     words = [re.sub(BUDGET, lambda found: found[1] + BUDGETS[found[1]], word) for word in words]
     start = ["-m", f"slm.{words[1]}", *words[2:]] if words[0] == "slm" else words[1:]
     more = {"cwd": folder, "env": os.environ | {"WANDB_MODE": "disabled"}, "after": SKETCHED}
-    done = warm.run([sys.executable, *start], capture_output=True, text=True, **more)
+    done = warm.run(
+        with_tiny_model([sys.executable, *start]), capture_output=True, text=True, **more
+    )
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
 
 
