@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +51,7 @@ COMMANDS = {  # name: (what it does, an example)
     "demo": ("the whole pipeline on the installed Python standard library, in minutes", ""),
 }
 SHOWS_ONLY = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c"}
+HELP = {"--help", "-h"}
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -90,11 +92,32 @@ def dispatch(words: list[str]) -> None:
         hint = f", did you mean {near[0]}?" if near else ""
         sys.exit(f"slm: no command {name!r}{hint} (commands: {', '.join(COMMANDS)})")
     if SHOWS_ONLY & {word.split("=")[0] for word in arguments} and root_file(name).exists():
-        sys.argv = [f"slm {name}", *arguments]
-        return command(name)(unreachable)()  # Hydra answers without the command's heavy imports
+        return show(name, arguments)
     # A new process image, because Lightning starts its ranks by running sys.argv again.
     safe = os.environ | {"PYTHONSAFEPATH": "1"}  # or -m imports what lies in the current folder
     os.execve(sys.executable, [sys.executable, "-m", f"slm.{name}", *arguments], safe)
+
+
+def show(name: str, arguments: list[str]) -> None:
+    """Hydra answers without the command's heavy imports; of a sweep, with its first job's keys."""
+    jobs = jobs_of(name, arguments) if name == "train" and HELP & set(arguments) else {}
+    sys.argv = [f"slm {name}", *(["--help", *next(iter(jobs.values()))] if jobs else arguments)]
+    with suppress(SystemExit) if jobs else nullcontext():  # Hydra's, behind its help
+        command(name)(unreachable)()
+    if jobs:
+        names = "\n".join(f"  {job}" for job in jobs)
+        print(f"\nJobs of this sweep: {len(jobs)}, in folders of these names below `out`:\n{names}")
+
+
+def jobs_of(name: str, arguments: list[str]) -> dict[str, list[str]]:
+    """No job where the command line is wrong, which Hydra says."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return import_module("slm.hydra_names").sweep_jobs(name, arguments)
+    except (HydraException, OmegaConfBaseException):
+        return {}
 
 
 def conf_folder() -> Path:

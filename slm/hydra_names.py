@@ -5,12 +5,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from slm.cli import conf_folder
 from slm.names import file_name
 
 
@@ -35,6 +40,30 @@ def job_name(given: list[str], number: int, *, _root_: DictConfig) -> str:
     jobs = parser.parse_overrides(list(_root_.hydra.overrides.task))
     differing = [str(word.input_line) for word in jobs if word.key_or_group not in fixed]
     return file_name(",".join(differing) or str(number))
+
+
+def sweep_jobs(root: str, given: list[str]) -> dict[str, list[str]]:
+    """The jobs that a command line would run, by their folders' names, and their overrides.
+
+    By Hydra's own sweeper; none where the command line is no sweep.
+    """
+    options = get_args_parser().parse_args(given)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = GlobalHydra.instance().hydra.compose_config(  # type: ignore[union-attr]
+            root, options.overrides, RunMode.MULTIRUN, False, validate_sweep_overrides=False
+        )
+    if not options.multirun and config.hydra.mode != RunMode.MULTIRUN:
+        return {}
+    params = config.hydra.sweeper.params or {}
+    words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    parsed = OverridesParser.create().parse_overrides(words)
+    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    found = {}
+    for number, job in enumerate(jobs):
+        hydra = {"sweeper": {"params": params}, "overrides": {"task": job}}
+        found[job_name(given, number, _root_=OmegaConf.create({"hydra": hydra}))] = job
+    return found
 
 
 def sweep_group() -> str | None:

@@ -114,6 +114,32 @@ def test_help_of_every_root_shows_its_keys(call, name):
     assert not re.search(r"\$[A-Z]", out)
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (
+            ["experiment=sweep_k", "selection.select_ratio=0.3,0.5", "seed=4"],
+            [
+                f"selection={s},selection.select_ratio={k}"
+                for s in ("excess", "random")
+                for k in (0.3, 0.5)
+            ],
+        ),
+        (
+            ["-m", "optimizer.adamw.lr=choice(1,2)", "seed=0"],
+            ["optimizer.adamw.lr=1", "optimizer.adamw.lr=2"],
+        ),
+    ],
+)
+def test_help_of_a_sweep_lists_its_jobs(call, words, wanted):
+    code, out, err = call(cli.main, "train", *words, "--help")
+    assert (code, err) == (0, "") and out.startswith("slm train: ")
+    told, _, jobs = out.partition("Jobs of this sweep: ")
+    count, *names = jobs.splitlines()
+    assert count.startswith(f"{len(wanted)}, ") and [name.strip() for name in names] == wanted
+    assert f"\nseed: {words[-1].removeprefix('seed=')}\n" in told
+
+
 # ---- mistakes -----------------------------------------------------------------------------------
 
 

@@ -116,7 +116,7 @@ def fill(
     stores: Sequence[TrajectoryStore],
     windows: Windows,
     tokens: TokenSet,
-    device: str,
+    where: torch.device,
     dtype: str,
     batch_size: int,
 ) -> None:
@@ -127,7 +127,6 @@ def fill(
         for path, seen in missing(run, store)
     ]
     warn_of_new_classes([store for store, _, _ in todo])
-    where = pick_device(device)
     with progress("token losses", len(todo) * tokens.num_targets, "tokens") as advance:
         for store, path, seen in todo:
             lm = load_if_there(path, windows.corpus)
@@ -243,13 +242,14 @@ def dynamics(
     Raises:
         UserError: a setting does not fit, or no run has enough checkpoints.
     """
+    where = pick_device(device)
     import_modules(modules)
     folders = run_folders(folders_of(runs))
     scored = folders_of(references or [])
     windows = open_windows(str(corpus), scored, combine, check, "")
     tokens = draw(windows, num_targets, seed, by_source)
     stores = [open_store(run, windows, tokens, name, dtype, check) for run in folders]
-    fill(folders, stores, windows, tokens, device, dtype, batch_size)
+    fill(folders, stores, windows, tokens, where, dtype, batch_size)
     return Dynamics(analyse_stores(folders, stores, threshold, mean_loss))
 
 

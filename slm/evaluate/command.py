@@ -141,6 +141,7 @@ def evaluate(
     Raises:
         UserError: a folder is damaged, or no model or set of that tokenizer; a setting is wrong.
     """
+    where = pick_device(device)
     import_modules(modules)
     corpora = {name: Corpus.open(folder, check) for name, folder in sets.items()}
     folders = {name: str(folder) for name, folder in models.items()}
@@ -151,7 +152,6 @@ def evaluate(
         for corpus in corpora.values():
             check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
         warn_of_other_precision(folder, dtype)
-    where = pick_device(device)
     total = sum(num_tokens(corpus, max_windows) for corpus in corpora.values())
     rows = []
     with progress("evaluating", total * len(models), "tokens") as advance:

@@ -237,6 +237,7 @@ def harness(
     from slm.model.folder import check_model_folder, verify_weights
     from slm.selection.registry import import_modules
 
+    where = str(pick_device(device))
     import_modules(modules)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     names = expand_tasks(list(tasks))
@@ -247,7 +248,6 @@ def harness(
         if not is_ours(folder):  # no hashes: lm_eval makes up what is missing
             load_model(folder)
         check_room(folder, max_new_tokens)
-    where = str(pick_device(device))
     versions = {name: version(name) for name in VERSIONED}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="slm-harness-") as temporary:

@@ -17,8 +17,19 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device  # a device that is not there says so here
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}") from None
+        here = devices_here()
+        if name in here:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"device {name!r} cannot be used here: {reason}") from None
+        raise UserError(
+            f"device is {name!r}, and PyTorch finds none of that name here: {', '.join(here)}"
+        ) from None
+
+
+def devices_here() -> list[str]:
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    others = ["mps"] if torch.backends.mps.is_available() else []
+    return ["cpu", *(["cuda", *gpus] if gpus else []), *others]
 
 
 def computing(device: torch.device, dtype: str) -> torch.autocast:

@@ -55,7 +55,7 @@ from slm.store.files import (
     write_record,
 )
 from slm.store.shards import FORMAT, Corpus, adopt_plan, read_sidecars
-from slm.store.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
+from slm.store.tokenizer import check_vocab_size, load_tokenizer, tokenizer_sha256, train_tokenizer
 
 log = logging.getLogger("slm.prepare")
 
@@ -85,8 +85,24 @@ def check_config(config: Any) -> None:
         )
     if (config.tokenizer.path is None) == (config.tokenizer.vocab_size is None):
         raise UserError("exactly one of tokenizer.path and tokenizer.vocab_size must be set")
+    if config.tokenizer.vocab_size is not None:
+        check_vocab_size(config.tokenizer.vocab_size)
     if config.tokenizer.vocab_size is not None and config.heldout_ratio == 1:
         raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
+
+
+def check_first_records(config: Any, sources: list[Source]) -> None:
+    """A field that no record has is said before a file is hashed or a tokenizer trained.
+
+    Of each source the first record; a run that skips bad ones will count this one too.
+    """
+    max_bytes = int(config.max_document_mb * 2**20)
+    for source in sources if config.on_bad_record == "stop" else []:
+        blocks = read_source(source, max_bytes)
+        texts = (text for block in blocks for text in read_texts(block, source, max_bytes))
+        first = next(texts, None)
+        if first is not None and first.fault is not None:
+            raise bad_record(first.fault)
 
 
 @contextmanager
@@ -357,6 +373,8 @@ def write_or_confirm(config: Any) -> Json:
     if template is not None:
         identity["chat_template_sha256"] = hash_json(template)
     out = Path(config.out).expanduser()
+    if not (out / "report.json").exists():  # else it is finished, and its text may be gone
+        check_first_records(config, [*sources, *exclude])
     with own_folder(out) as mine:
         adopt_plan(out, run_plan(config, sources, exclude, identity))
         if (out / "report.json").exists():

@@ -308,6 +308,7 @@ def score(
             wrong, `out` holds other scores; a setting is wrong.
     """
     settings = SimpleNamespace(**locals(), more=more_columns(columns, entropy))
+    pick_device(device)
     import_modules(modules)
     check_way(vars(settings))
     opened = Corpus.open(corpus, check)

@@ -28,6 +28,7 @@ PAD = "<|pad|>"  # not EOS: collators take what pads for no target, and no docum
 BATCH_SETTINGS = ("padding", "truncation")
 # A longer token is a ruler of dashes or spaces: useless, and it would not fit the uint8 column.
 MAX_TOKEN_LENGTH = 128
+LEAST_VOCABULARY = 256 + 2
 # Tables have a row for each id up to the highest; the largest vocabularies have 0.9 million.
 MAX_VOCABULARY = 2**21
 
@@ -101,6 +102,14 @@ def first_line(error: BaseException) -> str:
     return said or type(error).__name__
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < LEAST_VOCABULARY:
+        raise UserError(
+            f"tokenizer.vocab_size is {vocab_size}, it must be at least {LEAST_VOCABULARY}: the "
+            f"single bytes, {EOS} and {PAD}"
+        )
+
+
 def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int):
     """A byte-level BPE of exactly `vocab_size` entries, EOS and PAD among them, for any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -109,16 +118,10 @@ def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    least = len(alphabet) + 2
-    if vocab_size < least:
-        raise UserError(
-            f"tokenizer.vocab_size is {vocab_size}, it must be at least {least}: the single bytes, "
-            f"{EOS} and {PAD}"
-        )
+    check_vocab_size(vocab_size)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[EOS, PAD],
         max_token_length=MAX_TOKEN_LENGTH,
         show_progress=False,

@@ -19,7 +19,7 @@ from slm.model.folder import save_model
 from slm.selection.registry import import_modules, in_words
 from slm.store.files import Json, hash_file, nested, write_record
 from slm.store.tokenizer import load_corpus_tokenizer
-from slm.train.build import build, build_module, build_trainer, first_windows
+from slm.train.build import accelerator, build, build_module, build_trainer, first_windows
 from slm.train.callbacks.metrics import Metrics
 from slm.train.data import TokenData
 from slm.train.identity import adopt_run, only_writer, run_identity
@@ -34,6 +34,7 @@ RANK_NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lig
 def fit(settings: Json) -> None:
     """Run or continue one training: its folder is complete afterwards."""
     folder = Path(settings["run_dir"])
+    accelerator(settings["trainer"]["accelerator"])  # before anything is read
     seed_everything(settings["seed"], workers=True, verbose=False)
     import_modules(settings["modules"])
     data: TokenData = build("data", settings["data"])

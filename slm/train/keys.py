@@ -42,7 +42,7 @@ STRATEGIES += ("ddp_find_unused_parameters_false", "ddp_find_unused_parameters_t
 # run's records say.
 TRAINER: Table = {
     "trainer._target_": anything,
-    "trainer.accelerator": text,
+    "trainer.accelerator": word("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
     "trainer.devices": anything,
     "trainer.num_nodes": count,
     "trainer.strategy": either(word(*STRATEGIES), section),

@@ -14,10 +14,11 @@ import torch
 import warm
 from dynamics_helpers import SETTINGS, compose_dynamics, during, make_lm
 from run_helpers import train
+from slm.dynamics.__main__ import main
 from slm.dynamics.analysis import analyse
 from slm.dynamics.callback import TokenDynamics, even_part
 from slm.dynamics.classes import CLASSES, classify
-from slm.dynamics.command import attention_of, dynamics, load_checkpoint, main
+from slm.dynamics.command import attention_of, dynamics, load_checkpoint
 from slm.dynamics.trajectories import TrajectoryStore, token_losses
 from slm.errors import NonFiniteError, UserError
 from slm.store.files import nested, read_json, write_json
@@ -477,7 +478,7 @@ def test_an_empty_folder_is_no_run(tmp_path, text_corpus):
         ("name=..", "name is '..', it must be one name"),
         ("name=2024", "name is 2024, it must be one name"),
         ("dtype=float16", "dtype is 'float16', it must be one of"),
-        ("device=tpu9", "device 'tpu9' cannot be used here"),
+        ("device=tpu9", "device is 'tpu9', and PyTorch finds none of that name here: cpu"),
         ("combine=mean", r"combine is 'mean' for 0 reference\(s\); it is one of"),
     ],
 )

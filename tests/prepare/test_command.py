@@ -19,6 +19,7 @@ import pytest
 
 import warm
 from slm.errors import UserError
+from slm.prepare import command as preparing
 from slm.prepare.__main__ import main
 from slm.prepare.command import prepare
 from slm.prepare.workers import side_of, undisturbed
@@ -941,3 +942,41 @@ def test_a_worker_that_dies_is_reported(tmp_path, bytes_folder):
     assert process.returncode == 1
     assert "a worker process died" in message
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "sentence"),
+    [
+        ("sources", {"signal": "articel"}, "b.jsonl, line 1: field 'articel'"),
+        ("sources", {"messages": "chat"}, "b.jsonl, line 1: field 'chat'"),
+        ("exclude", {"text": "{artcle}"}, "b.jsonl, line 1: field 'artcle'"),
+    ],
+)
+def test_a_field_that_is_not_there_is_said_before_the_work(
+    tmp_path, monkeypatch, key, wrong, sentence
+):
+    (tmp_path / "a.jsonl").write_text('{"text": "all is well"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "an article", "article": [0, 2]}\n')
+    for name in ("train_tokenizer", "read_exclusion", "run_plan"):
+        monkeypatch.setattr(preparing, name, None)
+    entries: dict[str, Any] = {
+        "sources": [str(tmp_path / "a.jsonl")],
+        key: [str(tmp_path / "a.jsonl")],
+    }
+    entries[key].append({"path": str(tmp_path / "b.jsonl")} | wrong)
+    with pytest.raises(UserError, match=sentence):
+        prepare(out=tmp_path / "out", tokenizer={"vocab_size": 300}, **entries)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_preparation_needs_no_text_that_is_only_looked_at_first(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "all is well"}\n' * 40)
+    given: Any = {"sources": [str(tmp_path / "a.jsonl")], "tokenizer": {"vocab_size": 258}}
+    prepare(out=tmp_path / "out", seq_len=8, heldout_ratio=0, **given)
+    monkeypatch.setattr(preparing, "read_texts", None)
+    prepare(out=tmp_path / "out", seq_len=8, heldout_ratio=0, **given)
+
+
+def test_a_vocabulary_without_the_bytes_is_refused_before_a_file_is_looked_for(tmp_path):
+    with pytest.raises(UserError, match="vocab_size is 257, it must be at least 258"):
+        prepare(["no.jsonl"], tmp_path / "out", tokenizer={"vocab_size": 257})

@@ -102,9 +102,10 @@ def ranked_together(scope: str, trainer: Trainer) -> dict[str, Any]:
 class Metrics(Callback):
     """Logs every `every_steps`-th optimizer step and the last; the first of the callbacks.
 
-    perf/step_s is the wall time of a step: reading, computing, updating. It begins where the
-    callbacks of the step before have ended (`StepClock`), so evaluations, probes and checkpoints do
-    not count, here and in train_seconds.
+    perf/step_s is the wall time of a step (reading, computing, updating), the median of the last
+    `every_steps`, of nine where those are fewer. A step begins where the callbacks of the step
+    before have ended (`StepClock`), so evaluations, probes and checkpoints do not count, here and
+    in train_seconds.
     """
 
     def __init__(self, every_steps: int):

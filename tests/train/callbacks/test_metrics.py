@@ -22,7 +22,7 @@ from slm.model.flops import flops_per_token, forward_flops_per_token
 from slm.selection import books
 from slm.selection.books import StepResult, TokenRecord
 from slm.train.callbacks import metrics as progress
-from slm.train.callbacks.base import StepProgress, summary
+from slm.train.callbacks.base import StepProgress, step_ended, summary
 from slm.train.callbacks.metrics import Metrics, measured_peak
 from slm.train.loggers import CsvLog
 
@@ -111,13 +111,14 @@ def fit(
     resume: Path | None = None,
     loggers: list[Any] | None = None,
     more: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] | None = None,
 ):
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
         accumulate_grad_batches=2,
         logger=[CsvLog(str(folder))] if loggers is None else loggers,
-        callbacks=[Metrics(every_steps=3), StepProgress(), *more],
+        callbacks=list(callbacks or [Metrics(every_steps=3), StepProgress(), *more]),
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -158,6 +159,33 @@ def test_speed_is_of_a_step_and_not_of_what_interrupts_it(
     fit(tmp_path, 3, more=[Pause(monkeypatch)])
     (row,) = read_csv(tmp_path / "train.csv")
     assert float(row["perf/step_s"]) < 300
+
+
+class Clock(Callback):
+    """Step n takes n s; what comes after it, 1000 s."""
+
+    now_s = 0.0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.now_s += (trainer.global_step + 1) / 2  # of its two micro-batches
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.now_s += 1000 * step_ended(trainer, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_step_s_is_the_median_of_the_last_steps(tmp_path, monkeypatch):
+    clock, metrics = Clock(), Metrics(every_steps=3)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now_s)
+    monkeypatch.setattr(progress, "peak_flops", lambda *_: progress.Peak(None, "none"))
+    fit(tmp_path, 12, callbacks=[metrics, clock, progress.StepClock(metrics)])
+    found = [float(row["perf/step_s"]) for row in read_csv(tmp_path / "train.csv")]
+    assert found == [2.0, 3.5, 5.0, 8.0]  # of 1 to 3, 1 to 6, 1 to 9, 4 to 12
+    assert metrics.train_seconds == sum(range(1, 13))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
