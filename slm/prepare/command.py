@@ -38,6 +38,7 @@ from slm.prepare.workers import (
     Job,
     Tally,
     bad_record,
+    check_first_records,
     group_blocks,
     run_batches,
     side_of,
@@ -89,20 +90,6 @@ def check_config(config: Any) -> None:
         check_vocab_size(config.tokenizer.vocab_size)
     if config.tokenizer.vocab_size is not None and config.heldout_ratio == 1:
         raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
-
-
-def check_first_records(config: Any, sources: list[Source]) -> None:
-    """A field that no record has is said before a file is hashed or a tokenizer trained.
-
-    Of each source the first record; a run that skips bad ones will count this one too.
-    """
-    max_bytes = int(config.max_document_mb * 2**20)
-    for source in sources if config.on_bad_record == "stop" else []:
-        blocks = read_source(source, max_bytes)
-        texts = (text for block in blocks for text in read_texts(block, source, max_bytes))
-        first = next(texts, None)
-        if first is not None and first.fault is not None:
-            raise bad_record(first.fault)
 
 
 @contextmanager
@@ -374,7 +361,8 @@ def write_or_confirm(config: Any) -> Json:
         identity["chat_template_sha256"] = hash_json(template)
     out = Path(config.out).expanduser()
     if not (out / "report.json").exists():  # else it is finished, and its text may be gone
-        check_first_records(config, [*sources, *exclude])
+        if config.on_bad_record == "stop":  # who skips bad records will count this one too
+            check_first_records([*sources, *exclude], int(config.max_document_mb * 2**20))
     with own_folder(out) as mine:
         adopt_plan(out, run_plan(config, sources, exclude, identity))
         if (out / "report.json").exists():

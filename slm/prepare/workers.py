@@ -32,7 +32,7 @@ from slm.prepare.encode import encode_documents
 from slm.prepare.encoder import Encoder, EncoderState
 from slm.prepare.labels import NOISE, SIGNAL, label_tokens
 from slm.prepare.overlap import Excluded, Overlap
-from slm.prepare.readers import BLOCK_BYTES, out_of_memory
+from slm.prepare.readers import BLOCK_BYTES, out_of_memory, read_source
 from slm.prepare.records import read_texts
 from slm.prepare.sources import Source
 from slm.store.files import Json
@@ -124,6 +124,16 @@ class Tally:
 
 def bad_record(fault: str) -> UserError:
     return UserError(f"{fault} (on_bad_record=skip counts such records and goes on)")
+
+
+def check_first_records(sources: list[Source], max_bytes: int) -> None:
+    """A field that no record has is said before a file is hashed or a tokenizer trained."""
+    for source in sources:
+        blocks = read_source(source, max_bytes)
+        texts = (text for block in blocks for text in read_texts(block, source, max_bytes))
+        first = next(texts, None)
+        if first is not None and first.fault is not None:
+            raise bad_record(first.fault)
 
 
 def side_of(digest: bytes, heldout_ratio: float) -> int:
