@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,13 @@ def test_a_sweep_that_is_broken_off_shows_its_table_all_the_same(tmp_path, monke
 # ---- whole sweeps -------------------------------------------------------------------------------
 
 
-def train(out: Path, corpus: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "slm.train", "-m", "experiment=sweep_k", f"out='{out}'"]
+MODULE = ("-m", "slm.train")
+
+
+def train(
+    out: Path, corpus: Path, *words: str, program: Sequence[str] = MODULE
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *program, "-m", "experiment=sweep_k", f"out='{out}'"]
     command += [f"data.corpus='{corpus}'", f"data.heldout={{held: '{corpus}'}}", *TINY, *words]
     return warm.run(command, capture_output=True, text=True, cwd=out.parent)
 
@@ -290,11 +296,13 @@ def test_a_choice_that_no_group_has_is_one_sentence_before_any_job_starts(tmp_pa
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["multirun.yaml"]
 
 
-def launch(folder: Path, corpus: Path, *words: str) -> dict[str, str]:
+def launch(
+    folder: Path, corpus: Path, *words: str, program: Sequence[str] = MODULE
+) -> dict[str, str]:
     """What became of the jobs of a launcher, which start in a folder of strays."""
     leave_strays(folder)
     words = ("selection=random", "seed=0", "logger=csv", *words)
-    done = train(folder / "sweep", corpus, *words)
+    done = train(folder / "sweep", corpus, *words, program=program)
     rows = table(folder / "sweep")
     failed = [row["error"] for row in rows.values() if row["status"] == "failed"]
     assert done.returncode == (1 if failed else 0), done.stderr
@@ -302,11 +310,35 @@ def launch(folder: Path, corpus: Path, *words: str) -> dict[str, str]:
     return {name: row["status"] for name, row in rows.items()}
 
 
+LOKY_FORKS = """
+import os, runpy, sys
+from joblib.externals.loky.backend import fork_exec
+
+start = fork_exec.fork_exec
+
+def fork(line, keep_fds, env=None):
+    if line[1] != "-m":  # it watches over resources
+        return start(line, keep_fds, env)
+    if pid := os.fork():
+        return pid
+    try:
+        sys.argv = line[2:]
+        runpy.run_module(line[2], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        os._exit(ended.code)
+    os._exit(1)
+
+fork_exec.fork_exec = fork
+runpy.run_module("slm.train", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
 def test_joblib_does_the_same(tmp_path, text_corpus):
-    """batch_size: both jobs in one of its processes, which import everything."""
+    """batch_size: both jobs in one of its processes. They are forked, and have all imports."""
     words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=2"]
-    found = launch(tmp_path, text_corpus.folder, "selection.select_ratio=0.5,2", *words)
+    words.append("selection.select_ratio=0.5,2")
+    found = launch(tmp_path, text_corpus.folder, *words, program=("-c", LOKY_FORKS))
     assert found == {
         "selection.select_ratio=0.5": "finished",
         "selection.select_ratio=2": "failed",
@@ -315,5 +347,6 @@ def test_joblib_does_the_same(tmp_path, text_corpus):
 
 @pytest.mark.slow
 def test_submitit_does_the_same(tmp_path, text_corpus):
+    """In a new interpreter, which imports what unpickling needs."""
     words = ["selection.select_ratio=0.5", "hydra/launcher=submitit_local"]
     assert list(launch(tmp_path, text_corpus.folder, *words).values()) == ["finished"]
