@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,15 @@ def run_python(*arguments: str, doors: bool = False, timeout: int = 120) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def losses_of(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"\bloss'?:? '?(\d+\.\d+)", output)]
+
+
+def assert_loss_falls(output: str) -> None:
+    losses = losses_of(output)
+    assert len(losses) >= 10 and losses[-1] < losses[0] - 0.2, output
 
 
 def run_on_ranks(script: str, folder: Path) -> None:

@@ -5,9 +5,13 @@ collators, samplers and trainer are its own. The functions up to `main` run ther
 """
 
 import contextlib
+import functools
+import gc
 import importlib
+import io
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +25,7 @@ from door_helpers import (
     Recorder,
     Row,
     assert_gradients,
+    assert_loss_falls,
     dataset_of,
     expected_gradients,
     make_model,
@@ -85,7 +90,6 @@ def write_config(folder: Path, **fields: Any) -> Path:
 
 
 def make_trainer(folder: Path, **fields: Any) -> Any:
-    sys.path.insert(0, str(ROOT / "experiments" / "doors"))
     example = importlib.import_module("axolotl_run")
     return example.make_trainer(write_config(folder, **fields), make_model())
 
@@ -249,9 +253,25 @@ def refused_import() -> str:
     return ""
 
 
+def run_example(folder: Path) -> str:
+    """As `python experiments/doors/axolotl_run.py 10`; what it printed."""
+    sys.argv = ["axolotl_run.py", "10"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(str(ROOT / "experiments" / "doors" / "axolotl_run.py"), run_name="__main__")
+    return said.getvalue()
+
+
 def main(folder: str) -> None:
+    """Without what costs seconds and shows nothing: a compiler, new interpreters, garbage."""
     os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # otherwise it waits for the network
-    for run in (run_rows, run_packed, run_collators, run_refusals):
+    os.environ["NUMBA_DISABLE_JIT"] = "1"
+    contexts: Any = importlib.import_module("multiprocess.context")._concrete_contexts
+    contexts["spawn"] = contexts["fork"]  # datasets saves in two other processes
+    sys.path.insert(0, str(ROOT / "experiments" / "doors"))
+    config: Any = importlib.import_module("axolotl.utils.config")
+    config.merge_input_args = functools.cache(config.merge_input_args)  # makes a schema every time
+    for run in (run_example, run_rows, run_packed, run_collators, run_refusals):
+        gc.freeze()  # axolotl collects before every batch
         own = Path(folder) / run.__name__.removeprefix("run_")
         make_model().save_pretrained(own / "model")
         make_tokenizer("right").save_pretrained(own / "model")
@@ -270,6 +290,10 @@ def found(tmp_path_factory):
     call = f"{code}; here.main({str(folder)!r})"
     run_python("-W", "ignore", "-c", call, doors=True, timeout=300)
     return lambda name: torch.load(folder / name / "found.pt", weights_only=False)
+
+
+def test_the_example_runs_and_its_loss_falls(found):
+    assert_loss_falls(found("example"))
 
 
 def test_accumulated_rows_take_the_step_of_the_definition(found):
