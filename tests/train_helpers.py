@@ -1,7 +1,9 @@
 """Runs of `slm train` on a corpus of no size, whole or cut, and how their results compare."""
 
 import csv
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from lightning import Callback
 from safetensors.torch import load_file
 
-from run_helpers import TINY_MODEL, composed
+from run_helpers import TINY_MODEL, composed, train
 from slm.train import build as building
 
 TINY = [
@@ -54,6 +56,27 @@ class Crash(Callback):
     ) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("crash")
+
+
+class Copy(Callback):
+    """Beside a run, <step> is left as a process that is killed after optimizer step `step` would."""
+
+    def __init__(self, run: Path, steps: Sequence[int]):
+        self.run, self.steps = run, steps
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        copy = self.run.parent / str(trainer.global_step)
+        if trainer.global_step in self.steps and not copy.exists():
+            shutil.copytree(self.run, copy, ignore=shutil.ignore_patterns("run.claim"))
+
+
+def train_with_copies(config: Any, steps: Sequence[int]) -> None:
+    """A whole run, and beside it a copy of its folder after each of these steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "StepProgress", lambda: Copy(Path(config.run_dir), steps))
+        train(config)
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:

@@ -164,7 +164,7 @@ def inspect_cubin(cubin: bytes) -> tuple[str, str]:
             words = [str(BINARIES / command[0]), *command[1:], str(path)]
             return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
-        return output("cuobjdump", "-res-usage"), output("nvdisasm", "-c")
+        return output("cuobjdump", "-res-usage"), output("nvdisasm", "-c", "-ndf")
 
 
 def main() -> None:

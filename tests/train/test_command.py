@@ -54,6 +54,7 @@ from train_helpers import (
     crash_at,
     rows,
     same_results,
+    train_with_copies,
 )
 
 
@@ -68,20 +69,25 @@ def whole(tmp_path, trained) -> Path:
     return shutil.copytree(trained, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("cut", [3, 4, 5, 7, 10])  # inside a pass, at its end (5, 10), in the next
-def test_resumed_run_equals_the_uninterrupted_one(
-    tmp_path, text_corpus, whole, monkeypatch, cut, num_workers
-):
-    config = compose_train(tmp_path / "cut", text_corpus.folder, f"data.num_workers={num_workers}")
-    crash_at(monkeypatch, cut)
-    with pytest.raises(RuntimeError, match="crash"):
-        train(config)
-    assert not (tmp_path / "cut" / "model").exists()
+CUTS = [3, 4, 5, 7, 10]  # inside a pass, at its end (5, 10), in the next
+
+
+@pytest.fixture(scope="module", params=[0, 2])
+def cut_runs(request, tmp_path_factory, made_corpus) -> tuple[Path, str]:
+    """A run with so many workers, cut at each of CUTS; the word for them."""
+    folder, word = tmp_path_factory.mktemp("cut"), f"data.num_workers={request.param}"
+    config = compose_train(folder / "whole", made_corpus.folder, word)
+    train_with_copies(config, CUTS)
+    return folder, word
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_resumed_run_equals_the_uninterrupted_one(text_corpus, trained, cut_runs, cut):
+    folder, word = cut_runs
+    assert not (folder / str(cut) / "model").exists()
     torch.manual_seed(999)  # a new process would not have this one's random state either
-    crash_at(monkeypatch, None)
-    train(config)
-    same_results(whole, tmp_path / "cut")
+    train(compose_train(folder / str(cut), text_corpus.folder, word))
+    same_results(trained, folder / str(cut))
 
 
 def test_a_run_leaves_neither_its_model_nor_its_signal_handlers(tmp_path, text_corpus, monkeypatch):
@@ -265,9 +271,14 @@ def references_of(corpus: Any, make_references: Any, folder: Path, seed: int) ->
     return make_references(folder, corpus, scores).folder
 
 
-@pytest.mark.parametrize("cut", [2, 5, 8])  # on all tokens, between the points, after the last
-def test_resumed_schedule_goes_on_exactly(tmp_path, text_corpus, make_references, monkeypatch, cut):
-    folders = [references_of(text_corpus, make_references, tmp_path / f"r{i}", i) for i in (1, 2)]
+SCHEDULE_CUTS = [2, 5, 8]  # on all tokens, between the points, after the last
+
+
+@pytest.fixture(scope="module")
+def cut_schedule(tmp_path_factory, made_corpus, make_references) -> tuple[Path, list[str]]:
+    """A run under a schedule, whole and cut; the words for it."""
+    folder = tmp_path_factory.mktemp("schedule")
+    folders = [references_of(made_corpus, make_references, folder / f"r{i}", i) for i in (1, 2)]
     words = [
         "selection=mixture",
         "selection.select_ratio={shape: cosine, points: [[384, 1.0], [1024, 0.3]]}",
@@ -275,16 +286,17 @@ def test_resumed_schedule_goes_on_exactly(tmp_path, text_corpus, make_references
         f"data.references=['{folders[0]}', '{folders[1]}']",
         "data.combine=mixture",
     ]
-    crash_at(monkeypatch, None)
-    train(compose_train(tmp_path / "whole", text_corpus.folder, *words))
-    config = compose_train(tmp_path / "cut", text_corpus.folder, *words)
-    crash_at(monkeypatch, cut)
-    with pytest.raises(RuntimeError, match="crash"):
-        train(config)
-    crash_at(monkeypatch, None)
-    train(config)
-    same_results(tmp_path / "whole", tmp_path / "cut")
-    kept = [float(row["slm/kept_frac"]) for row in rows(tmp_path / "cut" / "train.csv")]
+    config = compose_train(folder / "whole", made_corpus.folder, *words)
+    train_with_copies(config, SCHEDULE_CUTS)
+    return folder, words
+
+
+@pytest.mark.parametrize("cut", SCHEDULE_CUTS)
+def test_resumed_schedule_goes_on_exactly(text_corpus, cut_schedule, cut):
+    folder, words = cut_schedule
+    train(compose_train(folder / str(cut), text_corpus.folder, *words))
+    same_results(folder / "whole", folder / str(cut))
+    kept = [float(row["slm/kept_frac"]) for row in rows(folder / str(cut) / "train.csv")]
     assert kept[:3] == [1.0] * 3 and kept[3] == 1.0  # step 4 begins at the first point
     assert kept == sorted(kept, reverse=True)
     assert kept[8:] == pytest.approx([0.3] * 4, abs=0.01)
