@@ -59,7 +59,7 @@ class Crash(Callback):
 
 
 class Copy(Callback):
-    """Beside a run, <step> is left as a process that is killed after optimizer step `step` would."""
+    """Beside a run, <step> is as a process that is killed after optimizer step `step` leaves it."""
 
     def __init__(self, run: Path, steps: Sequence[int]):
         self.run, self.steps = run, steps
