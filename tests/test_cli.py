@@ -361,11 +361,12 @@ def test_a_library_import_leaves_the_path_alone(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_slm_and_python_m_run_the_command_from_another_directory(awkward):
-    """`slm` on a real terminal, where scoring shows tokens per second."""
-    words = [f"corpus='{AWKWARD}/corpus'", f"reference_model='{AWKWARD}/model'", "device=cpu"]
-    code, said = on_a_terminal([*SLM, "score", *words, f"out='{AWKWARD}/one'"], awkward.parent)
+    """Scoring shows tokens per second on a real terminal; test_harness.py starts `slm` itself."""
+    line = [sys.executable, "-m", "slm.score", f"corpus='{AWKWARD}/corpus'", "device=cpu"]
+    line += [f"reference_model='{AWKWARD}/model'"]
+    code, said = on_a_terminal([*line, f"out='{AWKWARD}/one'"], awkward.parent)
     assert code == 0 and re.search(rb"64/64 tokens\s+[\d,]+/s", said), said
-    again = [sys.executable, "-m", "slm.score", *words, f"out='{AWKWARD}/two'"]
+    again = [*line, f"out='{AWKWARD}/two'"]
     done = warm.run(again, capture_output=True, text=True, cwd=awkward.parent)
     assert done.returncode == 0, done.stderr
     fingerprints = {References.open(awkward / name).fingerprint for name in ("one", "two")}
@@ -376,7 +377,7 @@ def test_slm_and_python_m_run_the_command_from_another_directory(awkward):
 def on_a_terminal(line: list[str], folder: Path) -> tuple[int, bytes]:
     """Exit code, and what it showed."""
     parent, child = pty.openpty()
-    process = subprocess.Popen(line, cwd=folder, stderr=child, stdout=child)
+    process = warm.Popen(line, cwd=folder, stderr=child, stdout=child)
     os.close(child)
     said = b""
     with suppress(OSError):  # the other end is closed

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import warm
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "slm_kernels"
 # What a kernel may import: triton on first use only, so it is not there after `import slm_kernels`.
@@ -166,10 +168,17 @@ def test_an_adapter_needs_its_framework_and_not_our_trainers():
     first on the path.
     """
     blocked = ["hydra", "omegaconf", "lightning", "plotly", "rich"]
-    adapters = "import slm.integrations.transformers, slm.integrations.trl"
-    code = f"import sys\nsys.modules |= dict.fromkeys({blocked})\n{adapters}\n"
-    code += "from transformers import LlamaForCausalLM; print(LlamaForCausalLM)"
-    assert "Llama" in python(code)
+    code = f"""
+import sys, trl.trainer.sft_trainer
+for name in [name for name in sys.modules if name.split(".")[0] in {["slm", *blocked]}]:
+    del sys.modules[name]
+sys.modules |= dict.fromkeys({blocked})
+import slm.integrations.transformers, slm.integrations.trl
+from transformers import LlamaForCausalLM
+print(LlamaForCausalLM)
+"""
+    done = warm.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "Llama" in done.stdout, done.stderr
 
 
 def test_nothing_names_a_folder_of_one_machine():

@@ -590,7 +590,7 @@ def test_a_trained_folder_goes_through_on_real_files_without_a_network(tmp_path)
     assert "NOT WHOLE" not in run_command(tmp_path, "verify", "run")
     words = ["models={a: run/model, b: run/model}", f"problems='{DATA}/eval'", "limit=4"]
     words += ["max_new_tokens=4", "out=table.csv"]
-    done = python(tmp_path, "-m", "slm.harness", *words)
+    done = python(tmp_path, "-m", "slm.cli", "harness", *words)
     assert done.returncode == 0, done.stderr
     assert not marker.exists(), marker.read_text()
     with open(tmp_path / "table.csv", newline="") as file:
