@@ -6,7 +6,8 @@ INSTALLED = $(VENV)/.installed
 
 # Two processes of one thread each: half the time on two cores, and torch's threads do not compete.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+WORKER = $(WORKERS)*popen//python=$(BIN)/python tests/worker.py
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal --tx "$(WORKER)"
 
 TRITON ?= 3.6.0
 RESULTS ?= gpu-results

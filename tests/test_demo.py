@@ -7,7 +7,7 @@ import json
 import pytest
 
 import warm
-from conftest import SKETCHED
+from common import SKETCHED
 from run_helpers import with_tiny_model
 from slm import demo
 from slm.demo import docstrings, is_heldout, quoted, source_files, statements

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import warm
-from conftest import SKETCHED
+from common import SKETCHED
 from run_helpers import with_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -184,6 +185,7 @@ def become(request: Request, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     tempfile.tempdir = None  # TMPDIR may be another
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # folders of the server
     rank_zero_only = import_module("lightning.fabric.utilities.rank_zero")
     rank_zero_only.rank_zero_only.rank = rank_zero_only._get_rank() or 0  # as it does on import
 
@@ -239,13 +241,15 @@ def end(work: Callable[[], None]) -> int:
     return code or 0
 
 
-def main() -> None:
-    channel = socket.socket(fileno=os.dup(0))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+def attend(channel: socket.socket, after: str) -> None:
+    """What a server does, and each of its children; it does not return."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it is the caller's
     for name in MODULES:
         import_module(name)
-    exec(sys.argv[1], {"__name__": "after"})
+    exec(after, {"__name__": "after"})
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     request = serve(channel)
@@ -253,5 +257,21 @@ def main() -> None:
     os._exit(0 if request is None else end(lambda: execute(request.words)))
 
 
+def fork_server() -> None:
+    """The server of a process that is about to import much itself: both do it once."""
+    for name in MODULES:
+        import_module(name)
+    gc.collect()
+    gc.freeze()
+    mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = os.fork()
+    if process == 0:
+        mine.close()
+        attend(its, "")
+    its.close()
+    channels[""] = mine
+    atexit.register(lambda: (mine.close(), os.waitpid(process, 0)))
+
+
 if __name__ == "__main__":
-    main()
+    attend(socket.socket(fileno=os.dup(0)), sys.argv[1])

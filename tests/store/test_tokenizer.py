@@ -10,7 +10,7 @@ from tokenizers import (
 )
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-from conftest import swap_ids
+from common import swap_ids
 from slm.errors import UserError
 from slm.store import tokenizer as tokenizer_module
 from slm.store.files import read_json, write_json
@@ -152,7 +152,7 @@ def test_an_upgrade_of_tokenizers_orphans_no_corpus(
     other.add_tokens(["another"])
     another = spelled(other)
     monkeypatch.setattr(tokenizer_module, "tokenizer_sha256", lambda t: "new " + spelled(t))
-    monkeypatch.setattr("conftest.tokenizer_sha256", lambda t: "new " + spelled(t))
+    monkeypatch.setattr("common.tokenizer_sha256", lambda t: "new " + spelled(t))
     later = make_corpus(tmp_path / "later", [np.arange(33)], 16)
     assert load_corpus_tokenizer(text_corpus).encode("a text")
     assert f"tokenizer_sha256 new {old}, manifest.json says {old}" in caplog.text

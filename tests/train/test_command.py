@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slm
 import warm
-from conftest import swap_ids
+from common import swap_ids
 from model_helpers import ARCHITECTURES, small_llama
 from run_helpers import leave_strays, train
 from slm.cli import plain_settings
