@@ -2,12 +2,16 @@
 
 import csv
 import importlib
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import warm
+from conftest import SKETCHED
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"
 
@@ -19,7 +23,8 @@ def test_benchmark_of_the_pipeline_at_toy_size(tmp_path, monkeypatch, name):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     pipeline = importlib.import_module("pipeline")
     if name != "help":  # what it times is the start of an interpreter
-        monkeypatch.setattr(pipeline.subprocess, "run", warm.run)
+        forks = {"run": partial(warm.run, after=SKETCHED), "Popen": warm.Popen}
+        monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(**vars(subprocess) | forks))
     words = [str(BENCHMARKS / "pipeline.py"), name, "--small", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", words)
     pipeline.main()
