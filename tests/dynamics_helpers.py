@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from slm.cli import conf_folder, plain_settings
+from run_helpers import composed
+from slm.cli import plain_settings
 from slm.model.architecture import new_model
 from slm.model.build import SelectiveLM
 
@@ -15,8 +15,7 @@ SETTINGS = ["num_targets=100", "name=c"]
 
 def compose_dynamics(runs: Path, corpus: Path, *overrides: str) -> Any:
     words = [f"runs='{runs}'", f"corpus='{corpus}'", *SETTINGS, *overrides]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return plain_settings(compose("dynamics", overrides=words))
+    return plain_settings(composed("dynamics", *words))
 
 
 def during(corpus: Any, *overrides: str) -> list[str]:

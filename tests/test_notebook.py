@@ -20,8 +20,9 @@ def test_it_is_committed_without_outputs():
 
 SMALLER = {  # what only takes time
     "st_size < 20_000": "st_size < 6_000",
-    "0.6, 200_000, 80_000": "0.6, 8_192, 8_192",
-    "num_targets=5_000": "num_targets=1_000",
+    "0.6, 200_000, 80_000": "0.6, 4_096, 4_096",
+    '\\"heldout_windows\\": 32': '\\"heldout_windows\\": 8',
+    "num_targets=5_000": "num_targets=500",
 }
 
 

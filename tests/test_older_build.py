@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
-from run_helpers import TINY_MODEL, train
-from slm.cli import conf_folder, plain_settings
+from run_helpers import TINY_MODEL, composed, train
+from slm.cli import plain_settings
 from slm.dynamics import command as dynamics_module
 from slm.dynamics.command import dynamics
 from slm.dynamics.trajectories import TrajectoryStore
@@ -29,11 +28,6 @@ WRITTEN = Path(__file__).parent / "fixtures" / "written_by_0_1_0"
 @pytest.fixture
 def disk(tmp_path) -> Path:
     return shutil.copytree(WRITTEN, tmp_path / "disk")
-
-
-def composed(command: str, *words: str) -> Any:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose(command, overrides=list(words))
 
 
 def train_words(disk: Path, out: Path, *more: str) -> list[str]:

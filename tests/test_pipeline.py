@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM
 
 import warm
 from dynamics_helpers import compose_dynamics, during
-from run_helpers import compose_report, train
-from slm.cli import conf_folder, plain_settings
+from run_helpers import compose_report, composed, train
+from slm.cli import plain_settings
 from slm.dynamics.command import dynamics
 from slm.report.command import report
 from slm.score.command import score
@@ -108,9 +107,8 @@ def test_nothing_that_is_written_names_a_class(tmp_path, text_corpus):
     corpus, keep = text_corpus.folder, "callbacks.checkpoints.keep=null"
     train(compose_train(tmp_path / "first", corpus, "selection=all"))
     model, scores = tmp_path / "first" / "model", tmp_path / "scores"
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        named = [f"corpus='{corpus}'", f"reference_model='{model}'", f"out='{scores}'"]
-        score(**plain_settings(compose("score", overrides=named)))
+    named = [f"corpus='{corpus}'", f"reference_model='{model}'", f"out='{scores}'"]
+    score(**plain_settings(composed("score", *named)))
     words = ("selection=excess", f"data.references='{scores}'", keep)
     train(compose_train(tmp_path / "run", corpus, *words, *during(text_corpus)))
     dynamics(**compose_dynamics(tmp_path / "run", corpus))
