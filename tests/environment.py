@@ -11,3 +11,4 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Tests never reach for a network, and two cores are shared by everything.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline")
+os.environ["WANDB_X_SAVE_REQUIREMENTS"] = "false"  # the list of all packages, for every run

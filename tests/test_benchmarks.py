@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import warm
-from conftest import SKETCHED
+from common import SKETCHED
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"
 

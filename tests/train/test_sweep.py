@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import warm
+from common import SKETCHED
 from run_helpers import TINY_MODEL, leave_strays
 from slm.errors import UserError
 from slm.hydra_names import job_name, sweep_group
@@ -278,7 +279,7 @@ def test_a_failed_job_leaves_the_others_running_and_is_tried_again(
     assert [again[name]["status"] for name in names] == ["finished", *["skipped"] * 3]
     assert [again[name]["held"] for name in names[1:]] == [rows[name]["held"] for name in names[1:]]
     command = [sys.executable, "-m", "slm.report", f"runs='{out}'", f"out='{tmp_path / 'report'}'"]
-    assert warm.run(command, capture_output=True).returncode == 0
+    assert warm.run(command, capture_output=True, after=SKETCHED).returncode == 0
     with open(tmp_path / "report" / "table.csv", newline="") as file:
         means = {row["arm"]: row["mean"] for row in csv.DictReader(file)}
     expected = dict(zip(["excess 0.5", "excess 1", "random 0.5", "random 1"], names, strict=True))
