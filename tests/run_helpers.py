@@ -85,6 +85,7 @@ def make_run(
         "tokens_selected": round(BUDGET * (ratio or 1)),
         "needs_references": True,
         "references": [],
+        "online_reference": None,
         "heldout": {},
         "train_seconds": None,
         "train_flops": None,

@@ -1,6 +1,7 @@
 """Finished runs -> tables and figures with the controls in them: `slm report` (see --help).
 
     report.html                 all of it on one page that needs no network, token dynamics too
+    runs.csv                    settings, data, models, machine, versions of every run
     table.csv, table.md         every arm on every held-out set: mean, lowest and highest over seeds
     loss_vs_k.png, .svg         final loss against select_ratio, a line a rule
     loss_vs_tokens.png, .svg    loss during training, a panel a rule; with more than 8 panels a
@@ -42,6 +43,7 @@ from slm.report.arms import Arm, Run, arms_of, check_heldout, check_runs, read_r
 from slm.report.page.page import SweepFigures, write_page
 from slm.report.paper.figures import paper_figures
 from slm.report.paper.plots import draw
+from slm.report.provenance import provenance, run_rows
 from slm.report.sweep_figures import CONTROL, SWEEP_FIGURES, Sweep
 from slm.report.table import REACH_NOTE, control_losses, markdown, table_rows
 from slm.selection.registry import import_modules
@@ -160,7 +162,23 @@ def sweep_report(
     figures = made(SWEEP_FIGURES, Sweep(arms, baselines, control, sets))
     draw_sweep(figures, out)
     notes = [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]
-    return SweepFigures(figures, sets, rows, [REACH_NOTE, *notes])
+    found = provenance([*arms, *baselines])
+    write_csv(out / "runs.csv", run_rows([*arms, *baselines]))
+    return SweepFigures(figures, sets, rows, [REACH_NOTE, *notes], found, counted(arms, baselines))
+
+
+def counted(arms: Sequence[Arm], baselines: Sequence[Arm]) -> str:
+    """12 runs in 4 arms, 3 seeds each; 1 baseline"""
+    seeds = sorted({len(arm.runs) for arm in arms})
+    runs = sum(len(arm.runs) for arm in arms)
+    each = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    each += " seed each" if seeds == [1] else " seeds each"
+    more = f"; {many(len(baselines), 'baseline')}" if baselines else ""
+    return f"{many(runs, 'run')} in {many(len(arms), 'arm')}, {each}{more}"
+
+
+def many(count: int, word: str) -> str:
+    return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 # ---- token dynamics -----------------------------------------------------------------------------
@@ -321,19 +339,26 @@ def report(
     finished, left_out = read_runs(folders)
     report_left_out(left_out)
     if finished:
-        check_own(folder, ["table.csv", "table.md", "loss_vs_k.png"], MADE_BY)
+        check_own(folder, ["table.csv", "table.md", "runs.csv", "loss_vs_k.png"], MADE_BY)
     analyses = read_analyses(folders, max_dynamics, check)
     if not finished and not analyses:
         raise UserError(
             f"none of the {len(left_out)} runs in {runs} can be shown, for the reasons above, and "
             "none has token losses (`slm dynamics`)"
         )
-    title = ", ".join(Path(name).resolve().name for name in folders)
+    title = title_of(folders, finished)
     with replacing(folder, MADE_BY) as to:
         sweep = sweep_report(finished, left_out, sets, baselines or {}, to) if finished else None
         truth = dynamics_report(analyses, finished, sets, to) if analyses else []
         write_page(to / "report.html", title, analyses, sweep, truth)
     return Report(folder / "report.html", list(sweep.rows) if sweep else [])
+
+
+def title_of(folders: Sequence[str], runs: Sequence[Run]) -> str:
+    """sweep: all, excess, random"""
+    names = ", ".join(Path(name).resolve().name for name in folders)
+    rules = ", ".join(sorted({run.rule for run in runs}))
+    return f"{names}: {rules}" if rules else names
 
 
 def run(**settings: Any) -> None:

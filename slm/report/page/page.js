@@ -108,9 +108,61 @@ function fill(section, figures) {
     plot.dataset.figure = figure.figure;
     box.append(make("h4", "", figure.title), plot);
     if (figure.caption) box.append(make("figcaption", "", figure.caption));
+    box.append(csvLink(figure));
     return box;
   }));
   figures.forEach((figure, index) => draw(parent.children[index].querySelector(".plot"), figure));
+}
+
+// What is drawn, as a table; figures/*.csv have every digit.
+function csvLink(figure) {
+  const link = make("a", "csv", "CSV");
+  link.href = "#";
+  link.addEventListener("click", () => {
+    const blob = new Blob([csvOf(figure)], { type: "text/csv" });
+    link.href = URL.createObjectURL(blob);
+    link.download = `${[figure.figure, figure.title].filter(Boolean).join(" ").replace(/[^\w.=-]+/g, "_")}.csv`;
+  });
+  return link;
+}
+
+function csvOf({ data, layout }) {
+  const cell = (value) => (/[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  const rows = [["series", layout.xaxis.title.text || "x", layout.yaxis.title.text || "y", "low", "high"]];
+  for (const trace of data) {
+    const ends = trace.error_y;
+    trace.y.forEach((y, index) => {
+      if (y === null) return;
+      const x = trace.x ? trace.x[index] : trace.x0 + index * trace.dx;
+      const range = ends ? [y - ends.arrayminus[index], y + ends.array[index]].map((end) => +end.toFixed(5)) : ["", ""];
+      rows.push([unescaped(trace.name), x, y, ...range]);
+    });
+  }
+  return rows.map((row) => row.map((value) => cell(String(value))).join(",") + "\n").join("");
+}
+
+function unescaped(text) { // Plotly reads entities
+  return text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+}
+
+// ---- contents ----------------------------------------------------------------------------------
+
+// A link to every heading that can be seen, and to the heading itself beside it.
+function showContents() {
+  const list = make("ul");
+  for (const heading of document.querySelectorAll("h2[id], h3[id]")) {
+    if (!heading.checkVisibility()) continue;
+    const item = make("li", heading.tagName.toLowerCase()), link = make("a", "", heading.firstChild.textContent);
+    link.href = `#${heading.id}`;
+    item.append(link);
+    list.append(item);
+    if (heading.querySelector(".here")) continue;
+    const here = make("a", "here", "#");
+    here.href = link.href;
+    here.setAttribute("aria-label", `Link to ${link.textContent}`);
+    heading.append(here);
+  }
+  byId("contents").replaceChildren(list);
 }
 
 // ---- one run -----------------------------------------------------------------------------------
@@ -125,11 +177,12 @@ function showRun(index) {
   for (const part of document.querySelectorAll("[data-needs]")) part.hidden = figuresOf(part.dataset.needs).length > 0;
   for (const part of document.querySelectorAll("[data-column]")) part.hidden = !(part.dataset.column in run.columns);
   if (state.mode !== "class" && !(state.mode in run.columns)) setMode("class");
-  for (const { dataset } of document.querySelectorAll("#dynamics [data-section]")) {
+  for (const { dataset } of document.querySelectorAll("#tokens [data-section]")) {
     if (dataset.section !== "compared") fill(dataset.section, figuresOf(dataset.section));
   }
   showExamples(run);
   showWindows();
+  showContents();
 }
 
 // ---- examples ----------------------------------------------------------------------------------
@@ -456,3 +509,7 @@ if (page.runs.length) {
   listen();
   showRun(0);
 }
+showContents();
+document.getElementById(location.hash.slice(1))?.scrollIntoView(); // the figures above have moved it
+addEventListener("beforeprint", () => { for (const box of document.querySelectorAll("details")) box.open = true; });
+

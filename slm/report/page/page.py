@@ -35,6 +35,7 @@ from slm.report.page.tokens import (
     token_columns,
     window_texts,
 )
+from slm.report.provenance import Provenance
 from slm.store.files import Json, atomic_file
 
 log = logging.getLogger("slm.report.page.page")
@@ -60,6 +61,8 @@ class SweepFigures(NamedTuple):
     sets: Sequence[str]  # the held-out sets
     rows: Sequence[Json]  # of the table, one an arm and set, see `report.table_rows`
     notes: Sequence[str]  # below the table
+    provenance: Provenance
+    summary: str  # 12 runs in 6 arms, ...
 
 
 def write_page(
@@ -107,6 +110,8 @@ def render(
         table=sweep and sweep_table(sweep),
         sections=data["sweep"],
         notes=sweep.notes if sweep else [],
+        provenance=sweep and sweep.provenance,
+        summary=sweep.summary if sweep else "",
         compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
         compares_fits=len({fit_key(analysis) for analysis in analyses}) > 1,
         colours={name: colour.css for name, colour in STYLE_SHEET.items()},

@@ -1,5 +1,6 @@
 """The page: nothing in it is markup but its own, it asks no network, and a browser shows it."""
 
+import csv
 import html
 import json
 import os
@@ -31,6 +32,7 @@ from slm.report.page.page import (
     write_page,
 )
 from slm.report.page.tokens import draw_sample, shown_targets
+from slm.report.provenance import Provenance, provenance
 from slm.report.sweep_figures import (
     SWEEP_FIGURES,
     Curves,
@@ -101,6 +103,8 @@ def make_sweep(name: str = "excess") -> SweepFigures:
         ["math"],
         rows,
         ["Left out: `x`: failed"],
+        Provenance({"model": "m"}, ["lr"], {f"{name} 0.5": ["0.1"], "all": [""]}),
+        "3 runs in 2 arms, 1 to 2 seeds each",
     )
 
 
@@ -215,13 +219,14 @@ def test_the_tables_hold_the_numbers(tmp_path):
     write_page(tmp_path / "page.html", "t", [analysis], make_sweep())
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     reach = "tokens to all tokens’ loss, math"
-    assert cells(page, 0) == [
+    assert cells(page, 0) == [["arm", "lr"], ["excess 0.5", "0.1"], ["all", "–"]]
+    assert cells(page, 1) == [
         ["arm", "math", "seeds", "tokens seen", "tokens selected", reach],
         ["excess 0.5", "3.1250 3.0000 to 3.2500", "2", "4,000", "2,000", "3,456"],
         ["all", "3.3000", "1", "4,000", "2,000", "–"],
     ]  # fmt: skip
     assert sweep_table(make_sweep())["best"] == {"math": 3.125}
-    for row, name in zip(cells(page, 1)[1:], CLASSES, strict=True):
+    for row, name in zip(cells(page, 2)[1:], CLASSES, strict=True):
         share = analysis.shares[name]
         assert row[1:4] == [
             f"{100 * share.share:.1f}%",
@@ -244,10 +249,12 @@ def test_the_reports_own_panels_fit(tmp_path):
         ["a"],
         table_rows(arms, ["a"], control),
         [],
+        provenance(arms),
+        "",
     )
     write_page(tmp_path / "page.html", "t", [], sweep)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert [row[:2] for row in cells(page, 0)[1:]] == [
+    assert [row[:2] for row in cells(page, 1)[1:]] == [
         ["excess 0.5", "3.5000 3.0000 to 4.0000"],
         ["excess 1", "4.0000 3.5000 to 4.5000"],
         ["softmax", "3.2500 3.2500 to 3.2500"],
@@ -560,6 +567,28 @@ def test_the_switches_change_the_colours(page, page_file):
 
 
 @pytest.mark.slow
+def test_contents_link_every_heading_that_is_shown(page):
+    shown = page.locator("main :is(h2, h3)[id]:visible")
+    headings = shown.evaluate_all("all => all.map(e => e.id)")
+    links = page.locator("nav a").evaluate_all("all => all.map(e => e.hash.slice(1))")
+    assert links == headings and {"sweep", "arms", "table", "dynamics", "text"} <= set(links)
+    page.locator("nav a[href='#table']").click()
+    page.wait_for_function("Math.abs(byId('table').getBoundingClientRect().top) < 5")
+
+
+@pytest.mark.slow
+def test_a_figures_csv_has_what_is_drawn(page):
+    with page.expect_download() as download:
+        page.locator("[data-section=ratios] .csv").first.click()
+    with open(download.value.path(), newline="") as file:
+        rows = list(csv.reader(file))
+    x, y = "select_ratio (k): share of tokens trained on", "final held-out loss (nats per token)"
+    assert rows[0] == ["series", x, y, "low", "high"]
+    assert rows[1] == ["excess", "0.5", "3.125", "3", "3.25"]
+    assert download.value.suggested_filename.endswith(".csv")
+
+
+@pytest.mark.slow
 def test_the_button_turns_the_page_light_and_back(opened_sweep, page):
     """The one page is as the system is, dark, the other light."""
     sweep = opened_sweep.page
@@ -671,4 +700,4 @@ def test_odd_tokens_are_shown_as_what_they_are(page):
     assert (boxes[0]["y"], boxes[0]["x"]) < (boxes[1]["y"], boxes[1]["x"])
     isolated = page.locator(".t").nth(7).evaluate("e => getComputedStyle(e).unicodeBidi")
     assert isolated == "isolate"
-    assert page.locator("#dynamics img").count() == 0
+    assert page.locator("#tokens img").count() == 0
