@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+from typing import Any
 
 import pytest
 
@@ -78,11 +79,15 @@ def test_quoted_is_read_back_by_hydra(path, expected):
     assert OverridesParser.create().parse_override(f"out={quoted(path)}").value() == path
 
 
+def run_small(words: list[str]) -> Any:
+    """A stage, in a fork."""
+    return warm.run(with_tiny_model(words), after=SKETCHED)
+
+
 @pytest.mark.slow
 def test_the_whole_demo_runs_from_another_folder(cut_demo_texts, tmp_path, monkeypatch, call):
     cut_demo_texts(tmp_path / "a b,c=d" / "text", 60_000)
-    stage = lambda words: warm.run(with_tiny_model(words), after=SKETCHED)  # noqa: E731
-    monkeypatch.setattr(demo.subprocess, "run", stage)
+    monkeypatch.setattr(demo.subprocess, "run", run_small)
     monkeypatch.chdir(tmp_path)
     words = ['out="a b,c=d"', "base_tokens=1024", "target_tokens=1024", "seeds=2"]
     small = '"data.batch_size=8", "data.micro_batch_size=8", "data.heldout_windows=8"'
