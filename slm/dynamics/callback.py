@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 
 from slm.command_keys import PRECISIONS
 from slm.dynamics.analysis import run_chooser
@@ -29,14 +29,14 @@ from slm.errors import NonFiniteError
 from slm.model.build import check_length
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer
-from slm.train.callbacks.base import is_due, send, step_ended
+from slm.train.callbacks.base import Evaluation, is_due, num_due, send
 from slm.train.loggers import WandbLog
 
 log = logging.getLogger("slm.dynamics")
 PARTS = 32  # of a run: how often the callback looks
 
 
-class TokenDynamics(Callback):
+class TokenDynamics(Evaluation):
     """Token losses every `every_tokens` tokens, from step 0, into <run_dir>/dynamics/<name>.
 
     Logs dynamics/*: the mean loss, and from the third time on the classes as far as they are known
@@ -46,6 +46,8 @@ class TokenDynamics(Callback):
     every_tokens: null for about 32 times in the run, in whole steps
     batch_size:   windows of one forward
     """
+
+    planned, parts = False, PARTS  # the fit of a token's line wants its checkpoints
 
     def __init__(
         self,
@@ -66,7 +68,8 @@ class TokenDynamics(Callback):
         self.folder = store_folder(self.run_dir, name, "callbacks.dynamics.")
         self.windows = open_windows(corpus, references, combine, "size", "callbacks.dynamics.")
         self.tokens = draw(self.windows, num_targets, seed, by_source)
-        self.every_tokens, self.batch_size = every_tokens, batch_size
+        super().__init__(every_tokens)
+        self.batch_size = batch_size
         self.threshold, self.mean_loss = threshold, mean_loss
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -82,9 +85,9 @@ class TokenDynamics(Callback):
                 trainer.global_step == 0, pl_module.tokens_seen, PRECISIONS[str(trainer.precision)]
             )
             has_it = self.store.has(pl_module.tokens_seen)
-        starts = trainer.global_step == 0 or is_due(trainer, self.every_tokens, PARTS)
+        starts = trainer.global_step == 0 or is_due(trainer, self.every_tokens, self.parts)
         if starts and not trainer.strategy.broadcast(has_it):
-            self._evaluate(trainer, pl_module)
+            self.evaluate(trainer, pl_module)
 
     def _warn(self, trainer: Trainer, fingerprint: str) -> None:
         """Of what would be noticed when it is too late."""
@@ -110,13 +113,7 @@ class TokenDynamics(Callback):
             self.fit.add(column)
         return store
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if step_ended(trainer, batch_idx) and is_due(trainer, self.every_tokens, PARTS):
-            self._evaluate(trainer, pl_module)
-
-    def _evaluate(self, trainer: Trainer, pl_module: Any) -> None:
+    def evaluate(self, trainer: Trainer, pl_module: Any) -> None:
         losses = self._losses(trainer, pl_module)
         if not np.isfinite(losses).all():
             raise NonFiniteError(
@@ -129,6 +126,13 @@ class TokenDynamics(Callback):
             self._log(trainer, losses, pl_module.tokens_seen)
             if trainer.global_step == trainer.max_steps:
                 self._finish(trainer, pl_module.tokens_seen)
+
+    def num_tokens(self, trainer: Trainer, windows: int) -> int:
+        """Its own windows, which the ranks share out."""
+        return len(self.tokens.windows) * self.windows.corpus.seq_len
+
+    def times(self, trainer: Trainer, parts: int) -> int:
+        return 1 + num_due(trainer, self.every_tokens or even_part(trainer), self.parts)
 
     def _log(self, trainer: Trainer, losses: np.ndarray, seen: int) -> None:
         label = self.fit.labels() if self.fit.is_ready else None

@@ -25,6 +25,7 @@ from slm.store.files import Json
 from slm.store.windows import Batch
 from slm.train.callbacks.base import StepProgress
 from slm.train.callbacks.checkpoints import Checkpoints, OnlyWriter, RandomStates, StopOnSignal
+from slm.train.callbacks.costs import TIMED_TOKENS, Costs
 from slm.train.callbacks.metrics import Metrics, StepClock
 from slm.train.checkpoint import VerifiedCheckpointIO
 from slm.train.data import TokenData
@@ -118,7 +119,7 @@ def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], Non
         max_epochs=-1,
         logger=loggers,
         callbacks=[
-            *(OnlyWriter(check_owner), RandomStates(), *callbacks),
+            *(OnlyWriter(check_owner), RandomStates(), Costs(timed_windows(data)), *callbacks),
             *(StopOnSignal(checkpoints), StepProgress(), *clocks),
         ],
         plugins=[VerifiedCheckpointIO(check_owner)],
@@ -154,6 +155,12 @@ def build_module(
         settings["selection_start"],
         load_online(settings["online_reference"], data, settings["data"]["check"]),
     )
+
+
+def timed_windows(data: TokenData) -> Batch:
+    """No more than a micro-batch, which is known to fit, and few tokens."""
+    count = max(1, min(data.micro_batch_size, TIMED_TOKENS // data.corpus.seq_len))
+    return data.windows.batch(np.arange(min(count, len(data.windows))))
 
 
 def first_windows(data: TokenData) -> Batch:

@@ -22,7 +22,8 @@ class TokenData(LightningDataModule):
     batch_size:        windows of one optimizer step, over all ranks
     micro_batch_size:  windows of one forward on one rank
     heldout:           name -> corpus folder, evaluated during training
-    heldout_windows:   at most this many windows of each held-out set, evenly spread
+    heldout_windows:   at most this many windows of each held-out set, evenly spread; what is
+                       read where callbacks/costs.py plans fewer
     check:             "size", or "full" to compare every file's hash before training
     """
 

@@ -186,7 +186,7 @@ def test_finished_folder_loads_in_transformers_and_runs_once(whole, tmp_path, te
 
 def test_evaluations_do_not_count_into_a_step(tmp_path, text_corpus, monkeypatch):
     """perf/step_s and train_seconds are of training; HeldoutLoss comes after Metrics."""
-    evaluate, clock, slept = HeldoutLoss._evaluate, time.perf_counter, 0
+    evaluate, clock, slept = HeldoutLoss.evaluate, time.perf_counter, 0
 
     def slow(self: HeldoutLoss, trainer: Any, pl_module: Any) -> None:
         nonlocal slept
@@ -195,7 +195,7 @@ def test_evaluations_do_not_count_into_a_step(tmp_path, text_corpus, monkeypatch
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + slept)
 
-    monkeypatch.setattr(HeldoutLoss, "_evaluate", slow)
+    monkeypatch.setattr(HeldoutLoss, "evaluate", slow)
     words = ("callbacks.heldout.every_tokens=128", "max_tokens=512")
     train(compose_train(tmp_path / "run", text_corpus.folder, *words))
     with open(tmp_path / "run" / "train.csv", newline="") as file:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 
@@ -42,10 +42,56 @@ def is_due(trainer: Trainer, every_tokens: int | None, parts: int) -> bool:
 
     Without `every_tokens`, `parts` times in the run.
     """
-    per_step = trainer.datamodule.tokens_per_step  # type: ignore[attr-defined]
+    per_step = datamodule_of(trainer).tokens_per_step
     every = every_tokens or max(1, trainer.max_steps * per_step // parts)
     seen = trainer.global_step * per_step
     return seen // every > (seen - per_step) // every or trainer.global_step == trainer.max_steps
+
+
+def num_due(trainer: Trainer, every_tokens: int | None, parts: int) -> int:
+    """How many of the run's steps are due."""
+    per_step = datamodule_of(trainer).tokens_per_step
+    total = trainer.max_steps * per_step
+    every = max(per_step, every_tokens or total // parts)  # a step is due once
+    return total // every + (total // every == (total - per_step) // every)
+
+
+class Evaluation(Callback):
+    """Reads tokens beside the training: before it, every `every_tokens` tokens and at the end.
+
+    every_tokens: null for `parts` times in the run, which callbacks/costs.py lowers for those that
+                  are `planned`
+    """
+
+    planned, parts = True, 20
+
+    def __init__(self, every_tokens: int | None):
+        self.every_tokens = every_tokens
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_step == 0:
+            self.evaluate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if step_ended(trainer, batch_idx) and is_due(trainer, self.every_tokens, self.parts):
+            self.evaluate(trainer, pl_module)
+
+    def evaluate(self, trainer: Trainer, pl_module: Any) -> None:
+        raise NotImplementedError
+
+    def num_tokens(self, trainer: Trainer, windows: int) -> int:
+        """What one evaluation puts through the model, on all ranks, with at most so many windows
+        of a set."""
+        raise NotImplementedError
+
+    def take_at_most(self, windows: int) -> None:
+        """Of windows that no other callback has."""
+
+    def times(self, trainer: Trainer, parts: int) -> int:
+        """With `parts`, where its interval is not given; the one before the training included."""
+        return 1 + num_due(trainer, self.every_tokens, parts)
 
 
 def summary(metrics: dict[str, float]) -> str:

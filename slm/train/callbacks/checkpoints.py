@@ -40,6 +40,8 @@ class Checkpoints(Callback):
     best_of:      the held-out set whose loss decides which one is best; null keeps none
     """
 
+    parts = 10
+
     def __init__(
         self, folder: str, every_tokens: int | None, keep: int | None, best_of: str | None
     ):
@@ -57,7 +59,7 @@ class Checkpoints(Callback):
         if not step_ended(trainer, batch_idx):
             return
         self._save_best(trainer, pl_module.heldout_losses)
-        if is_due(trainer, self.every_tokens, parts=10):
+        if is_due(trainer, self.every_tokens, self.parts):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

@@ -2,35 +2,31 @@
 
 from typing import Any
 
-from lightning import Callback, Trainer
+from lightning import Trainer
 
-from slm.evaluate.command import corpus_loss
-from slm.train.callbacks.base import is_due, send, step_ended
+from slm.evaluate.command import corpus_loss, num_tokens
+from slm.train.callbacks.base import Evaluation, datamodule_of, send
 
 
-class HeldoutLoss(Callback):
+class HeldoutLoss(Evaluation):
     """Logs heldout/<name>/{loss,bits_per_byte} every `every_tokens` tokens, from step 0.
 
-    every_tokens: null for twenty times in the run
+    every_tokens: null for as often as the plan of costs.py allows
     batch_size:   windows of one forward
     """
 
     def __init__(self, every_tokens: int | None, batch_size: int):
-        self.every_tokens, self.batch_size = every_tokens, batch_size
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.global_step == 0:
-            self._evaluate(trainer, pl_module)
+        super().__init__(every_tokens)
+        self.batch_size = batch_size
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         pl_module.heldout_losses = {}
-        if step_ended(trainer, batch_idx) and is_due(trainer, self.every_tokens, parts=20):
-            self._evaluate(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _evaluate(self, trainer: Trainer, pl_module: Any) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    def evaluate(self, trainer: Trainer, pl_module: Any) -> None:
+        data = datamodule_of(trainer)
         metrics: dict[str, float] = {}
         for name, corpus in data.heldout.items():
             with trainer.precision_plugin.forward_context():
@@ -38,3 +34,8 @@ class HeldoutLoss(Callback):
             pl_module.heldout_losses[name] = metrics[f"heldout/{name}/loss"] = result.loss
             metrics[f"heldout/{name}/bits_per_byte"] = result.bits_per_byte
         send(trainer, metrics)
+
+    def num_tokens(self, trainer: Trainer, windows: int) -> int:
+        """Every rank evaluates all of it."""
+        sets = datamodule_of(trainer).heldout.values()
+        return trainer.world_size * sum(num_tokens(corpus, windows) for corpus in sets)

@@ -6,45 +6,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from torch import Tensor
 
 from slm.store.windows import Batch, spread, to_device
-from slm.train.callbacks.base import is_due, send, step_ended
+from slm.train.callbacks.base import Evaluation, datamodule_of, send
 
 
-class MaskOverlap(Callback):
+class MaskOverlap(Evaluation):
     """Logs slm/mask_jaccard: the mask on a frozen set of windows against the one before it.
 
     With weights it is sum of the lower over sum of the higher weight, which is Jaccard's index for
     masks. Evaluated as often as the held-out sets; the last mask is part of the checkpoint.
 
     num_windows:   of the training corpus, evenly spread
-    every_tokens:  null for twenty times in the run
+    every_tokens:  null for as often as the plan of costs.py allows
     """
 
     def __init__(self, num_windows: int, every_tokens: int | None):
-        self.num_windows, self.every_tokens = num_windows, every_tokens
+        super().__init__(every_tokens)
+        self.num_windows = num_windows
         self.before: Tensor | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.global_step == 0:
-            self.before = self._weights(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not (step_ended(trainer, batch_idx) and is_due(trainer, self.every_tokens, parts=20)):
-            return
+    def evaluate(self, trainer: Trainer, pl_module: Any) -> None:
         now, before = self._weights(trainer, pl_module), self.before
         self.before = now
         if before is not None and (either := torch.maximum(now, before).sum()) > 0:
             send(trainer, {"slm/mask_jaccard": (torch.minimum(now, before).sum() / either).item()})
 
+    def num_tokens(self, trainer: Trainer, windows: int) -> int:
+        """Every rank has all of them; rules that need no loss of the model read none."""
+        data = datamodule_of(trainer)
+        chosen = min(self.num_windows, windows, len(data.windows))
+        return trainer.world_size * chosen * data.corpus.seq_len
+
+    def take_at_most(self, windows: int) -> None:
+        self.num_windows = min(self.num_windows, windows)
+
     @torch.no_grad()
     def _weights(self, trainer: Trainer, pl_module: Any) -> Tensor:  # (W, T) float32, on the CPU
         """In evaluation mode, micro-batch by micro-batch as in training; draws no random number."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         chosen = spread(len(data.windows), self.num_windows)
         size, training = data.micro_batch_size, pl_module.lm.training
         pl_module.lm.eval()
