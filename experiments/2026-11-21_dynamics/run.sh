@@ -43,12 +43,13 @@ train() { # folder, corpus, more
 }
 frozen=(callbacks=dynamics callbacks.dynamics.corpus=corpora/noisy/heldout)
 base=model.init_from=runs/base/model
-train base noisy selection=all optimizer.adamw.lr=3e-3 max_tokens=819_200 "${frozen[@]}"
-train reference curated selection=all "$base" max_tokens=819_200 logger=csv
+train base noisy selection=all optimizer.adamw.lr=3e-3 max_tokens=819_200 callbacks.heldout.every_tokens=40_960 "${frozen[@]}"
+train reference curated selection=all "$base" max_tokens=819_200 callbacks.heldout.every_tokens=40_960 logger=csv
 for side in train heldout; do
     slm score corpus="corpora/noisy/$side" reference_model=runs/reference/model out="references/$side"
 done
 target=("$base" data.references=references/train max_tokens="$tokens" seed="$seeds"
+    callbacks.heldout.every_tokens=$((${tokens//_/} / 20))
     "${frozen[@]}" callbacks.dynamics.references=references/heldout
     hydra/launcher=joblib hydra.launcher.n_jobs="$jobs")
 # k = 1.0 trains on all tokens: the control.

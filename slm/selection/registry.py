@@ -48,7 +48,7 @@ KEYS = {"selection": "rule", "optimizer": "kind", "model": "kind"}
 OURS = {
     "selection": set(RULES),
     "optimizer.adamw": {"adamw"},
-    "optimizer.schedule": {"warmup_cosine"},
+    "optimizer.schedule": {"warmup_cosine", "warmup_stable_decay"},
     "model": {"build_lm"},
 }
 CALL = ("_target_", "_partial_", "_convert_", "_recursive_")  # how Hydra is to call a class

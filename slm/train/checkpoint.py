@@ -10,6 +10,7 @@ exit code 0 on SIGTERM and trains on after NaN; the pieces here replace that.
 """
 
 import logging
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -61,8 +62,16 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path), map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
-        sidecar(Path(path)).unlink(missing_ok=True)
-        Path(path).unlink(missing_ok=True)
+        remove_checkpoint(Path(path))
+
+
+def remove_checkpoint(path: Path) -> None:
+    sidecar(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def tensor_bytes(checkpoint: dict[str, Any]) -> int:
@@ -122,7 +131,12 @@ def verified(paths: Iterable[Path], warn: Callable[[str], None]) -> Iterator[Pat
         yield path
 
 
-def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; what does not is reported and set aside."""
-    paths = sorted(folder.glob("*-*.ckpt"), key=lambda path: path.stem.split("-")[1], reverse=True)
-    return next(verified(paths, warn), None)
+def newest_checkpoint(
+    folder: Path, warn: Callable[[str], None], up_to: float = math.inf
+) -> Path | None:
+    """The newest checkpoint that verifies, of no later step than `up_to`.
+
+    What does not verify is reported and set aside.
+    """
+    paths = sorted(folder.glob("*-*.ckpt"), key=step_of, reverse=True)
+    return next(verified((path for path in paths if step_of(path) <= up_to), warn), None)

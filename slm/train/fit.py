@@ -40,7 +40,7 @@ def fit(settings: Json) -> None:
     data: TokenData = build("data", settings["data"])
     identity = run_identity(settings, data)
     with ExitStack() as stack:
-        start, check_owner = begin(stack, folder, identity, settings["resume"])
+        start, check_owner = begin(stack, folder, identity, settings, data.tokens_per_step)
         if not was_launched() and is_over(start, folder):
             return
         tokenizer = load_corpus_tokenizer(data.corpus)
@@ -138,7 +138,7 @@ class Start(NamedTuple):
 
 
 def begin(
-    stack: ExitStack, folder: Path, identity: dict[str, Any], resume: str
+    stack: ExitStack, folder: Path, identity: dict[str, Any], settings: Json, tokens_per_step: int
 ) -> tuple[Start, Callable[[], None]]:
     """On rank 0: claim the folder until `stack` ends, and adopt it.
 
@@ -148,7 +148,8 @@ def begin(
         return Start(), lambda: None
     try:
         check_owner = stack.enter_context(only_writer(folder)).check
-        checkpoint = adopt_run(folder, identity, resume)
+        schedule = build("optimizer.schedule", settings["optimizer"]["schedule"])
+        checkpoint = adopt_run(folder, identity, settings["resume"], tokens_per_step, schedule)
     except UserError as error:
         return Start(refusal=str(error)), lambda: None
     return Start(checkpoint, (folder / "model" / "slm.json").exists()), check_owner

@@ -10,9 +10,11 @@ from slm.errors import UserError
 from slm.model.folder import check_model_folder, model_sha256
 from slm.selection.registry import by_word, in_words, trained_word
 from slm.store.claims import Claim, claim, owner_of, remove_temporaries
+from slm.store.fields import SIZE, check_fields
 from slm.store.files import Json, read_json, write_record
 from slm.train.checkpoint import newest_checkpoint
 from slm.train.data import TokenData
+from slm.train.extend import Schedule, extend
 
 log = logging.getLogger("slm.train")
 
@@ -62,7 +64,9 @@ def init_identity(key: str, name: str) -> str:
     return model_sha256(name)
 
 
-def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | None:
+def adopt_run(
+    folder: Path, identity: dict[str, Any], resume: str, tokens_per_step: int, schedule: Schedule
+) -> Path | None:
     """Write run.json or compare with it; returns the checkpoint to continue from.
 
     A run that ended before its first checkpoint has nothing to lose and is replaced.
@@ -81,14 +85,18 @@ def adopt_run(folder: Path, identity: dict[str, Any], resume: str) -> Path | Non
         write_record(path, identity)
         return None
     before = in_words(read_json(path))
+    check_fields(path, before, {"max_tokens": SIZE})
+    is_longer = before["max_tokens"] < identity["max_tokens"]
     for field in [*identity, *sorted(before.keys() - identity.keys())]:
-        if identity.get(field) != before.get(field):
+        if identity.get(field) != before.get(field) and not (field == "max_tokens" and is_longer):
             raise UserError(
                 f"{folder} holds another run: {field} is {before.get(field)!r} in run.json, "
                 f"{identity.get(field)!r} now; choose another `out`"
             )
     if resume == "never":
         raise UserError(f"{folder} holds this run already (run.json), and resume is 'never'")
+    if is_longer:
+        return extend(folder, identity, before["max_tokens"], tokens_per_step, schedule)
     return newest_checkpoint(folder / "checkpoints", log.warning)
 
 

@@ -88,6 +88,8 @@ TRAIN: Table = TRAINER | {
     "optimizer.adamw.weight_decay": real(0),
     "optimizer.schedule": section,
     "optimizer.schedule.warmup_fraction": real(0, 1),
+    "optimizer.schedule.warmup_steps": whole(0),
+    "optimizer.schedule.decay_fraction": real(0, 1),
     "optimizer.schedule.final_fraction": real(0, 1),
     "optimizer.gradient_clip": optional(real(0, ends="()")),
     "callbacks": sections,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from slm.errors import NonFiniteError, UserError
 from slm.model.build import SelectiveLM
@@ -70,6 +70,18 @@ class SelectiveModule(LightningModule):
     def on_fit_start(self) -> None:
         for reference in self.online:
             reference.to(self.device).eval().requires_grad_(False)
+
+    def on_train_start(self) -> None:
+        """The rate of the step to come: a checkpoint of a shorter run (extend.py) has another."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(schedule := config.scheduler, LambdaLR):
+                for group, rate, factor in zip(
+                    schedule.optimizer.param_groups,
+                    schedule.base_lrs,
+                    schedule.lr_lambdas,
+                    strict=True,
+                ):
+                    group["lr"] = rate * factor(schedule.last_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, and linear warm-up followed by a cosine."""
+"""AdamW with weight decay on matrices only; schedules: a linear warm-up, then a cosine or a stay."""
 
 import math
 
@@ -38,5 +38,30 @@ def warmup_cosine(
             return step / warmup
         progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
         return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def warmup_stable_decay(
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    *,
+    warmup_steps: int,
+    decay_fraction: float,
+    final_fraction: float,
+) -> LambdaLR:
+    """The rate rises over warmup_steps, stays, and falls over the last decay_fraction of the steps.
+
+    It falls linearly, to final_fraction of its peak in the last step. What comes before the decay
+    does not depend on num_steps, so a run can be made longer from there.
+    """
+    decay = round(decay_fraction * num_steps)
+
+    def factor(steps_before: int) -> float:
+        step = steps_before + 1
+        left = max(0, num_steps - step)
+        if step <= warmup_steps:
+            return step / warmup_steps
+        return 1.0 if left >= decay else final_fraction + (1 - final_fraction) * left / decay
 
     return LambdaLR(optimizer, factor)
