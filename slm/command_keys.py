@@ -58,6 +58,7 @@ SCORE: Table = FORWARD | {
     "responses": optional(texts),
     "served_model": optional(text),
     "out": optional(text),
+    "max_tokens": optional(count),
     "entropy": flag,
     "columns": several(text, least=0),
     "store_dtype": word("float32", "float16"),

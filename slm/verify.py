@@ -30,7 +30,7 @@ from slm.store.files import (
     nothing,
     read_json,
 )
-from slm.store.shards import Corpus, References, Shard, Store, make_manifest, read_sidecars
+from slm.store.shards import SCORED, Corpus, References, Shard, Store, make_manifest, read_sidecars
 from slm.store.tokenizer import load_corpus_tokenizer
 
 STORES: dict[str, type[Store]] = {"corpus": Corpus, "reference": References}
@@ -109,7 +109,7 @@ def verify_store(path: Path, advance: Advance) -> str:
     store.check_hashes(advance)
     if isinstance(store, References):
         for shard in store.shards:
-            for column in shard.sha256:
+            for column in shard.sha256.keys() - {SCORED}:
                 check_scores(store, shard, column)
     if isinstance(store, Corpus):
         check_labels(store)
@@ -119,6 +119,8 @@ def verify_store(path: Path, advance: Advance) -> str:
         check_records(path, "cost-*.json", "lineage.json")
     tokens = sum(shard.num_tokens for shard in store.shards)
     size = f"{len(store.shards)} shards, {tokens:,} tokens"
+    if isinstance(store, References) and store.is_partial:
+        size += f", a part: {store.scored.sum():,} of {len(store.scored):,} windows have scores"
     return f"{kind}, {size}, fingerprint {store.fingerprint}"
 
 
@@ -137,16 +139,20 @@ def check_manifest(store: Store, column: str) -> None:
 
 def check_scores(store: References, shard: Shard, column: str) -> None:
     """Every score is finite and of its sign; NaN where there is none: with packing=concat and
-    without masks, a shard's first."""
+    without masks, a shard's first, and the windows that were not asked for."""
     path, scores = shard.path(store.folder, column), store.column(column, shard.index)
     if column not in COLUMNS:
         raise UserError(f"{path}: a column of a reference is one of {sorted(COLUMNS)}")
     if len(scores) and not np.isnan(scores[0]):
         raise UserError(f"{path}: entry 0 is {scores[0]}, a shard's first token has no score: NaN")
     may_be_nan = store.manifest["packing"] == "documents" or "masks" in store.manifest
+    scored = np.ones(len(scores) - 1, bool)
+    if SCORED in shard.sha256:
+        scored = np.repeat(store.scored_of(shard), store.manifest["seq_len"])
     for start in range(1, len(scores), BLOCK):
-        block = scores[start : start + BLOCK]
+        block, asked = scores[start : start + BLOCK], scored[start - 1 : start - 1 + BLOCK]
         wrong = COLUMNS[column].is_wrong(block) & ~(np.isnan(block) & may_be_nan)
+        wrong = np.where(asked, wrong, ~np.isnan(block))
         if wrong.any():
             index = int(wrong.argmax())
             raise UserError(

@@ -38,7 +38,6 @@ from slm.score.scorer import (
     check_space,
     finish,
     is_finished,
-    num_targets,
     store_bytes,
 )
 from slm.score.served import Responses, check_packing, response_files, write_requests
@@ -70,6 +69,8 @@ def check_way(settings: Mapping[str, Any]) -> None:
             raise UserError(f"{key} must be given with {way}: {key}=...")
         if not needed and settings[key] is not None:
             raise UserError(f"{key} is {settings[key]!r}, but {way} does not use it")
+    if settings["max_tokens"] is not None and way != "reference_model":
+        raise UserError(f"max_tokens is {settings['max_tokens']}, but {way} goes by whole corpora")
     if settings["more"] and way != "reference_model":
         more = ", ".join(settings["more"])
         raise UserError(f"{more} cannot be had with {way}: servers return log-probs alone")
@@ -196,10 +197,9 @@ class ModelScores:
 
 def announce(scorer: Scorer, todo: list[Shard]) -> None:
     """Store size, free disk and a first estimate of the time, before the work starts."""
-    count = num_targets(todo)
-    needed = store_bytes(scorer, count)
+    count, needed = scorer.num_tokens(todo), store_bytes(scorer, todo)
     free = check_space(scorer.out, needed)
-    numbers = next(scorer.batches(todo[0]))
+    numbers = next(batch for shard in todo for batch in scorer.batches(shard))
     scorer.source.scores(numbers[:1])  # the first forward is slow
     start = time.perf_counter()
     scorer.source.scores(numbers)
@@ -212,9 +212,11 @@ def announce(scorer: Scorer, todo: list[Shard]) -> None:
 
 
 def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
-    announce(scorer, todo)
+    tokens = scorer.num_tokens(todo)
+    if tokens:
+        announce(scorer, todo)
     start = time.perf_counter()
-    with progress("scoring", num_targets(todo), "tokens") as advance:
+    with progress("scoring", tokens, "tokens") as advance:
         own = scorer.run(advance)
     seconds = time.perf_counter() - start
     log.info(f"scored {own:,} tokens in {seconds:.1f} s ({own / seconds:,.0f} tokens/s)")
@@ -225,7 +227,8 @@ def score_with_model(config: Any, corpus: Corpus) -> References:
     lm = load_reference(config.reference_model, corpus, config.device, config.dtype, config.check)
     adopt_plan(out, model_plan(corpus, config, lm))
     source = ModelScores(lm, Windows(corpus), config.more, config.dtype)
-    scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
+    size = (config.batch_size, config.store_dtype, config.max_tokens)
+    scorer = Scorer(source, corpus, out, *size)
     if is_finished(scorer):
         return References.open(out)
     if todo := scorer.missing():
@@ -247,11 +250,11 @@ def score_from_responses(config: Any, corpus: Corpus) -> References:
         scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype)
         if is_finished(scorer):
             return References.open(out)
-        check_space(out.parent, store_bytes(scorer, corpus.num_targets) + source.num_bytes)
+        check_space(out.parent, store_bytes(scorer, corpus.shards) + source.num_bytes)
         source.read(paths)
         adopt_plan(out, plan)
         todo = scorer.missing()
-        with progress("writing", num_targets(todo), "tokens") as advance:
+        with progress("writing", scorer.num_tokens(todo), "tokens") as advance:
             scorer.run(advance)
     return finish(scorer)
 
@@ -271,6 +274,7 @@ def score(
     requests: Folder | None = None,
     responses: Folder | Sequence[Folder] | None = None,
     served_model: str | None = None,
+    max_tokens: int | None = None,
     entropy: bool = False,
     columns: Sequence[str] = (),
     batch_size: int = 32,
@@ -291,6 +295,8 @@ def score(
         requests: a file to write: what to ask a server that has the model.
         responses: the files with what the server answered.
         served_model: with requests and responses: the server's name of the model.
+        max_tokens: score whole batches until there are so many tokens, from all over the
+            corpus, for a shorter run. The same call with more of them, or without, adds the rest.
         entropy: also the entropy of the model's prediction at every token.
         columns: names of more columns (slm.store.columns); entropy is one of them.
         batch_size: windows per forward.

@@ -16,8 +16,13 @@ from slm.store.shards import shard_path
 SUMMED = ("seconds", "tokens", "flops")
 
 
-def write_cost(folder: Path, index: int, cost: Json) -> None:
-    write_record(shard_path(folder, "cost", index, ".json"), cost)
+def write_cost(folder: Path, index: int, cost: Json, adds: bool = False) -> None:
+    """adds: to what an earlier part of the shard has cost, on the same device or another"""
+    path = shard_path(folder, "cost", index, ".json")
+    if adds and path.exists():
+        before = read_cost(path)
+        cost = cost | {name: total([before[name], cost[name]]) for name in SUMMED}
+    write_record(path, cost)
 
 
 def references_cost(folder: str | Path) -> Json | None:

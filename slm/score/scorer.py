@@ -6,6 +6,7 @@ its sidecar last, which says that it is done.
 """
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,17 @@ from slm.errors import UserError
 from slm.score.cost import write_cost
 from slm.store.claims import ClaimLost, claim, owner_of, remove_temporaries
 from slm.store.columns import COLUMNS, DTYPE, LOGPROBS, Column
-from slm.store.files import Json, write_array
-from slm.store.shards import Corpus, References, Shard, shard_path, write_manifest, write_sidecar
+from slm.store.files import Json, check_hash, map_array, read_json, write_array
+from slm.store.shards import (
+    SCORED,
+    Corpus,
+    References,
+    Shard,
+    read_shard,
+    shard_path,
+    write_manifest,
+    write_sidecar,
+)
 from slm.store.windows import Windows
 
 log = logging.getLogger("slm.score")
@@ -38,57 +48,139 @@ class Source(Protocol):
 
 
 class Scorer:
-    """Scores shards of one corpus into one folder."""
+    """Scores shards of one corpus into one folder.
 
-    def __init__(self, source: Source, corpus: Corpus, out: Path, batch_size: int, dtype: str):
+    max_tokens:  None for all of it; else whole batches from all over the corpus until there are so
+                 many tokens, in one order: more of them are these and others, so that a store that
+                 grows ends with the bytes of one that was made at once
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        corpus: Corpus,
+        out: Path,
+        batch_size: int,
+        dtype: str,
+        max_tokens: int | None = None,
+    ):
         self.source, self.corpus, self.out = source, corpus, out
         self.batch_size, self.dtype = batch_size, dtype
         self.first_window = Windows(corpus).first_window
+        self.wanted = np.ones(corpus.num_windows, bool)  # (windows,)
+        if max_tokens is not None:
+            self.wanted = self.first_batches(max_tokens)
+
+    def first_batches(self, max_tokens: int) -> np.ndarray:  # (windows,) bool
+        batches = [batch for shard in self.corpus.shards for batch in self.all_batches(shard)]
+        wanted, left = np.zeros(self.corpus.num_windows, bool), max_tokens
+        # By the golden ratio: the first of them, however many, lie evenly over the corpus.
+        for number in np.argsort(np.arange(len(batches)) * (math.sqrt(5) - 1) / 2 % 1):
+            if left <= 0:
+                break
+            wanted[batches[number]] = True
+            left -= batches[number].size * self.corpus.seq_len
+        return wanted
+
+    def of_shard(self, shard: Shard) -> slice:
+        """Its windows among all."""
+        return slice(*map(int, self.first_window[shard.index : shard.index + 2]))
 
     def path(self, shard: Shard, suffix: str, column: str = LOGPROBS.name) -> Path:
         """A shard's sidecar and claim have the name of what every store has."""
         return shard_path(self.out, column, shard.index, suffix)
 
-    def is_done(self, shard: Shard) -> bool:
+    def scored(self, shard: Shard) -> np.ndarray:  # (windows of the shard,) bool
+        """Which of them a finished shard has; none where it is not there."""
+        mine = self.of_shard(shard)
+        count, sidecar = mine.stop - mine.start, self.path(shard, ".json")
+        if not sidecar.exists():
+            return np.zeros(count, bool)
+        done = read_shard(sidecar, read_json(sidecar))
         files = [self.path(shard, ".npy", column.name) for column in self.source.columns]
-        return all(path.exists() for path in [self.path(shard, ".json"), *files])
+        if SCORED in done.sha256 and done.sha256.keys() == {SCORED}:
+            files = []
+        if not all(path.exists() for path in files):
+            return np.zeros(count, bool)
+        if SCORED not in done.sha256:
+            return np.ones(count, bool)
+        return np.array(map_array(done.path(self.out, SCORED), "bool", count))
+
+    def is_done(self, shard: Shard) -> bool:
+        there = self.path(shard, ".json").exists()
+        return there and bool(self.scored(shard)[self.wanted[self.of_shard(shard)]].all())
 
     def missing(self) -> list[Shard]:
         return [shard for shard in self.corpus.shards if not self.is_done(shard)]
 
-    def batches(self, shard: Shard) -> Iterator[np.ndarray]:
+    def all_batches(self, shard: Shard) -> Iterator[np.ndarray]:
         """The numbers of the shard's windows, batch by batch."""
-        first = int(self.first_window[shard.index])
-        last = int(self.first_window[shard.index + 1])
-        for start in range(first, last, self.batch_size):
-            yield np.arange(start, min(start + self.batch_size, last))
+        mine = self.of_shard(shard)
+        for start in range(mine.start, mine.stop, self.batch_size):
+            yield np.arange(start, min(start + self.batch_size, mine.stop))
+
+    def batches(self, shard: Shard) -> Iterator[np.ndarray]:
+        """Those that lack a window that is wanted."""
+        scored, first = self.scored(shard), self.of_shard(shard).start
+        for numbers in self.all_batches(shard):
+            if (self.wanted[numbers] & ~scored[numbers - first]).any():
+                yield numbers
+
+    def num_tokens(self, shards: list[Shard]) -> int:
+        """To be scored."""
+        sizes = (numbers.size for shard in shards for numbers in self.batches(shard))
+        return sum(sizes) * self.corpus.seq_len
 
     def score_shard(
         self, shard: Shard, advance: Callable[[int], None], check: Callable[[], None]
     ) -> None:
         """`check` is asked before anything is written."""
-        start, offset = time.perf_counter(), 1  # the shard's first token has no score
-        names = [column.name for column in self.source.columns]
-        scores = {name: np.full(shard.num_tokens, np.nan, DTYPE) for name in names}
+        start, length, tokens = time.perf_counter(), self.corpus.seq_len, 0
+        scored, first = self.scored(shard), self.of_shard(shard).start
+        scores = self.arrays(shard, bool(scored.any()))
         for numbers in self.batches(shard):
             found = self.source.scores(numbers)
-            size = numbers.size * self.corpus.seq_len
+            places = numbers - first
+            # The shard's first token has no score.
+            target = slice(1 + int(places[0]) * length, 1 + (int(places[-1]) + 1) * length)
             for name, values in scores.items():
-                values[offset : offset + size] = found[name].reshape(-1)
-            offset += size
-            advance(size)
-        cost = self.source.cost(time.perf_counter() - start, num_targets([shard]))
+                values[target] = found[name].reshape(-1)
+            scored[places] = True
+            tokens += numbers.size * length
+            advance(numbers.size * length)
+        cost = self.source.cost(time.perf_counter() - start, tokens)
         check()
-        self.write(shard, scores, cost)
+        self.write(shard, scores, scored, cost)
 
-    def write(self, shard: Shard, scores: Arrays, cost: Json | None) -> None:
+    def arrays(self, shard: Shard, goes_on: bool) -> Arrays:
+        """What the shard has of each column, else NaN."""
+        found = {}
+        for column in self.source.columns:
+            found[column.name] = np.full(shard.num_tokens, np.nan, DTYPE)
+            if goes_on:
+                sidecar = self.path(shard, ".json")
+                done = read_shard(sidecar, read_json(sidecar))
+                path = done.path(self.out, column.name)
+                check_hash(path, done.sha256[column.name], sidecar.name)
+                found[column.name][:] = map_array(path, self.dtype, shard.num_tokens)
+        return found
+
+    def write(self, shard: Shard, scores: Arrays, scored: np.ndarray, cost: Json | None) -> None:
+        """The sidecar last, and that of fewer windows goes first."""
         arrays = {column: stored(column, values, self.dtype) for column, values in scores.items()}
+        if not scored.any():
+            arrays = {}
+        if not scored.all():
+            arrays[SCORED] = scored
+        before = self.path(shard, ".json").exists()
+        for path in (self.path(shard, ".json"), self.path(shard, ".npy", SCORED)):
+            path.unlink(missing_ok=True)
         hashes = {}
         for column, array in arrays.items():
             hashes[column] = write_array(self.path(shard, ".npy", column), array)
         if cost is not None:
-            write_cost(self.out, shard.index, cost)
-        dtypes = {column: self.dtype for column in arrays}
+            write_cost(self.out, shard.index, cost, adds=before)
+        dtypes = {column: str(array.dtype) for column, array in arrays.items()}
         rows = {column: len(array) for column, array in arrays.items()}
         done = Shard(shard.index, shard.num_tokens, hashes, dtypes, rows)
         write_sidecar(self.out, LOGPROBS.name, done)
@@ -113,13 +205,16 @@ class Scorer:
         What others finish meanwhile counts as progress too. The claim of a dead one is taken over.
         """
         own, missing, said = 0, self.missing(), ""
+        tokens = {shard.index: self.num_tokens([shard]) for shard in missing}
+        if missing:  # what it says of fewer windows would be wrong as soon as one more is there
+            (self.out / "manifest.json").unlink(missing_ok=True)
         while missing:
             mine = {shard.index for shard in missing if self.take(shard, advance)}
-            own += num_targets([shard for shard in missing if shard.index in mine])
+            own += sum(tokens[index] for index in mine)
             before, missing = missing, self.missing()
             left = mine | {shard.index for shard in missing}
             if theirs := [shard for shard in before if shard.index not in left]:
-                advance(num_targets(theirs))
+                advance(sum(tokens[shard.index] for shard in theirs))
             if missing and not mine:
                 said = self.say_what_is_waited_for(missing, said)
                 time.sleep(POLL_S)
@@ -139,10 +234,6 @@ class Scorer:
         return now or said
 
 
-def num_targets(shards: list[Shard]) -> int:
-    return sum(shard.num_tokens - 1 for shard in shards)
-
-
 def stored(column: str, scores: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = scores.astype(dtype)
@@ -160,7 +251,9 @@ def check_space(folder: Path, needed: int) -> int:
     return free
 
 
-def store_bytes(scorer: Scorer, count: int) -> int:
+def store_bytes(scorer: Scorer, shards: list[Shard]) -> int:
+    """Of the columns of those in which something is to be scored."""
+    count = sum(shard.num_tokens for shard in shards if any(True for _ in scorer.batches(shard)))
     return count * np.dtype(scorer.dtype).itemsize * len(scorer.source.columns)
 
 

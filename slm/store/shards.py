@@ -13,6 +13,8 @@ A folder holds NumPy ``.npy`` files beside JSON, nothing else::
                      manifest.json            plan + sidecars + fingerprint; there: whole
     references/x/    logprobs-00000.npy       log p(token i | those before it in its window); and
                                               by option the other columns of slm.store.columns
+                     scored-00000.npy         bool, only where some windows have no scores: which
+                                              do; a shard without any has this file alone
 
 Window w of a shard reads tokens [w * seq_len, (w + 1) * seq_len], so neighbouring windows share one
 token, windows never cross shards, and every token but a shard's first is a target exactly once.
@@ -58,6 +60,7 @@ from slm.store.files import (
 )
 
 FORMAT = 1
+SCORED = "scored"  # of a reference, which windows have scores
 SHARD = {
     "index": INDEX,
     "num_tokens": SIZE,
@@ -302,6 +305,34 @@ class References(Store):
     """Shards aligned with a corpus: ``logprobs`` and, by option, others (slm.store.columns)."""
 
     KIND = "reference"
+
+    @cached_property
+    def is_partial(self) -> bool:
+        """Some windows have no scores: `slm score max_tokens=...`"""
+        return any(SCORED in shard.sha256 for shard in self.shards)
+
+    @cached_property
+    def scored(self) -> np.ndarray:  # (windows,) bool, over all shards
+        """Which windows have scores."""
+        return np.concatenate([self.scored_of(shard) for shard in self.shards])
+
+    def scored_of(self, shard: Shard) -> np.ndarray:  # (windows of the shard,) bool
+        count = (shard.num_tokens - 1) // self.manifest["seq_len"]
+        if SCORED not in shard.sha256:
+            return np.ones(count, bool)
+        flags = self.column(SCORED, shard.index)
+        if len(flags) != count:
+            path = shard.path(self.folder, SCORED)
+            raise UserError(f"{path} is damaged: it has {len(flags)} windows, the shard {count}")
+        return np.asarray(flags)
+
+    def check_whole(self) -> None:
+        if self.is_partial:
+            raise UserError(
+                f"{self.folder} has scores of {self.scored.sum():,} of {len(self.scored):,} "
+                "windows, and all are needed here: the same `slm score` without max_tokens scores "
+                "the rest (`slm train` can do with a part)"
+            )
 
     def check_matches(self, corpus: Corpus) -> None:
         """Refuse a reference that was scored on anything but this corpus."""

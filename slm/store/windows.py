@@ -15,6 +15,7 @@ Costs: reading is a gather from memory maps, about 5 ns a token on one core.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,20 @@ class Windows:
     """Random access to the windows of a corpus and, with `references`, to their scores.
 
     combine:  how several references become one (see above); None for one or none
+    partial:  references may have scores of some windows alone, `available`
     """
 
     def __init__(
-        self, corpus: Corpus, references: Sequence[References] = (), combine: str | None = None
+        self,
+        corpus: Corpus,
+        references: Sequence[References] = (),
+        combine: str | None = None,
+        partial: bool = False,
     ):
         for store in references:
             store.check_matches(corpus)
+            if not partial:
+                store.check_whole()
         if corpus.num_windows == 0:
             raise UserError(f"{corpus.folder} holds no window of {corpus.seq_len} tokens")
         self.corpus, self.references, self.combine = corpus, tuple(references), combine
@@ -63,6 +71,14 @@ class Windows:
 
     def __len__(self) -> int:
         return self.corpus.num_windows
+
+    @cached_property
+    def available(self) -> np.ndarray:  # (windows,) int64, ascending
+        """The numbers of those that every reference has scores of."""
+        partial = [store.scored for store in self.references if store.is_partial]
+        if not partial:
+            return np.arange(len(self))
+        return np.flatnonzero(np.logical_and.reduce(partial))
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers map the files themselves: a pickled memory map would carry its data.
@@ -147,7 +163,8 @@ class Windows:
     @property
     def columns(self) -> tuple[Column, ...]:
         """All that one reference has; what is required of several, and none of none."""
-        there = self.references[0].shards[0].sha256 if len(self.references) == 1 else {}
+        stores = self.references if len(self.references) == 1 else ()
+        there = {name for store in stores for shard in store.shards for name in shard.sha256}
         found = [c for c in COLUMNS.values() if c.required or c.name in there]
         return tuple(found) if self.references else ()
 
@@ -155,6 +172,9 @@ class Windows:
         shape = (len(self.references), len(windows), self.corpus.seq_len)
         values = np.empty(shape, DTYPE)
         for store, out in zip(self.references, values, strict=True):
+            if store.is_partial and not store.scored[windows].all():
+                number = windows[~store.scored[windows]][0]
+                raise UserError(f"{store.folder} has no scores of window {number}")
             self._gather(store, column.name, windows, out)
             self._check_scores(store, column, out, targets, windows)
         return values[0] if self.combine is None else combine(values, self.combine)

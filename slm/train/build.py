@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
@@ -160,11 +159,11 @@ def build_module(
 def timed_windows(data: TokenData) -> Batch:
     """No more than a micro-batch, which is known to fit, and few tokens."""
     count = max(1, min(data.micro_batch_size, TIMED_TOKENS // data.corpus.seq_len))
-    return data.windows.batch(np.arange(min(count, len(data.windows))))
+    return data.windows.batch(data.windows.available[:count])
 
 
 def first_windows(data: TokenData) -> Batch:
-    return data.windows.batch(np.arange(min(2, len(data.windows))))
+    return data.windows.batch(data.windows.available[:2])
 
 
 def load_online(folder: str | None, data: TokenData, check: str) -> SelectiveLM | None:

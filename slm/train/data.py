@@ -16,7 +16,8 @@ from slm.train.order import MicroBatches, Order, Steps
 class TokenData(LightningDataModule):
     """Training windows (`corpus`, `references`) and named held-out sets.
 
-    references:        none, a folder, or a list of folders
+    references:        none, a folder, or a list of folders; of a corpus that is scored in part,
+                       the scored windows are what there is to read, whatever the rule
     combine:           what becomes of several references: mean, min or max of their losses, or
                        mixture (the mean of their probabilities)
     batch_size:        windows of one optimizer step, over all ranks
@@ -43,7 +44,7 @@ class TokenData(LightningDataModule):
         super().__init__()
         self.corpus = Corpus.open(corpus, check)
         self.references = open_references(references, combine, check)
-        self.windows = Windows(self.corpus, self.references, combine)
+        self.windows = Windows(self.corpus, self.references, combine, partial=True)
         named = {} if heldout is None else heldout
         self.heldout = {name: Corpus.open(folder, check) for name, folder in named.items()}
         self.heldout_windows = heldout_windows
@@ -72,7 +73,7 @@ class TokenData(LightningDataModule):
         assert self.trainer is not None
         steps = Steps(
             self.windows,
-            Order(len(self.windows), self.seed),
+            Order(len(self.windows.available), self.seed),
             self.batch_size,
             self.micro_batch_size,
             self.trainer.global_rank,

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only; schedules: a linear warm-up, then a cosine or a stay."""
+"""AdamW with weight decay on matrices only; linear warm-up, then a cosine or a rate that stays."""
 
 import math
 

@@ -63,7 +63,8 @@ class Steps(Dataset):
 
     def _read(self, step: int) -> list[Batch]:
         start = step * self.batch_size
-        windows, epochs = self.order.samples(start, start + self.batch_size)
+        places, epochs = self.order.samples(start, start + self.batch_size)
+        windows = self.windows.available[places]
         shape = (-1, self.world_size, self.micro_batch_size)
         mine = windows.reshape(shape)[:, self.rank]  # (A, B)
         batch = self.windows.batch(mine.reshape(-1))

@@ -6,6 +6,8 @@ Types and ranges of single keys are in keys.py.
 import logging
 from collections.abc import Iterable
 
+import numpy as np
+
 from slm.command_keys import PRECISIONS
 from slm.errors import UserError
 from slm.selection.rule import Selection
@@ -25,6 +27,7 @@ def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
             f"max_tokens ({max_tokens}) is less than one optimizer step "
             f"({data.tokens_per_step} tokens)"
         )
+    check_scored(max_tokens, data)
     if start >= max_tokens:
         raise UserError(
             f"selection_start is {start}, max_tokens {max_tokens}: the rule would never "
@@ -37,6 +40,20 @@ def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
     if best_of is not None and best_of not in data.heldout:
         raise UserError(
             f"callbacks.checkpoints.best_of is {best_of!r}, data.heldout has {sorted(data.heldout)}"
+        )
+
+
+def check_scored(max_tokens: int, data: TokenData) -> None:
+    """A run over a corpus that is scored in part reads no window twice, and none without scores."""
+    partial = [store for store in data.references if store.is_partial]
+    needed = round(max_tokens / data.tokens_per_step) * data.batch_size
+    have = len(data.windows.available)
+    if partial and needed > have:
+        first = int(np.flatnonzero(~np.logical_and.reduce([s.scored for s in partial]))[0])
+        raise UserError(
+            f"max_tokens={max_tokens} reads {needed} windows, and {partial[0].folder} has scores "
+            f"of {have} of the {len(data.windows)} of {data.corpus.folder} (none of window "
+            f"{first}): `slm score max_tokens={needed * data.corpus.seq_len}` adds what is missing"
         )
 
 

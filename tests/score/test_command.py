@@ -79,6 +79,7 @@ def config(tmp_path, text_corpus, model) -> Any:
             "responses": None,
             "served_model": None,
             "out": str(tmp_path / "references"),
+            "max_tokens": None,
             "entropy": False,
             "columns": [],
             "batch_size": 3,
@@ -394,9 +395,9 @@ def test_windows_longer_than_the_model_reads_are_refused(config, tokenizer):
 
 
 def test_a_disk_too_small_is_refused_before_scoring(config, monkeypatch):
-    usage = shutil.disk_usage(".")._replace(free=2559)
+    usage = shutil.disk_usage(".")._replace(free=2567)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match="2,560 bytes are needed, the disk has 2,559 free"):
+    with pytest.raises(UserError, match="2,568 bytes are needed, the disk has 2,567 free"):
         made(config)
     assert list(Path(config.out).glob("logprobs*")) == []
 

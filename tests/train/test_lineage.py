@@ -14,7 +14,7 @@ def fake_datamodule(folder: Path) -> Any:
     corpus = SimpleNamespace(folder=Path("/somewhere/else/math"), fingerprint="c" * 64)
     manifest = {"model_sha256": "e" * 64, "scoring": {"dtype": "float32"}}
     references = SimpleNamespace(
-        fingerprint="f" * 64, manifest=manifest, folder=folder / "references"
+        fingerprint="f" * 64, manifest=manifest, folder=folder / "references", is_partial=False
     )
     held = SimpleNamespace(fingerprint="d" * 64, num_windows=40)
     return SimpleNamespace(

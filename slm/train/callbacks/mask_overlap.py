@@ -37,7 +37,7 @@ class MaskOverlap(Evaluation):
     def num_tokens(self, trainer: Trainer, windows: int) -> int:
         """Every rank has all of them; rules that need no loss of the model read none."""
         data = datamodule_of(trainer)
-        chosen = min(self.num_windows, windows, len(data.windows))
+        chosen = min(self.num_windows, windows, len(data.windows.available))
         return trainer.world_size * chosen * data.corpus.seq_len
 
     def take_at_most(self, windows: int) -> None:
@@ -47,7 +47,8 @@ class MaskOverlap(Evaluation):
     def _weights(self, trainer: Trainer, pl_module: Any) -> Tensor:  # (W, T) float32, on the CPU
         """In evaluation mode, micro-batch by micro-batch as in training; draws no random number."""
         data = datamodule_of(trainer)
-        chosen = spread(len(data.windows), self.num_windows)
+        available = data.windows.available
+        chosen = available[spread(len(available), self.num_windows)]
         size, training = data.micro_batch_size, pl_module.lm.training
         pl_module.lm.eval()
         with trainer.precision_plugin.forward_context():
