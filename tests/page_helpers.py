@@ -13,8 +13,13 @@ from slm.store.shards import FORMAT
 EXCESS = {"_target_": "slm.selection.Excess", "select_ratio": 0.5, "scope": "batch"}
 
 
-def make_token_set(texts: list[list[bytes]], dead: int = 1, references: bool = True) -> TokenSet:
-    """One window a list of bytes; the last `dead` targets of the first window are none."""
+def make_token_set(
+    texts: list[list[bytes]], dead: int = 1, references: bool = True, labels: bool = False
+) -> TokenSet:
+    """One window a list of bytes; the last `dead` targets of the first window are none.
+
+    Labels are noise, signal, unknown, over and over.
+    """
     known = {piece: index for index, piece in enumerate(dict.fromkeys(sum(texts, [])))}
     tokens = np.array([[known[piece] for piece in text] for text in texts], np.uint32)
     live = np.ones((len(texts), tokens.shape[1] - 1), bool)
@@ -24,6 +29,8 @@ def make_token_set(texts: list[list[bytes]], dead: int = 1, references: bool = T
     if references:
         shuffled = np.random.default_rng(1).permutation(np.linspace(0.1, 4, count))
         columns["reference_loss"] = shuffled.astype(np.float32)
+    if labels:
+        columns["signal"] = np.resize(np.array([0, 1, -1], np.int8), count)
     pieces = {index: piece for piece, index in known.items()}
     return TokenSet(np.arange(len(texts)) * 3, tokens, live, columns, pieces)
 

@@ -8,6 +8,9 @@ from typing import Any
 import nbclient
 import nbformat
 import pytest
+from jupyter_client import launcher
+
+import warm
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "experiments" / "notebook.ipynb"
 
@@ -31,13 +34,17 @@ def read_smaller() -> Any:
     for mine, smaller in SMALLER.items():
         assert text.count(mine) == 1
         text = text.replace(mine, smaller)
-    return nbformat.reads(text, as_version=4)
+    notebook = nbformat.reads(text, as_version=4)
+    # ipykernel asks for it with a variable, which comes too late where matplotlib is imported.
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%matplotlib inline"))
+    return notebook
 
 
 @pytest.mark.slow
 def test_it_runs_from_text_to_a_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(launcher, "Popen", warm.Popen)  # a real kernel that has the imports
     notebook = read_smaller()
     where = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()

@@ -172,11 +172,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--dtype", nargs="+", choices=POINTER, default=list(POINTER))
+    parser.add_argument("--options", nargs="+", help="all, unless named")
     given = parser.parse_args()
     print(f"triton {triton.__version__}")
     print(f"{'kernel':9} {'chip':7} {'dtype':5} {'options':16} registers  shared KB  tensor-core")
     failed = 0
-    for case in (case for case in cases() if case.dtype in given.dtype):
+    for case in cases():
+        if case.dtype not in given.dtype or case.label not in (given.options or [case.label]):
+            continue
         row = compiled(case)
         faults = row.faults()
         failed += bool(faults)

@@ -3,7 +3,7 @@
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-const state = { run: 0, mode: "class", place: 0 };
+const state = { run: 0, mode: "class", place: 0, hits: [], hit: -1 };
 const PER_PAGE = 700; // tokens shown at once, one window at least
 
 // ---- elements ----------------------------------------------------------------------------------
@@ -173,7 +173,8 @@ function showRun(index) {
   const run = page.runs[index];
   for (const part of document.querySelectorAll("[data-run]")) part.hidden = Number(part.dataset.run) !== index;
   const figuresOf = (section) => run.figures[section] || [];
-  for (const part of document.querySelectorAll("[data-has]")) part.hidden = figuresOf(part.dataset.has).length === 0;
+  const shown = { ...run.figures, dropped: run.dropped };
+  for (const part of document.querySelectorAll("[data-has]")) part.hidden = !(shown[part.dataset.has] || []).length;
   for (const part of document.querySelectorAll("[data-needs]")) part.hidden = figuresOf(part.dataset.needs).length > 0;
   for (const part of document.querySelectorAll("[data-column]")) part.hidden = !(part.dataset.column in run.columns);
   if (state.mode !== "class" && !(state.mode in run.columns)) setMode("class");
@@ -181,6 +182,8 @@ function showRun(index) {
     if (dataset.section !== "compared") fill(dataset.section, figuresOf(dataset.section));
   }
   showExamples(run);
+  showDropped(run);
+  search();
   showWindows();
   showContents();
 }
@@ -205,6 +208,17 @@ function showExamples(run) {
     });
     plot.on("plotly_unhover", hideTip);
   });
+}
+
+// They stand after the examples of the classes.
+function showDropped(run) {
+  let start = run.examples.length - run.dropped.reduce((sum, { count }) => sum + count, 0);
+  byId("dropped").replaceChildren(...run.dropped.map(({ source, kept, count }) => {
+    const box = make("figure");
+    box.append(make("h4", "", `${source} (${kept} selected)`), exampleList(run, start, count, null));
+    start += count;
+    return box;
+  }));
 }
 
 function exampleEntry(run, number) {
@@ -246,6 +260,7 @@ function exampleList(run, start, count, plot) {
 }
 
 function emphasise(plot, number) {
+  if (!plot) return;
   const faint = plot.figure.data.map((_, index) => (number === null || index >> 1 === number ? 1 : 0.15));
   if (faint.length) Plotly.restyle(plot, { opacity: faint });
 }
@@ -293,7 +308,8 @@ function windowBox(run, window, number) {
 }
 
 function tokenSpan(entry) {
-  const span = make("span", entry.number === null ? "t dead" : `t ${classOf(entry)}`);
+  const label = entry.columns.label && entry.number !== null ? entry.columns.label[entry.number] : "";
+  const span = make("span", entry.number === null ? "t dead" : `t ${classOf(entry)} ${label}`);
   span.tabIndex = -1;
   span.entry = entry;
   fillToken(span, entry.text, entry.bytes);
@@ -313,6 +329,39 @@ function tokenSpan(entry) {
 
 const classOf = (entry) => page.classes[entry.columns.class[entry.number]].key;
 
+// ---- search ------------------------------------------------------------------------------------
+
+// Where the text is found: [index of a window, first position, last position].
+function search() {
+  const wanted = byId("search").value.toLowerCase();
+  state.hits = [];
+  state.hit = -1;
+  if (wanted) windowsOf(page.runs[state.run]).forEach((window, index) => {
+    const ends = [];
+    let text = "";
+    for (const part of window.texts) { text += part.toLowerCase(); ends.push(text.length); }
+    const at = (place) => ends.findIndex((end) => end > place);
+    for (let place = text.indexOf(wanted); place >= 0; place = text.indexOf(wanted, place + wanted.length)) {
+      state.hits.push([index, at(place), at(place + wanted.length - 1)]);
+    }
+  });
+  byId("found").textContent = wanted ? `${state.hits.length} found` : "";
+}
+
+function showHit(step) {
+  if (!state.hits.length) return;
+  const windows = windowsOf(page.runs[state.run]), count = state.hits.length;
+  state.hit = (state.hit + step + count) % count;
+  const [index, first, last] = state.hits[state.hit];
+  const size = pageOf(windows, 0).end;
+  state.place = Math.floor(index / size);
+  showWindows();
+  const spans = [...byId("windows").children[index % size].querySelectorAll(".t")].slice(first, last + 1);
+  for (const span of spans) span.classList.add("hit");
+  spans[0].scrollIntoView({ block: "center" });
+  byId("found").textContent = `${state.hit + 1} of ${count}`;
+}
+
 // ---- colours and their legend ------------------------------------------------------------------
 
 function setMode(mode) {
@@ -327,6 +376,7 @@ function showMode() {
   const legends = {
     class: () => page.classes.map(classEntry),
     excess: () => [scale("excess", [`≤ −${limit}`, "0", `≥ ${limit}`], "excess loss (nats): below the reference, above it")],
+    label: () => ["signal", "noise", "neither"].map((word) => make("span", `label ${word}`, word)),
     times: () => [scale("times", ["0", String(run.tokens_seen.length)], "checkpoints at which the token is selected")],
   };
   byId("legend").replaceChildren(...legends[state.mode]());
@@ -487,6 +537,10 @@ function listen() {
   for (const input of document.querySelectorAll("input[name=mode]")) {
     input.addEventListener("change", () => setMode(input.value));
   }
+  byId("search").addEventListener("input", search);
+  byId("search").addEventListener("keydown", (event) => {
+    if (event.key === "Enter") showHit(event.shiftKey ? -1 : 1);
+  });
   byId("run").addEventListener("change", (event) => showRun(Number(event.target.value)));
 }
 

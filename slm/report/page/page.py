@@ -28,6 +28,7 @@ from slm.dynamics.token_set import in_context
 from slm.report.page.plots import boxes
 from slm.report.page.tokens import (
     Sample,
+    draw_dropped,
     draw_sample,
     excess_limit,
     loss_paths,
@@ -176,7 +177,9 @@ def set_windows(analyses: Sequence[Analysis], samples: dict[str, Sample]) -> Jso
 
 def run_data(analysis: Analysis, sample: Sample, truth: Sequence[Json], seed: int) -> Json:
     shown = shown_targets(analysis.tokens, sample)
-    chosen = np.concatenate(draw_examples(analysis.trajectories.label, EXAMPLES, seed))
+    dropped = draw_dropped(analysis, seed)
+    examples = draw_examples(analysis.trajectories.label, EXAMPLES, seed)
+    chosen = np.concatenate([*examples, *(one.chosen for one in dropped)])
     kinds = [kind for kind in FIGURES if kind.section]
     return {
         "name": analysis.name,
@@ -190,6 +193,10 @@ def run_data(analysis: Analysis, sample: Sample, truth: Sequence[Json], seed: in
         "figures": sections(made(kinds, Shown(analysis, truth=truth, seed=seed))),
         "examples": [in_context(analysis.tokens, int(target))._asdict() for target in chosen],
         "example_columns": token_columns(analysis, chosen),
+        "dropped": [
+            {"source": one.source, "kept": percent(one.kept), "count": len(one.chosen)}
+            for one in dropped
+        ],
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.dynamics.analysis import Analysis
+from slm.dynamics.selection_figures import MAX_SOURCES
 from slm.dynamics.token_set import TokenSet, is_whole
 from slm.prepare.labels import NOISE, SIGNAL, UNKNOWN
 from slm.score.token_texts import whole_characters
@@ -19,6 +20,7 @@ from slm.store.files import Json
 
 DIGITS = 3  # of a loss in nats: finer than any checkpoint's noise
 PATH_POINTS = 16  # checkpoints of the small curve
+PER_SOURCE = 5  # examples of what is dropped
 LABEL_WORDS = {SIGNAL: "signal", NOISE: "noise", UNKNOWN: "neither"}
 
 
@@ -68,6 +70,27 @@ def window_text(tokens: TokenSet, row: int, width: int) -> Json:
         "bytes": partial_bytes(pieces),
         "live": [0, *tokens.live[row, :width].astype(int).tolist()],
     }
+
+
+class Dropped(NamedTuple):
+    source: str
+    kept: float  # share selected at the last checkpoint
+    chosen: np.ndarray  # some tokens that were selected at no checkpoint
+
+
+def draw_dropped(analysis: Analysis, seed: int) -> list[Dropped]:
+    """Of the sources with the most tokens, those of which a token was never selected."""
+    if analysis.kept is None:
+        return []
+    rng, source = np.random.default_rng(seed), analysis.tokens.columns["source"]
+    names, never, found = analysis.store.sources, analysis.kept.times == 0, []
+    largest = np.argsort(-np.bincount(source, minlength=len(names)), kind="stable")
+    for index in largest[:MAX_SOURCES]:
+        targets = np.flatnonzero(never & (source == index))
+        if len(targets):
+            chosen = np.sort(rng.choice(targets, min(PER_SOURCE, len(targets)), replace=False))
+            found.append(Dropped(names[index], analysis.kept.by_source[-1, index], chosen))
+    return found
 
 
 # ---- numbers ------------------------------------------------------------------------------------

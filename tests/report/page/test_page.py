@@ -170,7 +170,9 @@ def test_the_data_are_the_analysis(tmp_path, evil):
     losses = {trace["name"]: trace["y"] for trace in box_of(run, "loss_by_class")["data"]}
     assert losses["all tokens"] == pytest.approx(evil.mean_losses, abs=6e-5)
     assert len(run["examples"]) == len(run["example_columns"]["class"])
-    assert run["example_columns"]["class"] == sorted(run["example_columns"]["class"])
+    of_classes = len(run["examples"]) - sum(one["count"] for one in run["dropped"])
+    found = run["example_columns"]["class"][:of_classes]
+    assert found == sorted(found)
 
 
 def test_runs_on_the_same_tokens_share_their_text(tmp_path):
@@ -371,7 +373,10 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory, evil) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    runs = [make_analysis(folder / n, prose(30, 129), f"run {n}", dead=9) for n in "ab"]
+    runs = [
+        make_analysis(folder / name, prose(30, 129), f"run {name}", dead=9, labels=name == "a")
+        for name in "ab"
+    ]
     truth = truth_rows("run a")
     write_page(folder / "page.html", "A page", [*runs, evil], make_sweep(), truth)
     return folder / "page.html"
@@ -500,6 +505,7 @@ def test_a_tooltip_has_the_numbers_of_its_token(page, page_file):
         "first below the mean": f"after {seen[below]:,} tokens" if below >= 0 else "never",
         "reference loss": nats("reference"),
         "excess loss, last": nats("excess", "+"),
+        "labelled as": columns["label"][1],
         "times selected": f"{columns['times'][1]} of {len(seen)}",
     }
     assert page.locator("#tip .head").text_content() == window["texts"][2]
@@ -564,6 +570,45 @@ def test_the_switches_change_the_colours(page, page_file):
     blue, orange = (grounds["excess"][places][order[place]] for place in (0, -1))
     reds = [float(re.findall(r"[\d.]+", text)[0]) for text in (blue, orange)]
     assert reds[0] < 0.7 * reds[1]
+
+
+@pytest.mark.slow
+def test_labels_colour_the_text(page, page_file):
+    page.check("input[value=label]")
+    labels = embedded(page_file.read_text(encoding="utf-8"))["runs"][0]["columns"]["label"]
+    colour = "all => all.map(e => getComputedStyle(e).backgroundColor)"
+    grounds = np.array(page.locator(".t:not(.dead)").evaluate_all(colour))
+    shown = np.array(labels[: len(grounds)])
+    of = {word: set(grounds[shown == word]) for word in ("signal", "noise", "neither")}
+    assert all(len(found) == 1 for found in of.values())
+    assert len(set.union(*of.values())) == 3
+
+
+@pytest.mark.slow
+def test_search_goes_from_one_place_to_the_next(page, page_file):
+    texts = embedded(page_file.read_text(encoding="utf-8"))["windows"]
+    joined = ["".join(window["texts"]).lower() for window in next(iter(texts.values()))]
+    count = sum(text.count("token falls") for text in joined)
+    page.fill("#search", "Token falls")
+    assert page.locator("#found").text_content() == f"{count} found"
+    for number in (1, 2):
+        page.press("#search", "Enter")
+        assert page.locator("#found").text_content() == f"{number} of {count}"
+        assert page.locator(".hit").all_text_contents() == [" token", " falls"]
+    page.fill("#search", "nowhere")
+    assert page.locator("#found").text_content() == "0 found"
+    page.fill("#search", "")
+
+
+@pytest.mark.slow
+def test_what_is_never_selected_is_shown_by_source(page, page_file):
+    run = embedded(page_file.read_text(encoding="utf-8"))["runs"][0]
+    titles = page.locator("#dropped h4").all_text_contents()
+    assert titles == [f"{one['source']} ({one['kept']} selected)" for one in run["dropped"]]
+    start, count = len(run["examples"]), sum(one["count"] for one in run["dropped"])
+    assert run["example_columns"]["times"][start - count :] == [0] * count
+    names = [run["sources"][index] for index in run["example_columns"]["source"][start - count :]]
+    assert names == [one["source"] for one in run["dropped"] for _ in range(one["count"])]
 
 
 @pytest.mark.slow
