@@ -123,7 +123,7 @@ def beside(tmp_path_factory) -> Path:
 def test_a_new_run_is_of_the_same_arm(beside):
     runs, left_out = read_runs([str(beside / "finished"), str(beside / "new")])
     (arm,) = arms_of(runs)
-    assert (arm.label, len(arm.runs), left_out) == ("excess 0.5", 2, {})
+    assert (arm.label, len(arm.runs), left_out) == ("excess k = 0.5", 2, {})
 
 
 @pytest.mark.usefixtures("sketched")
@@ -133,13 +133,16 @@ def test_a_report_has_a_new_run_beside_the_older_one(beside, tmp_path):
     report(**plain_settings(settings))
     with open(tmp_path / "report" / "table.csv", newline="") as file:
         (row,) = csv.DictReader(file)
-    assert (row["arm"], row["seeds"]) == ("excess 0.5", "2")
+    assert (row["arm"], row["seeds"]) == ("excess k = 0.5", "2")
     assert (tmp_path / "report" / "figures").is_dir()
 
 
 def test_a_sweep_is_two_arms(disk):
     runs, left_out = read_runs([str(disk / "sweep")])
-    assert [arm.label for arm in arms_of(runs)] == ["excess 0.6", "random 0.6"] and not left_out
+    assert [arm.label for arm in arms_of(runs)] == [
+        "excess k = 0.6",
+        "random k = 0.6",
+    ] and not left_out
     folder = disk / "sweep"
     number = json.loads((folder / "selection=random" / "status.json").read_text())["sweep"]
     rows = sweep_rows(folder, number)
@@ -169,7 +172,7 @@ def test_token_losses_are_used_and_what_is_missing_is_added(disk, monkeypatch):
         patch.setattr(dynamics_module, "load_if_there", None)  # no checkpoint is read
         (analysis,) = dynamics(**plain_settings(dynamics_of(disk))).analyses
     assert (store.folder / "classes.csv").read_bytes() == classes
-    assert analysis.chooser is not None and analysis.chooser.name == "excess 0.5"
+    assert analysis.chooser is not None and analysis.chooser.name == "excess k = 0.5"
     last = store.checkpoints[-1].tokens_seen
     store.path(last, ".json").unlink()
     dynamics(**plain_settings(dynamics_of(disk)))

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from slm.dynamics.analysis import rule_name
 from slm.dynamics.classes import CLASSES
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.prepare.labels import NOISE, SIGNAL
+from slm.selection.names import selection_name
 from slm.store.files import write_csv
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ def class_rows(store: TrajectoryStore, seed: str) -> list[dict[str, Any]]:
     parts = {"all": signal > -2, "signal": signal == SIGNAL, "noise": signal == NOISE}
     parts |= {name: source == index for index, name in enumerate(store.sources)}
     first, last = store.losses()[0], store.losses()[-1]
-    run = rule_name(store.plan["run"]["selection"])
+    run = selection_name(store.plan["run"]["selection"])
     return [
         {"run": run, "seed": seed, "part": name, "num_tokens": int(mask.sum())}
         | {key: round(float((label[mask] == i).mean()), 4) for i, key in enumerate(CLASSES)}

@@ -61,8 +61,8 @@ slm report runs=runs/base out=report_base
 
 python "$here/collect.py" "$out"
 figures=report/figures
-cp "$figures/selection-excess_0.4_seed_0.png" "$here/figure.png"
+cp "$figures/selection-excess_k=0.4_seed_0.png" "$here/figure.png"
 for kind in classes perplexity text-selected; do
-    cp "$figures/$kind-excess_0.4_seed_0.png" "$here/$kind.png"
+    cp "$figures/$kind-excess_k=0.4_seed_0.png" "$here/$kind.png"
 done
 cp "$figures/classes-all_tokens_seed_0.png" "$here/classes_of_all_tokens.png"

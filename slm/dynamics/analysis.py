@@ -31,11 +31,11 @@ from slm.dynamics.token_set import TokenSet, parts
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.errors import UserError
 from slm.prepare.labels import UNKNOWN
-from slm.selection.registry import by_word, make_rule, takes_all_tokens
+from slm.selection.names import selection_name
+from slm.selection.registry import make_rule
 from slm.selection.rule import Selection
 from slm.selection.rules import All
 from slm.store.columns import COLUMNS
-from slm.store.files import Json
 from slm.store.windows import IGNORE_INDEX, Batch
 
 log = logging.getLogger("slm.dynamics.analysis")
@@ -95,7 +95,7 @@ def chooser_of_run(store: TrajectoryStore) -> Chooser:
     """The rule that the run trained with; UserError where it is unknown or lacks scores."""
     run = store.plan["run"]
     return Chooser(
-        rule_name(run["selection"]),
+        selection_name(run["selection"]),
         store.tokens,
         make_rule(run["selection"]),
         run["selection_start"],
@@ -110,21 +110,9 @@ def run_chooser(store: TrajectoryStore, warns: bool = False) -> Chooser | None:
         if warns:
             log.warning(
                 "%s: nothing on what %s selects: %s",
-                *(store.folder, rule_name(store.plan["run"]["selection"]), error),
+                *(store.folder, selection_name(store.plan["run"]["selection"]), error),
             )
         return None
-
-
-def rule_name(selection: Json) -> str:
-    """excess 0.6; all tokens, also where a rule keeps them all"""
-    return "all tokens" if takes_all_tokens(selection) else rule_and_ratio(selection)
-
-
-def rule_and_ratio(selection: Json) -> str:
-    """excess 0.6; excess 1"""
-    record = by_word(selection)
-    ratio = record["select_ratio"] if "select_ratio" in record else None
-    return f"{record['rule']} {ratio:g}" if isinstance(ratio, int | float) else record["rule"]
 
 
 # ---- the analysis -------------------------------------------------------------------------------
@@ -148,6 +136,7 @@ class Analysis:
     """One run on one token set; C checkpoints, M tokens, S sources."""
 
     name: str  # of the run, for legends
+    arm: str  # runs of one arm differ in their seed alone
     store: TrajectoryStore
     threshold: float  # nats
     mean_loss: float  # the level between L->L and H->H, nats
@@ -187,9 +176,10 @@ def analyse(
     name: str,
     threshold: float = THRESHOLD,
     mean_loss: float | None = None,
+    arm: str = "",
     advance: Callable[[int], None] = lambda count: None,
 ) -> Analysis:
-    """`advance` is told 1 after each checkpoint."""
+    """`arm`: "" for a run that is one of its own; `advance` is told 1 after each checkpoint."""
     checkpoints = store.checkpoints  # once: a run that still trains adds to them
     losses = store.losses(checkpoints)
     found = classify(losses, threshold, mean_loss)
@@ -197,6 +187,7 @@ def analyse(
     chooser = run_chooser(store)
     return Analysis(
         name=name,
+        arm=arm or name,
         store=store,
         threshold=threshold,
         mean_loss=level_of(losses, mean_loss),

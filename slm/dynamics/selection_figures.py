@@ -10,7 +10,7 @@ from itertools import cycle
 
 import numpy as np
 
-from slm.dynamics.analysis import Analysis, Chooser, Kept, histogram, mean_or_nan, rule_name
+from slm.dynamics.analysis import Analysis, Chooser, Kept, histogram, mean_or_nan
 from slm.dynamics.class_figures import LOSS_FROM_0, Shown, all_tokens, class_series
 from slm.dynamics.colours import BLUE, ORANGE, PALETTE, SELECTED, UNSELECTED, Colour
 from slm.dynamics.figure import (
@@ -27,6 +27,7 @@ from slm.dynamics.figure import (
     share,
 )
 from slm.errors import UserError
+from slm.selection.names import selection_name
 from slm.selection.registry import takes_all_tokens
 from slm.store.columns import COLUMNS
 
@@ -47,7 +48,7 @@ SHARE_SELECTED = share("share selected")
 
 def chooser_of(analysis: Analysis) -> Chooser:
     if analysis.chooser is None:
-        rule = rule_name(analysis.store.plan["run"]["selection"])
+        rule = selection_name(analysis.store.plan["run"]["selection"])
         raise UserError(f"{analysis.store.folder} has no reference scores, {rule} needs them")
     return analysis.chooser
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.errors import UserError
+from slm.selection.names import selection_name
 from slm.selection.registry import in_words, rule_word, takes_all_tokens
-from slm.store.files import Json, read_json
+from slm.store.files import Json, nested, read_json
 from slm.train.curves import Curve, heldout_sets, read_curve, run_folders
 
 SEEDS = {"seed", "selection.seed"}
@@ -39,6 +40,11 @@ class Run(NamedTuple):
     @property
     def rule(self) -> str:
         return rule_word(self.lineage["selection"])
+
+    @property
+    def name(self) -> str:
+        """Of its rule: excess k = 0.6"""
+        return selection_name(self.lineage["selection"])
 
     @property
     def takes_all_tokens(self) -> bool:
@@ -153,18 +159,35 @@ def heldout_text(run: Run, name: str) -> str | None:
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
     """In the order of their lines and ratios."""
+    arms = grouped(runs)
+    for arm in arms:
+        check_seeds(arm.runs)
+    return arms
+
+
+def grouped(runs: Sequence[Run]) -> list[Arm]:
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         fields = {key: value for key, value in run.identity.items() if key not in SEEDS}
         groups[json.dumps(fields, sort_keys=True)].append(run)
-    for group in groups.values():
-        check_seeds(group)
     firsts = [group[0] for group in groups.values()]
     arms = []
     for group in groups.values():
-        detail = details(group[0], [run for run in firsts if base(run) == base(group[0])])
-        arms.append(Arm(base(group[0]) + detail, group[0].rule + detail, group))
+        detail = details(group[0], [run for run in firsts if run.name == group[0].name])
+        arms.append(Arm(group[0].name + detail, group[0].rule + detail, group))
     return sorted(arms, key=lambda arm: (arm.line, arm.select_ratio or 0, arm.label))
+
+
+def arm_labels(folders: Sequence[Path]) -> dict[Path, str]:
+    """Of runs that say what they select with, finished or not, in the order of the arms."""
+    records = {path: path / "run.json" for path in folders if (path / "run.json").exists()}
+    found = {path: in_words(read_json(record)) for path, record in records.items()}
+    runs = [
+        Run(path, {"selection": nested(identity, "selection.")}, identity, {})
+        for path, identity in found.items()
+        if "selection.rule" in identity
+    ]
+    return {run.folder: arm.label for arm in grouped(runs) for run in arm.runs}
 
 
 def check_seeds(runs: Sequence[Run]) -> None:
@@ -174,25 +197,6 @@ def check_seeds(runs: Sequence[Run]) -> None:
         if seed in seeds:
             raise UserError(f"{seeds[seed]} and {run.folder} are the same run with seed {seed}")
         seeds[seed] = run.folder
-
-
-def base(run: Run) -> str:
-    """excess 0.6, or excess linear 1 to 0.6"""
-    if run.select_ratio is not None:
-        return f"{run.rule} {run.select_ratio:g}"
-    selection = run.lineage["selection"]
-    if "select_ratio" not in selection:
-        return run.rule
-    schedule = selection["select_ratio"]
-    return f"{run.rule} {schedule['shape']} {ratios_text(schedule['points'])}"
-
-
-def ratios_text(points: Sequence[Sequence[float]]) -> str:
-    """1 to 0.6; the ones between are not named where there are many."""
-    ratios = [f"{ratio:g}" for _, ratio in points]
-    if len(ratios) <= 4:
-        return " to ".join(ratios)
-    return f"{ratios[0]} to {ratios[-1]} in {len(ratios)} points"
 
 
 def details(run: Run, others: Sequence[Run]) -> str:
@@ -232,7 +236,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 def text_of(value: Any, key: str) -> str:
     """Hashes are cut: eight characters tell them apart."""
     if key == "selection.select_ratio.points":
-        return " to ".join(f"{ratio:g} at {tokens}" for tokens, ratio in value)
+        return " → ".join(f"{ratio:g} at {tokens}" for tokens, ratio in value)
     if isinstance(value, list):
         return "+".join(text_of(item, "") for item in value)
     return value[:8] if isinstance(value, str) and HASH.fullmatch(value) else str(value)

@@ -24,14 +24,7 @@ from typing import Any, NamedTuple
 
 from slm.command_keys import REPORT
 from slm.console import progress
-from slm.dynamics.analysis import (
-    Analysis,
-    analyse,
-    rule_and_ratio,
-    rule_name,
-    run_chooser,
-    store_folders,
-)
+from slm.dynamics.analysis import Analysis, analyse, run_chooser, store_folders
 from slm.dynamics.classes import MIN_CHECKPOINTS
 from slm.dynamics.figure import Figure
 from slm.dynamics.figures import Kind, made
@@ -39,16 +32,25 @@ from slm.dynamics.trajectories import TrajectoryStore
 from slm.dynamics.truth import kept_rows, truth_rows
 from slm.errors import UserError
 from slm.names import file_name
-from slm.report.arms import Arm, Run, arms_of, check_heldout, check_runs, read_runs
+from slm.report.arms import (
+    Arm,
+    Run,
+    arm_labels,
+    arms_of,
+    check_heldout,
+    check_runs,
+    read_runs,
+)
 from slm.report.page.page import SweepFigures, write_page
 from slm.report.paper.figures import paper_figures
 from slm.report.paper.plots import draw
 from slm.report.provenance import provenance, run_rows
-from slm.report.sweep_figures import CONTROL, SWEEP_FIGURES, Sweep
+from slm.report.sweep_figures import SWEEP_FIGURES, Sweep
 from slm.report.table import REACH_NOTE, control_losses, markdown, table_rows
+from slm.selection.names import ALL_TOKENS
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
-from slm.store.files import Json, atomic_file, nested, read_json, write_csv
+from slm.store.files import Json, atomic_file, read_json, write_csv
 from slm.store.own_files import check_own, replacing
 from slm.train.curves import folders_of, run_folders
 
@@ -82,7 +84,7 @@ def read_baselines(folders: Mapping[str, Any], sets: Sequence[str]) -> list[Arm]
 
 def check_names(arms: Sequence[Arm], baselines: Sequence[Arm]) -> None:
     """One name is one row of the table and one line of a figure."""
-    taken = {CONTROL, *(arm.label for arm in arms)}
+    taken = {ALL_TOKENS, *(arm.label for arm in arms)}
     for arm in baselines:
         if arm.label in taken:
             raise UserError(
@@ -186,7 +188,8 @@ def many(count: int, word: str) -> str:
 
 def read_analyses(folders: Sequence[str], most: int, check: str) -> list[Analysis]:
     """Of all stores of the runs, finished or not; too short or damaged ones are named."""
-    stores = [(run, store) for run in run_folders(folders) for store in store_folders(run)]
+    runs = run_folders(folders)
+    stores = [(run, store) for run in runs for store in store_folders(run)]
     whole = [(run, folder) for run, folder in stores if can_be_shown(folder)]
     if len(whole) > most:
         log.warning(
@@ -195,9 +198,10 @@ def read_analyses(folders: Sequence[str], most: int, check: str) -> list[Analysi
     total = sum(len(TrajectoryStore(folder).checkpoints) for _, folder in whole[:most])
     with progress("token dynamics", total, "checkpoints") as advance:
         found = []
-        for (_, folder), name in zip(whole, analysis_names(whole[:most]), strict=False):
+        names = analysis_names(whole[:most], arm_labels(runs))
+        for (_, folder), (name, arm) in zip(whole, names, strict=False):
             try:
-                found.append(read_analysis(folder, name, check, advance))
+                found.append(read_analysis(folder, name, arm, check, advance))
             except UserError as error:
                 log.warning("left out: the token losses of %s: %s", name, error)
         return found
@@ -217,39 +221,34 @@ def can_be_shown(folder: Path) -> bool:
     return count >= MIN_CHECKPOINTS
 
 
-def read_analysis(folder: Path, name: str, check: str, advance: Callable[[int], None]) -> Analysis:
+def read_analysis(
+    folder: Path, name: str, arm: str, check: str, advance: Callable[[int], None]
+) -> Analysis:
     """With the threshold and the level that the classes were made with."""
     store = TrajectoryStore(folder, check)
     run_chooser(store, warns=True)
-    return analyse(store, name, **store.settings, advance=advance)
+    return analyse(store, name, **store.settings, arm=arm, advance=advance)
 
 
-def analysis_names(stores: Sequence[tuple[Path, Path]]) -> list[str]:
-    """Of (run, store): the run's name, with the store's where the run has several."""
+def analysis_names(
+    stores: Sequence[tuple[Path, Path]], arms: Mapping[Path, str]
+) -> list[tuple[str, str]]:
+    """Of (run, store): the run's name and its arm's, with the store's where the run has several."""
     runs = [run for run, _ in stores]
-    names = short_paths(runs) | job_names(runs)
+    names = short_paths(runs) | job_names(runs, arms)
+    found = [(names[run], arms[run] if run in arms else names[run]) for run in runs]
     return [
-        f"{names[run]}, {folder.name}" if runs.count(run) > 1 else names[run]
-        for run, folder in stores
+        (f"{name}, {folder.name}", f"{arm}, {folder.name}") if runs.count(run) > 1 else (name, arm)
+        for (run, folder), (name, arm) in zip(stores, found, strict=True)
     ]
 
 
-def job_names(runs: Sequence[Path]) -> dict[Path, str]:
-    """excess 0.4, seed 0 for the jobs of a sweep, where that tells them apart.
-
-    Where several rules take all tokens: excess 1, seed 0, as in the table.
-    """
-    found: dict[Path, str] = {}
-    for words in (rule_and_ratio, rule_name):
-        names = {run: job_name(run, words) for run in dict.fromkeys(runs) if "=" in run.name}
-        taken = list(names.values())
-        found |= {run: name for run, name in names.items() if taken.count(name) == 1}
-    return found
-
-
-def job_name(run: Path, words: Callable[[Json], str]) -> str:
-    identity = read_json(run / "run.json")
-    return f"{words(nested(identity, 'selection.'))}, seed {identity['seed']}"
+def job_names(runs: Sequence[Path], arms: Mapping[Path, str]) -> dict[Path, str]:
+    """excess k = 0.4, seed 0 for the jobs of a sweep; others have their user's names."""
+    jobs = [run for run in dict.fromkeys(runs) if "=" in run.name and run in arms]
+    names = {run: f"{arms[run]}, seed {read_json(run / 'run.json')['seed']}" for run in jobs}
+    taken = list(names.values())
+    return {run: name for run, name in names.items() if taken.count(name) == 1}
 
 
 def short_paths(folders: Sequence[Path]) -> dict[Path, str]:

@@ -22,10 +22,10 @@ from slm.dynamics.figure import (
 )
 from slm.dynamics.figures import Kind
 from slm.errors import UserError
-from slm.report.arms import Arm, Run, base
+from slm.report.arms import Arm, Run
+from slm.selection.names import ALL_TOKENS, ratio_name
 from slm.train.curves import Curve, by_label, mean_curve
 
-CONTROL = "all tokens"
 Points = list[tuple[float, list[float]]]  # (select_ratio, loss of each seed)
 
 
@@ -63,7 +63,7 @@ def losses_of(
             lines[arm.line].append((arm.select_ratio, arm.losses(name)))
         elif not arm.takes_all_tokens:
             flat[arm.label] = float(np.mean(arm.losses(name)))
-    controls = {CONTROL: sweep.control[name]} if sweep.control else {}
+    controls = {ALL_TOKENS: sweep.control[name]} if sweep.control else {}
     return (
         lines,
         flat,
@@ -136,7 +136,7 @@ def tokens_figure(grid: Sequence[Sequence[Curves]]) -> Figure:
 def panel_curves(name: str, arms: Sequence[Arm]) -> list[Curves]:
     selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
     controls = [arm for arm in arms if arm.takes_all_tokens]
-    black = [run.curves[name]._replace(label=CONTROL) for arm in controls for run in arm.runs]
+    black = [run.curves[name]._replace(label=ALL_TOKENS) for arm in controls for run in arm.runs]
     found = []
     for line in dict.fromkeys(arm.line for arm in selecting):
         runs = [run for arm in selecting if arm.line == line for run in arm.runs]
@@ -146,7 +146,7 @@ def panel_curves(name: str, arms: Sequence[Arm]) -> list[Curves]:
 
 
 def short_label(run: Run) -> str:
-    return base(run) if run.select_ratio is None else f"k = {run.select_ratio:g}"
+    return run.name if run.select_ratio is None else ratio_name(run.select_ratio)
 
 
 def loss_range(row: Iterable[Curves]) -> tuple[float, float]:

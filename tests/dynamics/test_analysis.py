@@ -198,7 +198,7 @@ def test_without_the_scores_there_are_no_keep_rates(make_store):
 def test_rules_without_references_have_keep_rates(make_store):
     random = {"_target_": "slm.selection.Random", "select_ratio": 0.25, "scope": "batch", "seed": 1}
     found = analyse(filled(make_store(random, references=False), losses_of(3)), "run")
-    assert found.kept is not None and found.kept.rule == "random 0.25"
+    assert found.kept is not None and found.kept.rule == "random k = 0.25"
     np.testing.assert_allclose(np.nanmean(found.kept.by_source), 0.25)
 
 

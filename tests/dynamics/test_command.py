@@ -270,7 +270,7 @@ def test_what_would_be_noticed_too_late_is_said_at_the_start(
     with pytest.raises(RuntimeError, match="crash"):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
     assert "is what the run trains on: its tokens are not held out" in caplog.text
-    assert "nothing on what excess 0.6 selects: it needs reference_logprob" in caplog.text
+    assert "nothing on what excess k = 0.6 selects: it needs reference_logprob" in caplog.text
     assert "every_tokens is 100000 in a run of 1536 tokens: fewer than 3 times" in caplog.text
     caplog.clear()
     other = make_corpus(tmp_path / "other", [np.arange(161) % 290], 16)

@@ -57,7 +57,7 @@ def test_what_cannot_be_drawn_is_left_out(tmp_path, caplog):
     names = [kind.name for kind in found]
     assert names == ["shares", "loss_by_class", "classes", "trajectories"]
     assert "kept_frac_by_class is not drawn" in caplog.text
-    assert "has no reference scores, excess 0.5 needs them" in caplog.text
+    assert "has no reference scores, excess k = 0.5 needs them" in caplog.text
 
 
 def test_runs_are_compared_by_name(tmp_path, analysis):

@@ -239,11 +239,11 @@ def test_what_cannot_be_drawn_says_why(make):
         with pytest.raises(UserError, match="has no labels of signal and noise"):
             figure(Shown(run))
     for figure in (kept_frac_by_class, kept_frac_by_source, loss_by_selection, selection):
-        with pytest.raises(UserError, match=r"has no reference scores, excess 0\.5 needs them"):
+        with pytest.raises(UserError, match=r"has no reference scores, excess k = 0\.5 needs them"):
             figure(Shown(blind))
     with pytest.raises(UserError, match="has no reference losses"):
         excess_loss(Shown(blind))
-    for rule, name in ((ALL, "all tokens"), (RANDOM, "random 0.5")):
+    for rule, name in ((ALL, "all tokens"), (RANDOM, "random k = 0.5")):
         other = make(name, rule)
         with pytest.raises(UserError, match=f"selected do not apply to {name}"):
             perplexity(Shown(other))

@@ -210,7 +210,7 @@ def test_what_the_rule_keeps_is_counted_by_hand(make_analysis):
         assert row["kept_of_signal"] == pytest.approx(mask[label == 1].mean())
         assert row["kept_of_noise"] == pytest.approx(mask[label == 0].mean())
         assert (row["num_signal"], row["num_noise"]) == ((label == 1).sum(), (label == 0).sum())
-        assert (row["run"], row["rule"]) == ("a run", "excess 0.5")
+        assert (row["run"], row["rule"]) == ("a run", "excess k = 0.5")
 
 
 def test_without_its_scores_the_rule_has_no_rows(make_analysis):

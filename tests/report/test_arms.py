@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from run_helpers import make_run
-from slm.report.arms import arms_of, costs, ratios_text, read_runs
+from slm.report.arms import arms_of, costs, read_runs
 
 
 def labels(folder: Path) -> list[str]:
@@ -20,7 +20,7 @@ def test_an_arm_is_what_differs_in_the_seed_alone(tmp_path):
         make_run(tmp_path / f"random{seed}", "Random", 0.5, seed)
         make_run(tmp_path / f"all{seed}", "All", None, seed)
         make_run(tmp_path / f"loss{seed}", "ReferenceLoss", 0.25, seed)
-    assert labels(tmp_path) == ["all", "random 0.5", "reference_loss 0.25"]
+    assert labels(tmp_path) == ["all tokens", "random k = 0.5", "reference_loss k = 0.25"]
     assert [len(arm.runs) for arm in arms_of(read_runs([str(tmp_path)])[0])] == [2, 2, 2]
 
 
@@ -28,9 +28,13 @@ def test_arms_of_one_name_are_told_apart_by_what_differs(tmp_path):
     make_run(tmp_path / "a", identity={"optimizer.adamw.lr": 0.1, "references": "f" * 64})
     make_run(tmp_path / "b", identity={"optimizer.adamw.lr": 0.2, "references": "f" * 64})
     make_run(tmp_path / "c", ratio=0.25, identity={"optimizer.adamw.lr": 0.2})
-    assert labels(tmp_path) == ["excess 0.25", "excess 0.5, lr=0.1", "excess 0.5, lr=0.2"]
+    assert labels(tmp_path) == [
+        "excess k = 0.25",
+        "excess k = 0.5, lr=0.1",
+        "excess k = 0.5, lr=0.2",
+    ]
     make_run(tmp_path / "d", identity={"optimizer.adamw.lr": 0.2, "references": "e" * 64})
-    assert "excess 0.5, lr=0.2, references=eeeeeeee" in labels(tmp_path)
+    assert "excess k = 0.5, lr=0.2, references=eeeeeeee" in labels(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_a_schedule_has_no_place_on_the_axis_of_ratios(tmp_path):
     record_ratio(tmp_path / "a", {"shape": "linear", "points": [[0, 1.0], [100, 0.6]]})
     (run,), _ = read_runs([str(tmp_path)])
     assert run.select_ratio is None and not run.takes_all_tokens
-    assert labels(tmp_path) == ["excess linear 1 to 0.6"]
+    assert labels(tmp_path) == ["excess k = 1 → 0.6 (linear)"]
 
 
 def test_schedules_of_one_course_are_told_apart_by_their_points(tmp_path):
@@ -66,13 +70,9 @@ def test_schedules_of_one_course_are_told_apart_by_their_points(tmp_path):
         flat = {"selection.select_ratio.points": points}
         record_ratio(tmp_path / name, {"shape": "step", "points": points}, flat)
     assert labels(tmp_path) == [
-        "excess step 1 to 0.6, points=1 at 0 to 0.6 at 100",
-        "excess step 1 to 0.6, points=1 at 0 to 0.6 at 200",
+        "excess k = 1 → 0.6 (step), points=1 at 0 → 0.6 at 100",
+        "excess k = 1 → 0.6 (step), points=1 at 0 → 0.6 at 200",
     ]
-
-
-def test_many_points_are_counted():
-    assert ratios_text([[i, 1 - i / 10] for i in range(6)]) == "1 to 0.5 in 6 points"
 
 
 def test_what_is_empty_is_named_only_where_nothing_else_is(tmp_path):
@@ -86,10 +86,10 @@ def test_what_is_empty_is_named_only_where_nothing_else_is(tmp_path):
         fields = {"references": references, "data.combine": combine, "online_reference": online}
         make_run(tmp_path / name, identity=fields)
     assert labels(tmp_path) == [
-        "excess 0.5, combine=mean, references=aaaaaaaa+bbbbbbbb",
-        "excess 0.5, no combine, no online_reference, no references",
-        "excess 0.5, online_reference=bbbbbbbb",
-        "excess 0.5, references=aaaaaaaa",
+        "excess k = 0.5, combine=mean, references=aaaaaaaa+bbbbbbbb",
+        "excess k = 0.5, no combine, no online_reference, no references",
+        "excess k = 0.5, online_reference=bbbbbbbb",
+        "excess k = 0.5, references=aaaaaaaa",
     ]
 
 
@@ -97,8 +97,8 @@ def test_fields_of_one_ending_have_their_whole_names(tmp_path):
     make_run(tmp_path / "a", identity={"x.rate": 1, "y.rate": 2, "name": "slm.optim.warmup_cosine"})
     make_run(tmp_path / "b", identity={"x.rate": 2, "y.rate": 1, "name": "slm.optim.warmup_linear"})
     assert labels(tmp_path) == [
-        "excess 0.5, name=slm.optim.warmup_cosine, x.rate=1, y.rate=2",
-        "excess 0.5, name=slm.optim.warmup_linear, x.rate=2, y.rate=1",
+        "excess k = 0.5, name=slm.optim.warmup_cosine, x.rate=1, y.rate=2",
+        "excess k = 0.5, name=slm.optim.warmup_linear, x.rate=2, y.rate=1",
     ]
 
 

@@ -54,17 +54,19 @@ def test_the_table_has_mean_and_spread_and_tokens_to_reach(out):
     with open(out / "table.csv", newline="") as file:
         rows = {(row["arm"], row["set"]): row for row in csv.DictReader(file)}
     assert [arm for arm, name in rows if name == "a"] == [
-        "excess 0.5", "excess 1", "random 0.5", "random 1",
+        "excess k = 0.5", "excess k = 1", "random k = 0.5", "random k = 1",
     ]  # fmt: skip
-    found = rows["excess 0.5", "b"]
+    found = rows["excess k = 0.5", "b"]
     assert (found["rule"], found["select_ratio"], found["seeds"]) == ("excess", "0.5", "2")
     assert [float(found[key]) for key in ("mean", "low", "high")] == [6.25, 6.0, 6.5]
     assert (found["tokens_seen"], found["tokens_selected"]) == ("400", "200")
     # all tokens end at 4.25 on `a`: from 5 at 200 to 3 or 3.25 at 400
     by_hand = (200 + 200 * 0.75 / 2 + 200 + 200 * 0.75 / 1.75) / 2
-    assert int(rows["excess 0.5", "a"]["tokens_to_all_tokens_loss"]) == round(by_hand)
-    assert rows["random 0.5", "a"]["tokens_to_all_tokens_loss"] == ""  # 4.5 and 4.75
-    assert rows["random 1", "a"]["tokens_to_all_tokens_loss"] == "400"  # 4 and 4.5: all they saw
+    assert int(rows["excess k = 0.5", "a"]["tokens_to_all_tokens_loss"]) == round(by_hand)
+    assert rows["random k = 0.5", "a"]["tokens_to_all_tokens_loss"] == ""  # 4.5 and 4.75
+    assert (
+        rows["random k = 1", "a"]["tokens_to_all_tokens_loss"] == "400"
+    )  # 4 and 4.5: all they saw
 
 
 def test_the_markdown_table_has_a_line_an_arm(out):
@@ -72,7 +74,7 @@ def test_the_markdown_table_has_a_line_an_arm(out):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
     assert cells[0][:5] == ["arm", "a", "b", "seeds", "tokens seen"]
     assert cells[2][:4] == [
-        "excess 0.5",
+        "excess k = 0.5",
         "3.1250 (3.0000 to 3.2500)",
         "6.2500 (6.0000 to 6.5000)",
         "2",
@@ -150,8 +152,10 @@ def test_costs_are_shown_where_every_seed_has_them(tmp_path):
     make_run(tmp_path / "b", seed=1, train_seconds=20.0, train_flops=None)
     make_run(tmp_path / "c", "All", None)
     rows = {row["arm"]: row for row in report(**config(tmp_path, tmp_path / "out")).rows}
-    assert rows["excess 0.5"]["train_seconds"] == 15.0
-    assert rows["all"]["train_seconds"] is None and "train_flops" not in rows["excess 0.5"]
+    assert rows["excess k = 0.5"]["train_seconds"] == 15.0
+    assert (
+        rows["all tokens"]["train_seconds"] is None and "train_flops" not in rows["excess k = 0.5"]
+    )
 
 
 # ---- what is refused, what is left out ----------------------------------------------------------
@@ -228,7 +232,9 @@ def test_a_baseline_is_one_arm_on_the_same_sets(tmp_path):
     make_run(tmp_path / "runs" / "a")
     make_run(tmp_path / "two" / "a", ratio=0.5)
     make_run(tmp_path / "two" / "b", ratio=0.25)
-    with pytest.raises(UserError, match=r"'x' must be one finished arm, .* \['excess 0.25', 'ex"):
+    with pytest.raises(
+        UserError, match=r"'x' must be one finished arm, .* \['excess k = 0.25', 'ex"
+    ):
         report(
             **config(tmp_path / "runs", tmp_path / "out", baselines={"x": str(tmp_path / "two")})
         )
@@ -264,7 +270,7 @@ def test_losses_on_other_windows_are_refused(tmp_path, other):
     assert [row["seeds"] for row in report(**config([runs, two], out, sets=["a"])).rows] == [3]
 
 
-@pytest.mark.parametrize("name", ["all tokens", "excess 0.5"])
+@pytest.mark.parametrize("name", ["all tokens", "excess k = 0.5"])
 def test_a_baseline_has_a_name_of_its_own(tmp_path, sweep, name):
     make_run(tmp_path / "ref", "All", None, final=2.0)
     with pytest.raises(UserError, match=f"baseline '{name}' .* has the name of an arm"):
@@ -344,10 +350,10 @@ def test_runs_with_token_losses_are_shown_beside_the_sweep(out):
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     for name in ("all", "excess"):
-        make_analysis(tmp_path / "runs" / name / "seed=0" / "dynamics" / "tokens", prose(4, 9))
-        make_run(tmp_path / "runs" / name / "seed=0", identity={"x": name})
-    make_analysis(tmp_path / "runs" / "all" / "seed=0" / "dynamics" / "other", prose(4, 9))
-    expected = ["all/seed=0, other", "all/seed=0, tokens", "excess/seed=0"]
+        make_analysis(tmp_path / "runs" / name / "first" / "dynamics" / "tokens", prose(4, 9))
+        make_run(tmp_path / "runs" / name / "first", identity={"x": name})
+    make_analysis(tmp_path / "runs" / "all" / "first" / "dynamics" / "other", prose(4, 9))
+    expected = ["all/first, other", "all/first, tokens", "excess/first"]
     assert names_shown(tmp_path / "runs") == expected
 
 
@@ -392,18 +398,18 @@ def test_a_damaged_store_is_named_and_left_out(tmp_path, caplog):
     assert "losses-000000000002000.npy" in caplog.text and "left out" in caplog.text
 
 
-def test_jobs_of_a_sweep_have_short_names(tmp_path):
-    """Both rules take all tokens at k = 1."""
-    for rule, ratio, seed in (("Excess", 0.4, 0), ("Excess", 0.4, 1), ("Excess", 1.0, 0)):
-        folder = tmp_path / "sweep" / f"selection=excess,selection.select_ratio={ratio},seed={seed}"
-        make_run(folder, rule, ratio, seed)
+def test_jobs_of_a_sweep_are_named_after_their_arms(tmp_path):
+    """Where the arms differ in more than the rule, so do their names."""
+    for rate, ratio, seed in ((1, 0.4, 0), (1, 0.4, 1), (2, 0.4, 0), (1, 1.0, 0)):
+        folder = tmp_path / "sweep" / f"selection=excess,lr={rate},k={ratio},seed={seed}"
+        make_run(folder, "Excess", ratio, seed, identity={"optimizer.adamw.lr": rate})
         make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
-    names = ["excess 0.4, seed 0", "excess 0.4, seed 1", "all tokens, seed 0"]
-    assert names_shown(tmp_path / "sweep") == names
-    folder = tmp_path / "sweep" / "selection=random,selection.select_ratio=1.0,seed=0"
-    make_run(folder, "Random", 1.0, 0)
-    make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
-    assert names_shown(tmp_path / "sweep") == [*names[:2], "excess 1, seed 0", "random 1, seed 0"]
+    assert set(names_shown(tmp_path / "sweep")) == {
+        "excess k = 0.4, lr=1, seed 0",
+        "excess k = 0.4, lr=1, seed 1",
+        "excess k = 0.4, lr=2, seed 0",
+        "excess k = 1, seed 0",
+    }
 
 
 def names_shown(runs: Path) -> list[str]:

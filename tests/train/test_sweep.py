@@ -282,7 +282,11 @@ def test_a_failed_job_leaves_the_others_running_and_is_tried_again(
     assert warm.run(command, capture_output=True, after=SKETCHED).returncode == 0
     with open(tmp_path / "report" / "table.csv", newline="") as file:
         means = {row["arm"]: row["mean"] for row in csv.DictReader(file)}
-    expected = dict(zip(["excess 0.5", "excess 1", "random 0.5", "random 1"], names, strict=True))
+    expected = dict(
+        zip(
+            ["excess k = 0.5", "excess k = 1", "random k = 0.5", "random k = 1"], names, strict=True
+        )
+    )
     assert means == {arm: str(round(float(again[job]["held"]), 6)) for arm, job in expected.items()}
     found = {group_and_id(out / name) for name in names}
     assert len(found) == 4 and {group for group, _ in found} == {f"{tmp_path.name}-sweep"}

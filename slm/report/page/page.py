@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from slm.dynamics.analysis import Analysis, rule_name
+from slm.dynamics.analysis import Analysis
 from slm.dynamics.class_figures import EXAMPLES, Shown
 from slm.dynamics.classes import ARROWS, CLASSES, MEANING, draw_examples
 from slm.dynamics.colours import STYLE_SHEET
@@ -37,6 +37,7 @@ from slm.report.page.tokens import (
     window_texts,
 )
 from slm.report.provenance import Provenance
+from slm.selection.names import selection_name
 from slm.store.files import Json, atomic_file
 
 log = logging.getLogger("slm.report.page.page")
@@ -216,7 +217,7 @@ def summary(analysis: Analysis, truth: Sequence[Json]) -> Json:
     """One run's facts and the table of its classes."""
     return {
         "name": analysis.name,
-        "rule": rule_name(analysis.store.plan["run"]["selection"]),
+        "rule": selection_name(analysis.store.plan["run"]["selection"]),
         "checkpoints": len(analysis.tokens_seen),
         "first": int(analysis.tokens_seen[0]),
         "last": int(analysis.tokens_seen[-1]),

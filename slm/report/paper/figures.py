@@ -70,9 +70,8 @@ def file_names(analyses: Sequence[Analysis]) -> list[str]:
     """The runs' names with what is safe in a file's, cut, each once."""
     found: list[str] = []
     for analysis in analyses:
-        stem = (
-            re.sub(r"[^A-Za-z0-9.=-]+", "_", analysis.name).strip("._")[:MOST_CHARACTERS] or "run"
-        )
+        name = analysis.name.replace(" = ", "=")
+        stem = re.sub(r"[^A-Za-z0-9.=-]+", "_", name).strip("._")[:MOST_CHARACTERS] or "run"
         taken = sum(name == stem or name.startswith(f"{stem}~") for name in found)
         found.append(f"{stem}~{taken + 1}" if taken else stem)
     return found

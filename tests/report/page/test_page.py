@@ -257,8 +257,8 @@ def test_the_reports_own_panels_fit(tmp_path):
     write_page(tmp_path / "page.html", "t", [], sweep)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert [row[:2] for row in cells(page, 1)[1:]] == [
-        ["excess 0.5", "3.5000 3.0000 to 4.0000"],
-        ["excess 1", "4.0000 3.5000 to 4.5000"],
+        ["excess k = 0.5", "3.5000 3.0000 to 4.0000"],
+        ["excess k = 1", "4.0000 3.5000 to 4.5000"],
         ["softmax", "3.2500 3.2500 to 3.2500"],
     ]
     drawn = embedded(page)["sweep"]

@@ -66,7 +66,7 @@ def test_all_figures_that_can_be_drawn_are_written(make, tmp_path, caplog, kept)
     assert ("selected", "a/b $c$") in panels and ("heldout", "excess 0.5") in panels
     text = caplog.text
     assert "other is no control of excess 0.5" in text and "windows_sha256 is w0 and w1" in text
-    assert "random: figures of what is selected do not apply to random 0.5" in text
+    assert "random: figures of what is selected do not apply to random k = 0.5" in text
     assert "blind has no reference scores" in text and "needs them" in text
     assert all("\n" not in record.message for record in caplog.records)
 

@@ -84,6 +84,6 @@ def test_an_excerpt_is_drawn_by_seed_and_refused_where_there_is_none(make, tmp_p
             text_figure(run, tmp_path / "t.png", part)
     with pytest.raises(UserError, match="by is 'loss'"):
         text_figure(run, tmp_path / "t.png", by="loss")
-    with pytest.raises(UserError, match=r"has no reference scores, excess 0\.5 needs them"):
+    with pytest.raises(UserError, match=r"has no reference scores, excess k = 0\.5 needs them"):
         text_figure(make("other", references=False), tmp_path / "t.png")
     assert not (tmp_path / "t.csv").exists()

@@ -1,0 +1,31 @@
+"""What a selection is called, in every table, figure and message: `excess k = 0.6`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slm.selection.registry import by_word
+
+ALL_TOKENS = "all tokens"
+
+
+def selection_name(selection: Mapping[str, Any]) -> str:
+    """all tokens, softmax, excess k = 0.6, or excess k = 1 → 0.6 (linear)"""
+    record = by_word(selection)
+    if record["rule"] == "all":
+        return ALL_TOKENS
+    ratio = [ratio_name(record["select_ratio"])] if "select_ratio" in record else []
+    return " ".join([record["rule"], *ratio])
+
+
+def ratio_name(ratio: Any) -> str:
+    """Of a number or a schedule."""
+    if isinstance(ratio, Mapping):
+        return f"k = {course([value for _, value in ratio['points']])} ({ratio['shape']})"
+    return f"k = {ratio:g}" if isinstance(ratio, int | float) else f"k = {ratio}"
+
+
+def course(ratios: Sequence[float]) -> str:
+    """1 → 0.6; the ones between are not named where there are many."""
+    if len(ratios) <= 4:
+        return " → ".join(f"{ratio:g}" for ratio in ratios)
+    return f"{ratios[0]:g} → {ratios[-1]:g} in {len(ratios)} points"
