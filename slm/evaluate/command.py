@@ -29,8 +29,9 @@ from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.fields import OBJECT, check_fields, one_of
 from slm.store.files import Advance, nothing, read_json, write_csv
+from slm.store.hub import is_folder
 from slm.store.shards import Corpus
-from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, looks_like_hub_name
+from slm.store.tokenizer import check_same_tokenizer, load_tokenizer
 from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device
 
 log = logging.getLogger("slm.evaluate")
@@ -146,7 +147,7 @@ def evaluate(
     corpora = {name: Corpus.open(folder, check) for name, folder in sets.items()}
     folders = {name: str(folder) for name, folder in models.items()}
     for folder in folders.values():  # all of them before the first forward
-        if not looks_like_hub_name(folder):
+        if is_folder("model", folder):
             check_model_folder("model", folder, check)
         tokenizer = load_tokenizer(folder)
         for corpus in corpora.values():

@@ -26,12 +26,8 @@ from slm.model.architecture import new_model, position_limit, text_config, told,
 from slm.model.folder import check_model_folder, check_savable, quiet_without_terminal
 from slm.model.head import check_documents, check_head, head_arguments, hidden_states, loss_terms
 from slm.prepare.chat import end_of_turn
-from slm.store.tokenizer import (
-    check_same_tokenizer,
-    first_line,
-    load_tokenizer,
-    looks_like_hub_name,
-)
+from slm.store.hub import is_folder
+from slm.store.tokenizer import check_same_tokenizer, first_line, load_tokenizer
 from slm.store.trust import check_no_code
 from slm.store.windows import IGNORE_INDEX, Batch, to_device
 from slm_kernels import (
@@ -66,7 +62,7 @@ def build_lm(
     if init_from is None:
         model = new_model(architecture, vocab_size, attn_implementation)
     else:
-        if not looks_like_hub_name(init_from):
+        if is_folder("model.init_from", init_from):
             check_model_folder("model.init_from", init_from)
         take_over_tokenizer(init_from, tokenizer)
         check_not_quantized(init_from)
@@ -104,9 +100,16 @@ def check_not_quantized(init_from: str) -> None:
         raise UserError(f"no causal LM at {init_from}: {first_line(error)}") from None
     if "quantization_config" in config:
         raise UserError(
-            f"config.json of {init_from} has a quantization_config: quantized weights are not "
-            "trained, take the model that they were made from"
+            f"config.json of {init_from} has a quantization_config ({quantized_by(config)}): "
+            "quantized weights are not trained, take the model that they were made from"
         )
+
+
+def quantized_by(config: Mapping[str, Any]) -> str:
+    """gptq, awq, bitsandbytes, ..."""
+    method = config["quantization_config"]
+    named = isinstance(method, Mapping) and "quant_method" in method
+    return str(method["quant_method"]) if named else "of no known method"
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ from slm.store.files import (
     sealed,
     sync_folder,
 )
+from slm.store.hub import no_model
 
 
 def quiet_without_terminal() -> None:
@@ -34,18 +35,13 @@ def quiet_without_terminal() -> None:
 
 
 def check_model_folder(key: str, name: str, check: str = "size") -> None:
-    """A mistyped path must not be looked for on a hub, with minutes of retries.
+    """Say what a folder holds that is no model.
 
     check: "full" compares the hash of every file, where its slm.json knows them
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{key} {name} is a PEFT adapter: merge it into its model (merge_and_unload)"
-        )
-    if not (Path(name) / "config.json").is_file():
-        inner = Path(name) / "model"
-        hint = f", did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise UserError(f"{key} {name} is no model folder: config.json is missing{hint}")
+    reason = no_model(Path(name))
+    if reason is not None:
+        raise UserError(f"{key} {name} is no model folder: {reason}")
     if check == "full" and (Path(name) / "slm.json").is_file():
         check_files(Path(name) / "slm.json", read_json(Path(name) / "slm.json"))
 
@@ -72,7 +68,10 @@ def model_sha256(folder: str | Path) -> str:
     config.pop("transformers_version", None)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise UserError(f"{folder} holds no *.safetensors")
+        raise UserError(
+            f"{folder} holds no *.safetensors: transformers' from_pretrained and save_pretrained "
+            "write them from other weights"
+        )
     return hash_json({"config": config, "weights": [hash_file(path) for path in weights]})
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from slm.errors import UserError
 from slm.store.files import hash_json
+from slm.store.hub import advice, is_folder
 from slm.store.shards import Corpus
 from slm.store.trust import check_no_code
 
@@ -37,10 +38,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """A Hugging Face fast tokenizer by folder or hub name; it must have an EOS token."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if Path(name).is_file():
-        raise UserError(f"{name} is a file: a tokenizer is its folder or a name on the hub")
-    if not Path(name).exists() and not looks_like_hub_name(str(name)):
-        raise UserError(f"no tokenizer at {name}: there is no such folder")
+    here = is_folder("no tokenizer at", str(name))
+    if here and not any(Path(name).glob("*token*")) and (gguf := sorted(Path(name).glob("*.gguf"))):
+        raise UserError(f"no tokenizer at {name}: it holds {advice(gguf[0])}")
     check_no_code(name)
     check_vocabulary(name, rows_of(Path(name) / "tokenizer.json"))
     try:
@@ -62,12 +62,6 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
-
-
-def looks_like_hub_name(name: str) -> bool:
-    """A mistyped path must not be looked for on a hub, with minutes of retries."""
-    owner, _, rest = name.partition("/")
-    return "/" not in rest and not Path(name).exists() and not Path(owner or "/").exists()
 
 
 def rows_of(path: Path) -> int:

@@ -12,6 +12,7 @@ from slm.selection.registry import by_word, in_words, trained_word
 from slm.store.claims import Claim, claim, owner_of, remove_temporaries
 from slm.store.fields import SIZE, check_fields
 from slm.store.files import Json, read_json, write_record
+from slm.store.hub import is_folder
 from slm.train.checkpoint import newest_checkpoint
 from slm.train.data import TokenData
 from slm.train.extend import Schedule, extend
@@ -58,7 +59,7 @@ def online_identity(settings: Json) -> str | None:
 
 def init_identity(key: str, name: str) -> str:
     """Hash of a local folder; a hub name stands for itself."""
-    if not Path(name).is_dir():
+    if not is_folder(key, name):
         return name
     check_model_folder(key, name)
     return model_sha256(name)

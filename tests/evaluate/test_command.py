@@ -21,6 +21,7 @@ from slm.model.build import SelectiveLM
 from slm.model.folder import save_model
 from slm.prepare.encoder import token_bytes
 from slm.store.files import read_json, write_csv, write_record
+from slm.store.hub import looks_like_hub_name
 from slm.store.shards import Corpus
 from slm.store.tokenizer import train_tokenizer
 from slm.store.windows import Windows
@@ -265,7 +266,7 @@ def test_wrong_settings_are_refused(changes, message):
 
 @pytest.mark.parametrize("name", ["no/such/model", "./nothing"])
 def test_a_mistyped_path_is_not_looked_for_on_a_hub(sets, name):
-    with pytest.raises(UserError, match=f"model {name} is no model folder"):
+    with pytest.raises(UserError, match=f"model {name}: there is no such folder"):
         evaluate({"a": name}, sets, **settings())
 
 
@@ -278,6 +279,6 @@ def test_an_adapter_is_no_model(sets, tmp_path):
 def test_a_mistyped_name_in_a_folder_that_exists_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    assert not evaluation.looks_like_hub_name("runs/bse")
-    assert evaluation.looks_like_hub_name("EleutherAI/pythia-14m")
-    assert evaluation.looks_like_hub_name("gpt2")
+    assert not looks_like_hub_name("runs/bse")
+    assert looks_like_hub_name("EleutherAI/pythia-14m")
+    assert looks_like_hub_name("gpt2")

@@ -485,7 +485,7 @@ def test_wrong_folders_are_refused_before_any_model_is_loaded(
     model, problems, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(harnessing, "load_lm", None)
-    with pytest.raises(UserError, match="model no/such is no model folder: config.json is missing"):
+    with pytest.raises(UserError, match="model no/such is no model folder: there is no such"):
         harness({"a": model, "b": "no/such"}, **settings(problems))
     with pytest.raises(
         UserError, match="max_new_tokens is 40, it must be less than the 40 max_pos"

@@ -341,7 +341,7 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
         (["data.combine=mean"], "data.combine is 'mean' for 0 reference"),
         (
             ["selection=excess", "online_reference=/nowhere"],
-            "online_reference /nowhere is no model folder",
+            "online_reference /nowhere: there is no such folder",
         ),
         (
             ["selection.select_ratio={shape: linear, points: [[0, 1.0], [9, 0]]}"],
@@ -360,7 +360,7 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
         (["+model.architecture.vocab_size=10"], "vocab_size is 10, the tokenizer has 300"),
         (
             ["model.init_from=/nowhere"],
-            "model.init_from /nowhere is no model folder: config.json is missing",
+            "model.init_from /nowhere: there is no such folder",
         ),
         (["data.corpus=/nowhere"], "/nowhere is not a finished corpus"),
         (["model.architecture.model_type=gru"], "gru"),
@@ -375,7 +375,10 @@ def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, 
 @pytest.mark.parametrize("key", ["model.init_from", "online_reference"])
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("adapter_config.json", "is a PEFT adapter"), ("x.bin", r"is no model folder: config\.json")],
+    [
+        ("adapter_config.json", "is no model folder: it is a PEFT adapter"),
+        ("x.bin", r"is no model folder: config\.json"),
+    ],
 )
 def test_a_folder_without_a_model_is_refused(tmp_path, text_corpus, key, file, message):
     (tmp_path / file).touch()

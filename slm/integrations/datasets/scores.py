@@ -21,7 +21,7 @@ from slm.model.architecture import position_limit
 from slm.model.build import SelectiveLM, check_model, load_model
 from slm.model.folder import check_model_folder, model_sha256
 from slm.store.files import hash_json
-from slm.store.tokenizer import looks_like_hub_name
+from slm.store.hub import is_folder
 from slm.store.windows import IGNORE_INDEX, Batch, positions
 from slm.version import __version__
 
@@ -77,7 +77,7 @@ def score_dataset(
 
 
 def load_folder(name: str | Path) -> PreTrainedModel:
-    if not looks_like_hub_name(str(name)):
+    if is_folder("model", str(name)):
         check_model_folder("model", str(name))
     model: Any = load_model(name)
     return model.cuda() if torch.cuda.is_available() else model

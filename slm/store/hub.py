@@ -1,0 +1,114 @@
+"""Where a model or a tokenizer is: a folder here, or a name on the hub; decided once, and quickly.
+
+transformers takes a mistyped path for a name, and asks the hub for each of its files again and
+again: two minutes where there is no network. Here one question comes first, without retries.
+"""
+
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from slm.errors import UserError
+from slm.store.files import read_json
+
+FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")  # one of them is in every cache
+
+
+def is_folder(key: str, name: str) -> bool:
+    """Whether it is named by its folder; else the hub has it. UserError where it is neither.
+
+    key: what it is named by, for the message
+    """
+    if Path(name).is_dir():
+        return True
+    if Path(name).exists():
+        raise UserError(f"{key} {name} is a file: {advice(Path(name))}")
+    if not looks_like_hub_name(name):
+        raise UserError(f"{key} {name}: there is no such folder")
+    ask_hub(key, name)
+    return False
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """name or owner/name, and no folder has that owner's name."""
+    owner, _, rest = name.partition("/")
+    return "/" not in rest and not Path(name).exists() and not Path(owner or "/").exists()
+
+
+@cache  # what it has said once
+def ask_hub(key: str, name: str) -> None:
+    """UserError where the hub has no model of that name, or cannot be asked."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    missing, hub = f"{key} {name}: there is no such folder", constants.ENDPOINT
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(f"{missing}, and {hub} is not asked: HF_HUB_OFFLINE is set")
+        url, seconds = hf_hub_url(name, FILES[0]), constants.HF_HUB_ETAG_TIMEOUT
+        get_hf_file_metadata(url, timeout=seconds)
+    except EntryNotFoundError:
+        return  # of a tokenizer alone
+    except GatedRepoError:
+        raise UserError(
+            f"{key} {name}: {hub} wants a login that may read it (hf auth login)"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"{missing}, and no model of that name at {hub}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever the client raises without a network
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{missing}, and {hub} cannot be asked ({reason})") from None
+
+
+# ---- folders that hold no model -----------------------------------------------------------------
+
+
+def no_model(folder: Path) -> str | None:
+    """Why a folder is no model that transformers can load; None where it looks like one."""
+    has_config = (folder / "config.json").is_file()
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (folder / "adapter_config.json").is_file():
+        return adapter(folder / "adapter_config.json")
+    if has_config and weights:
+        return None
+    if gguf := sorted(folder.glob("*.gguf")):
+        return f"it holds {advice(gguf[0])}"
+    if (folder / "model" / "config.json").is_file():
+        return f"config.json is missing, did you mean {folder / 'model'}?"
+    if has_config:
+        return "it has no weights (*.safetensors)"
+    if (folder / "tokenizer.json").is_file() and not weights:
+        return "config.json is missing: it holds a tokenizer and no model"
+    return "config.json is missing"
+
+
+def adapter(path: Path) -> str:
+    key, record = "base_model_name_or_path", {}
+    with suppress(UserError):  # damaged, and an adapter nevertheless
+        record = read_json(path)
+    base = f" of {record[key]}" if key in record and record[key] else ""
+    return f"it is a PEFT adapter{base}: merge it into its model (merge_and_unload)"
+
+
+def advice(file: Path) -> str:
+    """What to do with a file in place of a folder."""
+    if file.suffix != ".gguf":
+        return "a model or tokenizer is its folder, or a name on the hub"
+    call = f'from_pretrained("{file.parent}", gguf_file="{file.name}"'
+    return (
+        f"a GGUF file, {file.name}; save what it holds as a folder once, in Python (pip install "
+        f"gguf): from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig; "
+        f'AutoTokenizer.{call}).save_pretrained("converted"); AutoModelForCausalLM.{call}, '
+        'quantization_config=GgufConfig(dequantize=True)).save_pretrained("converted")'
+    )
