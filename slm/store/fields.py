@@ -79,6 +79,41 @@ FILES = mapping(Field("a file's name", is_file_name), SHA256)  # in the folder o
 CHECKPOINT = {"sha256": SHA256, "step": INDEX, "tokens_seen": INDEX}
 
 
+# Fields whose values are hashes: of what, and what makes them agree.
+OF_TOKENIZER = (
+    "what maps text to ids: vocabulary, merges, normalizer, EOS",
+    "prepare both with one tokenizer (tokenizer.path)",
+)
+OF_CORPUS = (
+    "the corpus: its tokenizer, window length, packing and every shard",
+    "the text, its order or its preparation is another",
+)
+OF_SCORES = ("the scores and the corpus they are of", "they were made anew, or of another corpus")
+OF_MODEL = ("the model's config and its weights", "its folder was trained or saved again")
+HASHED = {
+    "tokenizer_sha256": OF_TOKENIZER,
+    "tokenizer.sha256": OF_TOKENIZER,
+    "tokenizer.chat_template_sha256": ("the chat template", "its file or the tokenizer's differs"),
+    "corpus": OF_CORPUS,
+    "corpus_fingerprint": OF_CORPUS,
+    "references": OF_SCORES,
+    "init_from": OF_MODEL,
+    "online_reference": OF_MODEL,
+    "model_sha256": OF_MODEL,
+    "files_sha256": ("the names and contents of the source's files", "a file was changed"),
+    "windows_sha256": ("the numbers of the windows", "num_targets, seed or by_source is another"),
+}
+
+
+def of_what(field: str, *values: object) -> str:
+    """To stand behind two values of a field that differ: if they are hashes, of what, and why."""
+    known = field if field in HASHED else field.rpartition(".")[2]
+    if known not in HASHED or DIGEST.search(str(values)) is None:
+        return ""
+    what, why = HASHED[known]
+    return f" (a hash of {what}; {why})"
+
+
 def check_fields(path: Path, record: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
     """`path` is the file that holds the record."""
     for name, field in fields.items():

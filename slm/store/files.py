@@ -269,7 +269,10 @@ def check_hash(path: Path, expected: str, source: str, advance: Advance = nothin
             digest.update(block)
             advance(len(block))
     if digest.hexdigest() != expected:
-        raise UserError(f"{path} is damaged: sha256 {digest.hexdigest()}, {source} says {expected}")
+        raise UserError(
+            f"{path} is damaged: sha256 {digest.hexdigest()}, {source} says {expected} (of the "
+            "file's content: bring back the file that was written, or make it again)"
+        )
 
 
 def check_files(path: Path, record: Json, advance: Advance = nothing) -> dict[str, str]:

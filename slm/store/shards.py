@@ -43,6 +43,7 @@ from slm.store.fields import (
     check_fields,
     list_of,
     mapping,
+    of_what,
     one_of,
     optional,
 )
@@ -139,8 +140,8 @@ def adopt_plan(
         before, now = found.get(field), plan.get(field)
         if before != now:
             raise UserError(
-                f"{folder} holds {what}: {field} is {before!r} in plan.json, {now!r} now; "
-                f"choose {advice}"
+                f"{folder} holds {what}: {field} is {before!r} in plan.json, {now!r} now"
+                f"{of_what(field, before, now)}; choose {advice}"
             )
 
 
@@ -346,10 +347,12 @@ class References(Store):
                     f"{self.folder} does not belong to {corpus.folder}: {field} is "
                     f"{self.manifest[field]!r} in the reference, "
                     f"{corpus.manifest[field]!r} in the corpus"
+                    f"{of_what(field, self.manifest[field])}; score this corpus with `slm score`"
                 )
         raise UserError(
             f"{self.folder} scores another corpus than {corpus.folder}: corpus fingerprint "
-            f"{theirs} in the reference, {ours} in the corpus (other text, or another order)"
+            f"{theirs} in the reference, {ours} in the corpus{of_what('corpus', ours)}; score this "
+            "corpus with `slm score`, or give the one that was scored"
         )
 
     def check_lengths(self, corpus: Corpus) -> None:

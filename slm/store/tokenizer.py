@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm.errors import UserError
+from slm.store.fields import of_what
 from slm.store.files import hash_json
 from slm.store.hub import advice, is_folder
 from slm.store.shards import Corpus
@@ -178,7 +179,10 @@ def check_same_tokenizer(
     """Refuse other token ids, whatever releases made the two. A text is a recorded identity."""
     first, second = next(spellings(theirs)), next(spellings(ours))
     if first != second and not {*spellings(theirs)} & {*spellings(ours)}:
-        raise UserError(f"{name} has tokenizer {first}, {other_name} has {second}")
+        raise UserError(
+            f"{name} has tokenizer {first}, {other_name} has {second}"
+            + of_what("tokenizer_sha256", first, second)
+        )
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

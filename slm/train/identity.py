@@ -10,7 +10,7 @@ from slm.errors import UserError
 from slm.model.folder import check_model_folder, model_sha256
 from slm.selection.registry import by_word, in_words, trained_word
 from slm.store.claims import Claim, claim, owner_of, remove_temporaries
-from slm.store.fields import SIZE, check_fields
+from slm.store.fields import SIZE, check_fields, of_what
 from slm.store.files import Json, read_json, write_record
 from slm.store.hub import is_folder
 from slm.train.checkpoint import newest_checkpoint
@@ -92,7 +92,8 @@ def adopt_run(
         if identity.get(field) != before.get(field) and not (field == "max_tokens" and is_longer):
             raise UserError(
                 f"{folder} holds another run: {field} is {before.get(field)!r} in run.json, "
-                f"{identity.get(field)!r} now; choose another `out`"
+                f"{identity.get(field)!r} now"
+                f"{of_what(field, before.get(field), identity.get(field))}; choose another `out`"
             )
     if resume == "never":
         raise UserError(f"{folder} holds this run already (run.json), and resume is 'never'")

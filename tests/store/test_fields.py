@@ -16,6 +16,7 @@ from slm.store.fields import (
     check_fields,
     list_of,
     mapping,
+    of_what,
     one_of,
     optional,
 )
@@ -50,3 +51,20 @@ def test_types_and_ranges(field, good, bad):
             check_fields(Path("f.json"), {"x": value}, {"x": field})
     with pytest.raises(UserError, match="f.json is damaged: it has no 'x'"):
         check_fields(Path("f.json"), {}, {"x": field})
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("tokenizer_sha256", "what maps text to ids"),
+        ("tokenizer.sha256", "what maps text to ids"),
+        ("sources[0].files_sha256", "the names and contents of the source's files"),
+        ("references", "the scores and the corpus they are of"),
+    ],
+)
+def test_of_two_hashes_that_differ_is_said_what_they_are_of(field, said):
+    assert of_what(field, "a" * 64, None).startswith(f" (a hash of {said}")
+
+
+def test_of_other_values_nothing_more_is_said():
+    assert of_what("seed", 1, 2) == of_what("init_from", "gpt2", None) == ""
