@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.dynamics.colours import PALETTE, Colour
+from slm.train.curves import Curve, mean_curve
 
 Row = dict[str, Any]
 MARKS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x")
@@ -68,6 +69,7 @@ class Panel(NamedTuple):
     name: str = ""  # in the table, "": its title
     group: str = ""  # with whom it stays where all are too many for one picture
     stacked: bool = False  # bars; else they stand side by side
+    note: str = ""  # below it, on the page
 
 
 class Figure(NamedTuple):
@@ -95,6 +97,14 @@ def nth_series(index: int, name: str, x: Any, y: np.ndarray, label: str | None =
     return Series(name, PALETTE[place], x, y, label)._replace(
         mark=MARKS[place], dash=DASHES[turn % len(DASHES)]
     )
+
+
+def seed_series(runs: Sequence[Curve], look: Series) -> list[Series]:
+    """Thin lines of the seeds, where there are several, and a thick one of their mean."""
+    mean = mean_curve(runs)
+    thin = look._replace(is_seed=True, width=0.8, mark="")
+    seeds = [thin._replace(x=run.tokens_seen, y=run.loss) for run in runs if len(runs) > 1]
+    return [*seeds, look._replace(x=mean.tokens_seen, y=mean.loss)]
 
 
 def picks(count: int, most: int) -> np.ndarray:

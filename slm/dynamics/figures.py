@@ -8,20 +8,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from slm.dynamics.analysis import Analysis
 from slm.dynamics.class_figures import classes, loss_by_class, shares, trajectories
-from slm.dynamics.classes import ARROWS, CLASSES
-from slm.dynamics.figure import (
-    LOSS,
-    Axis,
-    Figure,
-    Series,
-    nth_series,
-    one_panel,
-    share,
+from slm.dynamics.compared_figures import (
+    compared_auc,
+    compared_class_losses,
+    compared_kept_by_class,
+    compared_kept_by_signal,
+    compared_kept_by_source,
+    compared_losses,
+    compared_precision,
+    compared_shares,
 )
+from slm.dynamics.figure import Figure
 from slm.dynamics.selection_figures import (
     auc_of_scores,
     excess_loss,
@@ -35,7 +33,6 @@ from slm.dynamics.selection_figures import (
 from slm.errors import UserError
 
 log = logging.getLogger(__name__)
-CLASS_AXIS = Axis("", "class")
 
 
 class Kind(NamedTuple):
@@ -80,57 +77,15 @@ def made(kinds: Sequence[Kind], subject: Any, level: int = logging.DEBUG) -> dic
     return found
 
 
-# ---- of several runs: each takes their analyses -------------------------------------------------
-
-
-def compared_losses(analyses: Sequence[Analysis]) -> Figure:
-    series = [
-        nth_series(index, run.name, run.tokens_seen, run.mean_losses)
-        for index, run in enumerate(analyses)
-    ]
-    return one_panel(
-        "Mean loss of the frozen tokens",
-        LOSS,
-        series,
-        "All tokens of the set, selected or not.",
-    )
-
-
-def compared_shares(analyses: Sequence[Analysis]) -> Figure:
-    bars = []
-    for index, run in enumerate(analyses):
-        found = [run.shares[name] for name in CLASSES]
-        ends: dict[str, Any] = {
-            key: np.array([getattr(one, key) for one in found]) for key in ("low", "high")
-        }
-        values = np.array([one.share for one in found])
-        bars.append(class_bars(index, run, values)._replace(**ends))
-    return one_panel(
-        "Shares of the classes",
-        share("share"),
-        bars,
-        "At the end of training; bars on top: 95% bootstrap intervals over tokens.",
-        CLASS_AXIS,
-    )
-
-
-def compared_class_losses(analyses: Sequence[Analysis]) -> Figure:
-    bars = [class_bars(index, run, run.class_losses[-1]) for index, run in enumerate(analyses)]
-    return one_panel(
-        "Loss of each class at the end",
-        LOSS,
-        bars,
-        "Each run has its own classes: the same token can be in different ones.",
-        CLASS_AXIS,
-    )
-
-
-def class_bars(index: int, run: Analysis, values: np.ndarray) -> Series:
-    return nth_series(index, run.name, [*ARROWS.values()], values)._replace(kind="bars")
-
+# ---- of several runs: each takes a `Compared` ---------------------------------------------------
 
 COMPARED = (
     Kind(compared_losses, "compared", paper=False),
     Kind(compared_shares, "compared", paper=False),
     Kind(compared_class_losses, "compared", paper=False),
+    Kind(compared_kept_by_class, "compared", paper=False),
+    Kind(compared_kept_by_source, "compared", paper=False),
+    Kind(compared_kept_by_signal, "compared", paper=False),
+    Kind(compared_auc, "compared", paper=False),
+    Kind(compared_precision, "compared", paper=False),
 )

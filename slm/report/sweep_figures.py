@@ -4,7 +4,7 @@ To add one: a function of a `Sweep` that returns a `Figure`, and its line in SWE
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +19,16 @@ from slm.dynamics.figure import (
     Panel,
     Series,
     nth_series,
+    seed_series,
 )
 from slm.dynamics.figures import Kind
 from slm.errors import UserError
-from slm.report.arms import Arm, Run
-from slm.selection.names import ALL_TOKENS, ratio_name
+from slm.report.arms import Arm
+from slm.selection.names import ALL_TOKENS
 from slm.train.curves import Curve, by_label, mean_curve
 
+MOST_LINES = 6  # with a panel each
+MIN_LATE = 2  # points of a curve that show its course without its start
 Points = list[tuple[float, list[float]]]  # (select_ratio, loss of each seed)
 
 
@@ -114,9 +117,10 @@ class Curves(NamedTuple):
     controls: Sequence[Curve]  # black and dashed
 
     @property
-    def start(self) -> float:
-        """The first measurement, before any training, is left out: it dwarfs the others."""
-        return float(self.curves[0].tokens_seen[:2].max())
+    def before(self) -> float | None:
+        """Mean loss before training, None where it was not measured."""
+        known = [curve.loss[0] for curve in self.curves if curve.tokens_seen[0] == 0]
+        return float(np.mean(known)) if known else None
 
 
 def loss_vs_tokens(sweep: Sweep) -> Figure:
@@ -134,53 +138,59 @@ def tokens_figure(grid: Sequence[Sequence[Curves]]) -> Figure:
 
 
 def panel_curves(name: str, arms: Sequence[Arm]) -> list[Curves]:
+    """A panel a line of arms, or a panel a rule where the lines are many."""
     selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
     controls = [arm for arm in arms if arm.takes_all_tokens]
     black = [run.curves[name]._replace(label=ALL_TOKENS) for arm in controls for run in arm.runs]
-    found = []
-    for line in dict.fromkeys(arm.line for arm in selecting):
-        runs = [run for arm in selecting if arm.line == line for run in arm.runs]
-        curves = [run.curves[name]._replace(label=short_label(run)) for run in runs]
-        found.append(Curves(f"{line}, {name}", name, curves, black))
-    return found
+    is_many = len({arm.line for arm in selecting}) > MOST_LINES
+    panels: dict[str, list[Curve]] = defaultdict(list)
+    for arm in selecting:
+        rule = arm.runs[0].rule
+        title, label = (rule, arm.label) if is_many else (arm.line, arm.runs[0].name)
+        short = label.removeprefix(f"{rule} ")
+        panels[title] += [run.curves[name]._replace(label=short) for run in arm.runs]
+    return [Curves(f"{title}, {name}", name, curves, black) for title, curves in panels.items()]
 
 
-def short_label(run: Run) -> str:
-    return run.name if run.select_ratio is None else ratio_name(run.select_ratio)
+def loss_range(row: Sequence[Curves]) -> tuple[float, float] | None:
+    """Without the steep first tenth of training, beside which the rest looks flat.
 
-
-def loss_range(row: Iterable[Curves]) -> tuple[float, float]:
-    """Without the steep first tenth of training, beside which the rest looks flat."""
-    late = [
-        curve.loss[curve.tokens_seen >= max(found.start, curve.tokens_seen[-1] / 10)]
-        for found in row
-        for curve in (*found.curves, *found.controls)
-    ]
+    With the loss before training where that is near; None, all there is, where little was measured.
+    """
+    curves = [curve for found in row for curve in (*found.curves, *found.controls)]
+    late = [curve.loss[curve.tokens_seen >= curve.tokens_seen[-1] / 10] for curve in curves]
+    if min(map(len, late)) < MIN_LATE:
+        return None
     losses = np.concatenate(late)
-    margin = 0.04 * float(np.ptp(losses)) or 0.1
-    return float(losses.min()) - margin, float(losses.max()) + margin
+    near = float(losses.max() + np.ptp(losses) / 2)
+    before = [found.before for found in row if found.before is not None and found.before <= near]
+    shown = np.array([*losses, *before])
+    margin = 0.04 * float(np.ptp(shown)) or 0.1
+    return float(shown.min()) - margin, float(shown.max()) + margin
 
 
-def tokens_panel(found: Curves, colours: dict[str, Colour], bounds: tuple[float, float]) -> Panel:
+def tokens_panel(
+    found: Curves, colours: dict[str, Colour], bounds: tuple[float, float] | None
+) -> Panel:
     series = [
         one
         for label, runs in by_label(found.curves).items()
-        for one in seed_series(runs, found.start, colours[label])
+        for one in seed_series(runs, look(label, colours[label]))
     ]
-    for runs in by_label(found.controls).values():
-        series += [one._replace(dash="dash") for one in seed_series(runs, found.start, INK)]
-    return Panel(found.title, SEEN, HELDOUT_LOSS._replace(bounds=bounds), series, group=found.set)
+    for label, runs in by_label(found.controls).items():
+        series += seed_series(runs, look(label, INK)._replace(dash="dash"))
+    note = ""
+    if found.before is not None:
+        ends = [0.0, max(float(curve.tokens_seen[-1]) for curve in found.curves)]
+        line = Series("before training", QUIET, ends, np.array([found.before] * 2))
+        series.append(line._replace(dash="dot", width=1.4))
+        note = f"Before training: {found.before:.3f}."
+    y = HELDOUT_LOSS._replace(bounds=bounds)
+    return Panel(found.title, SEEN, y, series, group=found.set, note=note)
 
 
-def seed_series(runs: Sequence[Curve], start: float, colour: Colour) -> list[Series]:
-    """Thin lines of the seeds, where there are several, and a thick one of their mean."""
-
-    def one(curve: Curve) -> Series:
-        late = curve.tokens_seen >= start
-        return Series(curve.label, colour, curve.tokens_seen[late], curve.loss[late])
-
-    seeds = [one(run)._replace(is_seed=True, width=0.8) for run in runs if len(runs) > 1]
-    return [*seeds, one(mean_curve(runs))]
+def look(label: str, colour: Colour) -> Series:
+    return Series(label, colour, [], np.array([]))
 
 
 def loss_curves(
@@ -194,14 +204,18 @@ def loss_curves(
     series = []
     for index, (label, runs) in enumerate(by_label(curves).items()):
         text = f"{label} ({mean_curve(runs).loss[-1]:.3f})"
-        series += [
-            one._replace(label=text)
-            for one in seed_series(runs, start, PALETTE[index % len(PALETTE)])
-        ]
+        shown = [later(run, start) for run in runs]
+        colour = PALETTE[index % len(PALETTE)]
+        series += seed_series(shown, look(label, colour)._replace(label=text))
     ends = [start, max(float(curve.tokens_seen[-1]) for curve in curves)]
     named = {f"{name} ({value:.3f})": value for name, value in lines.items()}
     series += flat_series(named, ends, [QUIET])
     return Figure("", [Panel(title, SEEN, HELDOUT_LOSS, series)], size=(7.2, 4.4))
+
+
+def later(curve: Curve, start: float) -> Curve:
+    late = curve.tokens_seen >= start
+    return Curve(curve.label, curve.tokens_seen[late], curve.loss[late])
 
 
 SWEEP_FIGURES = (Kind(loss_vs_k, "ratios"), Kind(loss_vs_tokens, "tokens"))

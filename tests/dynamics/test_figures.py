@@ -11,10 +11,9 @@ from page_helpers import make_analysis, prose
 from slm.dynamics import figures as module
 from slm.dynamics import wandb_media
 from slm.dynamics.class_figures import Shown
-from slm.dynamics.classes import CLASSES
 from slm.dynamics.colours import BLUE
 from slm.dynamics.figure import LOSS, Figure, Series, one_panel
-from slm.dynamics.figures import COMPARED, FIGURES, Kind, made
+from slm.dynamics.figures import FIGURES, Kind, made
 from slm.report.page import page
 from slm.report.paper import figures as paper
 
@@ -58,18 +57,3 @@ def test_what_cannot_be_drawn_is_left_out(tmp_path, caplog):
     assert names == ["shares", "loss_by_class", "classes", "trajectories"]
     assert "kept_frac_by_class is not drawn" in caplog.text
     assert "has no reference scores, excess k = 0.5 needs them" in caplog.text
-
-
-def test_runs_are_compared_by_name(tmp_path, analysis):
-    other = make_analysis(tmp_path / "e", prose(8, 17), "the other", checkpoints=4)
-    losses, shares, by_class = made(COMPARED, [analysis, other]).values()
-
-    def values(figure: Figure) -> dict[str, np.ndarray]:
-        return {one.text: one.y for one in figure.panels[0].series}
-
-    assert [len(y) for y in values(losses).values()] == [7, 4]
-    assert values(shares)["the other"].tolist() == [other.shares[name].share for name in CLASSES]
-    np.testing.assert_array_equal(values(by_class)["run"], analysis.class_losses[-1])
-    intervals = [(one.low, one.high) for one in shares.panels[0].series]
-    for low, high in intervals:
-        assert low is not None and high is not None and (low <= high).all()

@@ -109,6 +109,7 @@ def test_panels_hold_the_controls_and_the_baselines(tmp_path, sweep, monkeypatch
         *(("k = 0.5", True, 3.0), ("k = 0.5", True, 3.25), ("k = 0.5", False, 3.125)),
         *(("all tokens", True, loss) for loss in (4.0, 4.5, 4.0, 4.5)),
         ("all tokens", False, 4.25),
+        ("before training", False, 9.0),
     ]
     assert [one.text for one in panels[2].series][0] == "sigmoid"
 

@@ -2,7 +2,16 @@
 
 import numpy as np
 
-from slm.report.sweep_figures import Curves, ratio_panel, tokens_figure
+from run_helpers import make_run
+from slm.dynamics.figure import Panel
+from slm.report.arms import arms_of, read_runs
+from slm.report.sweep_figures import (
+    MOST_LINES,
+    Curves,
+    panel_curves,
+    ratio_panel,
+    tokens_figure,
+)
 from slm.train.curves import Curve
 
 
@@ -28,16 +37,44 @@ def test_panels_of_a_set_share_an_axis_and_a_label_its_colour():
     control = [Curve("all tokens", seen, np.array([9.0, 4, 3.5]))]
     grid = [[Curves("x, a", "a", curves, control), Curves("y, a", "a", alone + curves, control)]]
     first, second = tokens_figure(grid).panels
-    assert first.y.bounds == second.y.bounds == (1.76, 8.24)
+    assert first.y.bounds == second.y.bounds == (1.72, 9.28)
     (mean,) = [one for one in first.series if one.text == "k = 0.2" and not one.is_seed]
-    assert mean.x.tolist() == [100, 200] and mean.y.tolist() == [5.0, 3.5]  # 9 at 0 is left out
+    assert mean.x.tolist() == [0, 100, 200] and mean.y.tolist() == [9.0, 5.0, 3.5]
+    before = first.series[-1]
+    assert (before.text, before.y.tolist()) == ("before training", [9.0, 9.0])
+    assert first.note == "Before training: 9.000."
     colours = {one.text: one.colour for one in [*first.series, *second.series]}
     assert colours["k = 0.2"] == mean.colour != colours["k = 0.6"]
 
 
+def panel_of(seen: list[float], losses: list[float]) -> Panel:
+    curve = Curve("k", np.array(seen), np.array(losses))
+    return tokens_figure([[Curves("a", "a", [curve], [])]]).panels[0]
+
+
 def test_the_axis_leaves_the_first_tenth_of_training_out():
-    seen = np.array([0.0, 10, 50, 100, 500, 1000])
-    curve = Curve("k", seen, np.array([11.0, 9, 8, 4, 3, 2]))
-    (found,) = tokens_figure([[Curves("a", "a", [curve], [])]]).panels
-    assert found.series[0].y.tolist() == [9.0, 8.0, 4.0, 3.0, 2.0]  # zooming out shows them
-    assert found.y.bounds == (1.92, 4.08)
+    panel = panel_of([0.0, 10, 50, 100, 500, 1000], [11.0, 9, 8, 4, 3, 2])
+    assert panel.series[0].y.tolist() == [11.0, 9.0, 8.0, 4.0, 3.0, 2.0]  # zooming out shows them
+    assert panel.y.bounds == (1.92, 4.08)
+
+
+def test_of_two_measurements_everything_is_shown():
+    panel = panel_of([0.0, 1000], [11.0, 9])
+    assert panel.series[0].y.tolist() == [11.0, 9.0] and panel.y.bounds is None
+
+
+def test_a_run_that_was_not_measured_before_training_says_nothing_of_it():
+    panel = panel_of([10.0, 500, 1000], [11.0, 9, 8])
+    assert [one.text for one in panel.series] == ["k"] and panel.note == ""
+
+
+def test_where_lines_are_many_a_rule_is_a_panel(tmp_path):
+    rates = range(MOST_LINES + 1)
+    for rate in rates:
+        make_run(tmp_path / f"{rate}", identity={"lr": rate})
+    arms = arms_of(read_runs([str(tmp_path)])[0])
+    (many,), few = panel_curves("a", arms), panel_curves("a", arms[:2])
+    assert many.title == "excess, a"
+    assert [curve.label for curve in many.curves] == [f"k = 0.5, lr={rate}" for rate in rates]
+    assert [found.title for found in few] == ["excess, lr=0, a", "excess, lr=1, a"]
+    assert [curve.label for found in few for curve in found.curves] == ["k = 0.5"] * 2

@@ -73,7 +73,7 @@ function layoutOf(layout) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
     font: { family: getComputedStyle(document.querySelector("h4")).fontFamily, size: 13, color: "var(--ink)" },
     margin: { l: 52, r: 12, t: 8, b: 44 }, dragmode: touch ? false : "zoom",
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, traceorder: "normal" },
+    showlegend: false, // `keysOf` has it, where it takes nothing from the plot
     hoverlabel: { bgcolor: "var(--raised)", bordercolor: "var(--rule)", font: { color: "var(--ink)" }, namelength: -1 },
   };
   const axes = Object.fromEntries(["xaxis", "yaxis"].map((name) =>
@@ -92,7 +92,9 @@ const sizes = new ResizeObserver((entries) => {
 function draw(element, figure) {
   element.figure = figure;
   sizes.observe(element);
-  return Plotly.react(element, shaded(figure.data), layoutOf(figure.layout), CONFIG);
+  element.style.height = figure.layout.height ? `${figure.layout.height}px` : "";
+  const data = figure.data.map((trace) => ({ ...trace, visible: !figure.off?.has(trace.legendgroup) }));
+  return Plotly.react(element, shaded(data), layoutOf(figure.layout), CONFIG);
 }
 
 function redraw() {
@@ -106,13 +108,51 @@ function fill(section, figures) {
   parent.replaceChildren(...figures.map((figure) => {
     const box = make("figure"), plot = make("div", "plot");
     plot.dataset.figure = figure.figure;
-    box.append(make("h4", "", figure.title), plot);
+    box.append(make("h4", "", figure.title), keysOf(figure, plot), plot);
     if (figure.caption) box.append(make("figcaption", "", figure.caption));
     box.append(csvLink(figure));
     return box;
   }));
   figures.forEach((figure, index) => draw(parent.children[index].querySelector(".plot"), figure));
 }
+
+// ---- legends -----------------------------------------------------------------------------------
+
+const DASHES = { dash: "6 4", dot: "2 3", dashdot: "7 3 2 3", longdash: "10 4", longdashdot: "10 3 2 3" };
+const GLYPHS = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖" };
+
+// A button an entry, which hides what it names; many scroll.
+function keysOf(figure, plot) {
+  const list = make("div", "keys");
+  figure.off = new Set();
+  for (const trace of figure.data.filter((one) => one.showlegend)) {
+    const key = make("button", "key");
+    key.type = "button";
+    key.setAttribute("aria-pressed", "true");
+    key.append(swatch(trace), make("span", "", unescaped(trace.name)));
+    key.addEventListener("click", () => {
+      const group = trace.legendgroup;
+      if (!figure.off.delete(group)) figure.off.add(group);
+      key.setAttribute("aria-pressed", String(!figure.off.has(group)));
+      draw(plot, figure);
+    });
+    list.append(key);
+  }
+  return list;
+}
+
+function swatch({ type, mode, line, marker }) {
+  const picture = byId("swatch").content.firstElementChild.cloneNode(true);
+  const [stroke, bar, glyph] = picture.children;
+  picture.style.color = line ? line.color : marker.color;
+  if (!mode?.includes("lines")) stroke.remove();
+  else if (line.dash in DASHES) stroke.style.strokeDasharray = DASHES[line.dash];
+  if (type !== "bar") bar.remove();
+  if (mode?.includes("markers")) glyph.textContent = GLYPHS[marker.symbol];
+  return picture;
+}
+
+// ---- figures as tables -------------------------------------------------------------------------
 
 // What is drawn, as a table; figures/*.csv have every digit.
 function csvLink(figure) {
@@ -128,14 +168,16 @@ function csvLink(figure) {
 
 function csvOf({ data, layout }) {
   const cell = (value) => (/[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
-  const rows = [["series", layout.xaxis.title.text || "x", layout.yaxis.title.text || "y", "low", "high"]];
+  const sideways = layout.yaxis.type === "category"; // a row a word
+  const [along, value] = sideways ? ["yaxis", "xaxis"] : ["xaxis", "yaxis"];
+  const rows = [["series", layout[along].title.text || "x", layout[value].title.text || "y", "low", "high"]];
   for (const trace of data) {
-    const ends = trace.error_y;
-    trace.y.forEach((y, index) => {
+    const [ends, values, places] = sideways ? [trace.error_x, trace.x, trace.y] : [trace.error_y, trace.y, trace.x];
+    values.forEach((y, index) => {
       if (y === null) return;
-      const x = trace.x ? trace.x[index] : trace.x0 + index * trace.dx;
+      const x = places ? places[index] : trace.x0 + index * trace.dx;
       const range = ends ? [y - ends.arrayminus[index], y + ends.array[index]].map((end) => +end.toFixed(5)) : ["", ""];
-      rows.push([unescaped(trace.name), x, y, ...range]);
+      rows.push([unescaped(trace.name), sideways ? unescaped(x) : x, y, ...range]);
     });
   }
   return rows.map((row) => row.map((value) => cell(String(value))).join(",") + "\n").join("");

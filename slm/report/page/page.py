@@ -21,6 +21,7 @@ from slm.dynamics.analysis import Analysis
 from slm.dynamics.class_figures import EXAMPLES, Shown
 from slm.dynamics.classes import ARROWS, CLASSES, MEANING, draw_examples
 from slm.dynamics.colours import STYLE_SHEET
+from slm.dynamics.compared_figures import Compared
 from slm.dynamics.figure import Figure
 from slm.dynamics.figures import COMPARED, FIGURES, Kind, made
 from slm.dynamics.selection_figures import SCORES
@@ -151,7 +152,9 @@ def page_data(
             run_data(analysis, samples[set_key(analysis)], rows_of(analysis, truth), seed)
             for analysis in analyses
         ],
-        "compared": sections(made(COMPARED, analyses)) if len(analyses) > 1 else {},
+        "compared": sections(made(COMPARED, Compared(analyses, truth)))
+        if len(analyses) > 1
+        else {},
         "sweep": sections(sweep.figures) if sweep else {},
     }
 

@@ -28,7 +28,7 @@ def boxes(name: str, figure: Figure) -> list[Json]:
         {
             "figure": name,
             "title": ": ".join(filter(None, (figure.heading, panel.title))),
-            "caption": figure.caption,
+            "caption": " ".join(filter(None, (figure.caption, panel.note))),
         }
         | plotly(panel)
         for panel in figure.panels
@@ -36,10 +36,30 @@ def boxes(name: str, figure: Figure) -> list[Json]:
 
 
 def plotly(panel: Panel) -> Json:
+    if any(isinstance(word, str) for one in panel.series for word in one.x):
+        return rows(panel)
     layout: Json = {"xaxis": axis(panel.x), "yaxis": axis(panel.y)}
     if any(one.kind == "bars" for one in panel.series):
         layout |= {"barmode": "stack", "bargap": 0} if panel.stacked else {"bargap": 0.25}
     return {"data": [trace(one, panel) for one in panel.series], "layout": layout}
+
+
+def rows(panel: Panel) -> Json:
+    """Over words: one below the other, where there is room for long names, the first on top."""
+    words = [plain(word) for word in dict.fromkeys(w for one in panel.series for w in one.x)]
+    names = {"type": "category", "categoryarray": words, "range": [len(words) - 0.5, -0.5]}
+    y = axis(panel.x) | names | {"tickvals": words, "ticktext": words}
+    layout = {"xaxis": axis(panel.y), "yaxis": y, "height": 90 + 22 * max(4, len(words))}
+    return {"data": [turned(trace(one, panel)) for one in panel.series], "layout": layout}
+
+
+def turned(found: Json) -> Json:
+    """Of a trace over words."""
+    words = [plain(word) for word in found["x"]]
+    turned = found | {"x": found["y"], "y": words, "orientation": "h"}
+    if "error_y" in turned:
+        turned["error_x"] = turned.pop("error_y")
+    return turned
 
 
 def axis(found: Axis) -> Json:
@@ -54,10 +74,13 @@ def axis(found: Axis) -> Json:
 def trace(one: Series, panel: Panel) -> Json:
     """Thinned out alike for all lines of one length."""
     kept = picks(len(one.y), MAX_POINTS) if one.kind == "line" else np.arange(len(one.y))
+    note = one.note if one.kind == "points" else ""
     found: Json = {
-        "name": plain(f"{one.text}, {one.note}" if one.kind == "points" else one.text),
+        "name": plain(", ".join(filter(None, (one.text, note)))),
         "legendgroup": plain(one.text),
-        "showlegend": one.text != "" and one.kind != "points" and not one.is_seed,
+        "showlegend": one.text != ""
+        and not (one.kind == "points" and one.note)
+        and not one.is_seed,
         "y": numbers(one.y[kept], 5 if panel.stacked else 4),
     }
     if one.low is not None and one.high is not None and (one.high > one.low).any():
@@ -85,7 +108,11 @@ def line(one: Series) -> Json:
 
 
 def points(one: Series) -> Json:
-    marker = {"color": one.colour.css, "symbol": one.mark or "circle", "size": 12}
+    marker = {
+        "color": one.colour.css,
+        "symbol": one.mark or "circle",
+        "size": 12 if one.note else 8,
+    }
     return {"type": "scatter", "mode": "markers", "marker": marker}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from slm.dynamics.analysis import Analysis
 from slm.dynamics.class_figures import Shown
+from slm.dynamics.compared_figures import Compared
 from slm.dynamics.figure import Row
 from slm.dynamics.figures import COMPARED, FIGURES, made
 from slm.errors import UserError
@@ -49,7 +50,7 @@ def paper_figures(
             draw(figure, written[-1])
         written += text_figures(analysis, out, stem, seed)
     several = [kind for kind in COMPARED if kind.paper] if len(analyses) > 1 else []
-    for kind, figure in made(several, analyses, logging.INFO).items():
+    for kind, figure in made(several, Compared(analyses, truth), logging.INFO).items():
         written.append(out / f"{kind.name}.png")
         draw(figure, written[-1])
     return written

@@ -634,6 +634,17 @@ def test_a_figures_csv_has_what_is_drawn(page):
 
 
 @pytest.mark.slow
+def test_a_key_of_a_legend_hides_what_it_names(page):
+    key = page.locator("[data-section=compared] .key").first
+    figure = key.locator("xpath=ancestor::figure")
+    visible = "box => box.querySelector('.plot').data.map((trace) => trace.visible)"
+    assert set(figure.evaluate(visible)) == {True}
+    key.click()
+    assert key.get_attribute("aria-pressed") == "false" and False in figure.evaluate(visible)
+    key.click()
+    assert set(figure.evaluate(visible)) == {True}
+
+
 def test_the_button_turns_the_page_light_and_back(opened_sweep, page):
     """The one page is as the system is, dark, the other light."""
     sweep = opened_sweep.page

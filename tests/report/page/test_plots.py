@@ -66,7 +66,8 @@ def test_the_page_and_the_paper_draw_the_same_numbers(tmp_path, kept, name):
     column, written = FIGURES[name].panels[0].y.column, defaultdict(list)
     for row in rows_of(tmp_path / "f.png"):
         written[row["series"]].append(float(row[column]))
-    on_page = [[y for y in trace["y"] if y is not None] for trace in box["data"]]
+    axis = "x" if box["layout"]["yaxis"].get("type") == "category" else "y"  # words: rows
+    on_page = [[y for y in trace[axis] if y is not None] for trace in box["data"]]
     assert on_page == [pytest.approx(ys) for ys in written.values()]
     assert values_of(kept[0].axes[0]) == [pytest.approx(ys) for ys in on_page]
 
@@ -91,3 +92,14 @@ def test_long_lines_are_thinned_and_names_are_no_markup():
     trace: Any = box["data"][0]
     assert trace["x"] == trace["y"] and len(trace["x"]) == 200 and trace["x"][-1] == 999
     assert trace["name"] == "a&lt;b&gt;"  # Plotly reads <b>
+
+
+def test_words_are_rows_with_the_first_on_top():
+    low, high = np.array([0.1, 0.4]), np.array([0.4, 0.4])
+    one = Series("a", BLUE, ["<x>", "y"], np.array([0.2, 0.4]), kind="points", mark="square")
+    figure = one_panel("h", share("part"), [one._replace(low=low, high=high)], x=Axis("", "word"))
+    (box,) = boxes("n", figure)
+    (trace,) = box["data"]
+    assert (trace["x"], trace["y"]) == ([0.2, 0.4], ["&lt;x&gt;", "y"]) and trace["showlegend"]
+    assert trace["error_x"]["array"] == pytest.approx([0.2, 0])
+    assert box["layout"]["yaxis"]["range"] == [1.5, -0.5]

@@ -71,7 +71,7 @@ def test_ratio_figure_draws_means_bands_and_controls(tmp_path, kept):
     assert "<svg" in (tmp_path / "f.svg").read_text()
 
 
-def test_tokens_figure_leaves_out_the_first_point_and_shows_the_controls(tmp_path, kept):
+def test_tokens_figure_shows_the_loss_before_training_and_the_controls(tmp_path, kept):
     seen = np.array([0, 1_000_000, 2_000_000])
     curves = [
         Curve("k = 0.2", seen, np.array([9.0, 5.0, 4.0])),
@@ -85,14 +85,15 @@ def test_tokens_figure_leaves_out_the_first_point_and_shows_the_controls(tmp_pat
     draw(tokens_figure(grid), tmp_path / "f.png")
     left, right = kept[0].axes
     lines = {line.get_label(): line for line in left.lines}
-    assert list(lines["k = 0.2"].get_xdata()) == [1_000_000, 2_000_000]
-    assert list(lines["k = 0.2"].get_ydata()) == [6.0, 3.0]
-    assert list(lines["all tokens"].get_ydata()) == [8.0, 7.0]
+    assert list(lines["k = 0.2"].get_xdata()) == [0, 1_000_000, 2_000_000]
+    assert list(lines["k = 0.2"].get_ydata()) == [9.0, 6.0, 3.0]
+    assert list(lines["all tokens"].get_ydata()) == [9.0, 8.0, 7.0]
+    assert list(lines["before training"].get_ydata()) == [9.0, 9.0]
     other = {line.get_label(): line for line in right.lines}
     assert other["k = 0.4"].get_color() == lines["k = 0.4"].get_color()
     assert lines["k = 0.4"].get_color() != lines["k = 0.2"].get_color()
     shown = [text.get_text() for text in kept[0].legends[0].get_texts()]
-    assert shown == ["k = 0.2", "k = 0.4", "all tokens"]
+    assert shown == ["k = 0.2", "k = 0.4", "all tokens", "before training"]
 
 
 @pytest.mark.usefixtures("sketched")
