@@ -1,5 +1,6 @@
 """Every root composes; every experiment and every choice of every group takes an optimizer step."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from model_helpers import small_llama
 from run_helpers import TINY_MODEL, composed, train
 from slm.cli import COMMANDS, conf_folder
+from slm.train.settings import FROM_SCRATCH
 
 ROOTS = sorted(path.stem for path in conf_folder().glob("*.yaml") if path.stem != "base")
 GROUPS = {
     group: sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
     for group in ("model", "selection", "optimizer", "callbacks", "logger", "experiment")
 }
+PRETRAINED = ("continue_small", "continue_1b", "sft")
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -36,10 +40,16 @@ def one_step(tmp_path: Path, corpus: Any, references: Any, *overrides: str) -> P
         "data.micro_batch_size=2",
         "data.num_workers=0",
         "max_tokens=64",
-        *TINY_MODEL,
         *overrides,
     )
     return train(config)
+
+
+def pretrained(folder: Path, corpus: Any) -> str:
+    """A model folder that others might have written."""
+    shutil.copytree(corpus.folder / "tokenizer", folder)
+    small_llama(corpus.vocab_size).save_pretrained(folder)
+    return f"model.init_from='{folder}'"
 
 
 @pytest.fixture
@@ -53,16 +63,22 @@ def references(tmp_path, text_corpus, make_references) -> Any:
     ("group", "choice"),
     [(group, choice) for group, choices in GROUPS.items() for choice in choices],
 )
-def test_every_choice_takes_a_step(tmp_path, text_corpus, references, group, choice):
+def test_every_choice_takes_a_step(tmp_path, text_corpus, references, caplog, group, choice):
     words = [f"{group}={choice}"]
     if group != "logger":
         words.append("logger=csv")
-    if choice == "rho1_1b":  # its model is on a hub, its trainer wants a GPU
-        words += ["model.init_from=null", "trainer=default"]
+    if choice == "rho1_1b":  # its model is on a hub
+        words += ["model=llama_600k", "model.init_from=null"]
+    if group == "experiment":
+        words += ["trainer=default"]  # some want a GPU
     if choice == "dynamics":
         words += [f"callbacks.dynamics.corpus='{text_corpus.folder}'"]
+    loads = choice in (*PRETRAINED, "pretrained")
+    words += [pretrained(tmp_path / "base", text_corpus)] if loads else TINY_MODEL
     folder = one_step(tmp_path, text_corpus, references, *words)
     assert (folder / "slm.json").exists()
+    # Weights from elsewhere, and the rate of those that are new.
+    assert ("is a rate for new weights" in caplog.text) == (choice == "pretrained")
 
 
 def test_gpu_trainer_differs_from_default_in_three_values():
@@ -71,6 +87,23 @@ def test_gpu_trainer_differs_from_default_in_three_values():
     assert isinstance(default, dict) and isinstance(gpu, dict)
     changed = {key: gpu[key] for key in gpu if gpu[key] != default[key]}
     assert changed == {"accelerator": "gpu", "devices": "auto", "precision": "bf16-mixed"}
+
+
+@pytest.mark.parametrize("choice", [*PRETRAINED, "rho1_1b"])
+@pytest.mark.parametrize("optimizer", GROUPS["optimizer"])
+def test_a_recipe_has_a_rate_for_pretrained_weights_beside_every_optimizer(choice, optimizer):
+    usual = composed("train", f"optimizer={optimizer}")
+    config = composed("train", f"optimizer={optimizer}", f"experiment={choice}")
+    assert config.optimizer.adamw.lr < FROM_SCRATCH == usual.optimizer.adamw.lr
+    assert config.optimizer.schedule == usual.optimizer.schedule
+    assert OmegaConf.is_missing(config.model, "init_from") == (choice != "rho1_1b")
+
+
+def test_a_recipe_goes_with_the_sweep_of_k():
+    words = ["experiment=[sweep_k,continue_small]", "model.init_from=x"]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("train", overrides=words, return_hydra_config=True)
+    assert config.hydra.mode == RunMode.MULTIRUN and config.optimizer.adamw.lr == 5e-5
 
 
 def test_sweep_k_has_both_rules_at_every_ratio_and_all_tokens():

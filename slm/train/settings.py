@@ -5,6 +5,7 @@ Types and ranges of single keys are in keys.py.
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from slm.store.shards import References
 from slm.train.data import TokenData
 
 log = logging.getLogger("slm.train")
+FROM_SCRATCH = 1e-3  # the learning rate of conf/optimizer
 
 
 def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
@@ -34,6 +36,7 @@ def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
             "choose (selection=all trains on every token)"
         )
     warn_of_late_points(selection, max_tokens)
+    warn_of_high_rate(settings["model"]["init_from"], settings["optimizer"]["adamw"]["lr"])
     for store in data.references:
         warn_of_other_precision(store, settings["trainer"]["precision"])
     best_of = settings["callbacks"]["checkpoints"]["best_of"]
@@ -66,6 +69,18 @@ def warn_of_late_points(selection: Selection, max_tokens: int) -> None:
                 "with a ratio of %.4g",
                 *(last, max_tokens, schedule.at(max_tokens)),
             )
+
+
+def warn_of_high_rate(init_from: str | None, rate: float) -> None:
+    """A folder of `slm train` went on at such a rate already; trillions of tokens did not."""
+    if init_from is None or (Path(init_from) / "slm.json").exists() or rate < FROM_SCRATCH:
+        return
+    log.warning(
+        "optimizer.adamw.lr=%g is a rate for new weights, and %s is a pretrained model, which a "
+        "few steps at it undo: experiment=continue_small (5e-5), continue_1b (8e-5) and sft (2e-5) "
+        "have rates for one, and say whose they are",
+        *(rate, init_from),
+    )
 
 
 def check_references(settings: Json, data: TokenData, needs: tuple[str, ...]) -> None:
