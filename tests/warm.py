@@ -185,9 +185,16 @@ def become(request: Request, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     tempfile.tempdir = None  # TMPDIR may be another
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # folders of the server
+    keep_folders()
     rank_zero_only = import_module("lightning.fabric.utilities.rank_zero")
     rank_zero_only.rank_zero_only.rank = rank_zero_only._get_rank() or 0  # as it does on import
+
+
+def keep_folders() -> None:
+    """Temporary folders that were made on import are those of the process that imported."""
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    atexit.unregister(import_module("wandb.sdk.data_types._private").MEDIA_TMP.cleanup)
+    atexit.unregister(import_module("wandb.sdk.artifacts.artifact")._TMP_DIR.cleanup)
 
 
 def execute(words: list[str]) -> None:
@@ -250,6 +257,7 @@ def attend(channel: socket.socket, after: str) -> None:
     for name in MODULES:
         import_module(name)
     exec(after, {"__name__": "after"})
+    import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     request = serve(channel)
