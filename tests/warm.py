@@ -194,7 +194,7 @@ def keep_folders() -> None:
     """Temporary folders that were made on import are those of the process that imported."""
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     atexit.unregister(import_module("wandb.sdk.data_types._private").MEDIA_TMP.cleanup)
-    atexit.unregister(import_module("wandb.sdk.artifacts.artifact")._TMP_DIR.cleanup)
+    atexit.unregister(import_module("wandb.sdk.artifacts.artifact").Artifact._TMP_DIR.cleanup)
 
 
 def execute(words: list[str]) -> None:
