@@ -8,6 +8,7 @@ One definition is drawn by slm/report/paper/plots.py (matplotlib) and slm/report
 (Plotly), logged to W&B (wandb_media.py), and written as a table, so that others can draw it anew.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -110,6 +111,11 @@ def seed_series(runs: Sequence[Curve], look: Series) -> list[Series]:
 def picks(count: int, most: int) -> np.ndarray:
     """At most so many of `count` indices, spread evenly, the first and the last among them."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def decimals(spread: float) -> int:
+    """Of a number that is known to `spread`: the spread's first two digits; 4 where it is 0."""
+    return min(5, max(0, 1 - math.floor(math.log10(spread)))) if spread > 0 else 4
 
 
 def amounts(numbers: Sequence[int]) -> list[str]:

@@ -18,6 +18,7 @@ named and left out of the tables; their token losses so far are shown.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from slm.command_keys import REPORT
 from slm.console import progress
 from slm.dynamics.analysis import Analysis, analyse, run_chooser, store_folders
 from slm.dynamics.classes import MIN_CHECKPOINTS
-from slm.dynamics.figure import Figure
+from slm.dynamics.figure import Figure, picks
 from slm.dynamics.figures import Kind, made
 from slm.dynamics.trajectories import TrajectoryStore
 from slm.dynamics.truth import kept_rows, truth_rows
@@ -186,25 +187,61 @@ def many(count: int, word: str) -> str:
 # ---- token dynamics -----------------------------------------------------------------------------
 
 
-def read_analyses(folders: Sequence[str], most: int, check: str) -> list[Analysis]:
-    """Of all stores of the runs, finished or not; too short or damaged ones are named."""
+class Store(NamedTuple):
+    """Of token losses."""
+
+    folder: Path
+    name: str  # of its run
+    arm: str
+
+
+def read_analyses(stores: Sequence[Store], check: str) -> list[Analysis]:
+    """Damaged ones are named."""
+    total = sum(len(TrajectoryStore(store.folder).checkpoints) for store in stores)
+    with progress("token dynamics", total, "checkpoints") as advance:
+        found = []
+        for store in stores:
+            try:
+                found.append(read_analysis(store, check, advance))
+            except UserError as error:
+                log.warning("left out: the token losses of %s: %s", store.name, error)
+        return found
+
+
+def all_stores(folders: Sequence[str]) -> list[Store]:
+    """Of the runs, finished or not; too short or damaged ones are named."""
     runs = run_folders(folders)
     stores = [(run, store) for run in runs for store in store_folders(run)]
     whole = [(run, folder) for run, folder in stores if can_be_shown(folder)]
-    if len(whole) > most:
-        log.warning(
-            "%d stores of token losses, the first %d are shown (max_dynamics)", len(whole), most
-        )
-    total = sum(len(TrajectoryStore(folder).checkpoints) for _, folder in whole[:most])
-    with progress("token dynamics", total, "checkpoints") as advance:
-        found = []
-        names = analysis_names(whole[:most], arm_labels(runs))
-        for (_, folder), (name, arm) in zip(whole, names, strict=False):
-            try:
-                found.append(read_analysis(folder, name, arm, check, advance))
-            except UserError as error:
-                log.warning("left out: the token losses of %s: %s", name, error)
-        return found
+    names = analysis_names(whole, arm_labels(runs))
+    return [Store(folder, *mine) for (_, folder), mine in zip(whole, names, strict=True)]
+
+
+def chosen_stores(stores: Sequence[Store], most: int) -> list[Store]:
+    """A run of each arm before a second of any; of arms that are too many some, evenly spread."""
+    turns: dict[int, list[Store]] = defaultdict(list)
+    seen: dict[str, int] = defaultdict(int)
+    for store in stores:
+        turns[seen[store.arm]].append(store)
+        seen[store.arm] += 1
+    chosen: set[Path] = set()
+    for turn in turns.values():
+        room = most - len(chosen)
+        chosen |= {turn[index].folder for index in picks(len(turn), room)} if room > 0 else set()
+    return [store for store in stores if store.folder in chosen]
+
+
+def chosen_note(stores: Sequence[Store], chosen: Sequence[Store]) -> list[str]:
+    if len(chosen) == len(stores):
+        return []
+    arms, shown = (len({store.arm for store in some}) for some in (stores, chosen))
+    text = (
+        f"{len(stores)} runs in {many(arms, 'arm')} have token losses; {len(chosen)} of them, in "
+        f"{many(shown, 'arm')}, are shown (max_dynamics), one seed of each arm before a second: "
+        + "; ".join(store.name for store in chosen)
+    )
+    log.warning("%s", text)
+    return [text]
 
 
 def can_be_shown(folder: Path) -> bool:
@@ -221,13 +258,11 @@ def can_be_shown(folder: Path) -> bool:
     return count >= MIN_CHECKPOINTS
 
 
-def read_analysis(
-    folder: Path, name: str, arm: str, check: str, advance: Callable[[int], None]
-) -> Analysis:
+def read_analysis(found: Store, check: str, advance: Callable[[int], None]) -> Analysis:
     """With the threshold and the level that the classes were made with."""
-    store = TrajectoryStore(folder, check)
+    store = TrajectoryStore(found.folder, check)
     run_chooser(store, warns=True)
-    return analyse(store, name, **store.settings, arm=arm, advance=advance)
+    return analyse(store, found.name, **store.settings, arm=found.arm, advance=advance)
 
 
 def analysis_names(
@@ -321,7 +356,7 @@ def report(
         out: folder of the page, tables and figures; an earlier report there is replaced.
         baselines: {name: run's folder}: what else could be done; corpus and budget may differ.
         sets: held-out sets; None: all of them.
-        max_dynamics: at most so many stores of token losses are shown.
+        max_dynamics: at most so many stores of token losses are shown, one seed of each arm first.
         modules: files or dotted names that hold rules of your own.
         check: "size", or "full" to compare every file's hash first.
 
@@ -339,7 +374,10 @@ def report(
     report_left_out(left_out)
     if finished:
         check_own(folder, ["table.csv", "table.md", "runs.csv", "loss_vs_k.png"], MADE_BY)
-    analyses = read_analyses(folders, max_dynamics, check)
+    stores = all_stores(folders)
+    chosen = chosen_stores(stores, max_dynamics)
+    notes = chosen_note(stores, chosen)
+    analyses = read_analyses(chosen, check)
     if not finished and not analyses:
         raise UserError(
             f"none of the {len(left_out)} runs in {runs} can be shown, for the reasons above, and "
@@ -349,7 +387,7 @@ def report(
     with replacing(folder, MADE_BY) as to:
         sweep = sweep_report(finished, left_out, sets, baselines or {}, to) if finished else None
         truth = dynamics_report(analyses, finished, sets, to) if analyses else []
-        write_page(to / "report.html", title, analyses, sweep, truth)
+        write_page(to / "report.html", title, analyses, sweep, truth, notes)
     return Report(folder / "report.html", list(sweep.rows) if sweep else [])
 
 

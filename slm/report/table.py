@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from slm.dynamics.figure import decimals
 from slm.report.arms import Arm, costs
 from slm.store.files import Json
 from slm.train.curves import Curve
 
 REACH_NOTE = (
     "Tokens to all tokens' loss: where the held-out loss first is at or below the mean final loss "
-    "of all tokens, linear between points, mean over seeds; all tokens themselves: all they saw; "
+    "of all tokens, on a line between measurements, of which the first is before training; mean "
+    "over seeds; all tokens themselves: all they saw; "
     "empty: a seed never gets there, or no run is on all tokens."
 )
 
@@ -97,7 +99,11 @@ def line_of(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def digits(row: Json) -> int:
+    """As many as the seeds agree on; 4 of a single one."""
+    return decimals(row["high"] - row["low"])
+
+
 def spread_text(row: Json) -> str:
-    if row["seeds"] == 1:
-        return f"{row['mean']:.4f}"
-    return f"{row['mean']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
+    mean, low, high = (f"{row[key]:.{digits(row)}f}" for key in ("mean", "low", "high"))
+    return mean if row["seeds"] == 1 else f"{mean} ({low} to {high})"

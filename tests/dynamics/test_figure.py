@@ -1,6 +1,7 @@
 """A figure as data: its table, and what its series look like."""
 
 import numpy as np
+import pytest
 
 from slm.dynamics.colours import BLUE
 from slm.dynamics.figure import (
@@ -10,6 +11,7 @@ from slm.dynamics.figure import (
     Panel,
     Series,
     amounts,
+    decimals,
     nth_series,
     picks,
     table,
@@ -49,3 +51,11 @@ def test_a_table_has_a_row_a_measurement():
             {"panel": "named", "series": "s", "target": 7, "loss_nats": 2.0, "low": 1.0},
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("spread", "expected"),
+    [(0.25, 2), (0.02, 3), (0.0042, 4), (1e-9, 5), (3.0, 1), (250.0, 0), (0.0, 4)],
+)
+def test_a_number_has_the_digits_that_its_spread_allows(spread, expected):
+    assert decimals(spread) == expected

@@ -19,7 +19,7 @@ from slm.dynamics.trajectories import TrajectoryStore
 from slm.dynamics.truth import truth_rows
 from slm.errors import UserError
 from slm.report import command as report_module
-from slm.report.command import read_analyses, report
+from slm.report.command import Store, all_stores, chosen_stores, read_analyses, report
 from slm.report.table import REACH_NOTE
 
 pytestmark = pytest.mark.usefixtures("sketched")
@@ -75,8 +75,8 @@ def test_the_markdown_table_has_a_line_an_arm(out):
     assert cells[0][:5] == ["arm", "a", "b", "seeds", "tokens seen"]
     assert cells[2][:4] == [
         "excess k = 0.5",
-        "3.1250 (3.0000 to 3.2500)",
-        "6.2500 (6.0000 to 6.5000)",
+        "3.12 (3.00 to 3.25)",
+        "6.25 (6.00 to 6.50)",
         "2",
     ]
     assert len({len(row) for row in cells}) == 1
@@ -414,7 +414,7 @@ def test_jobs_of_a_sweep_are_named_after_their_arms(tmp_path):
 
 
 def names_shown(runs: Path) -> list[str]:
-    return [analysis.name for analysis in read_analyses([str(runs)], 12, "size")]
+    return [analysis.name for analysis in read_analyses(all_stores([str(runs)]), "size")]
 
 
 def test_figures_of_an_earlier_report_go(tmp_path):
@@ -461,9 +461,29 @@ def test_at_most_so_many_runs_are_shown(tmp_path, caplog):
         folder = make_run(tmp_path / "runs" / f"r{seed}", seed=seed)
         make_analysis(folder / "dynamics" / "tokens", prose(4, 9))
     report(**config(tmp_path / "runs", tmp_path / "out", max_dynamics=2))
-    assert "3 stores of token losses, the first 2 are shown (max_dynamics)" in caplog.text
+    text = (
+        "3 runs in 1 arm have token losses; 2 of them, in 1 arm, are shown (max_dynamics), one "
+        "seed of each arm before a second: r0; r1"
+    )
+    assert text in caplog.text and text in (tmp_path / "out" / "report.html").read_text()
     data = data_of(tmp_path / "out" / "report.html")
     assert [run["name"] for run in data["runs"]] == ["r0", "r1"]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (9, ["a0", "a1", "b0", "c0", "c1", "d0"]),
+        (5, ["a0", "a1", "b0", "c0", "d0"]),
+        (4, ["a0", "b0", "c0", "d0"]),
+        (3, ["a0", "c0", "d0"]),
+        (0, []),
+    ],
+)
+def test_every_arm_is_shown_before_a_second_seed_of_any(most, expected):
+    names = ["a0", "a1", "b0", "c0", "c1", "d0"]
+    stores = [Store(Path(name), name, name[0]) for name in names]
+    assert [store.name for store in chosen_stores(stores, most)] == expected
 
 
 def test_labelled_tokens_give_a_table(tmp_path):

@@ -38,6 +38,7 @@ from slm.report.page.tokens import (
     window_texts,
 )
 from slm.report.provenance import Provenance
+from slm.report.table import digits
 from slm.selection.names import selection_name
 from slm.store.files import Json, atomic_file
 
@@ -74,14 +75,16 @@ def write_page(
     analyses: Sequence[Analysis] = (),
     sweep: SweepFigures | None = None,
     truth: Sequence[Json] = (),
+    notes: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
     """Any part may be absent; `seed` draws the windows and tokens that are shown.
 
     truth:  rows of truth.truth_rows of all runs
+    notes:  on which of the runs are shown
     """
     data = page_data(analyses, sweep, truth, seed)
-    content = render(title, analyses, sweep, truth, data).encode()
+    content = render(title, analyses, sweep, truth, notes, data).encode()
     if len(content) > MAX_BYTES:
         size = f"{len(content) / 1e6:.1f} MB"
         log.warning("%s has %s, browsers will be slow: show fewer runs", path, size)
@@ -94,6 +97,7 @@ def render(
     analyses: Sequence[Analysis],
     sweep: SweepFigures | None,
     truth: Sequence[Json],
+    notes: Sequence[str],
     data: Json,
 ) -> str:
     from plotly.offline import get_plotlyjs  # half a second, and only pages need it
@@ -105,7 +109,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fixed": fixed, "percent": percent}
+    environment.filters |= {"fixed": fixed, "percent": percent, "digits": digits}
     return environment.get_template("page.html").render(
         title=title,
         runs=[summary(analysis, rows_of(analysis, truth)) for analysis in analyses],
@@ -113,6 +117,8 @@ def render(
         table=sweep and sweep_table(sweep),
         sections=data["sweep"],
         notes=sweep.notes if sweep else [],
+        dynamics_notes=notes,
+        arms=indices_by_arm(analyses),
         provenance=sweep and sweep.provenance,
         summary=sweep.summary if sweep else "",
         compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
@@ -233,6 +239,13 @@ def summary(analysis: Analysis, truth: Sequence[Json]) -> Json:
         "truth": truth_table(truth),
         "truth_ratios": truth_ratios(truth),
     }
+
+
+def indices_by_arm(analyses: Sequence[Analysis]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, analysis in enumerate(analyses):
+        found.setdefault(analysis.arm, []).append(index)
+    return found
 
 
 def class_row(analysis: Analysis, index: int) -> Json:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slm.dynamics.figure import DASHES, Axis, Figure, Panel, Series, picks, plain_number
+from slm.dynamics.figure import DASHES, Axis, Figure, Panel, Series, decimals, picks, plain_number
 from slm.report.page.tokens import numbers
 from slm.store.files import Json
 
@@ -38,7 +38,7 @@ def boxes(name: str, figure: Figure) -> list[Json]:
 def plotly(panel: Panel) -> Json:
     if any(isinstance(word, str) for one in panel.series for word in one.x):
         return rows(panel)
-    layout: Json = {"xaxis": axis(panel.x), "yaxis": axis(panel.y)}
+    layout: Json = {"xaxis": axis(panel.x), "yaxis": measured(panel)}
     if any(one.kind == "bars" for one in panel.series):
         layout |= {"barmode": "stack", "bargap": 0} if panel.stacked else {"bargap": 0.25}
     return {"data": [trace(one, panel) for one in panel.series], "layout": layout}
@@ -49,7 +49,7 @@ def rows(panel: Panel) -> Json:
     words = [plain(word) for word in dict.fromkeys(w for one in panel.series for w in one.x)]
     names = {"type": "category", "categoryarray": words, "range": [len(words) - 0.5, -0.5]}
     y = axis(panel.x) | names | {"tickvals": words, "ticktext": words}
-    layout = {"xaxis": axis(panel.y), "yaxis": y, "height": 90 + 22 * max(4, len(words))}
+    layout = {"xaxis": measured(panel), "yaxis": y, "height": 90 + 22 * max(4, len(words))}
     return {"data": [turned(trace(one, panel)) for one in panel.series], "layout": layout}
 
 
@@ -60,6 +60,16 @@ def turned(found: Json) -> Json:
     if "error_y" in turned:
         turned["error_x"] = turned.pop("error_y")
     return turned
+
+
+def measured(panel: Panel) -> Json:
+    """Pointed at, a number has the digits that most intervals allow."""
+    ends = [(one.low, one.high) for one in panel.series]
+    spreads = [high - low for low, high in ends if low is not None and high is not None]
+    known = np.concatenate([np.zeros(0), *spreads])
+    wide = known[known > 0]
+    format_ = {"hoverformat": f".{decimals(float(np.median(wide)))}f"} if len(wide) else {}
+    return (format_ if panel.y.kind == "number" else {}) | axis(panel.y)
 
 
 def axis(found: Axis) -> Json:

@@ -224,7 +224,7 @@ def test_the_tables_hold_the_numbers(tmp_path):
     assert cells(page, 0) == [["arm", "lr"], ["excess 0.5", "0.1"], ["all", "–"]]
     assert cells(page, 1) == [
         ["arm", "math", "seeds", "tokens seen", "tokens selected", reach],
-        ["excess 0.5", "3.1250 3.0000 to 3.2500", "2", "4,000", "2,000", "3,456"],
+        ["excess 0.5", "3.12 3.00 to 3.25", "2", "4,000", "2,000", "3,456"],
         ["all", "3.3000", "1", "4,000", "2,000", "–"],
     ]  # fmt: skip
     assert sweep_table(make_sweep())["best"] == {"math": 3.125}
@@ -257,8 +257,8 @@ def test_the_reports_own_panels_fit(tmp_path):
     write_page(tmp_path / "page.html", "t", [], sweep)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert [row[:2] for row in cells(page, 1)[1:]] == [
-        ["excess k = 0.5", "3.5000 3.0000 to 4.0000"],
-        ["excess k = 1", "4.0000 3.5000 to 4.5000"],
+        ["excess k = 0.5", "3.5 3.0 to 4.0"],
+        ["excess k = 1", "4.0 3.5 to 4.5"],
         ["softmax", "3.2500 3.2500 to 3.2500"],
     ]
     drawn = embedded(page)["sweep"]
