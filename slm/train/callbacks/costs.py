@@ -98,7 +98,7 @@ class Costs(Callback):
             "" if left == total else " are left",
         )
         self._say_evaluation(trainer, evaluations, read, total, token_s)
-        if data.heldout_windows < allowed:
+        if data.heldout and data.heldout_windows < allowed:
             log.info(
                 "of each held-out set %d windows are read, not %d (data.heldout_windows): else the "
                 "first and the last measurement alone would take more than %.0f%% of the run; "
