@@ -424,10 +424,13 @@ def test_a_corpus_whose_tokenizer_is_damaged_is_refused(tmp_path, text_corpus):
         train(compose_train(tmp_path / "run", text_corpus.folder))
 
 
-def test_scores_of_two_kinds_are_not_mixed_up(tmp_path, text_corpus, make_references):
+def test_scores_of_two_kinds_are_not_mixed_up(tmp_path, text_corpus, make_references, tokenizer):
+    save_model(tmp_path / "model", small_llama(300), tokenizer, "card", {})
     folder = references_of(text_corpus, make_references, tmp_path / "r", 0)
-    words = [f"data.references='{folder}'", "online_reference=model"]
-    with pytest.raises(UserError, match=f"online_reference is model and data.references {folder}"):
+    words = [f"data.references='{folder}'", f"online_reference='{tmp_path / 'model'}'"]
+    with pytest.raises(
+        UserError, match=f"online_reference is .*model and data.references {folder}"
+    ):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
     words = [f"data.references='{folder}'", "selection=intersection"]
     message = f"Intersection needs one reference with entropy, found {folder}.*columns=.entropy."
@@ -541,7 +544,7 @@ def test_a_rule_of_ones_own_trains_and_is_a_word_in_its_folder(tmp_path, text_co
     store = TrajectoryStore(tmp_path / "run" / "dynamics" / "tokens")
     assert "own_file" not in json.dumps(store.plan)
     found = analyse(store, "run")
-    assert found.kept is not None and found.kept.rule == "mine 0.6"
+    assert found.kept is not None and found.kept.rule == "mine k = 0.6"
 
 
 def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(
