@@ -4,6 +4,7 @@ model."""
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import pytest
 
 import warm
 from common import SKETCHED
+from model_helpers import small_llama
 from run_helpers import with_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("slm/**/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments/doors/README.md"]
+PAGES += sorted(ROOT.glob("slm/**/*.md"))
 STAGES = [
     "store",
     "prepare",
@@ -82,6 +85,22 @@ def test_the_blocks_of_the_readme_run(tmp_path):
 def test_quickstart_runs(tmp_path):
     run_all((ROOT / "experiments" / "quickstart.sh").read_text(), tmp_path)
     assert (tmp_path / "report" / "report.html").exists()
+
+
+@pytest.mark.parametrize("folder", ["kernels", "slm/selection"])
+def test_the_python_of_a_page_runs_as_printed(folder):
+    exec("\n".join(blocks(ROOT / folder / "README.md", "python")), {})
+
+
+@pytest.mark.slow
+def test_the_python_of_the_doors_runs_as_printed(tmp_path, made_corpus):
+    """All of it in order, beside the folders that the README's commands make; on a CPU."""
+    for name in ("base", "reference"):
+        path = tmp_path / "runs" / name / "model"
+        shutil.copytree(made_corpus.folder / "tokenizer", path)
+        small_llama(made_corpus.vocab_size).save_pretrained(path)
+    page = ROOT / "experiments" / "doors" / "README.md"
+    run(["python", "-W", "ignore", "-c", "\n".join(blocks(page, "python"))], tmp_path)
 
 
 def test_readme_fits_a_screen_or_four():

@@ -1,9 +1,10 @@
 """Selective language modeling in TRL's `SFTTrainer` (made for trl 1.16).
 
-    trainer = SelectiveSFTTrainer(model, args, train_dataset=dataset, select_ratio=0.6)
+    SelectiveSFTTrainer(model, SFTConfig("out"), train_dataset=rows, select_ratio=0.6).train()
 
-`train_dataset` is tokenised (`input_ids`; by need `labels`, `assistant_masks`, or `completion_mask`
-with completion_only_loss=True) and has a column `reference_logprob`, made row by row by
+experiments/doors/README.md has this with rows of text and of chats. `train_dataset` is tokenised
+(`input_ids`; by need `labels`, `assistant_masks`, or `completion_mask` with
+completion_only_loss=True) and has a column `reference_logprob`, made row by row by
 slm.integrations.datasets.score_dataset. It may be packed (packing_strategy "bfd"), padding-free and
 trained with LoRA. A score depends on what stands before its token, so preparations that take that
 away are refused: packing across documents ("wrapped"), cutting them in the middle ("bfd_split") or
