@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.errors import UserError
-from slm.selection.names import selection_name
+from slm.selection.names import ALL_TOKENS, selection_name
 from slm.selection.registry import in_words, rule_word, takes_all_tokens
 from slm.store.files import Json, nested, read_json
 from slm.train.curves import Curve, heldout_sets, read_curve, run_folders
@@ -45,6 +45,11 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Of its rule: excess k = 0.6"""
         return selection_name(self.lineage["selection"])
+
+    @property
+    def line(self) -> str:
+        """The name without its ratio."""
+        return self.name if self.name == ALL_TOKENS else self.rule
 
     @property
     def takes_all_tokens(self) -> bool:
@@ -174,7 +179,7 @@ def grouped(runs: Sequence[Run]) -> list[Arm]:
     arms = []
     for group in groups.values():
         detail = details(group[0], [run for run in firsts if run.name == group[0].name])
-        arms.append(Arm(group[0].name + detail, group[0].rule + detail, group))
+        arms.append(Arm(group[0].name + detail, group[0].line + detail, group))
     return sorted(arms, key=lambda arm: (arm.line, arm.select_ratio or 0, arm.label))
 
 

@@ -27,7 +27,9 @@ from slm.report.arms import Arm
 from slm.selection.names import ALL_TOKENS
 from slm.train.curves import Curve, by_label, mean_curve
 
+MOST_TICKS = 12
 MOST_LINES = 6  # with a panel each
+MOST_CURVES = 40  # of runs in a panel that has each of them beside the means
 MIN_LATE = 2  # points of a curve that show its course without its start
 Points = list[tuple[float, list[float]]]  # (select_ratio, loss of each seed)
 
@@ -82,7 +84,11 @@ def ratio_panel(
     series = [ratio_series(label, lines[label], i) for i, label in enumerate(lines)]
     series += flat_series(flat, ends, [PALETTE[i] for i in (4, 3, 2, 5)])
     series += flat_series(controls, ends, [INK, QUIET])
-    x = Axis("select_ratio (k): share of tokens trained on", "select_ratio", ticks=ratios)
+    x = Axis(
+        "select_ratio (k): share of tokens trained on",
+        "select_ratio",
+        ticks=ratios if len(ratios) <= MOST_TICKS else (),
+    )
     return Panel(title, x, HELDOUT_LOSS._replace(title=f"final {HELDOUT_LOSS.title}"), series)
 
 
@@ -140,14 +146,14 @@ def tokens_figure(grid: Sequence[Sequence[Curves]]) -> Figure:
 def panel_curves(name: str, arms: Sequence[Arm]) -> list[Curves]:
     """A panel a line of arms, or a panel a rule where the lines are many."""
     selecting = [arm for arm in arms if not arm.takes_all_tokens] or list(arms)
-    controls = [arm for arm in arms if arm.takes_all_tokens]
+    controls = [arm for arm in arms if arm not in selecting]
     black = [run.curves[name]._replace(label=ALL_TOKENS) for arm in controls for run in arm.runs]
     is_many = len({arm.line for arm in selecting}) > MOST_LINES
     panels: dict[str, list[Curve]] = defaultdict(list)
     for arm in selecting:
-        rule = arm.runs[0].rule
-        title, label = (rule, arm.label) if is_many else (arm.line, arm.runs[0].name)
-        short = label.removeprefix(f"{rule} ")
+        first = arm.runs[0]
+        title, label = (first.line, arm.label) if is_many else (arm.line, first.name)
+        short = label.removeprefix(f"{first.line} ")
         panels[title] += [run.curves[name]._replace(label=short) for run in arm.runs]
     return [Curves(f"{title}, {name}", name, curves, black) for title, curves in panels.items()]
 
@@ -172,10 +178,13 @@ def loss_range(row: Sequence[Curves]) -> tuple[float, float] | None:
 def tokens_panel(
     found: Curves, colours: dict[str, Colour], bounds: tuple[float, float] | None
 ) -> Panel:
+    is_full = len(found.curves) > MOST_CURVES
+    width = 1.2 if is_full else 2.0
     series = [
         one
         for label, runs in by_label(found.curves).items()
-        for one in seed_series(runs, look(label, colours[label]))
+        for one in seed_series(runs, look(label, colours[label])._replace(width=width))
+        if not (one.is_seed and is_full)
     ]
     for label, runs in by_label(found.controls).items():
         series += seed_series(runs, look(label, INK)._replace(dash="dash"))

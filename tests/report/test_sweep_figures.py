@@ -6,6 +6,7 @@ from run_helpers import make_run
 from slm.dynamics.figure import Panel
 from slm.report.arms import arms_of, read_runs
 from slm.report.sweep_figures import (
+    MOST_CURVES,
     MOST_LINES,
     Curves,
     panel_curves,
@@ -78,3 +79,26 @@ def test_where_lines_are_many_a_rule_is_a_panel(tmp_path):
     assert [curve.label for curve in many.curves] == [f"k = 0.5, lr={rate}" for rate in rates]
     assert [found.title for found in few] == ["excess, lr=0, a", "excess, lr=1, a"]
     assert [curve.label for found in few for curve in found.curves] == ["k = 0.5"] * 2
+
+
+def test_all_tokens_alone_are_one_line(tmp_path):
+    make_run(tmp_path / "a", "All", None)
+    (found,) = panel_curves("a", arms_of(read_runs([str(tmp_path)])[0]))
+    assert found.title == "all tokens, a" and found.controls == []
+    assert [curve.label for curve in found.curves] == ["all tokens"]
+
+
+def test_a_panel_of_many_runs_shows_their_means_alone():
+    seen = np.array([0.0, 100, 200])
+    runs = [Curve(f"k = {i % 30}", seen, np.array([9.0, 5, i])) for i in range(MOST_CURVES + 20)]
+    (panel,) = tokens_figure([[Curves("a", "a", runs, [])]]).panels
+    assert [one.text for one in panel.series] == [
+        *(f"k = {i}" for i in range(30)),
+        "before training",
+    ]
+
+
+def test_ratios_that_are_many_are_not_all_named():
+    few, many = ([(i / 20, [3.0]) for i in range(count)] for count in (3, 20))
+    assert ratio_panel("a", {"x": few}, {}, {}).x.ticks == [0.0, 0.05, 0.1]
+    assert not ratio_panel("a", {"x": many}, {}, {}).x.ticks

@@ -112,7 +112,8 @@ def line(one: Series) -> Json:
     found["line"] = {"color": one.colour.css, "width": one.width, "dash": one.dash}
     if one.mark:
         size = 9 if "triangle" in one.mark else 7
-        marker = {"symbol": one.mark, "size": size, "maxdisplayed": 10}
+        most = {} if one.low is not None else {"maxdisplayed": 10}  # intervals go with their marks
+        marker = {"symbol": one.mark, "size": size} | most
         found |= {"mode": "lines+markers", "marker": marker}
     return found | ({"hoverinfo": "skip", "opacity": 0.45} if one.is_seed else {})
 
