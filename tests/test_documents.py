@@ -13,7 +13,9 @@ import pytest
 import warm
 from common import SKETCHED
 from model_helpers import small_llama
-from run_helpers import with_tiny_model
+from run_helpers import composed, with_tiny_model
+from slm.cli import plain_settings
+from slm.hydra_names import sweep_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments/doors/README.md"]
@@ -85,6 +87,23 @@ def test_the_blocks_of_the_readme_run(tmp_path):
 def test_quickstart_runs(tmp_path):
     run_all((ROOT / "experiments" / "quickstart.sh").read_text(), tmp_path)
     assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_the_commands_of_the_quickstart_with_a_pretrained_model_compose():
+    """Its model is downloaded, so it runs nowhere in here: every key is one, every choice is there,
+    and what one command reads is what others write."""
+    script = (ROOT / "experiments" / "quickstart_smollm2.sh").read_text()
+    numbers = dict(re.findall(r"^(\w+)=\$\{\w+:-(\d+)\}", script, re.MULTILINE))
+    script = re.sub(r"\$\(\((\w+) / \d+\)\)", r"$\1", script)
+    script = re.sub(r"\$(\w+)", lambda found: numbers[found[1]], script)
+    lines = [line for line in script.replace("\\\n", " ").splitlines() if line.startswith("slm ")]
+    names = [shlex.split(line)[1] for line in lines]
+    assert names == [*["prepare"] * 3, "train", "score", "train", "evaluate", "report", "verify"]
+    jobs = sweep_jobs("train", shlex.split(lines[5])[2:])
+    assert list(jobs) == ["selection=all", "selection=random", "selection=excess"]
+    plain_settings(composed("train", *jobs["selection=excess"], "run_dir=x"))
+    for _, name, *words in map(shlex.split, lines[:5] + lines[6:8]):
+        plain_settings(composed(name, *words, *(["run_dir=x"] if name == "train" else [])))
 
 
 @pytest.mark.parametrize("folder", ["kernels", "slm/selection"])
