@@ -1,6 +1,7 @@
 """run.json: what a run is made of. A folder that holds another run is refused."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 from slm.errors import UserError
 from slm.model.folder import check_model_folder, model_sha256
+from slm.selection.names import selection_name
 from slm.selection.registry import by_word, in_words, trained_word
 from slm.store.claims import Claim, claim, owner_of, remove_temporaries
 from slm.store.fields import SIZE, check_fields, of_what
-from slm.store.files import Json, read_json, write_record
+from slm.store.files import Json, nested, read_json, write_record
 from slm.store.hub import is_folder
 from slm.train.checkpoint import newest_checkpoint
 from slm.train.data import TokenData
@@ -111,3 +113,14 @@ def only_writer(folder: Path) -> Iterator[Claim]:
             owner = owner_of(folder / "run.claim")
             raise UserError(f"another process trains in {folder} ({owner}, see run.claim)")
         yield mine
+
+
+def run_title(folder: Path) -> str:
+    """excess k = 0.6, seed 0 for a sweep's job, and what else it differs in; a folder's name."""
+    path = folder / "run.json"
+    if "=" not in folder.name or not path.exists():
+        return folder.name
+    identity = in_words(read_json(path))
+    rule = selection_name(nested(identity, "selection."))
+    more = [word for word in folder.name.split(",") if not re.match(r"selection[.=]|seed=", word)]
+    return ", ".join([rule, f"seed {identity['seed']}", *more])

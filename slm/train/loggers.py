@@ -34,6 +34,7 @@ from slm.errors import UserError
 from slm.names import file_name
 from slm.store.files import Json, atomic_file, read_json, write_record
 from slm.train.callbacks.base import TOKENS_SEEN, RewindableLogger
+from slm.train.identity import run_title
 
 log = logging.getLogger("slm.train.loggers")
 OWN_TABLES = ("heldout", "dynamics")  # metrics that are logged at steps of their own
@@ -245,7 +246,7 @@ class WandbLog(WandbLogger):
     wandb is called on a thread of its own, since a server or a disk that hangs must not hold the
     training; the first exception is reported and ends it.
 
-    name:  null: the folder's name
+    name:  null: the folder's name, or what the folder of a sweep's job says, see `run_title`
     mode:  "online", "offline", "disabled", or "auto": online where there is a login and the server
            answers, else offline; WANDB_MODE decides for "auto" where it is set
     """
@@ -273,6 +274,7 @@ class WandbLog(WandbLogger):
             "job_type": job_type and short(job_type, MOST_OF_JOB_TYPE),
             "tags": list(tags),
         }
+        self.is_named = name is not None
         shown = short(name or self.folder.name, MOST_OF_NAME)
         super().__init__(shown, folder, project=project, **labels)
 
@@ -302,6 +304,8 @@ class WandbLog(WandbLogger):
             finish_timeout=FINISH_LIMIT_S,
         )
         arguments = self._wandb_init | {"id": self._id, "mode": self.mode, "settings": settings}
+        if not self.is_named:  # run.json is there by now
+            arguments["name"] = short(run_title(self.folder), MOST_OF_NAME)
         arguments["tags"] = fitting_tags(arguments["tags"])
         run = self._experiment = wandb.init(**arguments)  # type: ignore
         for axis in ("trainer/global_step", TOKENS_SEEN):  # the last is the default axis

@@ -19,7 +19,8 @@ from slm.dynamics.trajectories import TrajectoryStore
 from slm.dynamics.truth import truth_rows
 from slm.errors import UserError
 from slm.report import command as report_module
-from slm.report.command import Store, all_stores, chosen_stores, read_analyses, report
+from slm.report.analyses import Store, all_stores, chosen_stores, read_analyses
+from slm.report.command import report
 from slm.report.table import REACH_NOTE
 
 pytestmark = pytest.mark.usefixtures("sketched")
