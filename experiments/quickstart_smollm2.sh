@@ -39,12 +39,13 @@ slm prepare out=unseen 'sources=[{path: text/heldout.jsonl, weight: 0.2}]' token
 slm train out=runs/reference experiment=continue_small model.init_from=smollm2 data.corpus=curated/train selection=all \
     max_tokens=$reference_tokens 'data.heldout={unseen: unseen/heldout}' data.heldout_windows=16 callbacks.checkpoints.keep=1
 slm score out=references corpus=corpus/train reference_model=runs/reference/model max_tokens=$tokens batch_size=4
+slm score out=unseen_references corpus=unseen/heldout reference_model=runs/reference/model batch_size=4
 
 # The target and its controls, of the same tokens: all of them, a random 60%, the 60% of highest excess loss.
 slm train -m out=runs/targets experiment=continue_small selection=all,random,excess model.init_from=smollm2 \
     data.corpus=corpus/train data.references=references max_tokens=$tokens 'data.heldout={unseen: unseen/heldout}' \
     data.heldout_windows=16 callbacks.checkpoints.keep=1 callbacks=dynamics callbacks.dynamics.corpus=unseen/heldout \
-    callbacks.dynamics.num_targets=$probed callbacks.dynamics.every_tokens=$((tokens / 6))
+    callbacks.dynamics.references=unseen_references callbacks.dynamics.num_targets=$probed callbacks.dynamics.every_tokens=$((tokens / 6))
 
 # What came of it, beside the model that it began with.
 slm evaluate 'models={smollm2: smollm2, reference: runs/reference/model}' 'sets={unseen: unseen/heldout}' \
