@@ -106,8 +106,8 @@ def test_the_whole_demo_runs_from_another_folder(cut_demo_texts, tmp_path, monke
         "base, before",
         "reference model itself",
         "all tokens",
-        "random k = 0.6",
-        "excess k = 0.6",
+        "random 0.6",
+        "excess 0.6",
         "all tokens, curated text mixed in",
     ]
     assert [row["num_seeds"] for row in rows.values()] == ["1", "1", "2", "2", "2", "2"]
@@ -121,7 +121,7 @@ def test_the_whole_demo_runs_from_another_folder(cut_demo_texts, tmp_path, monke
     data = json.loads(page.split('<script type="application/json" id="data">')[1].split("<")[0])
     assert [run["name"] for run in data["runs"]] == [
         f"{rule}, seed {seed}"
-        for rule in ("all tokens", "random k = 0.6", "excess 0.6")
+        for rule in ("all tokens", "random k = 0.6", "excess k = 0.6")
         for seed in (0, 1)
     ]
     assert data["sweep"]["ratios"] and (out / "report" / "figures").is_dir()
