@@ -40,7 +40,7 @@ FLOORS = "store prepare model selection score evaluate train dynamics report".sp
 TOP = {"integrations", "verify", "demo", "harness", "dashboard"}
 # Tests of more than one module.
 WHOLE = {"api", "layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
-WHOLE |= {"documents", "notebook"}
+WHOLE |= {"documents", "notebook", "warm"}
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -34,7 +34,7 @@ def read_smaller() -> Any:
     for mine, smaller in SMALLER.items():
         assert text.count(mine) == 1
         text = text.replace(mine, smaller)
-    notebook = nbformat.reads(text, as_version=4)
+    notebook: Any = nbformat.reads(text, as_version=4)
     # ipykernel asks for it with a variable, which comes too late where matplotlib is imported.
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%matplotlib inline"))
     return notebook

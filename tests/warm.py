@@ -166,6 +166,8 @@ def serve(channel: socket.socket) -> Request | None:
             request = Request(*json.loads(data))
             while os.getppid() != request.caller:
                 time.sleep(0.001)
+            if request.leads_session:
+                os.setsid()  # before the caller can ask for its group, which it may signal
             channel.send(str(os.getpid()).encode())
             become(request, streams)
             return request
@@ -176,8 +178,6 @@ def serve(channel: socket.socket) -> Request | None:
 def become(request: Request, streams: list[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if request.leads_session:
-        os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

@@ -18,10 +18,16 @@ def selection_name(selection: Mapping[str, Any]) -> str:
 
 
 def ratio_name(ratio: Any) -> str:
-    """Of a number or a schedule."""
-    if isinstance(ratio, Mapping):
-        return f"k = {course([value for _, value in ratio['points']])} ({ratio['shape']})"
+    """Of a number or a schedule; whatever else a folder says is shown as it is."""
+    if isinstance(ratio, Mapping) and {"points", "shape"} <= ratio.keys():
+        if is_course(ratio["points"]):
+            return f"k = {course([value for _, value in ratio['points']])} ({ratio['shape']})"
     return f"k = {ratio:g}" if isinstance(ratio, int | float) else f"k = {ratio}"
+
+
+def is_course(points: Any) -> bool:
+    pairs = isinstance(points, list) and all(isinstance(one, list) for one in points)
+    return pairs and all(len(one) == 2 and isinstance(one[1], int | float) for one in points)
 
 
 def course(ratios: Sequence[float]) -> str:

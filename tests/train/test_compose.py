@@ -50,6 +50,9 @@ def test_a_group_is_what_hydra_composes(number):
     if words["callbacks"] == "dynamics":
         overrides.append("callbacks.dynamics.corpus=h")
         given["callbacks"] = {"defaults": ["dynamics"], "dynamics": {"corpus": "h"}}
+    if words["model"] == "pretrained":
+        overrides.append("model.init_from=m")
+        given["model"] = {"defaults": ["pretrained"], "init_from": "m"}
     assert by_us(**given) == by_hydra(*overrides)
 
 

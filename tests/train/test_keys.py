@@ -24,10 +24,12 @@ def settings(*overrides: str) -> Any:
 
 
 def test_every_row_is_a_key_of_the_configuration():
-    config = settings("callbacks=dynamics", "callbacks.dynamics.corpus=c")
-    absent = {key for key in TRAIN if select(config, key) is ABSENT}
+    words = ["callbacks=dynamics", "callbacks.dynamics.corpus=c"]
+    configs = [settings(*words, f"optimizer={name}") for name in ("adamw", "wsd")]
+    absent = {key for key in TRAIN if all(select(one, key) is ABSENT for one in configs)}
     assert absent == {f"trainer.{name}" for name in OF_LIGHTNING}
-    check_train(config)
+    for config in configs:
+        check_train(config)
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_scores_that_are_not_finite_are_refused(model, token_lists):
 
 def test_models_that_do_not_fit_are_refused(token_lists, tmp_path):
     dataset = Dataset.from_dict({"input_ids": token_lists})
-    with pytest.raises(UserError, match="config.json is missing"):
+    with pytest.raises(UserError, match="there is no such folder"):
         score_dataset(dataset, tmp_path / "no" / "model")
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=16)
     with pytest.raises(ValueError, match="row 6 has 30 tokens.*max_position_embeddings is 16"):
