@@ -26,6 +26,7 @@ from slm.train.identity import adopt_run, only_writer, run_identity
 from slm.train.lineage import lineage, model_card, reference_record
 from slm.train.loggers import WandbLog
 from slm.train.module import SelectiveModule
+from slm.train.settings import check_scored
 
 log = logging.getLogger("slm.train")
 RANK_NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's own order
@@ -39,6 +40,7 @@ def fit(settings: Json) -> None:
     import_modules(settings["modules"])
     data: TokenData = build("data", settings["data"])
     identity = run_identity(settings, data)
+    check_scored(settings["max_tokens"], data)  # before a folder is made one of a longer run
     with ExitStack() as stack:
         start, check_owner = begin(stack, folder, identity, settings, data.tokens_per_step)
         if not was_launched() and is_over(start, folder):

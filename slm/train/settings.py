@@ -29,7 +29,6 @@ def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
             f"max_tokens ({max_tokens}) is less than one optimizer step "
             f"({data.tokens_per_step} tokens)"
         )
-    check_scored(max_tokens, data)
     if start >= max_tokens:
         raise UserError(
             f"selection_start is {start}, max_tokens {max_tokens}: the rule would never "

@@ -258,6 +258,22 @@ def test_a_run_of_more_windows_than_are_scored_is_refused(grow, tmp_path, text_c
     train(compose_train(tmp_path / "run", text_corpus.folder, *words))
 
 
+def test_a_run_that_would_need_more_scores_is_not_made_longer(grow, tmp_path, text_corpus):
+    """And not with more scores either: the windows that it reads would come in another order."""
+    grow("refs", 24 * T, 4)
+    words = (f"data.references='{tmp_path / 'refs'}'", "selection=excess", "optimizer=wsd")
+    words += ("optimizer.schedule.decay_fraction=0",)
+    train(compose_train(tmp_path / "run", text_corpus.folder, *words, f"max_tokens={24 * T}"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for message in ("reads 32 windows", "references"):
+        with pytest.raises(UserError, match=message):
+            longer = (*words, f"max_tokens={32 * T}")
+            train(compose_train(tmp_path / "run", text_corpus.folder, *longer))
+        after = (path for path in (tmp_path / "run").rglob("*") if path.is_file())
+        assert {path: path.read_bytes() for path in after} == before
+        grow("refs", 32 * T, 4)
+
+
 def test_a_server_is_asked_for_whole_corpora(text_corpus, tmp_path):
     with pytest.raises(UserError, match="max_tokens is 5, but requests goes by whole corpora"):
         score(text_corpus, requests=tmp_path / "r.jsonl", served_model="big", max_tokens=5)
