@@ -47,8 +47,6 @@ slm train -m out=runs/targets experiment=continue_small selection=all,random,exc
     data.heldout_windows=16 callbacks.checkpoints.keep=1 callbacks=dynamics callbacks.dynamics.corpus=unseen/heldout \
     callbacks.dynamics.references=unseen_references callbacks.dynamics.num_targets=$probed callbacks.dynamics.every_tokens=$((tokens / 6))
 
-# What came of it, beside the model that it began with.
-slm evaluate 'models={smollm2: smollm2, reference: runs/reference/model}' 'sets={unseen: unseen/heldout}' \
-    max_windows=16 batch_size=4 out=losses.csv
+# What came of it, beside the model that it began with and the reference.
 slm report runs=runs/targets out=report 'baselines={reference model: runs/reference}'
 slm verify corpus curated unseen references runs

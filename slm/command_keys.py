@@ -98,6 +98,7 @@ REPORT: Table = {
     "runs": texts,
     "out": text,
     "baselines": optional(folders),
+    "heldout": optional(folders),
     "sets": optional(several(text)),
     "max_dynamics": count,
     "modules": modules,

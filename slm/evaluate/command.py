@@ -2,16 +2,13 @@
 
     slm evaluate 'models={base: runs/base/model}' 'sets={math: corpus/heldout}' out=table.csv
 
-bits per byte = nats summed over the targets / (ln 2 * UTF-8 bytes of those targets). EOS counts its
-nats and no bytes. It is the measure that compares tokenizers and select ratios alike. Costs one
-forward pass; no logits are kept.
+Costs one forward pass; no logits are kept.
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +18,7 @@ from rich.table import Table
 
 from slm.command_keys import EVALUATE, PRECISIONS
 from slm.console import progress
+from slm.evaluate.losses import CorpusLoss, WindowLosses
 from slm.model.build import SelectiveLM, load_model
 from slm.model.device import DTYPES, computing, pick_device
 from slm.model.folder import check_model_folder
@@ -37,23 +35,14 @@ from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device
 log = logging.getLogger("slm.evaluate")
 
 
-class CorpusLoss(NamedTuple):
-    """Loss of one model on one set."""
-
-    loss: float  # nats per target
-    bits_per_byte: float
-    num_targets: int
-    num_bytes: int
-
-
 @torch.no_grad()
-def corpus_loss(
+def window_losses(
     lm: SelectiveLM,
     corpus: Corpus,
     batch_size: int,
     max_windows: int | None = None,
     advance: Advance = nothing,
-) -> CorpusLoss:
+) -> WindowLosses:
     """Evaluate `lm` on the windows of `corpus` (at most `max_windows`, evenly spread).
 
     The module's mode is put back afterwards, and no random number is drawn. `advance` is told the
@@ -65,24 +54,28 @@ def corpus_loss(
     training = lm.training
     lm.eval()
     exact = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-    nats = torch.zeros((), dtype=torch.float64, device=exact)
-    num_targets = num_bytes = 0
+    nats, targets, num_bytes = [], [], []
     for part in np.split(chosen, range(batch_size, len(chosen), batch_size)):
         batch = windows.batch(part)
         live = batch["targets"] != IGNORE_INDEX
-        num_targets += int(live.sum())
-        num_bytes += int(windows.target_bytes(part)[live].sum())
-        nats += lm(to_device(batch, device)).loss.to(exact).double().sum()
+        targets.append(live.sum(1))
+        num_bytes.append((windows.target_bytes(part) * live).sum(1))
+        nats.append(lm(to_device(batch, device)).loss.to(exact).double().sum(1))
         advance(live.numel())
     lm.train(training)
-    return mean_loss(nats.item(), num_targets, num_bytes)
+    found = (torch.cat(column).cpu().numpy() for column in (nats, targets, num_bytes))
+    return WindowLosses(chosen, *found)
 
 
-def mean_loss(nats: float, num_targets: int, num_bytes: int) -> CorpusLoss:
-    """NaN where there is nothing to divide by."""
-    loss = nats / num_targets if num_targets else math.nan
-    bits = nats / (math.log(2) * num_bytes) if num_bytes else math.nan
-    return CorpusLoss(loss, bits, num_targets, num_bytes)
+def corpus_loss(
+    lm: SelectiveLM,
+    corpus: Corpus,
+    batch_size: int,
+    max_windows: int | None = None,
+    advance: Advance = nothing,
+) -> CorpusLoss:
+    """Mean of `window_losses`."""
+    return window_losses(lm, corpus, batch_size, max_windows, advance).total()
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -107,6 +100,39 @@ def warn_of_other_precision(folder: str, dtype: str) -> None:
             "%s others",
             *(folder, trained, trained, dtype),
         )
+
+
+def evaluated(
+    models: Mapping[str, str],
+    corpora: Mapping[str, Corpus],
+    max_windows: Mapping[str, int | None],
+    batch_size: int,
+    dtype: str,
+    device: str = "auto",
+    check: str = "size",
+) -> dict[tuple[str, str], WindowLosses]:
+    """By the names of model and set. All that can be refused is, before the first forward."""
+    where = pick_device(device)
+    for folder in models.values():
+        if is_folder("model", folder):
+            check_model_folder("model", folder, check)
+        tokenizer = load_tokenizer(folder)
+        for corpus in corpora.values():
+            check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
+        warn_of_other_precision(folder, dtype)
+    total = sum(num_tokens(corpus, max_windows[name]) for name, corpus in corpora.items())
+    found = {}
+    with progress("evaluating", total * len(models), "tokens") as advance:
+        for model, folder in models.items():
+            lm = SelectiveLM(load_model(folder))
+            for corpus in corpora.values():
+                check_fits(lm, corpus)
+            lm.to(where, DTYPES[dtype])
+            for name, corpus in corpora.items():
+                with computing(where, dtype):
+                    losses = window_losses(lm, corpus, batch_size, max_windows[name], advance)
+                found[model, name] = losses
+    return found
 
 
 @stage(EVALUATE)
@@ -142,29 +168,15 @@ def evaluate(
     Raises:
         UserError: a folder is damaged, or no model or set of that tokenizer; a setting is wrong.
     """
-    where = pick_device(device)
     import_modules(modules)
     corpora = {name: Corpus.open(folder, check) for name, folder in sets.items()}
     folders = {name: str(folder) for name, folder in models.items()}
-    for folder in folders.values():  # all of them before the first forward
-        if is_folder("model", folder):
-            check_model_folder("model", folder, check)
-        tokenizer = load_tokenizer(folder)
-        for corpus in corpora.values():
-            check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
-        warn_of_other_precision(folder, dtype)
-    total = sum(num_tokens(corpus, max_windows) for corpus in corpora.values())
-    rows = []
-    with progress("evaluating", total * len(models), "tokens") as advance:
-        for name, folder in folders.items():
-            lm = SelectiveLM(load_model(folder))
-            for corpus in corpora.values():
-                check_fits(lm, corpus)
-            lm.to(where, DTYPES[dtype])
-            for set_name, corpus in corpora.items():
-                with computing(where, dtype):
-                    result = corpus_loss(lm, corpus, batch_size, max_windows, advance)
-                rows.append({"model": name, "set": set_name} | result._asdict())
+    limits = dict.fromkeys(corpora, max_windows)
+    found = evaluated(folders, corpora, limits, batch_size, dtype, device, check)
+    rows = [
+        {"model": model, "set": name} | losses.total()._asdict()
+        for (model, name), losses in found.items()
+    ]
     if out is not None:
         write_csv(Path(out), rows)
     return rows

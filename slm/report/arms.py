@@ -4,20 +4,29 @@ What is read: model/slm.json, run.json and heldout.csv of each run; status.json 
 """
 
 import json
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from slm.errors import UserError
+from slm.evaluate.losses import WindowLosses
 from slm.selection.names import ALL_TOKENS, selection_name
 from slm.selection.registry import in_words, rule_word, takes_all_tokens
 from slm.store.files import Json, nested, read_json
-from slm.train.curves import Curve, heldout_sets, read_curve, run_folders
+from slm.train.curves import (
+    Curve,
+    heldout_sets,
+    read_curve,
+    read_window_losses,
+    run_folders,
+)
 
+log = logging.getLogger("slm.report")
 SEEDS = {"seed", "selection.seed"}
 HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -29,6 +38,12 @@ class Run(NamedTuple):
     lineage: Json
     identity: Json  # run.json: all that makes it this run
     curves: dict[str, Curve]  # of each held-out set
+    windows: Mapping[tuple[str, int], WindowLosses] = {}  # by held-out set and tokens seen
+
+    def final_windows(self, name: str) -> WindowLosses | None:
+        """Of the set; None where the run did not keep them."""
+        key = name, int(self.curves[name].tokens_seen[-1])
+        return self.windows[key] if key in self.windows else None
 
     @property
     def select_ratio(self) -> float | None:
@@ -73,6 +88,11 @@ class Arm(NamedTuple):
         return self.runs[0].takes_all_tokens
 
     @property
+    def has_run(self) -> bool:
+        """Or it is a model alone, which was evaluated."""
+        return bool(self.runs[0].identity)
+
+    @property
     def is_control(self) -> bool:
         return self.takes_all_tokens and not self.is_baseline
 
@@ -99,6 +119,11 @@ def read_runs(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
     return runs, left_out
 
 
+def report_left_out(left_out: Mapping[Path, str]) -> None:
+    for folder, reason in left_out.items():
+        log.warning("left out: %s: %s", folder, reason)
+
+
 def why_left_out(folder: Path) -> str | None:
     if not (folder / "model" / "slm.json").exists():
         path = folder / "status.json"
@@ -117,7 +142,8 @@ def why_left_out(folder: Path) -> str | None:
 def read_run(folder: Path) -> Run:
     record = read_json(folder / "model" / "slm.json")["lineage"]
     curves = {name: read_curve(folder, "", name) for name in heldout_sets(folder)}
-    return Run(folder, record, in_words(read_json(folder / "run.json")), curves)
+    identity = in_words(read_json(folder / "run.json"))
+    return Run(folder, record, identity, curves, read_window_losses(folder))
 
 
 def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:

@@ -38,74 +38,26 @@ from slm.report.arms import (
     check_heldout,
     check_runs,
     read_runs,
+    report_left_out,
 )
+from slm.report.baselines import before_training, check_names, read_baselines
 from slm.report.page.page import SweepFigures, write_page
 from slm.report.paper.figures import paper_figures
 from slm.report.paper.plots import draw
 from slm.report.provenance import provenance, run_rows
 from slm.report.sweep_figures import SWEEP_FIGURES, Sweep
-from slm.report.table import REACH_NOTE, control_losses, markdown, table_rows
-from slm.selection.names import ALL_TOKENS
+from slm.report.table import MINUS_NOTE, REACH_NOTE, control_runs, markdown, table_rows
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.files import Json, atomic_file, write_csv
 from slm.store.own_files import check_own, replacing
 from slm.train.curves import folders_of
+from slm.train.lineage import short_name
 
 log = logging.getLogger("slm.report")
 MADE_BY = "slm report"
 MAX_PANELS = 8  # in one picture
 MOST_BYTES = 150  # of a set's name in a file's
-
-
-# ---- runs ---------------------------------------------------------------------------------------
-
-
-def read_baselines(folders: Mapping[str, Any], sets: Sequence[str]) -> list[Arm]:
-    """One arm each, under the name that it was given; corpus and budget may be others."""
-    arms = []
-    for label, folder in folders.items():
-        runs, left_out = read_runs([folder])
-        report_left_out(left_out)
-        found = arms_of(runs)
-        if len(found) != 1:
-            names = [arm.label for arm in found]
-            reasons = "; ".join(left_out.values())
-            raise UserError(
-                f"baseline {label!r} must be one finished arm, {folder} has {names or 'none'}"
-                + (f" ({reasons})" if reasons else "")
-            )
-        arms.append(Arm(label, label, runs, is_baseline=True))
-    check_sets(arms, sets)
-    return arms
-
-
-def check_names(arms: Sequence[Arm], baselines: Sequence[Arm]) -> None:
-    """One name is one row of the table and one line of a figure."""
-    taken = {ALL_TOKENS, *(arm.label for arm in arms)}
-    for arm in baselines:
-        if arm.label in taken:
-            raise UserError(
-                f"baseline {arm.label!r} ({arm.runs[0].folder}) has the name of an arm, or of the "
-                f"control: choose another than {sorted(taken)}"
-            )
-
-
-def sets_of(arm: Arm) -> set[str]:
-    return set.intersection(*(set(run.curves) for run in arm.runs))
-
-
-def check_sets(baselines: Sequence[Arm], sets: Sequence[str]) -> None:
-    shared = [name for name in sets if all(name in sets_of(arm) for arm in baselines)]
-    advice = f"name the sets that all have, sets=[{', '.join(shared)}]"
-    for arm in baselines:
-        lacking = set(sets) - sets_of(arm)
-        if lacking:
-            raise UserError(
-                f"baseline {arm.label!r} ({arm.runs[0].folder}) was not evaluated on "
-                f"{sorted(lacking)}, only on {sorted(sets_of(arm))}: "
-                + (advice if shared else "no set is left that all have, leave the baseline out")
-            )
 
 
 # ---- the figures --------------------------------------------------------------------------------
@@ -114,6 +66,8 @@ def check_sets(baselines: Sequence[Arm], sets: Sequence[str]) -> None:
 def draw_sweep(figures: Mapping[Kind, Figure], out: Path) -> None:
     """One picture a figure, or one a group of its panels where they are too many for one."""
     for kind, figure in figures.items():
+        if not kind.paper:
+            continue
         groups = list(dict.fromkeys(panel.group for panel in figure.panels))
         if len(figure.panels) <= MAX_PANELS or groups == [""]:
             draw(figure, out / f"{kind.name}.png")
@@ -138,33 +92,40 @@ def chosen_sets(runs: Sequence[Run], wanted: Any) -> list[str]:
     return list(wanted)
 
 
-def report_left_out(left_out: dict[Path, str]) -> None:
-    for folder, reason in left_out.items():
-        log.warning("left out: %s: %s", folder, reason)
-
-
 def sweep_report(
-    runs: Sequence[Run], left_out: dict[Path, str], wanted: Any, named: Mapping[str, Any], out: Path
+    runs: Sequence[Run],
+    left_out: dict[Path, str],
+    wanted: Any,
+    named: Mapping[str, Folder],
+    heldout: Mapping[str, Folder],
+    out: Path,
 ) -> SweepFigures:
     """Write the tables and figures of finished runs."""
     check_runs(runs)
     sets, arms = chosen_sets(runs, wanted), arms_of(runs)
-    control = control_losses(arms, sets)
-    if not control:
+    controls = control_runs(arms)
+    if not controls:
         log.warning("no run trains on all tokens (selection=all or select_ratio=1): no control")
-    baselines = read_baselines(named, sets)
-    check_names(arms, baselines)
+    before = before_training(runs, sets)
+    baselines = read_baselines(named, runs, sets, heldout)
+    check_names([*before, *arms], baselines)
     check_heldout([run for arm in (*arms, *baselines) for run in arm.runs], sets)
-    rows = table_rows([*arms, *baselines], sets, control)
+    rows = table_rows([*before, *arms, *baselines], sets, controls)
     write_csv(out / "table.csv", rows)
     with atomic_file(out / "table.md") as file:
         file.write(markdown(rows, sets, left_out).encode())
-    figures = made(SWEEP_FIGURES, Sweep(arms, baselines, control, sets))
+    figures = made(SWEEP_FIGURES, Sweep(arms, [*before, *baselines], controls, sets))
     draw_sweep(figures, out)
-    notes = [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]
-    found = provenance([*arms, *baselines])
+    notes = [MINUS_NOTE, REACH_NOTE] if controls else []
+    models = [arm for arm in baselines if not arm.has_run]
+    notes += [
+        f"{arm.label}: the model {short_name(arm.runs[0].folder)}, evaluated by this report"
+        for arm in models
+    ]
+    notes += [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]
+    found = provenance([arm for arm in (*arms, *baselines) if arm.has_run])
     write_csv(out / "runs.csv", run_rows([*arms, *baselines]))
-    return SweepFigures(figures, sets, rows, [REACH_NOTE, *notes], found, counted(arms, baselines))
+    return SweepFigures(figures, sets, rows, notes, found, counted(arms, baselines))
 
 
 def counted(arms: Sequence[Arm], baselines: Sequence[Arm]) -> str:
@@ -224,6 +185,7 @@ def report(
     out: Folder,
     *,
     baselines: Mapping[str, Folder] | None = None,
+    heldout: Mapping[str, Folder] | None = None,
     sets: Sequence[str] | None = None,
     max_dynamics: int = 12,
     modules: Sequence[str] = (),
@@ -235,7 +197,9 @@ def report(
         runs: a folder with runs in it or below it, or a list of folders. Runs that differ in their
             seed alone are one arm, and all must have one corpus and one budget.
         out: folder of the page, tables and figures; an earlier report there is replaced.
-        baselines: {name: run's folder}: what else could be done; corpus and budget may differ.
+        baselines: {name: folder}: what else could be done. A run, whose corpus and budget may
+            differ; or a model, a folder or a name on the hub, which is evaluated here.
+        heldout: {set: corpus folder}: of the held-out sets, for models among the baselines.
         sets: held-out sets; None: all of them.
         max_dynamics: at most so many stores of token losses are shown, one seed of each arm first.
         modules: files or dotted names that hold rules of your own.
@@ -266,7 +230,8 @@ def report(
         )
     title = title_of(folders, finished)
     with replacing(folder, MADE_BY) as to:
-        sweep = sweep_report(finished, left_out, sets, baselines or {}, to) if finished else None
+        named, corpora = baselines or {}, heldout or {}
+        sweep = sweep_report(finished, left_out, sets, named, corpora, to) if finished else None
         truth = dynamics_report(analyses, finished, sets, to) if analyses else []
         write_page(to / "report.html", title, analyses, sweep, truth, notes)
     return Report(folder / "report.html", list(sweep.rows) if sweep else [])

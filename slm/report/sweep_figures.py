@@ -23,12 +23,16 @@ from slm.dynamics.figure import (
 )
 from slm.dynamics.figures import Kind
 from slm.errors import UserError
-from slm.report.arms import Arm
+from slm.report.arms import Arm, Run
+from slm.report.baselines import BEFORE
+from slm.report.differences import Difference, difference
+from slm.report.table import control_losses
 from slm.selection.names import ALL_TOKENS
 from slm.train.curves import Curve, by_label, mean_curve
 
 MOST_TICKS = 12
 MOST_LINES = 6  # with a panel each
+MOST_ROWS = 40
 MOST_CURVES = 40  # of runs in a panel that has each of them beside the means
 MIN_LATE = 2  # points of a curve that show its course without its start
 Points = list[tuple[float, list[float]]]  # (select_ratio, loss of each seed)
@@ -37,8 +41,13 @@ Points = list[tuple[float, list[float]]]  # (select_ratio, loss of each seed)
 class Sweep(NamedTuple):
     arms: Sequence[Arm]
     baselines: Sequence[Arm]
-    control: dict[str, float]  # mean final loss on all tokens, of each held-out set
+    controls: Sequence[Run]  # on all tokens
     sets: Sequence[str]
+
+    @property
+    def control(self) -> dict[str, float]:
+        """Mean final loss on all tokens, of each held-out set."""
+        return control_losses(self.controls, self.sets)
 
 
 # ---- against select_ratio -----------------------------------------------------------------------
@@ -69,11 +78,12 @@ def losses_of(
         elif not arm.takes_all_tokens:
             flat[arm.label] = float(np.mean(arm.losses(name)))
     controls = {ALL_TOKENS: sweep.control[name]} if sweep.control else {}
-    return (
-        lines,
-        flat,
-        controls | {arm.label: float(np.mean(arm.losses(name))) for arm in sweep.baselines},
-    )
+    controls |= {arm.label: float(np.mean(arm.losses(name))) for arm in sweep.baselines}
+    found = [*(loss for points in lines.values() for _, seeds in points for loss in seeds)]
+    found += [*flat.values(), *(loss for label, loss in controls.items() if label != BEFORE)]
+    if BEFORE in controls and controls[BEFORE] > max(found) + float(np.ptp(found)):
+        del controls[BEFORE]  # beside it the rest looks flat
+    return lines, flat, controls
 
 
 def ratio_panel(
@@ -109,6 +119,55 @@ def flat_series(
         )
         for i, (name, value) in enumerate(lines.items())
     ]
+
+
+# ---- against all tokens -------------------------------------------------------------------------
+
+
+def loss_differences(sweep: Sweep) -> Figure:
+    """A panel a set, a row an arm, in the order of the first set."""
+    others = [arm for arm in (*sweep.arms, *sweep.baselines) if not arm.is_control]
+    if not sweep.controls or not others:
+        raise UserError("no arm stands beside one on all tokens")
+    found = {
+        name: {arm.label: difference(arm, sweep.controls, name) for arm in others}
+        for name in sweep.sets
+    }
+    first = found[sweep.sets[0]]
+    labels = sorted(first, key=lambda label: first[label].mean)[:MOST_ROWS]
+    panels = [
+        difference_panel(name, {label: by_arm[label] for label in labels})
+        for name, by_arm in found.items()
+    ]
+    caption = f"The {MOST_ROWS} lowest." if len(labels) < len(others) else ""
+    return Figure("", panels, caption, legend_title="")
+
+
+def difference_panel(name: str, found: dict[str, Difference]) -> Panel:
+    labels, mean = list(found), np.array([one.mean for one in found.values()])
+    half = np.array([one.half or 0.0 for one in found.values()])
+    seeds = [
+        (label, value) for label, one in found.items() for value in one.seeds if len(one.seeds) > 1
+    ]
+    series = (
+        [
+            Series(
+                "one seed",
+                QUIET,
+                [label for label, _ in seeds],
+                np.array([value for _, value in seeds]),
+                kind="points",
+                mark="x",
+            )
+        ]
+        if seeds
+        else []
+    )
+    whole = Series(
+        "mean over seeds", INK, labels, mean, low=mean - half, high=mean + half, kind="points"
+    )
+    y = Axis("loss minus all tokens' (nats per token)", "minus_all_tokens_nats")
+    return Panel(name, Axis("", "arm"), y, [whole, *series])
 
 
 # ---- during training ----------------------------------------------------------------------------
@@ -227,4 +286,8 @@ def later(curve: Curve, start: float) -> Curve:
     return Curve(curve.label, curve.tokens_seen[late], curve.loss[late])
 
 
-SWEEP_FIGURES = (Kind(loss_vs_k, "ratios"), Kind(loss_vs_tokens, "tokens"))
+SWEEP_FIGURES = (
+    Kind(loss_differences, "differences", paper=False),
+    Kind(loss_vs_k, "ratios"),
+    Kind(loss_vs_tokens, "tokens"),
+)

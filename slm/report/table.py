@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from slm.dynamics.figure import decimals
-from slm.report.arms import Arm, costs
+from slm.report.arms import Arm, Run, costs
+from slm.report.differences import difference, final_loss
 from slm.store.files import Json
 from slm.train.curves import Curve
 
@@ -17,16 +18,22 @@ REACH_NOTE = (
     "over seeds; all tokens themselves: all they saw; "
     "empty: a seed never gets there, or no run is on all tokens."
 )
+MINUS_NOTE = (
+    "Minus all tokens: the difference of the losses, ± the 95% interval over held-out windows, "
+    "paired: what other text of the same kind would change, not what other seeds would."
+)
 
 
-def control_losses(arms: Sequence[Arm], sets: Sequence[str]) -> dict[str, float]:
-    """Mean final loss of the runs on all tokens, for each set; empty where there are none."""
-    controls = [arm for arm in arms if arm.takes_all_tokens]
+def control_runs(arms: Sequence[Arm]) -> list[Run]:
+    """Those on all tokens, under whatever rule."""
+    return [run for arm in arms if arm.takes_all_tokens for run in arm.runs]
+
+
+def control_losses(controls: Sequence[Run], sets: Sequence[str]) -> dict[str, float]:
+    """Their mean final loss, for each set; empty where there are none."""
     if not controls:
         return {}
-    return {
-        name: float(np.mean([x for arm in controls for x in arm.losses(name)])) for name in sets
-    }
+    return {name: float(np.mean([final_loss(run, name) for run in controls])) for name in sets}
 
 
 def tokens_to_reach(curve: Curve, loss: float) -> float | None:
@@ -48,48 +55,76 @@ def mean_tokens_to_reach(arm: Arm, name: str, loss: float) -> int | None:
     return round(float(np.mean(reached))) if len(reached) == len(found) else None
 
 
-def table_rows(arms: Sequence[Arm], sets: Sequence[str], control: dict[str, float]) -> list[Json]:
-    rows = [table_row(arm, name, control) for arm in arms for name in sets]
+def table_rows(arms: Sequence[Arm], sets: Sequence[str], controls: Sequence[Run]) -> list[Json]:
+    rows = [table_row(arm, name, controls) for arm in arms for name in sets]
     columns = dict.fromkeys((key for row in rows for key in row), None)
     return [columns | row for row in rows]
 
 
-def table_row(arm: Arm, name: str, control: dict[str, float]) -> Json:
+def table_row(arm: Arm, name: str, controls: Sequence[Run]) -> Json:
     losses = arm.losses(name)
+    control = control_losses(controls, [name])
     reached = mean_tokens_to_reach(arm, name, control[name]) if control else None
     shared = set.intersection(*(set(costs(run)) for run in arm.runs))
-    return {
-        "arm": arm.label,
-        "rule": arm.runs[0].rule,
-        "select_ratio": arm.select_ratio,
-        "set": name,
-        "mean": round(float(np.mean(losses)), 6),
-        "low": round(min(losses), 6),
-        "high": round(max(losses), 6),
-        "seeds": len(losses),
-        "tokens_seen": round(arm.mean(lambda run: run.lineage["tokens_seen"])),
-        "tokens_selected": round(arm.mean(lambda run: run.lineage["tokens_selected"])),
-        "tokens_to_all_tokens_loss": reached,
-    } | {key: arm.mean(lambda run, key=key: costs(run)[key]) for key in sorted(shared)}
+    return (
+        {
+            "arm": arm.label,
+            "rule": arm.runs[0].rule,
+            "select_ratio": arm.select_ratio,
+            "set": name,
+            "windows": num_windows(arm.runs[0], name),
+            "mean": round(float(np.mean(losses)), 6),
+            "low": round(min(losses), 6),
+            "high": round(max(losses), 6),
+            "seeds": len(losses),
+        }
+        | against_all_tokens(arm, controls, name)
+        | {
+            "tokens_seen": round(arm.mean(lambda run: run.lineage["tokens_seen"])),
+            "tokens_selected": round(arm.mean(lambda run: run.lineage["tokens_selected"])),
+            "tokens_to_all_tokens_loss": reached,
+        }
+        | {key: arm.mean(lambda run, key=key: costs(run)[key]) for key in sorted(shared)}
+    )
+
+
+def num_windows(run: Run, name: str) -> int | None:
+    """Of the held-out set, as many as were read; None where the run does not say."""
+    known = run.lineage["heldout"]
+    return known[name]["windows"] if name in known else None
+
+
+def against_all_tokens(arm: Arm, controls: Sequence[Run], name: str) -> Json:
+    """The difference with its interval over windows, and of the seeds that both have."""
+    keys = [f"minus_all_tokens{end}" for end in ("", "_half_width", "_low", "_high")]
+    if not controls or arm.is_control:
+        return dict.fromkeys(keys)
+    found = difference(arm, controls, name)
+    ends = [min(found.seeds), max(found.seeds)] if found.seeds else [None, None]
+    values = [found.mean, found.half, *ends]
+    rounded = [None if value is None else round(value, 6) for value in values]
+    return dict(zip(keys, rounded, strict=True))
 
 
 def markdown(rows: Sequence[Json], sets: Sequence[str], left_out: dict[Path, str]) -> str:
-    """One line an arm, a column a set: mean (lowest to highest)."""
+    """One line an arm; of each set the loss, mean (lowest to highest), and what parts it."""
     by_arm: dict[str, dict[str, Json]] = defaultdict(dict)
     for row in rows:
         by_arm[row["arm"]][row["set"]] = row
+    minus = [f"minus all tokens, {name}" for name in sets]
     reach = [f"tokens to all tokens' loss, {name}" for name in sets]
-    head = ["arm", *sets, "seeds", "tokens seen", "tokens selected", *reach]
+    head = ["arm", *sets, *minus, "seeds", "tokens seen", "tokens selected", *reach]
     lines = [line_of(head), "| --- " * len(head) + "|"]
     for label, found in by_arm.items():
         row = found[sets[0]]
         counts = [f"{row[key]:,}" for key in ("seeds", "tokens_seen", "tokens_selected")]
         ends = [found[name]["tokens_to_all_tokens_loss"] for name in sets]
-        cells = [label, *(spread_text(found[name]) for name in sets), *counts]
+        texts = [text(found[name]) for text in (spread_text, minus_text) for name in sets]
+        cells = [label, *texts, *counts]
         cells += ["" if end is None else f"{end:,}" for end in ends]
         lines.append(line_of(cells))
     lines += ["", "Final held-out loss in nats per token: mean over seeds (lowest to highest)."]
-    lines += ["", REACH_NOTE, ""]
+    lines += ["", MINUS_NOTE, "", REACH_NOTE, "", *windows_notes(rows), ""]
     lines += [f"Left out: `{folder}`: {reason}" for folder, reason in left_out.items()]
     return "\n".join(lines) + "\n"
 
@@ -99,11 +134,29 @@ def line_of(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def windows_notes(rows: Sequence[Json]) -> list[str]:
+    known = {row["set"]: row["windows"] for row in rows if row["windows"] is not None}
+    texts = ", ".join(f"{name}: {count:,}" for name, count in known.items())
+    return [f"Held-out windows: {texts}."] if known else []
+
+
 def digits(row: Json) -> int:
-    """As many as the seeds agree on; 4 of a single one."""
-    return decimals(row["high"] - row["low"])
+    """As many as the seeds agree on; of a single one as the windows tell arms apart, else 4."""
+    half = row["minus_all_tokens_half_width"]
+    return decimals(row["high"] - row["low"] or (2 * half if half else 0))
 
 
 def spread_text(row: Json) -> str:
     mean, low, high = (f"{row[key]:.{digits(row)}f}" for key in ("mean", "low", "high"))
     return mean if row["seeds"] == 1 else f"{mean} ({low} to {high})"
+
+
+def minus_text(row: Json) -> str:
+    """-0.029 ± 0.006; empty for all tokens themselves."""
+    value, half = row["minus_all_tokens"], row["minus_all_tokens_half_width"]
+    if value is None:
+        return ""
+    if half is None:
+        return f"{value:+.{digits(row)}f}"
+    places = decimals(half)
+    return f"{value:+.{places}f} ± {half:.{places}f}"

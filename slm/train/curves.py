@@ -2,7 +2,7 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from slm.errors import UserError
-from slm.store.files import Json, read_json
+from slm.evaluate.losses import WindowLosses
+from slm.store.files import Json, read_json, write_csv
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 PREFIX, SUFFIX = "heldout/", "/loss"  # of a set's column in heldout.csv
+CURVES = ("train", "heldout", "dynamics")  # tables that a run logs, a row a logged step
+WINDOWS = "heldout_windows.csv"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Run:
     """The folder of a run. It stands for itself wherever a folder of a run is asked for.
 
     model:    folder of the trained model, as `score` and `evaluate` take it
-    curves:   "train", "heldout": what was logged, one row a logged step
+    curves:   "train", "heldout", "dynamics": what was logged, one row a logged step
     metrics:  the last value of every column
     lineage:  what went in, what was counted
     """
@@ -45,7 +48,8 @@ class Run:
     def curves(self) -> "dict[str, DataFrame]":
         import pandas as pd  # half a second
 
-        return {path.stem: pd.read_csv(path) for path in sorted(self.folder.glob("*.csv"))}
+        paths = {name: self.folder / f"{name}.csv" for name in CURVES}
+        return {name: pd.read_csv(path) for name, path in paths.items() if path.exists()}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -84,6 +88,36 @@ def final_losses(run: Path) -> dict[str, float]:
     return {name: float(read_curve(run, "", name).loss[-1]) for name in names}
 
 
+def write_window_losses(run: Path, tokens_seen: int, found: Mapping[str, WindowLosses]) -> None:
+    """Of every held-out set; what was measured before training is kept beside them."""
+    rows = [row for row in window_rows(run) if tokens_seen and row["tokens_seen"] == "0"]
+    for name, losses in found.items():
+        columns = zip(*(column.tolist() for column in losses), strict=True)
+        where = {"set": name, "tokens_seen": tokens_seen}
+        rows += [where | dict(zip(losses._fields, row, strict=True)) for row in columns]
+    if rows:
+        write_csv(run / WINDOWS, rows)
+
+
+def read_window_losses(run: Path) -> dict[tuple[str, int], WindowLosses]:
+    """By held-out set and tokens seen; nothing where the run wrote none."""
+    groups: dict[tuple[str, int], list[dict[str, str]]] = defaultdict(list)
+    for row in window_rows(run):
+        groups[row["set"], int(row["tokens_seen"])].append(row)
+    kinds = {name: float if name == "nats" else int for name in WindowLosses._fields}
+    return {
+        key: WindowLosses(*(np.array([kind(row[n]) for row in rows]) for n, kind in kinds.items()))
+        for key, rows in groups.items()
+    }
+
+
+def window_rows(run: Path) -> list[dict[str, Any]]:
+    if not (run / WINDOWS).exists():
+        return []
+    with open(run / WINDOWS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def by_label(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
     groups: dict[str, list[Curve]] = defaultdict(list)
     for curve in curves:
@@ -108,9 +142,15 @@ def run_folders(folders: Sequence[str]) -> list[Path]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder")
-        marks = [path for name in ("run.json", "status.json") for path in folder.rglob(name)]
-        if not marks:
+        runs = runs_below(folder)
+        if not runs:
             raise UserError(f"{folder} holds no run (no run.json in it or below it)")
-        found |= dict.fromkeys(sorted(path.parent.resolve() for path in marks))
+        found |= dict.fromkeys(runs)
     here = Path.cwd()
     return [path.relative_to(here) if path.is_relative_to(here) else path for path in found]
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The runs in a folder or below it."""
+    marks = [path for name in ("run.json", "status.json") for path in folder.rglob(name)]
+    return sorted(path.parent.resolve() for path in marks)

@@ -16,7 +16,7 @@ from slm.checks import check
 from slm.command_keys import EVALUATE
 from slm.errors import UserError
 from slm.evaluate import command as evaluation
-from slm.evaluate.command import corpus_loss, evaluate, mean_loss
+from slm.evaluate.command import corpus_loss, evaluate, window_losses
 from slm.model.build import SelectiveLM
 from slm.model.folder import save_model
 from slm.prepare.encoder import token_bytes
@@ -134,6 +134,21 @@ def test_a_subset_takes_evenly_spread_windows(lm, text_corpus):
     assert found.loss == pytest.approx(nats.mean(), abs=1e-5)
 
 
+def test_every_window_has_its_own_sums(lm, text_corpus):
+    found = window_losses(lm, text_corpus, batch_size=2, max_windows=5)
+    assert len(found.window) == 5
+    lm.eval()
+    for window, nats, targets, num_bytes in zip(*found, strict=True):
+        batch = Windows(text_corpus).batch(np.array([window]))
+        logits = lm.model(batch["input_ids"]).logits.double()
+        logprobs = logits[0].log_softmax(-1)
+        expected = -logprobs[torch.arange(len(logprobs)), batch["targets"][0]].sum()
+        assert nats == pytest.approx(expected.item(), rel=1e-6)
+        assert targets == batch["targets"].numel()
+        assert num_bytes == Windows(text_corpus).target_bytes(np.array([window])).sum()
+    assert found.total() == corpus_loss(lm, text_corpus, 2, 5)
+
+
 def test_the_size_of_batches_does_not_matter(lm, text_corpus):
     losses = [corpus_loss(lm, text_corpus, size).loss for size in (1, 7, 40, 1000)]
     assert losses == pytest.approx([losses[0]] * 4, abs=1e-6)
@@ -166,11 +181,6 @@ def test_mode_is_put_back_and_no_random_number_is_drawn(lm, text_corpus, trainin
     assert [module.training for module in lm.modules()] == [training] * len(list(lm.modules()))
     assert corpus_loss(lm, text_corpus, 8) == first  # dropout was off
     assert all(parameter.grad is None for parameter in lm.parameters())
-
-
-def test_nothing_to_divide_by_is_nan_and_not_zero():
-    assert math.isnan(mean_loss(0.0, 0, 0).loss)
-    assert math.isnan(mean_loss(2.0, 1, 0).bits_per_byte)  # EOS alone
 
 
 # ---- the command --------------------------------------------------------------------------------

@@ -73,13 +73,17 @@ def test_the_table_has_mean_and_spread_and_tokens_to_reach(out):
 def test_the_markdown_table_has_a_line_an_arm(out):
     lines = (out / "table.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
-    assert cells[0][:5] == ["arm", "a", "b", "seeds", "tokens seen"]
-    assert cells[2][:4] == [
+    minus = ["minus all tokens, a", "minus all tokens, b"]
+    assert cells[0][:7] == ["arm", "a", "b", *minus, "seeds", "tokens seen"]
+    assert cells[2][:6] == [
         "excess k = 0.5",
         "3.12 (3.00 to 3.25)",
         "6.25 (6.00 to 6.50)",
+        "-1.12",
+        "-2.25",
         "2",
     ]
+    assert cells[3][3:5] == ["", ""]  # all tokens themselves
     assert len({len(row) for row in cells}) == 1
     assert REACH_NOTE in lines
 

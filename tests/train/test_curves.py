@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from slm.train.curves import Curve, final_losses, heldout_sets, mean_curve, read_curve
+from slm.evaluate.losses import WindowLosses
+from slm.train.curves import (
+    Curve,
+    final_losses,
+    heldout_sets,
+    mean_curve,
+    read_curve,
+    read_window_losses,
+    write_window_losses,
+)
 
 
 def test_read_curve_reads_one_set_and_skips_rows_without_it(tmp_path):
@@ -36,3 +45,20 @@ def test_the_mean_of_runs_measured_at_other_points_is_interpolated():
     other = Curve("x", np.array([0.0, 200]), np.array([8.0, 4.0]))
     mean = mean_curve([one, other])
     assert mean.tokens_seen.tolist() == [0, 100, 200] and mean.loss.tolist() == [6.0, 4.5, 3.0]
+
+
+def test_windows_are_kept_before_training_and_at_the_latest_measurement(tmp_path):
+    def losses(nats: float) -> WindowLosses:
+        columns = ([0, 7], [nats, 1 / 3], [3, 2], [9, 8])
+        return WindowLosses(*(np.array(column) for column in columns))
+
+    assert read_window_losses(tmp_path) == {}
+    for tokens, nats in ((0, 9.0), (100, 5.0), (200, 4.0)):
+        write_window_losses(tmp_path, tokens, {"a/b": losses(nats), "c": losses(2 * nats)})
+    found = read_window_losses(tmp_path)
+    assert list(found) == [("a/b", 0), ("c", 0), ("a/b", 200), ("c", 200)]
+    for (name, tokens), got in found.items():
+        nats = {0: 9.0, 200: 4.0}[tokens] * (2 if name == "c" else 1)
+        assert all((x == y).all() for x, y in zip(got, losses(nats), strict=True))
+    write_window_losses(tmp_path, 0, {"c": losses(1.0)})  # begun anew
+    assert list(read_window_losses(tmp_path)) == [("c", 0)]

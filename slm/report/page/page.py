@@ -38,7 +38,7 @@ from slm.report.page.tokens import (
     window_texts,
 )
 from slm.report.provenance import Provenance
-from slm.report.table import digits
+from slm.report.table import digits, minus_text
 from slm.selection.names import selection_name
 from slm.store.files import Json, atomic_file
 
@@ -109,7 +109,12 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fixed": fixed, "percent": percent, "digits": digits}
+    environment.filters |= {
+        "fixed": fixed,
+        "percent": percent,
+        "digits": digits,
+        "minus": minus_text,
+    }
     return environment.get_template("page.html").render(
         title=title,
         runs=[summary(analysis, rows_of(analysis, truth)) for analysis in analyses],

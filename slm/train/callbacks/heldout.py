@@ -1,23 +1,27 @@
 """The held-out losses of a run, while it trains."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 
-from slm.evaluate.command import corpus_loss, num_tokens
+from slm.evaluate.command import WindowLosses, num_tokens, window_losses
 from slm.train.callbacks.base import Evaluation, datamodule_of, send
+from slm.train.curves import write_window_losses
 
 
 class HeldoutLoss(Evaluation):
     """Logs heldout/<name>/{loss,bits_per_byte} every `every_tokens` tokens, from step 0.
 
+    Those of every window, before training and at the latest, are in `run_dir`/heldout_windows.csv.
+
     every_tokens: null for as often as the plan of costs.py allows
     batch_size:   windows of one forward
     """
 
-    def __init__(self, every_tokens: int | None, batch_size: int):
+    def __init__(self, run_dir: str, every_tokens: int | None, batch_size: int):
         super().__init__(every_tokens)
-        self.batch_size = batch_size
+        self.run_dir, self.batch_size = Path(run_dir), batch_size
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -28,12 +32,17 @@ class HeldoutLoss(Evaluation):
     def evaluate(self, trainer: Trainer, pl_module: Any) -> None:
         data = datamodule_of(trainer)
         metrics: dict[str, float] = {}
+        windows: dict[str, WindowLosses] = {}
         for name, corpus in data.heldout.items():
             with trainer.precision_plugin.forward_context():
-                result = corpus_loss(pl_module.lm, corpus, self.batch_size, data.heldout_windows)
+                found = window_losses(pl_module.lm, corpus, self.batch_size, data.heldout_windows)
+            windows[name], result = found, found.total()
             pl_module.heldout_losses[name] = metrics[f"heldout/{name}/loss"] = result.loss
             metrics[f"heldout/{name}/bits_per_byte"] = result.bits_per_byte
         send(trainer, metrics)
+        if trainer.is_global_zero:
+            seen = trainer.global_step * data.tokens_per_step
+            write_window_losses(self.run_dir, seen, windows)
 
     def num_tokens(self, trainer: Trainer, windows: int) -> int:
         """Every rank evaluates all of it."""

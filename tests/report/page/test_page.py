@@ -20,8 +20,10 @@ from page_helpers import make_analysis, prose, truth_rows
 from run_helpers import make_run
 from slm.dynamics.analysis import Analysis, analyse
 from slm.dynamics.classes import CLASSES
+from slm.dynamics.figure import Figure
 from slm.dynamics.figures import COMPARED, FIGURES, made
 from slm.report.arms import arms_of, read_runs
+from slm.report.differences import Difference
 from slm.report.page import page as page_module
 from slm.report.page.page import (
     SweepFigures,
@@ -37,11 +39,12 @@ from slm.report.sweep_figures import (
     SWEEP_FIGURES,
     Curves,
     Sweep,
+    difference_panel,
     ratio_figure,
     ratio_panel,
     tokens_figure,
 )
-from slm.report.table import control_losses, table_rows
+from slm.report.table import control_runs, table_rows
 from slm.train.curves import Curve
 
 EVIL = [
@@ -87,19 +90,24 @@ def make_sweep(name: str = "excess") -> SweepFigures:
     curves = [Curve("k = 0.5", seen, np.array([9.0, 5, 4, 3.5, end])) for end in (3.25, 3.0)]
     control = [Curve("all tokens", seen, np.array([9.0, 5.5, 4, 3.5, 3.3]))]
     points: Any = {name: [(0.5, [3.25, 3.0]), (0.7, [3.5])]}
+    found = {f"{name} 0.5": Difference(-0.175, 0.02, [-0.05, -0.3])}
+    differences = Figure("", [difference_panel("math", found)])
     ratios = ratio_figure([ratio_panel("math", points, {}, {"all tokens": 3.3})])
     tokens = tokens_figure([[Curves(f"{name}, math", "math", curves, control)]])
-    row = {"rule": "excess", "set": "math", "tokens_seen": 4000, "tokens_selected": 2000}
+    row = {"rule": "excess", "set": "math", "windows": 1256}
+    row |= {"tokens_seen": 4000, "tokens_selected": 2000}
     rows = [
         row
         | {"arm": f"{name} 0.5", "mean": 3.125, "low": 3.0, "high": 3.25, "seeds": 2}
+        | {"minus_all_tokens": -0.175, "minus_all_tokens_half_width": 0.0213}
         | {"tokens_to_all_tokens_loss": 3456},
         row
         | {"arm": "all", "mean": 3.3, "low": 3.3, "high": 3.3, "seeds": 1}
+        | {"minus_all_tokens": None, "minus_all_tokens_half_width": None}
         | {"tokens_to_all_tokens_loss": None},
     ]
     return SweepFigures(
-        dict(zip(SWEEP_FIGURES, (ratios, tokens), strict=True)),
+        dict(zip(SWEEP_FIGURES, (differences, ratios, tokens), strict=True)),
         ["math"],
         rows,
         ["Left out: `x`: failed"],
@@ -220,12 +228,12 @@ def test_the_tables_hold_the_numbers(tmp_path):
     analysis = make_analysis(tmp_path / "d", prose(4, 9))
     write_page(tmp_path / "page.html", "t", [analysis], make_sweep())
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    reach = "tokens to all tokens’ loss, math"
+    reach, minus = "tokens to all tokens’ loss, math", "minus all tokens, math"
     assert cells(page, 0) == [["arm", "lr"], ["excess 0.5", "0.1"], ["all", "–"]]
     assert cells(page, 1) == [
-        ["arm", "math", "seeds", "tokens seen", "tokens selected", reach],
-        ["excess 0.5", "3.12 3.00 to 3.25", "2", "4,000", "2,000", "3,456"],
-        ["all", "3.3000", "1", "4,000", "2,000", "–"],
+        ["arm", "math 1,256 windows", minus, "seeds", "tokens seen", "tokens selected", reach],
+        ["excess 0.5", "3.12 3.00 to 3.25", "-0.175 ± 0.021", "2", "4,000", "2,000", "3,456"],
+        ["all", "3.3000", "–", "1", "4,000", "2,000", "–"],
     ]  # fmt: skip
     assert sweep_table(make_sweep())["best"] == {"math": 3.125}
     for row, name in zip(cells(page, 2)[1:], CLASSES, strict=True):
@@ -245,11 +253,11 @@ def test_the_reports_own_panels_fit(tmp_path):
         make_run(tmp_path / "runs" / f"all{seed}", ratio=1.0, seed=seed, final=3.5 + seed)
         make_run(tmp_path / "runs" / f"soft{seed}", "Softmax", None, seed, 3.25)
     arms = arms_of(read_runs([str(tmp_path / "runs")])[0])
-    control = control_losses(arms, ["a"])
+    controls = control_runs(arms)
     sweep = SweepFigures(
-        made(SWEEP_FIGURES, Sweep(arms, [], control, ["a"])),
+        made(SWEEP_FIGURES, Sweep(arms, [], controls, ["a"])),
         ["a"],
-        table_rows(arms, ["a"], control),
+        table_rows(arms, ["a"], controls),
         [],
         provenance(arms),
         "",
