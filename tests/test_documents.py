@@ -99,11 +99,11 @@ def test_the_commands_of_the_quickstart_with_a_pretrained_model_compose():
     lines = [line for line in script.replace("\\\n", " ").splitlines() if line.startswith("slm ")]
     names = [shlex.split(line)[1] for line in lines]
     assert names[:6] == [*["prepare"] * 3, "train", "score", "score"]
-    assert names[6:] == ["train", "evaluate", "report", "verify"]
+    assert names[6:] == ["train", "report", "verify"]
     jobs = sweep_jobs("train", shlex.split(lines[6])[2:])
     assert list(jobs) == ["selection=all", "selection=random", "selection=excess"]
     plain_settings(composed("train", *jobs["selection=excess"], "run_dir=x"))
-    for _, name, *words in map(shlex.split, lines[:6] + lines[7:9]):
+    for _, name, *words in map(shlex.split, lines[:6] + lines[7:8]):
         plain_settings(composed(name, *words, *(["run_dir=x"] if name == "train" else [])))
 
 

@@ -79,10 +79,10 @@ def losses_of(
             flat[arm.label] = float(np.mean(arm.losses(name)))
     controls = {ALL_TOKENS: sweep.control[name]} if sweep.control else {}
     controls |= {arm.label: float(np.mean(arm.losses(name))) for arm in sweep.baselines}
-    found = [*(loss for points in lines.values() for _, seeds in points for loss in seeds)]
-    found += [*flat.values(), *(loss for label, loss in controls.items() if label != BEFORE)]
-    if BEFORE in controls and controls[BEFORE] > max(found) + float(np.ptp(found)):
-        del controls[BEFORE]  # beside it the rest looks flat
+    found = [*flat.values(), *(loss for label, loss in controls.items() if label != BEFORE)]
+    found += [loss for points in lines.values() for _, seeds in points for loss in seeds]
+    if BEFORE in controls and dwarfs(controls[BEFORE], found):
+        del controls[BEFORE]
     return lines, flat, controls
 
 
@@ -121,6 +121,11 @@ def flat_series(
     ]
 
 
+def dwarfs(start: float, others: Sequence[float]) -> bool:
+    """Is the loss before training so far off that beside it the rest looks flat?"""
+    return start > max(others) + float(np.ptp(others))
+
+
 # ---- against all tokens -------------------------------------------------------------------------
 
 
@@ -129,45 +134,33 @@ def loss_differences(sweep: Sweep) -> Figure:
     others = [arm for arm in (*sweep.arms, *sweep.baselines) if not arm.is_control]
     if not sweep.controls or not others:
         raise UserError("no arm stands beside one on all tokens")
-    found = {
-        name: {arm.label: difference(arm, sweep.controls, name) for arm in others}
-        for name in sweep.sets
-    }
-    first = found[sweep.sets[0]]
-    labels = sorted(first, key=lambda label: first[label].mean)[:MOST_ROWS]
-    panels = [
-        difference_panel(name, {label: by_arm[label] for label in labels})
-        for name, by_arm in found.items()
+    found = [
+        {arm.label: difference(arm, sweep.controls, name) for arm in others} for name in sweep.sets
     ]
-    caption = f"The {MOST_ROWS} lowest." if len(labels) < len(others) else ""
-    return Figure("", panels, caption, legend_title="")
+    means = {label: one.mean for label, one in found[0].items()}
+    if BEFORE in means and dwarfs(means.pop(BEFORE), [0.0, *means.values()]):
+        found = [{label: by_arm[label] for label in means} for by_arm in found]
+    labels = sorted(found[0], key=lambda label: found[0][label].mean)
+    panels = [
+        difference_panel(name, {label: by_arm[label] for label in labels[:MOST_ROWS]})
+        for name, by_arm in zip(sweep.sets, found, strict=True)
+    ]
+    note = f"The {MOST_ROWS} lowest of {len(labels)}." if len(labels) > MOST_ROWS else ""
+    return Figure("", panels, note)
 
 
 def difference_panel(name: str, found: dict[str, Difference]) -> Panel:
-    labels, mean = list(found), np.array([one.mean for one in found.values()])
+    mean = np.array([one.mean for one in found.values()])
     half = np.array([one.half or 0.0 for one in found.values()])
-    seeds = [
-        (label, value) for label, one in found.items() for value in one.seeds if len(one.seeds) > 1
-    ]
-    series = (
-        [
-            Series(
-                "one seed",
-                QUIET,
-                [label for label, _ in seeds],
-                np.array([value for _, value in seeds]),
-                kind="points",
-                mark="x",
-            )
-        ]
-        if seeds
-        else []
-    )
-    whole = Series(
-        "mean over seeds", INK, labels, mean, low=mean - half, high=mean + half, kind="points"
-    )
+    ends = {"low": mean - half, "high": mean + half}
+    series = [Series("mean over seeds", INK, list(found), mean, kind="points", **ends)]
+    several = {label: one.seeds for label, one in found.items() if len(one.seeds) > 1}
+    if several:
+        words = [label for label, seeds in several.items() for _ in seeds]
+        values = np.concatenate([*several.values()])
+        series.append(Series("one seed", QUIET, words, values, kind="points", mark="x"))
     y = Axis("loss minus all tokens' (nats per token)", "minus_all_tokens_nats")
-    return Panel(name, Axis("", "arm"), y, [whole, *series])
+    return Panel(name, Axis("", "arm"), y, series)
 
 
 # ---- during training ----------------------------------------------------------------------------

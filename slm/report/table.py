@@ -141,9 +141,9 @@ def windows_notes(rows: Sequence[Json]) -> list[str]:
 
 
 def digits(row: Json) -> int:
-    """As many as the seeds agree on; of a single one as the windows tell arms apart, else 4."""
-    half = row["minus_all_tokens_half_width"]
-    return decimals(row["high"] - row["low"] or (2 * half if half else 0))
+    """As many as seeds agree on and windows tell arms apart by; 4 where neither is known."""
+    half = row["minus_all_tokens_half_width"] or 0.0
+    return decimals(max(row["high"] - row["low"], 2 * half))
 
 
 def spread_text(row: Json) -> str:

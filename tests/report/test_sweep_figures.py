@@ -1,18 +1,25 @@
 """A sweep's figures: means and ranges over seeds, axes and colours that panels share."""
 
 import numpy as np
+import pytest
 
 from run_helpers import make_run
 from slm.dynamics.figure import Panel
+from slm.errors import UserError
 from slm.report.arms import arms_of, read_runs
+from slm.report.baselines import BEFORE, before_training
 from slm.report.sweep_figures import (
     MOST_CURVES,
     MOST_LINES,
     Curves,
+    Sweep,
+    loss_differences,
+    loss_vs_k,
     panel_curves,
     ratio_panel,
     tokens_figure,
 )
+from slm.report.table import control_runs
 from slm.train.curves import Curve
 
 
@@ -102,3 +109,32 @@ def test_ratios_that_are_many_are_not_all_named():
     few, many = ([(i / 20, [3.0]) for i in range(count)] for count in (3, 20))
     assert ratio_panel("a", {"x": few}, {}, {}).x.ticks == [0.0, 0.05, 0.1]
     assert not ratio_panel("a", {"x": many}, {}, {}).x.ticks
+
+
+def test_differences_stand_in_order_with_their_intervals_and_seeds(tmp_path):
+    for seed in (0, 1):
+        for name, ratio, final in (("low", 0.3, 3.0), ("high", 0.6, 4.0), ("all", 1.0, 3.5)):
+            identity = {"init_from": "f00d"}
+            make_run(tmp_path / f"{name}{seed}", "Excess", ratio, seed, final + seed, identity)
+    runs = read_runs([str(tmp_path)])[0]
+    arms, before = arms_of(runs), before_training(runs, ["a"])
+    sweep = Sweep(arms, before, control_runs(arms), ["a"])
+    (panel,) = loss_differences(sweep).panels
+    mean, seeds = panel.series
+    assert list(mean.x) == ["excess k = 0.3", "excess k = 0.6"]  # 9 before training: far off
+    assert mean.low is not None and mean.y.tolist() == mean.low.tolist() == [-0.5, 0.5]
+    assert list(zip(seeds.x, seeds.y, strict=True)) == [
+        *[("excess k = 0.3", -0.5)] * 2,
+        *[("excess k = 0.6", 0.5)] * 2,
+    ]
+    assert ratio_lines(sweep) == {"excess", "all tokens"}
+    near = before[0].runs[0]._replace(curves={"a": Curve("", np.zeros(1), np.array([5.0]))})
+    sweep = sweep._replace(baselines=[before[0]._replace(runs=[near])])
+    assert list(loss_differences(sweep).panels[0].series[0].x)[-1] == BEFORE
+    assert ratio_lines(sweep) == {"excess", "all tokens", BEFORE}
+    with pytest.raises(UserError, match="beside one on all tokens"):
+        loss_differences(sweep._replace(controls=[]))
+
+
+def ratio_lines(sweep: Sweep) -> set[str]:
+    return {one.text for one in loss_vs_k(sweep).panels[0].series}
