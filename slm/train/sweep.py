@@ -56,14 +56,14 @@ class Sweep(Callback):
     def __init__(self, given: Sequence[str]):
         self.id = uuid.uuid4().hex  # a folder may hold jobs of an earlier sweep
         self.given = given  # resolving it in the sweep's configuration is what caches it
-        self.skips = False  # this job was complete before
+        self.model = ""  # what this job's folder held before
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             import_module(
                 "slm.train.command"
             )  # for its log levels and filters, which are not pickled
-            self.skips = (job_folder(config) / "model" / "slm.json").exists()
+            self.model = model_record(config)
             self._write(config, "running")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -75,7 +75,8 @@ class Sweep(Callback):
             self._write(config, "failed", error)
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         else:
-            self._write(config, "skipped" if self.skips else "finished")
+            skipped = self.model != "" and model_record(config) == self.model
+            self._write(config, "skipped" if skipped else "finished")
         gc.collect()  # trainer and model refer to each other; the next job needs their memory
 
     def _write(self, config: DictConfig, status: str, error: str = "") -> None:
@@ -98,6 +99,12 @@ class Sweep(Callback):
         if failed:
             again = "the same command tries them again and skips what is finished"
             fail("train", f"{failed} of {len(rows)} jobs failed; {again}")
+
+
+def model_record(config: DictConfig) -> str:
+    """Of a complete job; one that is made longer writes another."""
+    path = job_folder(config) / "model" / "slm.json"
+    return path.read_text() if path.exists() else ""
 
 
 def job_folder(config: DictConfig) -> Path:

@@ -147,6 +147,15 @@ def test_a_complete_run_that_is_refused_has_failed(tmp_path):
     assert status(tmp_path / "a") == ("failed", "another run")
 
 
+def test_a_complete_run_that_is_made_longer_is_not_skipped(tmp_path):
+    complete(tmp_path / "a", 2.0)
+    sweep, config = Sweep([]), hydra_config(tmp_path / "a")
+    sweep.on_job_start(config)
+    (tmp_path / "a" / "model" / "slm.json").write_text('{"lineage": "of more tokens"}')
+    sweep.on_job_end(config, JobReturn(status=JobStatus.COMPLETED))
+    assert status(tmp_path / "a") == ("finished", "")
+
+
 def test_a_single_run_leaves_no_state(tmp_path):
     run_job(Sweep([]), hydra_config(tmp_path / "a", RunMode.RUN))
     assert list((tmp_path / "a").iterdir()) == []
