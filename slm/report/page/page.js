@@ -607,5 +607,18 @@ if (page.runs.length) {
 }
 showContents();
 document.getElementById(location.hash.slice(1))?.scrollIntoView(); // the figures above have moved it
-addEventListener("beforeprint", () => { for (const box of document.querySelectorAll("details")) box.open = true; });
+
+// ---- on paper ----------------------------------------------------------------------------------
+
+// The paper is laid out when it is too late to draw for it, so figures have widths of its own.
+const PRINTED = { wide: 640, narrow: 310 }; // pixels, as in page.css
+
+addEventListener("beforeprint", () => {
+  for (const box of document.querySelectorAll("details")) box.open = true;
+  for (const plot of document.querySelectorAll(".plot")) {
+    const width = plot.closest(".three, .four") ? PRINTED.narrow : PRINTED.wide;
+    if (plot.figure) Plotly.relayout(plot, { width, autosize: false });
+  }
+});
+addEventListener("afterprint", redraw);
 

@@ -694,6 +694,20 @@ def test_plots_follow_the_window(page):
 
 
 @pytest.mark.slow
+def test_on_paper_plots_are_as_wide_as_their_place(page):
+    page.set_viewport_size({"width": 1600, "height": 900})
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    widths = page.evaluate(PLOTS)
+    assert {outer for outer, _ in widths} == {310, 640} and all(a == b for a, b in widths)
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    wait_until(
+        page, f"({PLOTS}).every(([outer, inner]) => outer > 310 && Math.abs(outer - inner) <= 1)"
+    )
+
+
+@pytest.mark.slow
 def test_an_example_is_pointed_out_in_its_plot(page, page_file):
     data = embedded(page_file.read_text(encoding="utf-8"))
     page.locator(".examples button").nth(1).focus()
