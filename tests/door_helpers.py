@@ -15,12 +15,13 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
 
 import warm
 from door_folder import DOORS
 from model_helpers import ARCHITECTURES, VOCAB
 from slm.model.architecture import new_model
+from slm.model.selected import attention_through
 from text_helpers import DATA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,25 @@ def expected_gradients(
     return gradients_of(exact), (total / count).item(), count
 
 
+def cut_gradients(model: Any, rows: list[Row], ratio: float) -> dict[str, Tensor]:
+    """Those of one step along the selected tokens alone: others are constants as keys and values"""
+    exact = copy.deepcopy(model).double()
+    exact.zero_grad()
+    selected = top(group_losses(exact, rows)[1], ratio)
+    total = torch.zeros((), dtype=torch.float64)
+    for row, mine in zip(rows, selected.split([len(r["labels"]) - 1 for r in rows]), strict=True):
+        kept = F.pad(mine, (0, 1))[None, None, :, None]  # the last token predicts nothing
+
+        def cut(own: Any, module: Any, query: Any, *pair: Any, kept: Any = kept, **kwargs: Any):
+            key, value = (torch.where(kept, one, one.detach()) for one in pair[:2])
+            return own(module, query, key, value, *pair[2:], **kwargs)
+
+        with attention_through(cut):
+            total = total + row_losses(exact, row)[0][mine].sum()
+    (total / selected.sum()).backward()
+    return gradients_of(exact)
+
+
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -140,6 +160,11 @@ def make_tokenizer(side: str) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         padding_side=side,
     )
+
+
+def padding(side: str = "right", **fields: Any) -> Any:
+    """Pads ids and labels, as a collator with a tokenizer does."""
+    return DataCollatorForSeq2Seq(make_tokenizer(side), label_pad_token_id=-100, **fields)
 
 
 def real_texts(count: int) -> list[str]:

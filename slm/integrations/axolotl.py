@@ -48,14 +48,10 @@ try:
     from axolotl.integrations.base import BasePlugin
     from pydantic import BaseModel, model_validator
 
+    from slm.integrations.collator import ReferenceCollator, scores_in
     from slm.integrations.loss import COLUMN, SCORES, SelectiveLoss
     from slm.integrations.signatures import check_attributes, check_parameters
-    from slm.integrations.transformers import (
-        ReferenceCollator,
-        SelectiveTrainerMixin,
-        causal_lm,
-        scores_in,
-    )
+    from slm.integrations.transformers import SelectiveTrainerMixin, causal_lm
     from slm.model.head import check_documents
 
     MADE_FOR = "axolotl 0.19"

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from slm.integrations.loss import COLUMN, SelectiveLoss, record_of
 from slm.integrations.signatures import check_parameters
+from slm.model.selected import Selected
 from slm.selection.books import means, named, no_sums, step_sums
 
 MADE_FOR = "lightning 2.6"
@@ -56,6 +57,7 @@ class SelectiveMixin:
         head: Mapping[str, Any],  # weight, and bias, logit_scale, softcap by need
         targets: Tensor,  # (B, T), -100: no target
         reference_logprob: Tensor | None = None,  # (B, T), nats, NaN: no score
+        rows: Selected | None = None,  # of `selected_backward` around the forward pass
         **columns: Tensor,
     ) -> Tensor:  # ()
         """What training_step returns: the mean of this micro-batch, with the gradient of its sum.
@@ -74,7 +76,7 @@ class SelectiveMixin:
         self._pending = None  # of a step that returned None, whose graph goes before the next
         if reference_logprob is not None:
             columns[COLUMN] = reference_logprob
-        output = self.selective(hidden, head, targets, columns, PROVISIONAL)
+        output = self.selective(hidden, head, targets, columns, PROVISIONAL, rows=rows)
         mean = output.loss.detach() * PROVISIONAL / output.divisor.clamp(min=1)
         scaled = output.loss * me.trainer.accumulate_grad_batches
         returned = scaled - scaled.detach() + mean

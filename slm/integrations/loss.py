@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from slm.model.selected import Selected
 from slm.selection import Selection
 from slm.selection.books import TokenRecord
 from slm.selection.registry import RULES, make_rule
@@ -96,12 +97,19 @@ class SelectiveLoss:
         columns: Columns,  # (B, T) each, shifted; NaN: no score
         denominator: Tensor | float,
         tokens_seen: int = 0,
+        rows: Selected | None = None,
     ) -> SelectiveOutput:
-        """Weighted sum of the targets' losses / denominator."""
+        """Weighted sum of the targets' losses / denominator.
+
+        rows: what `selected_backward` gave around the forward pass of `hidden`
+        """
         on_cpu = targets.device.type == "cpu"  # where counting rows is free
         max_rows = None if on_cpu else self.rule.max_rows({"targets": targets}, tokens_seen)
         loss = partial(weighted_cross_entropy, hidden, max_rows=max_rows, **head)
-        return self.through(loss, targets, columns, denominator, tokens_seen)
+        output = self.through(loss, targets, columns, denominator, tokens_seen)
+        if rows is not None:
+            rows.select(output.token_weight, max_rows)
+        return output
 
     def of_logits(
         self,

@@ -4,6 +4,7 @@
 
     trainer = SelectiveTrainer(model, args, train_dataset=dataset, select_ratio=0.6)
     trainer = SelectiveTrainer(model, args, train_dataset=dataset, selection=Sigmoid(1.0))
+    trainer = SelectiveTrainer(..., select_ratio=0.6, backward="selected")  # slm/model/selected.py
 
 `train_dataset` has a column `reference_logprob` beside `input_ids`: one log-prob (natural log) a
 token, NaN where there is none; slm.integrations.datasets makes it. A rule that needs another score
@@ -18,20 +19,22 @@ Evaluation stays plain cross-entropy over every target, which is comparable acro
 so is `loss_all`, logged beside `loss`. A batch without scores raises; it never falls back.
 """
 
-import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from slm.checks import check_value, word
+from slm.integrations.collator import ReferenceCollator
 from slm.integrations.loss import LOGGED, SCORES, Columns, SelectiveLoss, record_of, shifted
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.model.head import check_causal, check_head, head_arguments, loss_terms, projection_of
+from slm.model.selected import check_rows, selected_backward
 from slm.selection import Selection
 from slm.selection.books import means, named, no_sums, step_sums
 from slm.store.windows import IGNORE_INDEX
@@ -47,98 +50,9 @@ check_attributes(
     MADE_FOR,
 )
 
-FIRST_MARK = 2**40  # above every token id
 PROBE_TOKENS = 8
 LIGER_LOSS = "fused_linear_cross_entropy"
 ADVICE = "; slm.integrations.datasets.score_dataset adds it, and nothing can be selected without"
-
-
-# ---- the batch ----------------------------------------------------------------------------------
-
-
-class ReferenceCollator:
-    """Any collator, with the score columns (B, T) beside what it makes, NaN where it pads.
-
-    Where a token went is asked of the collator itself: it collates the examples once more, with
-    marks in place of `input_ids`. So padding on either side, padding to a multiple, flattening and
-    truncation need no code here. A collator that does not answer the same twice, because it draws
-    random numbers or looks at the ids, is refused. It gets copies, which it may change.
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]):
-        self.collator = collator
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        found = {name: scores_of(examples, name) for name in SCORES}
-        batch: Any = self.collator([without_scores(example) for example in examples])
-        columns = {name: scores for name, scores in found.items() if scores}
-        if columns:
-            places, padding = self._places(examples, batch)
-            for name, scores in columns.items():
-                batch[name] = torch.cat(scores)[places].masked_fill(padding, torch.nan)
-        return batch
-
-    def _places(
-        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor]:  # (B, T) into the examples' tokens in a row, (B, T) what is none
-        tokens = [torch.as_tensor(example["input_ids"]) for example in examples]
-        starts = np.cumsum([FIRST_MARK, *map(len, tokens)])
-        marked = [
-            without_scores(example) | {"input_ids": marks_like(example["input_ids"], int(start))}
-            for example, start in zip(examples, starts[:-1], strict=True)
-        ]
-        marks = torch.as_tensor(self.collator(marked)["input_ids"])
-        padding, places = marks < FIRST_MARK, (marks - FIRST_MARK).clamp(min=0)
-        ids = torch.as_tensor(batch["input_ids"])
-        if ids.shape != marks.shape or not (padding | (torch.cat(tokens)[places] == ids)).all():
-            raise ValueError(
-                f"{type(self.collator).__name__} does not put tokens at the same places twice, so "
-                "nobody knows where their scores belong; make it deterministic, without a look at "
-                "the ids"
-            )
-        return places, padding
-
-
-def scores_of(examples: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
-    """A column of the examples, nothing where none of them has it."""
-    having = [name in one and one[name] is not None for one in examples]
-    if not any(having):
-        return []
-    if not all(having):
-        raise ValueError(f"example {having.index(False)} of the batch has no {name}")
-    scores = [scores_in(example[name]) for example in examples]
-    for row, (example, values) in enumerate(zip(examples, scores, strict=True)):
-        if len(example["input_ids"]) != len(values):
-            raise ValueError(
-                f"example {row} of the batch has {len(example['input_ids'])} input_ids and "
-                f"{len(values)} {name}"
-            )
-    return scores
-
-
-def without_scores(example: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: copied(value) for name, value in example.items() if name not in SCORES}
-
-
-def copied(value: Any) -> Any:
-    """deepcopy, quick for the lists of numbers that most columns are."""
-    if isinstance(value, list) and {*map(type, value)} <= {int, float}:
-        return value.copy()
-    return copy.deepcopy(value)
-
-
-def scores_in(column: Any) -> Tensor:  # (T,)
-    """None, which NaN becomes on its way through JSON, is NaN."""
-    values = column if isinstance(column, Tensor) else np.array(column, dtype=np.float32)
-    return torch.as_tensor(values, dtype=torch.float32)
-
-
-def marks_like(ids: Any, first: int) -> Any:
-    """first, first + 1, ... in the container of `ids`."""
-    marks = np.arange(first, first + len(ids))
-    if isinstance(ids, Tensor):
-        return torch.from_numpy(marks)
-    return marks if isinstance(ids, np.ndarray) else marks.tolist()
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -177,7 +91,13 @@ def probe_head(model: PreTrainedModel) -> None:
     model.train(training)
 
 
-def attach(model: nn.Module, loss: SelectiveLoss) -> None:
+def probe_rows(model: PreTrainedModel) -> None:
+    training = model.training
+    check_rows(model.train(), {"input_ids": torch.arange(PROBE_TOKENS, device=model.device)[None]})
+    model.train(training)
+
+
+def attach(model: nn.Module, loss: SelectiveLoss, backward: str = "exact") -> None:
     """`model(..., labels=, reference_logprob=, denominator=)` returns a SelectiveOutput.
 
     Without a denominator the forward is what it was. It is called through whatever wraps the
@@ -186,6 +106,8 @@ def attach(model: nn.Module, loss: SelectiveLoss) -> None:
     """
     check_causal_lm(model)
     inner = causal_lm(model)
+    if backward == "selected":
+        probe_rows(inner)
     bound: Any = inner.forward
     original = bound.__func__  # not the bound method: a deep copy of the model must call itself
 
@@ -200,8 +122,10 @@ def attach(model: nn.Module, loss: SelectiveLoss) -> None:
             return original(self, *args, **kwargs)
         columns = {name: kwargs.pop(name) for name in SCORES if name in kwargs}
         targets, scores = shifted(kwargs.pop("labels"), columns)
-        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        return loss(hidden, head_arguments(self), targets, scores, denominator, tokens_seen)
+        cuts = backward == "selected" and not loss.rule.takes_all(tokens_seen)
+        with selected_backward(self) if cuts else nullcontext() as rows:
+            hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        return loss(hidden, head_arguments(self), targets, scores, denominator, tokens_seen, rows)
 
     # What inspects the signature must find the model's; __wrapped__ would lead accelerate past us.
     forward.__signature__ = inspect.signature(type(inner).forward)  # type: ignore[attr-defined]
@@ -212,7 +136,10 @@ def attach(model: nn.Module, loss: SelectiveLoss) -> None:
 
 
 class SelectiveTrainerMixin:
-    """Before a `Trainer` among the bases. Takes what SelectiveLoss takes as keywords more."""
+    """Before a `Trainer` among the bases. Takes what SelectiveLoss takes as keywords more.
+
+    backward: exact, or selected: along the selected tokens alone, of any model that this computes
+    """
 
     def __init__(
         self,
@@ -220,12 +147,16 @@ class SelectiveTrainerMixin:
         select_ratio: Any = None,
         scope: str | None = None,
         selection: Selection | Mapping[str, Any] | str = "excess",
+        backward: str = "exact",
         **kwargs: Any,
     ):
+        check_value("backward", backward, word("exact", "selected"))
         self.selective = SelectiveLoss(select_ratio, scope, selection)
         super().__init__(*args, **kwargs)
         me: Any = self
         check_trainer(me)
+        if backward == "selected":
+            check_plain(me.args)
         counts = me.args.include_num_input_tokens_seen != "no"
         asked = "Trainer" if counts else "Trainer without include_num_input_tokens_seen"
         self.selective.check_step(asked, counts, "its loss is divided before the first forward")
@@ -234,7 +165,7 @@ class SelectiveTrainerMixin:
         if not hasattr(me, "loss_is_scaled_for_ga"):  # transformers 5.16 asks this instead
             me.model_accepts_loss_kwargs = True
         me.loss_is_scaled_for_ga = True
-        attach(me.model, self.selective)
+        attach(me.model, self.selective, backward)
         self._sums = no_sums(me.args.device)
         self._waiting: list[Any] = []  # micro-batches of a step that the end of a stream cut short
 
@@ -359,6 +290,13 @@ def check_scored(pairs: list[tuple[Tensor, Columns]]) -> None:
         raise ValueError(
             f"all of the step's {num_valid} targets on this rank have NaN as their score"
         )
+
+
+def check_plain(args: Any) -> None:
+    """backward=selected runs the layers by itself, as plain modules."""
+    for name, value in (("torch_compile", args.torch_compile), ("fsdp", args.fsdp)):
+        if value:
+            raise ValueError(f"{name} is {value}, which backward='selected' does not go with")
 
 
 def check_trainer(trainer: Any) -> None:

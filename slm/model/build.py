@@ -8,7 +8,7 @@ Letters: B windows, T positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from slm.errors import UserError
 from slm.model.architecture import new_model, position_limit, text_config, told, with_attention
 from slm.model.folder import check_model_folder, check_savable, quiet_without_terminal
 from slm.model.head import check_documents, check_head, head_arguments, hidden_states, loss_terms
+from slm.model.selected import check_rows, selected_backward
 from slm.prepare.chat import end_of_turn
 from slm.store.hub import is_folder
 from slm.store.tokenizer import check_same_tokenizer, first_line, load_tokenizer
@@ -50,6 +51,7 @@ def build_lm(
     activation_checkpointing: bool,
     compile: bool,
     logits_cache_bytes: int,
+    backward: str = "exact",
 ) -> "SelectiveLM":
     """A float32 model of a stock class with its loss: loaded from `init_from`, else new.
 
@@ -58,7 +60,10 @@ def build_lm(
     attn_implementation:  sdpa, eager, ...; null takes the best that the class supports
     compile:              torch.compile the backbone
     logits_cache_bytes:   memory for the loss to keep between forward and backward, which saves time
+    backward:             exact, or selected: along the selected rows alone (selected.py)
     """
+    if compile and backward == "selected":
+        raise UserError("model.backward=selected runs layers by itself: model.compile=false")
     if init_from is None:
         model = new_model(architecture, vocab_size, attn_implementation)
     else:
@@ -79,7 +84,7 @@ def build_lm(
     if compile:
         model.base_model.compile()  # in place: the names of the parameters stay
     # What was loaded is in evaluation mode, where checkpointing and dropout do nothing.
-    return SelectiveLM(model, logits_cache_bytes).train()
+    return SelectiveLM(model, logits_cache_bytes, backward).train()
 
 
 def check_loss_terms(model: PreTrainedModel, init_from: str | None) -> None:
@@ -192,9 +197,11 @@ class SelectiveLM(nn.Module):
     computed here and not by the caller: wrap this module, and not the head by itself.
     """
 
-    def __init__(self, model: PreTrainedModel, logits_cache_bytes: int = 0):
+    def __init__(
+        self, model: PreTrainedModel, logits_cache_bytes: int = 0, backward: str = "exact"
+    ):
         super().__init__()
-        self.logits_cache_bytes = logits_cache_bytes
+        self.logits_cache_bytes, self.backward = logits_cache_bytes, backward
         self.model = model
 
     def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
@@ -208,14 +215,22 @@ class SelectiveLM(nn.Module):
         denominator: float | None = None,
         max_rows: int | None = None,
         want_entropy: bool = False,
+        takes_all: bool = False,
     ) -> WeightedCrossEntropy | TokenCrossEntropy:
-        """The weighted loss with `token_weight`; without it the loss per token, no gradient."""
-        hidden, head = self.hidden(batch), head_arguments(self.model)
+        """The weighted loss with `token_weight`; without it the loss per token, no gradient.
+
+        takes_all: every target has a weight, so backward=selected would cut nothing but what is no
+                   target: the gradient is the exact one
+        """
+        cuts = self.backward == "selected" and token_weight is not None and not takes_all
+        with selected_backward(self.model) if cuts else nullcontext() as rows:
+            hidden = self.hidden(batch)
+        head = head_arguments(self.model)
         if token_weight is None:
             return token_cross_entropy(
                 hidden, targets=batch["targets"], want_entropy=want_entropy, **head
             )
-        return weighted_cross_entropy(
+        output = weighted_cross_entropy(
             hidden,
             targets=batch["targets"],
             token_weight=token_weight,
@@ -224,6 +239,9 @@ class SelectiveLM(nn.Module):
             logits_cache_bytes=self.logits_cache_bytes,
             **head,
         )
+        if rows is not None:
+            rows.select(output.token_weight, max_rows)
+        return output
 
 
 def few_tokens(batch: Batch) -> Batch:
@@ -245,8 +263,10 @@ def check_model(lm: SelectiveLM, batch: Batch) -> None:
     check_length(lm.model.config, batch["input_ids"].shape[1])
     few = few_tokens(batch)
     training = lm.training
-    lm.eval()
     try:
+        if lm.backward == "selected":
+            check_rows(lm.train().model, few)
+        lm.eval()
         with attention_of_torch(lm.model):
             check_head(lm.model, few)
             if "position_ids" in few:

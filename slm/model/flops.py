@@ -13,7 +13,9 @@ CHOSEN_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "mo
 EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def flops_per_token(model: PreTrainedModel, seq_len: int, select_ratio: float) -> float | None:
+def flops_per_token(
+    model: PreTrainedModel, seq_len: int, select_ratio: float, backward: str = "exact"
+) -> float | None:
     """Floating-point operations that training needs for one token of the batch, selected or not.
 
         6 * P  +  (2 + 4 * select_ratio) * V * D  +  12 * L * D * T
@@ -22,14 +24,17 @@ def flops_per_token(model: PreTrainedModel, seq_len: int, select_ratio: float) -
     (arXiv 2204.02311), appendix B, with a multiply-add counted as 2, 2 forward and 4 backward. The
     head (tied or not) scores every token forward; its backward sees the selected share only. As in
     PaLM nothing computed twice is counted twice: that the loss recomputes the logits of selected
-    tokens costs another 2 * select_ratio * V * D on the device. Of a mixture's experts P counts the
-    share that a token goes to; None where that is not known.
+    tokens costs another 2 * select_ratio * V * D on the device. With backward=selected the body and
+    the queries of attention have the head's factor: (2 + 4 * select_ratio) * P and
+    (4 + 8 * select_ratio) * L * D * T. Of a mixture's experts P counts the share that a token goes
+    to; None where that is not known.
     """
     parts = flops_parts(model, seq_len)
     if parts is None:
         return None
     body, head, attention = parts
-    return 6 * body + (2 + 4 * select_ratio) * head + 12 * attention
+    share = select_ratio if backward == "selected" else 1.0
+    return (2 + 4 * share) * body + (2 + 4 * select_ratio) * head + (4 + 8 * share) * attention
 
 
 def forward_flops_per_token(model: PreTrainedModel, seq_len: int) -> float | None:

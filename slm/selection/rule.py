@@ -85,6 +85,10 @@ class Selection:
         """The select_ratio that is asked for; None for rules without one."""
         return None
 
+    def takes_all(self, tokens_seen: int) -> bool:
+        """Whether every candidate is selected, whatever its loss."""
+        return self.ratio(tokens_seen) == 1
+
     def candidates(self, batch: Batch) -> Tensor:  # (B, T) bool
         """Targets that have every score that the rule needs; the data path refuses others."""
         found = batch["targets"] != IGNORE_INDEX

@@ -52,6 +52,9 @@ class All(Selection):
 
     picks_tokens = False
 
+    def takes_all(self, tokens_seen: int) -> bool:
+        return True
+
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         valid = self.candidates(batch)
         return Choice(valid, valid, None)

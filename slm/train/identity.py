@@ -28,6 +28,8 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
     init_from = plain["model"].pop("init_from")
     if init_from is not None:
         del plain["model"]["architecture"]  # the folder's own counts
+    if "backward" in plain["model"] and plain["model"]["backward"] == "exact":
+        del plain["model"]["backward"]  # all runs of builds that knew no other
     loaded = None if init_from is None else init_identity("model.init_from", init_from)
     return {
         "seed": plain["seed"],

@@ -80,6 +80,7 @@ TRAIN: Table = TRAINER | {
     "model.activation_checkpointing": flag,
     "model.compile": flag,
     "model.logits_cache_bytes": whole(0),
+    "model.backward": word("exact", "selected"),
     "selection": section,
     "optimizer.adamw": section,
     "optimizer.adamw.lr": real(0),

@@ -97,6 +97,7 @@ class SelectiveModule(LightningModule):
             token_weight,
             denominator=self._provisional,
             max_rows=None if on_cpu else rule.max_rows(batch, self.tokens_seen),
+            takes_all=rule.takes_all(self.tokens_seen),
         )
         self._add(batch, output, made[-1])
         # Lightning divides by the number of micro-batches; the denominator is the whole step's.

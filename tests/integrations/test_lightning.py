@@ -4,6 +4,7 @@ import copy
 import importlib
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from door_helpers import (
     Row,
     assert_gradients,
+    cut_gradients,
     expected_gradients,
     gradients_of,
     make_model,
@@ -25,23 +27,25 @@ from slm.integrations import lightning as door
 from slm.integrations.lightning import SelectiveMixin
 from slm.integrations.loss import SelectiveLoss, shifted
 from slm.model.head import head_arguments
+from slm.model.selected import selected_backward
 
 LENGTHS = [9, 5, 12, 7, 8, 11, 6, 10]
 NAN = float("nan")
 
 
 class Mine(SelectiveMixin, LightningModule):
-    def __init__(self, scope: str):
+    def __init__(self, scope: str, cuts: bool = False):
         super().__init__()
-        self.model = make_model()
+        self.model, self.cuts = make_model(), cuts
         self.selective = SelectiveLoss(0.4, scope)
         self.gradients: list[dict[str, Tensor]] = []
         self.logged: list[dict[str, float]] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        hidden = self.model.model(batch["input_ids"]).last_hidden_state
-        scores = batch["reference_logprob"]
-        return self.selective_loss(hidden, head_arguments(self.model), batch["targets"], scores)
+        with selected_backward(self.model) if self.cuts else nullcontext() as rows:
+            hidden = self.model.model(batch["input_ids"]).last_hidden_state
+        head, scores = head_arguments(self.model), batch["reference_logprob"]
+        return self.selective_loss(hidden, head, batch["targets"], scores, rows)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         super().on_before_optimizer_step(optimizer)
@@ -81,6 +85,13 @@ def fit(module: LightningModule, batches: Any, held: Any = None, **fields: Any) 
         module, loader, torch.utils.data.DataLoader(held, batch_size=None) if held else None
     )
     return trainer
+
+
+def test_gradients_along_selected_tokens_are_those_of_the_definition():
+    rows = make_rows(LENGTHS[:4], prompt=3, unscored=1)
+    module = Mine("batch", cuts=True)
+    fit(module, [batch_of(rows)])
+    assert_gradients(module.gradients[0], cut_gradients(make_model(), rows, 0.4))
 
 
 def pairs(rows: list[Row]) -> list[list[Row]]:

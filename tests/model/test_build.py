@@ -536,15 +536,17 @@ def test_a_model_of_chats_stops_at_the_end_of_a_turn(tokenizer, build, saved, tm
 # ---- sharded --------------------------------------------------------------------------------
 
 
-def sharded_gradients(folder: str, layers_too: str) -> None:
+def sharded_gradients(folder: str, layers_too: str, backward: str) -> None:
     """One of two processes: its window's loss, every gradient gathered, against one process."""
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     whole = make_batch()
     plain = make_lm("llama tied")
+    plain.backward = backward
     plain(whole, top_excess(whole, 4.0, 0.5, "sequence")).loss.backward()
     expected = gradients(plain)
     lm = make_lm("llama tied")
+    lm.backward = backward
     mesh = init_device_mesh("cpu", (2,))
     if layers_too == "True":
         layers: Any = lm.get_submodule("model.model.layers")
@@ -584,9 +586,12 @@ def test_logits_cache_changes_gradients_by_its_rounding_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers_too", [False, True])
-def test_fully_sharded_module_has_the_gradients_of_one_process(tmp_path, layers_too):
-    command = [sys.executable, __file__, "sharded_gradients", str(tmp_path), str(layers_too)]
+@pytest.mark.parametrize(
+    ("layers_too", "backward"), [(False, "exact"), (True, "exact"), (True, "selected")]
+)
+def test_fully_sharded_module_has_the_gradients_of_one_process(tmp_path, layers_too, backward):
+    words = [str(tmp_path), str(layers_too), backward]
+    command = [sys.executable, __file__, "sharded_gradients", *words]
     codes, said = warm.run_ranks(2, command)
     assert codes == [0, 0], said
 

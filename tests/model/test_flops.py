@@ -14,6 +14,8 @@ def test_flops_of_a_small_llama_by_hand() -> None:
     expected = 6 * body + (2 + 4 * 0.25) * head + 12 * 2 * 8 * 16
     model = small_llama()
     assert flops_per_token(model, seq_len=16, select_ratio=0.25) == expected
+    cut = (2 + 4 * 0.25) * (body + head) + (4 + 8 * 0.25) * 2 * 8 * 16
+    assert flops_per_token(model, seq_len=16, select_ratio=0.25, backward="selected") == cut
     # Scoring does the forward alone, which is a third of training on every token.
     assert forward_flops_per_token(model, seq_len=16) == 2 * (body + head) + 4 * 2 * 8 * 16
     whole = flops_per_token(model, seq_len=16, select_ratio=1.0)

@@ -33,7 +33,8 @@ from slm.dynamics.trajectories import TrajectoryStore
 from slm.errors import NonFiniteError, UserError
 from slm.evaluate.command import evaluate
 from slm.model.architecture import new_model
-from slm.model.build import check_model
+from slm.model.build import check_model, load_model
+from slm.model.flops import flops_per_token
 from slm.model.folder import save_model
 from slm.score.command import load_reference, score
 from slm.store.claims import ClaimLost
@@ -272,6 +273,22 @@ def references_of(corpus: Any, make_references: Any, folder: Path, seed: int) ->
 
 
 SCHEDULE_CUTS = [2, 5, 8]  # on all tokens, between the points, after the last
+
+
+def test_a_run_along_selected_rows_resumes_exactly_and_says_what_it_costs(text_corpus, tmp_path):
+    words = ("model.backward=selected", "model.architecture.attention_dropout=0.0")
+    train_with_copies(compose_train(tmp_path / "whole", text_corpus.folder, *words), [6])
+    train(compose_train(tmp_path / "6", text_corpus.folder, *words))
+    same_results(tmp_path / "whole", tmp_path / "6")
+    record = json.loads((tmp_path / "6" / "lineage.json").read_text())
+    model = load_model(tmp_path / "6" / "model")
+    seen, selected = (record[f"tokens_{name}"] for name in ("seen", "selected"))
+    costs = [flops_per_token(model, 16, share, "selected") for share in (0.0, 1.0)]
+    assert record["train_flops"] == (seen - selected) * costs[0] + selected * costs[1]
+    with pytest.raises(UserError, match="model.backward is 'selected' in run.json"):
+        train(compose_train(tmp_path / "6", text_corpus.folder, words[1]))
+    with pytest.raises(UserError, match="LlamaDecoderLayer has a dropout of 0.2"):
+        train(compose_train(tmp_path / "new", text_corpus.folder, words[0]))
 
 
 @pytest.fixture(scope="module")

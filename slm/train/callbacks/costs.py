@@ -68,8 +68,9 @@ class Costs(Callback):
         forward, *online = (forward_flops_per_token(lm.model, seq_len) for lm in lms)
         self.least = self.usual = UNKNOWN_COST
         if forward is not None:
-            model = pl_module.lm.model
-            least, usual = (flops_per_token(model, seq_len, k) for k in (0.0, ratio or 1.0))
+            shares = (0.0, ratio or 1.0)
+            model, backward = pl_module.lm.model, pl_module.lm.backward
+            least, usual = (flops_per_token(model, seq_len, k, backward) for k in shares)
             self.least, self.usual = (least or 0) / forward, (usual or 0) / forward
             self.usual += sum(flops or 0 for flops in online) / forward
         parameters = list(pl_module.lm.parameters())

@@ -115,9 +115,9 @@ class Metrics(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # Before the strategy shards the parameters.
-        seq_len, model = datamodule_of(trainer).corpus.seq_len, pl_module.lm.model
-        self.flops_unselected = flops_per_token(model, seq_len, 0.0)
-        self.flops_selected = flops_per_token(model, seq_len, 1.0)
+        seq_len, lm = datamodule_of(trainer).corpus.seq_len, pl_module.lm
+        self.flops_unselected = flops_per_token(lm.model, seq_len, 0.0, lm.backward)
+        self.flops_selected = flops_per_token(lm.model, seq_len, 1.0)
         scoring = [forward_flops_per_token(lm.model, seq_len) for lm in pl_module.online]
         self.flops_online = None if None in scoring else sum(filter(None, scoring))
 

@@ -71,7 +71,7 @@ class FakeModule(LightningModule):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.lm, self.weight = nn.Module(), nn.Parameter(torch.zeros(()))
-        self.lm.model = model
+        self.lm.model, self.lm.backward = model, "exact"  # type: ignore
         self.selection, self.online = SimpleNamespace(scope="batch"), ()
         self.tokens_selected = 0
 
@@ -238,7 +238,8 @@ def test_flops_of_a_run_count_every_token_once_and_its_online_reference() -> Non
     trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(corpus=SimpleNamespace(seq_len=16)))
     unselected, selected = (flops_per_token(model, 16, share) for share in (0.0, 1.0))
     for online in ((), (SimpleNamespace(model=model),)):
-        module: Any = SimpleNamespace(lm=SimpleNamespace(model=model), online=online)
+        lm = SimpleNamespace(model=model, backward="exact")
+        module: Any = SimpleNamespace(lm=lm, online=online)
         metrics.setup(trainer, module, "fit")
         forward = forward_flops_per_token(model, 16)
         assert forward is not None and selected is not None and unselected is not None
