@@ -2,7 +2,10 @@
 
 import atexit
 import gc
+import os
+import sys
 from importlib import import_module
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
         import_module("environment")
         config.pluginmanager.register(import_module("common"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_newgateway(gateway: Any) -> None:
+    """Workers import at the same time: each is asked who it is before the next is started."""
+    from execnet.gateway import RInfo
+
+    names = {"executable": sys.executable, "platform": sys.platform, "cwd": os.getcwd()}
+    gateway._cache_rinfo = RInfo(names | {"version_info": sys.version_info})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported stays: a collection that looked at all of it would take a second."""
-    gc.collect()
     gc.freeze()
+    gc.enable()  # environment.py has turned it off
     atexit.register(gc.unfreeze)

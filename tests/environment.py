@@ -1,8 +1,11 @@
 """What must stand in the environment before anything else is imported."""
 
+import gc
 import os
 
-import torch
+gc.disable()  # nothing that is imported is garbage: looking for it takes seconds; tests have it on
+
+import torch  # noqa: E402
 
 # Triton's kernels run in its interpreter where there is no GPU; it must know before its import.
 if not torch.cuda.is_available():

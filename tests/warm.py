@@ -253,15 +253,16 @@ def attend(channel: socket.socket, after: str) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
+    gc.disable()  # on import nothing is garbage
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it is the caller's
     for name in MODULES:
         import_module(name)
     exec(after, {"__name__": "after"})
     import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
-    gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     request = serve(channel)
     channel.close()
+    gc.enable()
     os._exit(0 if request is None else end(lambda: execute(request.words)))
 
 
@@ -269,7 +270,6 @@ def fork_server() -> None:
     """The server of a process that is about to import much itself: both do it once."""
     for name in MODULES:
         import_module(name)
-    gc.collect()
     gc.freeze()
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     process = os.fork()
