@@ -4,14 +4,14 @@ from functools import partial
 from typing import Any
 
 from slm.checks import check
-from slm.cli import command
+from slm.cli import command, imports
 from slm.command_keys import DASHBOARD
 
 
 @command("dashboard", partial(check, table=DASHBOARD))
 def main(**settings: Any) -> None:
-    from slm.report.workspace import run
-
+    with imports():
+        from slm.report.workspace import run
     run(**settings)
 
 

@@ -4,14 +4,14 @@ from functools import partial
 from typing import Any
 
 from slm.checks import check
-from slm.cli import command
+from slm.cli import command, imports
 from slm.command_keys import HARNESS
 
 
 @command("harness", partial(check, table=HARNESS))
 def main(**settings: Any) -> None:
-    from slm.evaluate.harness import run
-
+    with imports():
+        from slm.evaluate.harness import run
     run(**settings)
 
 

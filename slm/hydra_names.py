@@ -8,6 +8,7 @@ from typing import Any
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -77,3 +78,6 @@ def sweep_group() -> str | None:
 OmegaConf.register_new_resolver("slm.command_line", command_line, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("slm.job_name", job_name, replace=True)
 OmegaConf.register_new_resolver("slm.sweep_group", sweep_group, replace=True)
+
+# The one there is: Hydra copies it for every look at a group, a second for the help of a command.
+ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]

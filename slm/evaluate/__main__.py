@@ -4,14 +4,14 @@ from functools import partial
 from typing import Any
 
 from slm.checks import check
-from slm.cli import command
+from slm.cli import command, imports
 from slm.command_keys import EVALUATE
 
 
 @command("evaluate", partial(check, table=EVALUATE))
 def main(**settings: Any) -> None:
-    from slm.evaluate.command import run
-
+    with imports():
+        from slm.evaluate.command import run
     run(**settings)
 
 

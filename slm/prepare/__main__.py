@@ -4,14 +4,14 @@ from functools import partial
 from typing import Any
 
 from slm.checks import check
-from slm.cli import command
+from slm.cli import command, imports
 from slm.command_keys import PREPARE
 
 
 @command("prepare", partial(check, table=PREPARE))
 def main(**settings: Any) -> None:
-    from slm.prepare.command import run
-
+    with imports():
+        from slm.prepare.command import run
     run(**settings)
 
 

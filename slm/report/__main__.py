@@ -4,14 +4,14 @@ from functools import partial
 from typing import Any
 
 from slm.checks import check
-from slm.cli import command
+from slm.cli import command, imports
 from slm.command_keys import REPORT
 
 
 @command("report", partial(check, table=REPORT))
 def main(**settings: Any) -> None:
-    from slm.report.command import run
-
+    with imports():
+        from slm.report.command import run
     run(**settings)
 
 

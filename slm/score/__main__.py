@@ -4,14 +4,14 @@ from functools import partial
 from typing import Any
 
 from slm.checks import check
-from slm.cli import command
+from slm.cli import command, imports
 from slm.command_keys import SCORE
 
 
 @command("score", partial(check, table=SCORE))
 def main(**settings: Any) -> None:
-    from slm.score.command import run
-
+    with imports():
+        from slm.score.command import run
     run(**settings)
 
 

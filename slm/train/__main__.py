@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from slm.cli import command
+from slm.cli import command, imports
 from slm.train.keys import check_train
 
 
 @command("train", check_train)
 def main(**settings: Any) -> None:
-    from slm.train.command import run
-
+    with imports():
+        from slm.train.command import run
     run(**settings)
 
 
