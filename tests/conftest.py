@@ -3,8 +3,10 @@
 import atexit
 import gc
 import os
+import re
 import sys
 from importlib import import_module
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -32,18 +34,34 @@ def pytest_xdist_newgateway(gateway: Any) -> None:
     gateway._cache_rinfo = RInfo(names | {"version_info": sys.version_info})
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    for item in items:
-        interpreted = "triton" in item.nodeid and not torch.cuda.is_available()
-        if item.path.name in WHOLE_RUNS or interpreted:
+    for item in items:  # what an interpreter or a compiler has no GPU for takes seconds
+        on_a_cpu = not torch.cuda.is_available() and re.search("triton|compile", item.nodeid)
+        if item.path.name in WHOLE_RUNS or on_a_cpu:
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):
+        items[:] = dealt(items)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs CUDA: see `make gpu-check`")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def dealt(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Files with slow tests first on either half of the list, which is what each of two workers
+    begins with: at the end one is not left with a long test while the other has none.
+
+    Before all, one after the other: what inductor compiles. Its headers are compiled once.
+    """
+    files = [list(group) for _, group in groupby(items, key=lambda item: item.path)]
+    files.sort(key=lambda file: all(item.get_closest_marker("slow") is None for item in file))
+    halves: tuple[list[pytest.Item], list[pytest.Item]] = ([], [])
+    for file in files:
+        min(halves, key=len).extend(file)
+    return sorted([*halves[0], *halves[1]], key=lambda item: "inductor" not in item.nodeid)
 
 
 def pytest_collection_finish() -> None:

@@ -1,6 +1,7 @@
 """The command line: help at once, one sentence for a mistake, any directory, any path."""
 
 import csv
+import gc
 import os
 import pty
 import re
@@ -357,6 +358,13 @@ def test_a_library_import_leaves_the_path_alone(tmp_path, monkeypatch):
             [sys.executable, *start], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.stdout.strip() == str(tmp_path), done.stderr
+
+
+def test_garbage_is_looked_for_again_after_imports():
+    with pytest.raises(ImportError), cli.imports():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
 
 
 @pytest.mark.slow

@@ -126,6 +126,7 @@ for name, home, words in {{commands}}:
 """
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_key_does_not_wait_for_heavy_imports(tmp_path):
     doors = [(name, door_of(name).__module__, words) for name, words in GIVEN.items()]
     doors.append(("train", "slm.train.__main__", ["data.corpus=no", "max_tokens=1", "out=x"]))

@@ -66,6 +66,7 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_slm_kernels_loads_nothing_but_torch_and_the_standard_library():
     code = (
         "import sys, torch\nbefore = set(sys.modules)\nimport slm_kernels\n"
