@@ -38,6 +38,7 @@ def expected_labels(text: str, spans, sizes) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(labelled())
 def test_a_token_has_the_label_of_most_of_its_bytes(given_text):

@@ -23,6 +23,7 @@ def noise_of(noisy: str, spans: list[tuple[int, int]]) -> list[str]:
     return [noisy[match.start() : match.end()] for match in re.finditer("n+", kinds)]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     text=st.text(max_size=200) | st.text(" \nab\u0301\r", max_size=80),

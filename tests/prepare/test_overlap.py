@@ -32,6 +32,7 @@ def shared(overlap: Overlap, text: str) -> np.ndarray:
     return found[1]
 
 
+@pytest.mark.slow
 @needs_data
 def test_math_500_shares_13_grams_with_math():
     """47 of the 500 problems, in words of letters and digits, over whole training records."""
