@@ -17,6 +17,18 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"
 
 
 @pytest.mark.slow
+def test_benchmark_of_selected_rows_at_toy_size(tmp_path, monkeypatch):
+    out = tmp_path / "rows.csv"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    words = [str(BENCHMARKS / "selected.py"), "--small", "--repeats", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    importlib.import_module("selected").main()
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 + 1 + 3 + 1 and all(float(row["median"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["help", "data", "prepare", "score", "train", "dynamics", "doors"])
 def test_benchmark_of_the_pipeline_at_toy_size(tmp_path, monkeypatch, name):
     out = tmp_path / "rows.csv"

@@ -55,14 +55,11 @@ class Rows(NamedTuple):
     index: Tensor  # (K,)
     slots: Tensor  # (K,), where a row stands among the windows' queries, B * W
     queries: Tensor  # (B, W), which of the K rows is there; padding: any
+    positions: Tensor  # (B, W), of the queries, in 0 .. T - 1
 
     @property
     def num_rows(self) -> int:  # N
         return self.shape[0] * self.shape[1]
-
-    @property
-    def positions(self) -> Tensor:  # (B, W), in 0 .. T - 1
-        return (self.index.clamp(max=self.num_rows - 1) % self.shape[1])[self.queries]
 
     def take(
         self,
@@ -108,8 +105,9 @@ def make_rows(
     rank = F.pad((selected.cumsum(1) - 1).flatten(), (0, 1))[index]
     slots = torch.where(index < total, index // length * longest + rank, windows * longest)
     queries = numbers.new_zeros(windows * longest + 1).scatter_(0, slots, numbers[:count])
-    slots = slots.clamp(max=windows * longest - 1)
-    return Rows((windows, length), index, slots, queries[:-1].view(windows, longest))
+    queries, slots = queries[:-1].view(windows, longest), slots.clamp(max=windows * longest - 1)
+    positions = (index.clamp(max=total - 1) % length)[queries]
+    return Rows((windows, length), index, slots, queries, positions)
 
 
 class Selected:
@@ -133,7 +131,7 @@ def selected_backward(model: PreTrainedModel) -> Iterator[Selected]:
 
     def run(layer: Layer, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tape = _Tape(layer, args, kwargs, keeps=not layer.gradient_checkpointing)
-        return _Replayed.apply(tape, selected, hidden, *trained(layer))
+        return _Replayed.apply(tape, selected, hidden, *tape.weights)
 
     with through(model, run):
         yield selected
@@ -152,10 +150,6 @@ def through(model: PreTrainedModel, run: Callable[..., Tensor]) -> Iterator[None
     finally:
         for layer in layers:
             del layer.forward
-
-
-def trained(layer: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in layer.parameters() if weight.requires_grad]
 
 
 # ---- a layer ------------------------------------------------------------------------------------
@@ -178,8 +172,7 @@ class _Replayed(Function):
         mine = rows.gather(hidden).requires_grad_()
         with torch.enable_grad():
             out = ctx.tape.replay(mine.view_as(mine), rows, saved)  # no leaf: hooks refuse one
-        wanted = [mine, *trained(ctx.tape.layer)]
-        gradient = rows.gather_gradient(gradients[0])
+        wanted, gradient = [mine, *ctx.tape.weights], rows.gather_gradient(gradients[0])
         found = torch.autograd.grad(out, wanted, gradient, allow_unused=True)
         return None, None, rows.scatter(found[0]), *found[1:]
 
@@ -195,6 +188,7 @@ class _Tape(TorchFunctionMode):
             {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()},
         )
         self.layer, self.keeps = layer, keeps
+        self.weights = [weight for weight in layer.parameters() if weight.requires_grad]
         self.name = type(layer).__name__
         self.saved: list[Tensor] = []
         self.products: dict[int, list[int]] = {}  # by the weight's id: places in `saved`
