@@ -475,6 +475,12 @@ def test_activation_checkpointing_computes_twice_and_gets_the_same(saved, build)
         assert torch.equal(gradient, results[1][1][name])
 
 
+def test_compiled_layers_have_no_backward_pass_along_selected_rows(build):
+    with pytest.raises(UserError, match="backward=selected runs layers by itself: model.compile=f"):
+        build(compile=True, backward="selected")
+    assert build(backward="selected").backward == "selected"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("documents", "backend"), [(False, "inductor"), (True, "aot_eager")])
