@@ -48,5 +48,5 @@ slm train -m out=runs/targets experiment=continue_small selection=all,random,exc
     callbacks.dynamics.references=unseen_references callbacks.dynamics.num_targets=$probed callbacks.dynamics.every_tokens=$((tokens / 6))
 
 # What came of it, beside the model that it began with and the reference.
-slm report runs=runs/targets out=report 'baselines={reference model: runs/reference}'
+slm report runs=runs/targets out=report 'baselines={reference model: runs/reference}' 'heldout={unseen: unseen/heldout}'
 slm verify corpus curated unseen references runs

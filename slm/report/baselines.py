@@ -1,9 +1,10 @@
 """What else could be done, as arms of one report: other runs, and models without a run.
 
-A model without a run is evaluated here, on the windows and in the precision of the runs.
+What was not evaluated on the windows of the runs, such as a reference with a budget of its own, is
+evaluated here, on these and in the precision of the runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from slm.errors import UserError
 from slm.evaluate.command import evaluated
 from slm.evaluate.losses import WindowLosses
 from slm.model.folder import check_model_folder
-from slm.report.arms import Arm, Run, arms_of, read_runs, report_left_out
+from slm.report.arms import Arm, Run, arms_of, heldout_text, read_runs, report_left_out
 from slm.selection.names import ALL_TOKENS
 from slm.stage import Folder
 from slm.store.files import Json, read_json
@@ -57,16 +58,22 @@ def read_baselines(
 ) -> list[Arm]:
     """One arm each, under the name that it was given; corpus and budget may be others.
 
-    heldout: the corpora of the sets, for models without a run
+    heldout: the corpora of the sets: what was not evaluated on the windows of the runs is, here
     """
     folders = {label: str(folder) for label, folder in named.items()}
-    is_run = {label: bool(runs_below(Path(folder))) for label, folder in folders.items()}
-    models = {label: folder for label, folder in folders.items() if not is_run[label]}
-    arms = {label: run_arm(label, folders[label]) for label in folders if is_run[label]}
-    check_sets(list(arms.values()), sets)
-    if models:
-        arms |= model_arms(models, runs[0], sets, heldout)
-    return [arms[label] for label in folders]
+    arms = [
+        run_arm(label, folder) if runs_below(Path(folder)) else model_arm(label, folder)
+        for label, folder in folders.items()
+    ]
+    check_sets([arm for arm in arms if arm.has_run], sets)
+    like = max(runs, key=lambda run: len(run.lineage["heldout"]))  # an older one may say nothing
+    texts = {arm.label: other_windows(arm, like, sets) for arm in arms}
+    others = [arm for arm in arms if texts[arm.label]]
+    if not others:
+        return arms
+    corpora = heldout_corpora(others[0].label, texts[others[0].label], like, sets, heldout)
+    again = {arm.label: arm for arm in evaluated_again(others, like, corpora)}
+    return [again[arm.label] if arm.label in again else arm for arm in arms]
 
 
 def run_arm(label: str, folder: str) -> Arm:
@@ -83,36 +90,41 @@ def run_arm(label: str, folder: str) -> Arm:
     return Arm(label, label, runs, is_baseline=True)
 
 
-# ---- models without a run -----------------------------------------------------------------------
+def model_arm(label: str, folder: str) -> Arm:
+    """Of a model without a run: evaluated nowhere."""
+    if is_folder(f"baseline {label!r}:", folder):
+        check_model_folder(f"baseline {label!r}:", folder)
+    path = Path(folder) / "slm.json"
+    known = read_json(path)["lineage"] if path.is_file() else {}
+    run = Run(Path(folder), NO_RUN | known | {"heldout": {}}, {}, {})
+    return Arm(label, label, [run], is_baseline=True)
 
 
-def model_arms(
-    models: Mapping[str, str], like: Run, sets: Sequence[str], heldout: Mapping[str, Folder]
-) -> dict[str, Arm]:
-    """Evaluated as `like` was."""
-    for label, folder in models.items():
-        if is_folder(f"baseline {label!r}:", folder):
-            check_model_folder(f"baseline {label!r}:", folder)
-    corpora = heldout_corpora(next(iter(models.items())), like, sets, heldout)
-    windows = {name: like.lineage["heldout"][name]["windows"] for name in sets}
-    precision = like.lineage["precision"] if "precision" in like.lineage else "32-true"
-    found = evaluated(models, corpora, windows, BATCH_SIZE, PRECISIONS[precision])
-    return {
-        label: model_arm(label, folder, like, {name: found[label, name] for name in sets})
-        for label, folder in models.items()
-    }
+# ---- on the windows of the runs -----------------------------------------------------------------
+
+
+def other_windows(arm: Arm, like: Run, sets: Sequence[str]) -> str:
+    """Why the arm's losses are not those of `like`'s windows; empty where they are."""
+    if not arm.has_run:
+        return "is a model without a run"
+    for run in arm.runs:
+        for name in sets:
+            mine, theirs = heldout_text(run, name), heldout_text(like, name)
+            if None not in (mine, theirs) and mine != theirs:
+                return f"was evaluated on {mine} of {name!r}, {like.folder} on {theirs}"
+    return ""
 
 
 def heldout_corpora(
-    model: tuple[str, str], like: Run, sets: Sequence[str], heldout: Mapping[str, Folder]
+    label: str, why: str, like: Run, sets: Sequence[str], heldout: Mapping[str, Folder]
 ) -> dict[str, Corpus]:
     """UserError where they are not the runs' own."""
     known = like.lineage["heldout"]
     for name in sets:
         if name not in heldout:
             raise UserError(
-                f"baseline {model[0]!r} ({model[1]}) is a model without a run, which the report "
-                f"evaluates: name the corpus of the held-out set, heldout={{{name}: FOLDER}}"
+                f"baseline {label!r} {why}: name the corpus of the held-out set, heldout={{{name}: "
+                "FOLDER}, and the report evaluates it on the windows of the runs; or leave it out"
             )
         if name not in known:
             raise UserError(f"{like.folder} does not say which windows of {name!r} it read")
@@ -126,17 +138,32 @@ def heldout_corpora(
     return corpora
 
 
-def model_arm(label: str, folder: str, like: Run, found: Mapping[str, WindowLosses]) -> Arm:
-    path = Path(folder) / "slm.json"
-    known = read_json(path)["lineage"] if path.is_file() else {}
-    record = NO_RUN | known | {"heldout": like.lineage["heldout"]}
+def evaluated_again(arms: Sequence[Arm], like: Run, corpora: Mapping[str, Corpus]) -> Iterator[Arm]:
+    """On the windows of `like`, in its precision."""
+    folders = {str(model_of(run)): str(model_of(run)) for arm in arms for run in arm.runs}
+    windows = {name: like.lineage["heldout"][name]["windows"] for name in corpora}
+    precision = like.lineage["precision"] if "precision" in like.lineage else "32-true"
+    found = evaluated(folders, corpora, windows, BATCH_SIZE, PRECISIONS[precision])
+    for arm in arms:
+        losses = [{name: found[str(model_of(run)), name] for name in corpora} for run in arm.runs]
+        runs = [measured(*pair, like) for pair in zip(arm.runs, losses, strict=True)]
+        yield arm._replace(runs=runs)
+
+
+def model_of(run: Run) -> Path:
+    return run.folder / "model" if run.identity else run.folder
+
+
+def measured(run: Run, found: Mapping[str, WindowLosses], like: Run) -> Run:
+    """With these losses alone, at its end."""
+    record = run.lineage | {"heldout": like.lineage["heldout"]}
     seen = record["tokens_seen"]
     curves = {
         name: Curve("", np.array([seen]), np.array([losses.total().loss]))
         for name, losses in found.items()
     }
     windows = {(name, seen): losses for name, losses in found.items()}
-    return Arm(label, label, [Run(Path(folder), record, {}, curves, windows)], is_baseline=True)
+    return run._replace(lineage=record, curves=curves, windows=windows)
 
 
 # ---- what fits together -------------------------------------------------------------------------

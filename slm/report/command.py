@@ -199,7 +199,8 @@ def report(
         out: folder of the page, tables and figures; an earlier report there is replaced.
         baselines: {name: folder}: what else could be done. A run, whose corpus and budget may
             differ; or a model, a folder or a name on the hub, which is evaluated here.
-        heldout: {set: corpus folder}: of the held-out sets, for models among the baselines.
+        heldout: {set: corpus folder}: of the held-out sets, for baselines that are models, or runs
+            that read other windows of them.
         sets: held-out sets; None: all of them.
         max_dynamics: at most so many stores of token losses are shown, one seed of each arm first.
         modules: files or dotted names that hold rules of your own.

@@ -55,10 +55,27 @@ def test_a_model_without_a_run_is_evaluated_on_the_runs_windows(tmp_path, model,
     assert "base: the model" in page and "5 windows" in page
 
 
+def test_a_run_that_read_other_windows_is_evaluated_on_the_runs(tmp_path, model, text_corpus):
+    """A reference whose budget allowed fewer of them."""
+    corpora = {"a": str(text_corpus.folder)}
+    make_run(tmp_path / "runs" / "all", "All", None, heldout=heldout(text_corpus))
+    run = make_run(tmp_path / "ref", "All", None, final=2.0, heldout=heldout(text_corpus, 3))
+    for path in model.iterdir():
+        if path.name != "slm.json":
+            path.rename(run / "model" / path.name)
+    more = {"sets": ["a"], "baselines": {"ref": str(run)}}
+    row = report(**config(tmp_path / "runs", tmp_path / "out", **more, heldout=corpora)).rows[-1]
+    (expected,) = evaluate({"x": run / "model"}, corpora, max_windows=5)
+    assert (row["arm"], row["windows"], row["tokens_seen"]) == ("ref", 5, 400)
+    assert row["mean"] == pytest.approx(expected["loss"], abs=1e-6)
+    with pytest.raises(UserError, match=r"'ref' was evaluated on 3 windows .* on 5 windows"):
+        report(**config(tmp_path / "runs", tmp_path / "other", **more))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heldout": None}, "is a model without a run, .* heldout={a: FOLDER}"),
+        ({"heldout": None}, "is a model without a run: .* heldout={a: FOLDER}"),
         ({"baselines": {"base": "nowhere/else"}}, "baseline 'base'"),
         ({"windows": {"a": {"fingerprint": "c0ffee", "windows": 5}}}, "has the fingerprint"),
         ({"windows": {}}, "does not say which windows of 'a'"),

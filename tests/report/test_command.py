@@ -270,8 +270,9 @@ def test_losses_on_other_windows_are_refused(tmp_path, other):
     runs, out = tmp_path / "runs", tmp_path / "out"
     with pytest.raises(UserError, match=expected):
         report(**config([runs, two], out))
-    with pytest.raises(UserError, match=expected):
-        report(**config(runs, out, baselines={"x": str(two)}))
+    words = rf"'x' was evaluated on {entry['windows']} windows .* of 'b', .*one on 8 windows"
+    with pytest.raises(UserError, match=words + ".* heldout={b: FOLDER}"):
+        report(**config(runs, out, baselines={"x": str(two)}, sets=["b"]))
     assert not out.exists()
     assert [row["seeds"] for row in report(**config([runs, two], out, sets=["a"])).rows] == [3]
 
