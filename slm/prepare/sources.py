@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -253,6 +254,9 @@ def find_files(given: str, kind: str | None) -> tuple[list[Path], str]:
         found = without_leftovers([p for p in here if format_of(p) is not None])
         say_archives([p for p in here if is_archive(p)])
         files = [p for p in found if kind in (None, format_of(p))]
+        say_unknown(
+            given, kind, [p for p in here if format_of(p) is None and not is_archive(p)], files
+        )
     elif kind == "hub" or (kind is None and looks_like_hub(given)):
         return [], "hub"
     else:
@@ -281,6 +285,23 @@ def say_archives(archives: list[Path]) -> None:
     if archives:
         more = f" and {len(archives) - 1} more archives are" if archives[1:] else " is"
         log.warning("%s%s not read: unpack what belongs to the data", archives[0], more)
+
+
+def say_unknown(given: str, kind: str | None, unknown: list[Path], files: list[Path]) -> None:
+    """A folder of notes.md is no empty folder."""
+    if not unknown:
+        return
+    suffixes = Counter(p.suffix for p in unknown)
+    most = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))[:3]
+    counts = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in most)
+    how = f"{given}/**/*{most[0][0]}"
+    words = (
+        f"{given}: {len(unknown)} files are not read, their suffix tells no format ({counts}); "
+        f"a glob with a format reads them: {{path: {how!r}, format: text}}"
+    )
+    if not files and kind in (None, "text"):
+        raise UserError(words)
+    log.warning("%s", words)
 
 
 def is_hidden(path: Path) -> bool:

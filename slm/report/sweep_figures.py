@@ -138,15 +138,18 @@ def loss_differences(sweep: Sweep) -> Figure:
         {arm.label: difference(arm, sweep.controls, name) for arm in others} for name in sweep.sets
     ]
     means = {label: one.mean for label, one in found[0].items()}
-    if BEFORE in means and dwarfs(means.pop(BEFORE), [0.0, *means.values()]):
+    notes = []
+    if BEFORE in means and dwarfs(start := means.pop(BEFORE), [0.0, *means.values()]):
         found = [{label: by_arm[label] for label in means} for by_arm in found]
+        notes.append(f"Before training, {start:+.3f}, is far off.")
     labels = sorted(found[0], key=lambda label: found[0][label].mean)
     panels = [
         difference_panel(name, {label: by_arm[label] for label in labels[:MOST_ROWS]})
         for name, by_arm in zip(sweep.sets, found, strict=True)
     ]
-    note = f"The {MOST_ROWS} lowest of {len(labels)}." if len(labels) > MOST_ROWS else ""
-    return Figure("", panels, note)
+    if len(labels) > MOST_ROWS:
+        notes.append(f"The {MOST_ROWS} lowest of {len(labels)}.")
+    return Figure("", panels, " ".join(notes))
 
 
 def difference_panel(name: str, found: dict[str, Difference]) -> Panel:
@@ -159,7 +162,8 @@ def difference_panel(name: str, found: dict[str, Difference]) -> Panel:
         words = [label for label, seeds in several.items() for _ in seeds]
         values = np.concatenate([*several.values()])
         series.append(Series("one seed", QUIET, words, values, kind="points", mark="x"))
-    y = Axis("loss minus all tokens' (nats per token)", "minus_all_tokens_nats")
+    title = "loss minus all tokens' (nats per token)"
+    y = Axis(title, "minus_all_tokens_nats", from_zero=True)
     return Panel(name, Axis("", "arm"), y, series)
 
 

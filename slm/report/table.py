@@ -96,12 +96,13 @@ def num_windows(run: Run, name: str) -> int | None:
 
 def against_all_tokens(arm: Arm, controls: Sequence[Run], name: str) -> Json:
     """The difference with its interval over windows, and of the seeds that both have."""
-    keys = [f"minus_all_tokens{end}" for end in ("", "_half_width", "_low", "_high")]
+    ends = ("", "_half_width", "_lowest_seed", "_highest_seed")
+    keys = [f"minus_all_tokens{end}" for end in ends]
     if not controls or arm.is_control:
         return dict.fromkeys(keys)
     found = difference(arm, controls, name)
-    ends = [min(found.seeds), max(found.seeds)] if found.seeds else [None, None]
-    values = [found.mean, found.half, *ends]
+    seeds = [min(found.seeds), max(found.seeds)] if found.seeds else [None, None]
+    values = [found.mean, found.half, *seeds]
     rounded = [None if value is None else round(value, 6) for value in values]
     return dict(zip(keys, rounded, strict=True))
 
@@ -114,12 +115,14 @@ def markdown(rows: Sequence[Json], sets: Sequence[str], left_out: dict[Path, str
     minus = [f"minus all tokens, {name}" for name in sets]
     reach = [f"tokens to all tokens' loss, {name}" for name in sets]
     head = ["arm", *sets, *minus, "seeds", "tokens seen", "tokens selected", *reach]
-    lines = [line_of(head), "| --- " * len(head) + "|"]
+    lines, places = [line_of(head), "| --- " * len(head) + "|"], digits(rows)
+    minus_places = minus_digits(rows)
     for label, found in by_arm.items():
         row = found[sets[0]]
         counts = [f"{row[key]:,}" for key in ("seeds", "tokens_seen", "tokens_selected")]
         ends = [found[name]["tokens_to_all_tokens_loss"] for name in sets]
-        texts = [text(found[name]) for text in (spread_text, minus_text) for name in sets]
+        texts = [spread_text(found[name], places[name]) for name in sets]
+        texts += [minus_text(found[name], minus_places[name]) for name in sets]
         cells = [label, *texts, *counts]
         cells += ["" if end is None else f"{end:,}" for end in ends]
         lines.append(line_of(cells))
@@ -140,23 +143,37 @@ def windows_notes(rows: Sequence[Json]) -> list[str]:
     return [f"Held-out windows: {texts}."] if known else []
 
 
-def digits(row: Json) -> int:
-    """As many as seeds agree on and windows tell arms apart by; 4 where neither is known."""
-    half = row["minus_all_tokens_half_width"] or 0.0
-    return decimals(max(row["high"] - row["low"], 2 * half))
+def digits(rows: Sequence[Json]) -> dict[str, int]:
+    """Of a set's losses, alike in all rows: as many as seeds agree on and windows tell apart by."""
+    spreads = [max(row["high"] - row["low"], 2 * (half_of(row) or 0)) for row in rows]
+    return places_of(rows, spreads)
 
 
-def spread_text(row: Json) -> str:
-    mean, low, high = (f"{row[key]:.{digits(row)}f}" for key in ("mean", "low", "high"))
+def minus_digits(rows: Sequence[Json]) -> dict[str, int]:
+    """Of the differences: as their intervals allow, or else as the losses have."""
+    halves = [half_of(row) or 0.0 for row in rows]
+    return digits(rows) if not any(halves) else places_of(rows, halves)
+
+
+def half_of(row: Json) -> float | None:
+    return row["minus_all_tokens_half_width"]
+
+
+def places_of(rows: Sequence[Json], spreads: Sequence[float]) -> dict[str, int]:
+    """4 where no spread of the set is known."""
+    found: dict[str, list[float]] = {row["set"]: [] for row in rows}
+    for row, spread in zip(rows, spreads, strict=True):
+        found[row["set"]] += [spread] if spread > 0 else []
+    return {name: decimals(float(np.median(one)) if one else 0) for name, one in found.items()}
+
+
+def spread_text(row: Json, places: int) -> str:
+    mean, low, high = (f"{row[key]:.{places}f}" for key in ("mean", "low", "high"))
     return mean if row["seeds"] == 1 else f"{mean} ({low} to {high})"
 
 
-def minus_text(row: Json) -> str:
+def minus_text(row: Json, places: int) -> str:
     """-0.029 ± 0.006; empty for all tokens themselves."""
-    value, half = row["minus_all_tokens"], row["minus_all_tokens_half_width"]
-    if value is None:
-        return ""
-    if half is None:
-        return f"{value:+.{digits(row)}f}"
-    places = decimals(half)
-    return f"{value:+.{places}f} ± {half:.{places}f}"
+    value, half = row["minus_all_tokens"], half_of(row)
+    interval = "" if half is None else f" ± {half:.{places}f}"
+    return "" if value is None else f"{value:+.{places}f}{interval}"

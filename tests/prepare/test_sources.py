@@ -64,6 +64,22 @@ def test_a_plan_says_what_is_labelled(tmp_path):
     assert source(path, noise=0, noise_seed=5).plan() == plan | {"noise": 0, "noise_seed": 5}
 
 
+def test_a_folder_of_files_that_tell_no_format_is_said(tmp_path, caplog):
+    for name in ("a.md", "b/c.md", "d.rst", "LICENSE", ".hidden.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("some text")
+    said = (
+        r"4 files are not read, .* \(2 .md, 1 without one, 1 .rst\); .*/\*\*/\*.md', format: text}"
+    )
+    with pytest.raises(UserError, match=said):
+        parse_sources([str(tmp_path)], "sources")
+    (tmp_path / "e.txt").write_text("more")
+    (source,) = parse_sources([str(tmp_path)], "sources")
+    assert source.files == (str(tmp_path / "e.txt"),) and "4 files are not read" in caplog.text
+    (source,) = parse_sources([{"path": f"{tmp_path}/**/*.md", "format": "text"}], "sources")
+    assert [Path(file).name for file in source.files] == ["a.md", "c.md"]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

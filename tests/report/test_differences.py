@@ -46,7 +46,7 @@ def test_the_interval_covers_the_difference_of_all_text():
 
 @pytest.mark.parametrize("freedom", STUDENT)
 def test_students_quantile(freedom):
-    assert student(freedom) == pytest.approx(STUDENT[freedom], rel=0.04)
+    assert student(freedom) == pytest.approx(STUDENT[freedom], rel=0.015 if freedom > 3 else 0.02)
 
 
 def test_other_windows_and_few_have_no_interval():
@@ -79,8 +79,9 @@ def test_an_arm_beside_all_tokens_by_hand(tmp_path):
     by_hand = STUDENT[4] * np.sqrt((tilt**2).sum() / 4 / 5)
     assert found.half == pytest.approx(by_hand, rel=0.02)
     row = against_all_tokens(half, whole.runs, "a")
-    assert (row["minus_all_tokens_low"], row["minus_all_tokens_high"]) == (-1.0, -0.5)
-    assert minus_text(row) == "-0.750 ± 0.019"
+    assert row["minus_all_tokens_lowest_seed"] == -1.0
+    assert row["minus_all_tokens_highest_seed"] == -0.5
+    assert minus_text(row, 3) == "-0.750 ± 0.020"
     assert set(against_all_tokens(whole, whole.runs, "a").values()) == {None}
     assert set(against_all_tokens(half, [], "a").values()) == {None}
 

@@ -38,7 +38,7 @@ from slm.report.page.tokens import (
     window_texts,
 )
 from slm.report.provenance import Provenance
-from slm.report.table import digits, minus_text
+from slm.report.table import digits, minus_digits, minus_text
 from slm.selection.names import selection_name
 from slm.store.files import Json, atomic_file
 
@@ -112,7 +112,6 @@ def render(
     environment.filters |= {
         "fixed": fixed,
         "percent": percent,
-        "digits": digits,
         "minus": minus_text,
     }
     return environment.get_template("page.html").render(
@@ -271,7 +270,8 @@ def sweep_table(sweep: SweepFigures) -> Json:
     arms = list(dict.fromkeys(row["arm"] for row in sweep.rows))
     best = {name: min(cells[arm, name]["mean"] for arm in arms) for name in sweep.sets}
     lines = [[cells[arm, name] for name in sweep.sets] for arm in arms]
-    return {"sets": sweep.sets, "lines": lines, "best": best}
+    places = {"digits": digits(sweep.rows), "minus_digits": minus_digits(sweep.rows)}
+    return {"sets": sweep.sets, "lines": lines, "best": best} | places
 
 
 def truth_table(rows: Sequence[Json]) -> list[Json]:

@@ -233,7 +233,7 @@ def test_the_tables_hold_the_numbers(tmp_path):
     assert cells(page, 1) == [
         ["arm", "math 1,256 windows", minus, "seeds", "tokens seen", "tokens selected", reach],
         ["excess 0.5", "3.12 3.00 to 3.25", "-0.175 ± 0.021", "2", "4,000", "2,000", "3,456"],
-        ["all", "3.3000", "–", "1", "4,000", "2,000", "–"],
+        ["all", "3.30", "–", "1", "4,000", "2,000", "–"],
     ]  # fmt: skip
     assert sweep_table(make_sweep())["best"] == {"math": 3.125}
     for row, name in zip(cells(page, 2)[1:], CLASSES, strict=True):
@@ -267,7 +267,7 @@ def test_the_reports_own_panels_fit(tmp_path):
     assert [row[:2] for row in cells(page, 1)[1:]] == [
         ["excess k = 0.5", "3.5 3.0 to 4.0"],
         ["excess k = 1", "4.0 3.5 to 4.5"],
-        ["softmax", "3.2500 3.2500 to 3.2500"],
+        ["softmax", "3.2 3.2 to 3.2"],
     ]
     drawn = embedded(page)["sweep"]
     lines = {trace["name"]: trace["y"] for trace in drawn["ratios"][0]["data"]}
