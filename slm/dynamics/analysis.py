@@ -63,7 +63,10 @@ class Chooser:
         self.order = np.random.Generator(np.random.PCG64(0)).permutation(len(tokens.windows))
         missing = [column for column in rule.needs if column not in self.batch]
         if missing:
-            raise UserError(f"it needs {', '.join(missing)}, and no references were given")
+            raise UserError(
+                f"it needs {', '.join(missing)}, and no references were given "
+                "(callbacks.dynamics.references of a training, references of slm dynamics)"
+            )
 
     def selected(self, losses: np.ndarray, tokens_seen: int) -> np.ndarray:  # (M,), -> (M,) bool
         rule = self.rule if tokens_seen >= self.start else All()
