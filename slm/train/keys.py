@@ -5,6 +5,7 @@ What is built from a `_target_` has its constructor's keys; here are those that 
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from slm.checks import (
     CHECKS,
@@ -30,7 +31,6 @@ from slm.checks import (
     word,
 )
 from slm.command_keys import PRECISIONS
-from slm.store.files import Json
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
 count, count_or_null = whole(1), optional(whole(1))
@@ -129,7 +129,7 @@ INSTEAD = {
 }
 
 
-def check_train(settings: Json) -> None:
+def check_train(settings: dict[str, Any]) -> None:
     check(settings, TRAIN, INSTEAD)
     for name, key in trainer_environment():
         check_known(key, TRAINER, {key: f"as {name} in the environment, where nothing may set it"})
