@@ -33,6 +33,7 @@ from slm.train.curves import Curve, by_label, mean_curve
 MOST_TICKS = 12
 MOST_LINES = 6  # with a panel each
 MOST_ROWS = 40
+MOST_MARKS = 8  # points of a curve that are each marked
 MOST_CURVES = 40  # of runs in a panel that has each of them beside the means
 MIN_LATE = 2  # points of a curve that show its course without its start
 Points = list[tuple[float, list[float]]]  # (select_ratio, loss of each seed)
@@ -239,11 +240,13 @@ def tokens_panel(
     series = [
         one
         for label, runs in by_label(found.curves).items()
-        for one in seed_series(runs, look(label, colours[label])._replace(width=width))
+        for one in seed_series(
+            runs, marked(look(label, colours[label]), runs)._replace(width=width)
+        )
         if not (one.is_seed and is_full)
     ]
     for label, runs in by_label(found.controls).items():
-        series += seed_series(runs, look(label, INK)._replace(dash="dash"))
+        series += seed_series(runs, marked(look(label, INK), runs)._replace(dash="dash"))
     note = ""
     if found.before is not None:
         ends = [0.0, max(float(curve.tokens_seen[-1]) for curve in found.curves)]
@@ -256,6 +259,11 @@ def tokens_panel(
 
 def look(label: str, colour: Colour) -> Series:
     return Series(label, colour, [], np.array([]))
+
+
+def marked(line: Series, runs: Sequence[Curve]) -> Series:
+    """Where few points were measured, they are shown: between them is a guess."""
+    return line._replace(mark="circle") if len(runs[0].loss) <= MOST_MARKS else line
 
 
 def loss_curves(

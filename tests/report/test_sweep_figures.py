@@ -138,3 +138,12 @@ def test_differences_stand_in_order_with_their_intervals_and_seeds(tmp_path):
 
 def ratio_lines(sweep: Sweep) -> set[str]:
     return {one.text for one in loss_vs_k(sweep).panels[0].series}
+
+
+@pytest.mark.parametrize(("points", "mark"), [(2, "circle"), (30, "")])
+def test_points_are_marked_where_they_are_few(points, mark):
+    seen = np.linspace(0.0, 100, points)
+    curves, control = ([Curve(name, seen, seen + 1)] for name in ("k = 0.2", "all tokens"))
+    (panel,) = tokens_figure([[Curves("x, a", "a", curves, control)]]).panels
+    found = {one.name: one.mark for one in panel.series}
+    assert (found["k = 0.2"], found["all tokens"]) == (mark, mark)
