@@ -29,7 +29,7 @@ GIVEN = {  # what must be given; nothing of it is there
     "demo": ["out=x"],
 }
 
-HEAVY = {"numpy", "torch", "transformers", "lightning", "wandb", "datasets", "matplotlib"}
+HEAVY = {"torch", "transformers", "lightning", "wandb", "datasets", "matplotlib"}
 
 
 def table_of(name: str) -> Table:
