@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 WHOLE_RUNS = """
-test_build.py test_cli.py test_command.py test_compose.py test_conf.py test_costs.py
-test_extend.py test_figures.py test_keys.py test_older_build.py test_page.py test_pipeline.py
+test_build.py test_cli.py test_command.py test_compose.py test_conf.py test_corpus.py test_costs.py
+test_encoder.py test_extend.py test_figures.py test_harness.py test_implementations.py test_keys.py
+test_older_build.py test_page.py test_pipeline.py
 test_plots.py test_scorer.py test_served.py test_sweep.py test_transformers.py test_trl.py
 test_workers.py
 """.split()  # files whose tests train models or draw pictures: seconds each, minutes together
