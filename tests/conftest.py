@@ -17,7 +17,7 @@ test_encoder.py test_extend.py test_figures.py test_harness.py test_implementati
 test_older_build.py test_page.py test_pipeline.py
 test_plots.py test_scorer.py test_served.py test_sweep.py test_transformers.py test_trl.py
 test_workers.py
-""".split()  # files whose tests train models or draw pictures: seconds each, minutes together
+""".split()  # files whose tests together take seconds, most since they train or draw
 
 
 def pytest_configure(config: pytest.Config) -> None:

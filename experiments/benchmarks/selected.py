@@ -1,6 +1,6 @@
 """A training step along selected rows against the all-token step: rows in results/selected.csv.
 
-    python experiments/benchmarks/selected.py            8 and 30 layers, an hour on two cores
+    python experiments/benchmarks/selected.py            8 and 30 layers, 15 minutes on two cores
     python experiments/benchmarks/selected.py --cpu      seconds of the process, on a busy machine
     python experiments/benchmarks/selected.py --small    toy sizes, for the test suite
 

@@ -127,7 +127,10 @@ def markdown(rows: Sequence[Json], sets: Sequence[str], left_out: dict[Path, str
         cells += ["" if end is None else f"{end:,}" for end in ends]
         lines.append(line_of(cells))
     lines += ["", "Final held-out loss in nats per token: mean over seeds (lowest to highest)."]
-    lines += ["", MINUS_NOTE, "", REACH_NOTE, "", *windows_notes(rows), ""]
+    is_compared = any(row["minus_all_tokens"] is not None for row in rows)
+    for note in [*([MINUS_NOTE] if is_compared else []), REACH_NOTE, *windows_notes(rows)]:
+        lines += ["", note]
+    lines.append("")
     lines += [f"Left out: `{folder}`: {reason}" for folder, reason in left_out.items()]
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from lightning import Trainer
 
-from slm.evaluate.command import WindowLosses, num_tokens, window_losses
+from slm.evaluate.command import num_tokens, window_losses
+from slm.evaluate.losses import WindowLosses
 from slm.train.callbacks.base import Evaluation, datamodule_of, send
 from slm.train.curves import write_window_losses
 
