@@ -6,7 +6,8 @@ often; where two times are too much, on fewer windows, which all measurements of
 
 Costs are counted in tokens of a forward pass. A training token counts as one that no rule selects,
 whatever the rule is: so a share is never more than is said, and the runs of a sweep, which may
-differ in their rule, are measured at the same steps on the same windows.
+differ in their rule, are measured at the same steps on the same windows. So are runs that differ in
+model.backward: the plan is of the exact one, and of a cheaper run it is a larger share, as is said.
 """
 
 import logging
@@ -66,12 +67,12 @@ class Costs(Callback):
         seq_len, lms = datamodule_of(trainer).corpus.seq_len, (pl_module.lm, *pl_module.online)
         ratio = pl_module.selection.ratio(trainer.max_steps * pl_module.tokens_per_step // 2)
         forward, *online = (forward_flops_per_token(lm.model, seq_len) for lm in lms)
-        self.least = self.usual = UNKNOWN_COST
+        self.planned = self.least = self.usual = UNKNOWN_COST
         if forward is not None:
-            shares = (0.0, ratio or 1.0)
             model, backward = pl_module.lm.model, pl_module.lm.backward
-            least, usual = (flops_per_token(model, seq_len, k, backward) for k in shares)
-            self.least, self.usual = (least or 0) / forward, (usual or 0) / forward
+            asked = ((0.0, "exact"), (0.0, backward), (ratio or 1.0, backward))
+            found = [(flops_per_token(model, seq_len, *one) or 0) / forward for one in asked]
+            self.planned, self.least, self.usual = found
             self.usual += sum(flops or 0 for flops in online) / forward
         parameters = list(pl_module.lm.parameters())
         self.model_bytes = sum(p.nbytes for p in parameters)
@@ -83,7 +84,7 @@ class Costs(Callback):
         data = datamodule_of(trainer)
         allowed, total = data.heldout_windows, trainer.max_steps * data.tokens_per_step
         if planned:
-            self._plan(trainer, planned, total * self.least * SHARE / (1 - SHARE))
+            self._plan(trainer, planned, total * self.planned * SHARE / (1 - SHARE))
         read = sum(
             item.times(trainer, item.parts) * item.num_tokens(trainer, data.heldout_windows)
             for item in evaluations

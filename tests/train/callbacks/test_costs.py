@@ -65,13 +65,16 @@ def test_the_default_stays_within_its_share_and_is_the_same_for_every_rule(
     caplog.set_level(logging.INFO, "slm.train")
     words = (BY_DEFAULT, "data.heldout_windows=30")
     logs = []
-    for name in ("all", "random"):
-        train(compose_train(tmp_path / name, text_corpus.folder, f"selection={name}", *words))
-        logs.append([row["step"] for row in rows(tmp_path / name / "heldout.csv")])
-    assert logs == [["0", "12"]] * 2
+    for name, backward in (("all", "exact"), ("random", "exact"), ("random", "selected")):
+        given = [f"selection={name}", f"model.backward={backward}", *words]
+        given += ["model.architecture.attention_dropout=0"] if backward == "selected" else []
+        run = tmp_path / (name if backward == "exact" else backward)
+        train(compose_train(run, text_corpus.folder, *given))
+        logs.append([row["step"] for row in rows(run / "heldout.csv")])
+    assert logs == [["0", "12"]] * 3
     windows, share = spent(tmp_path / "all", 16)
     assert windows < 30 and share <= 0.1
-    assert spent(tmp_path / "random", 16)[0] == windows
+    assert spent(tmp_path / "random", 16)[0] == spent(tmp_path / "selected", 16)[0] == windows
     more = 2 * 16 * (windows + 1) / 16  # one window more of both, and it would be too much
     assert share * (1 + more / (2 * windows)) > 0.1
     assert "12 steps of 128 tokens, 1,536 in all: about 0:00:0" in caplog.text
