@@ -142,8 +142,13 @@ def why_left_out(folder: Path) -> str | None:
 def read_run(folder: Path) -> Run:
     record = read_json(folder / "model" / "slm.json")["lineage"]
     curves = {name: read_curve(folder, "", name) for name in heldout_sets(folder)}
-    identity = in_words(read_json(folder / "run.json"))
+    identity = read_identity(folder / "run.json")
     return Run(folder, record, identity, curves, read_window_losses(folder))
+
+
+def read_identity(path: Path) -> Json:
+    """With what is not written where it is the usual (slm/train/identity.py)."""
+    return {"model.backward": "exact"} | in_words(read_json(path))
 
 
 def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:
@@ -212,7 +217,7 @@ def grouped(runs: Sequence[Run]) -> list[Arm]:
 def arm_labels(folders: Sequence[Path]) -> dict[Path, str]:
     """Of runs that say what they select with, finished or not, in the order of the arms."""
     records = {path: path / "run.json" for path in folders if (path / "run.json").exists()}
-    found = {path: in_words(read_json(record)) for path, record in records.items()}
+    found = {path: read_identity(record) for path, record in records.items()}
     runs = [
         Run(path, {"selection": nested(identity, "selection.")}, identity, {})
         for path, identity in found.items()

@@ -15,6 +15,13 @@ def labels(folder: Path) -> list[str]:
     return [arm.label for arm in arms_of(read_runs([str(folder)])[0])]
 
 
+def test_arms_that_differ_in_their_backward_say_so(tmp_path):
+    make_run(tmp_path / "a")  # the exact one is not written
+    make_run(tmp_path / "b", identity={"model.backward": "selected"})
+    labels = [arm.label for arm in arms_of(read_runs([str(tmp_path)])[0])]
+    assert labels == ["excess k = 0.5, backward=exact", "excess k = 0.5, backward=selected"]
+
+
 def test_an_arm_is_what_differs_in_the_seed_alone(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"random{seed}", "Random", 0.5, seed)
