@@ -9,6 +9,7 @@ Letters: B windows, T positions, D width, V vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def build_lm(
     compile: bool,
     logits_cache_bytes: int,
     backward: str = "exact",
+    keys_cache_bytes: int = 0,
 ) -> "SelectiveLM":
     """A float32 model of a stock class with its loss: loaded from `init_from`, else new.
 
@@ -61,6 +63,7 @@ def build_lm(
     compile:              torch.compile the backbone
     logits_cache_bytes:   memory for the loss to keep between forward and backward, which saves time
     backward:             exact, or selected: along the selected rows alone (selected.py)
+    keys_cache_bytes:     with selected and activation_checkpointing, likewise for keys and values
     """
     if compile and backward == "selected":
         raise UserError("model.backward=selected runs layers by itself: model.compile=false")
@@ -84,7 +87,7 @@ def build_lm(
     if compile:
         model.base_model.compile()  # in place: the names of the parameters stay
     # What was loaded is in evaluation mode, where checkpointing and dropout do nothing.
-    return SelectiveLM(model, logits_cache_bytes, backward).train()
+    return SelectiveLM(model, logits_cache_bytes, backward, keys_cache_bytes).train()
 
 
 def check_loss_terms(model: PreTrainedModel, init_from: str | None) -> None:
@@ -198,10 +201,15 @@ class SelectiveLM(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, logits_cache_bytes: int = 0, backward: str = "exact"
+        self,
+        model: PreTrainedModel,
+        logits_cache_bytes: int = 0,
+        backward: str = "exact",
+        keys_cache_bytes: int = 0,
     ):
         super().__init__()
-        self.logits_cache_bytes, self.backward = logits_cache_bytes, backward
+        self.logits_cache_bytes, self.keys_cache_bytes = logits_cache_bytes, keys_cache_bytes
+        self.backward = backward
         self.model = model
 
     def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
@@ -223,7 +231,8 @@ class SelectiveLM(nn.Module):
                    target: the gradient is the exact one
         """
         cuts = self.backward == "selected" and token_weight is not None and not takes_all
-        with selected_backward(self.model) if cuts else nullcontext() as rows:
+        along = partial(selected_backward, self.model, self.keys_cache_bytes)
+        with along() if cuts else nullcontext() as rows:
             hidden = self.hidden(batch)
         head = head_arguments(self.model)
         if token_weight is None:

@@ -11,19 +11,19 @@ gradient that belongs to them is exactly zero. The forward pass is what it was, 
 graph: of a layer it keeps the input, what its linear layers gave, and keys and values. The backward
 pass runs the layer's own code on the selected rows, with these in place of products, and
 differentiates that: norms, activations and products of any architecture see K rows, and their
-queries all keys. A layer with activation checkpointing keeps no products: they are computed again,
-for K rows.
+queries all keys. A layer with activation checkpointing keeps its input alone: products are computed
+again, for K rows, and keys and values, for all, unless these fit into `keys_cache_bytes`. What
+dropout left out is drawn again.
 
 Tokens must mix in transformers' attention functions and nowhere else: `check_rows` compares.
 
 Letters: B windows, T positions, N = B * T, D width, H heads, K selected rows, W most of a window.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slm.errors import UserError
 from slm.model.head import hidden_states
+from slm.model.rows import Rows, make_rows, seen
 
 ATTENTIONS = ("sdpa", "eager")
 TOLERANCE = 1e-4  # of a layer's largest value: products of fewer rows round otherwise
@@ -45,75 +47,24 @@ INSTEAD = "which backward=selected does not compute; backward=exact does"
 PRODUCTS = {F.linear: (0, 1, 2), torch.addmm: (1, 2, 0)}
 
 
-# ---- the rows -----------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """The K rows with a weight in ascending order; padding, up to a capacity, is row N."""
-
-    shape: tuple[int, int]  # B, T
-    index: Tensor  # (K,)
-    slots: Tensor  # (K,), where a row stands among the windows' queries, B * W
-    queries: Tensor  # (B, W), which of the K rows is there; padding: any
-    positions: Tensor  # (B, W), of the queries, in 0 .. T - 1
-
-    @property
-    def num_rows(self) -> int:  # N
-        return self.shape[0] * self.shape[1]
-
-    def take(
-        self,
-        values: Tensor,  # (N, ...)
-    ) -> Tensor:  # (K, ...), any row for padding
-        return values.index_select(0, self.index.clamp(max=self.num_rows - 1))
-
-    def gather(self, values: Any) -> Any:
-        """(B, T, ...), or (1, T, ...) for all windows, to (1, K, ...); all else as it is."""
-        windows, length = self.shape
-        shapes = (windows, length), (1, length)
-        if not isinstance(values, Tensor) or values.shape[:2] not in shapes:
-            return values
-        return self.take(values.expand(windows, *values.shape[1:]).flatten(0, 1))[None]
-
-    def gather_gradient(
-        self,
-        values: Tensor,  # (B, T, ...)
-    ) -> Tensor:  # (1, K, ...), zero for padding
-        padding = (self.index == self.num_rows).view(1, -1, *[1] * (values.ndim - 2))
-        return self.gather(values).masked_fill_(padding, 0)
-
-    def scatter(
-        self,
-        values: Tensor,  # (1, K, D)
-    ) -> Tensor:  # (B, T, D), exactly zero in the other rows
-        out = values.new_zeros(self.num_rows + 1, values.shape[2])
-        return out.index_copy_(0, self.index, values[0])[: self.num_rows].unflatten(0, self.shape)
-
-
-def make_rows(
-    selected: Tensor,  # (B, T), bool
-    capacity: int | None = None,
-) -> Rows:
-    """Without a `capacity` their number is read back from the device."""
-    (windows, length), flat, total = selected.shape, selected.flatten(), selected.numel()
-    counted = capacity is None
-    count = max(1, int(flat.sum()) if counted else min(capacity, total))  # type: ignore[type-var]
-    longest = max(1, int(selected.sum(1).max())) if counted else min(count, length)
-    numbers = torch.arange(total, device=flat.device)
-    place = torch.where(flat, flat.cumsum(0) - 1, count).clamp(max=count)
-    index = numbers.new_full((count + 1,), total).scatter_(0, place, numbers)[:count]
-    rank = F.pad((selected.cumsum(1) - 1).flatten(), (0, 1))[index]
-    slots = torch.where(index < total, index // length * longest + rank, windows * longest)
-    queries = numbers.new_zeros(windows * longest + 1).scatter_(0, slots, numbers[:count])
-    queries, slots = queries[:-1].view(windows, longest), slots.clamp(max=windows * longest - 1)
-    positions = (index.clamp(max=total - 1) % length)[queries]
-    return Rows((windows, length), index, slots, queries, positions)
+# ---- a forward pass ------------------------------------------------------------------------------
 
 
 class Selected:
     """The rows of one forward pass, which are known when it has ended."""
 
-    rows: Rows | None = None
+    def __init__(self, keys_cache_bytes: int = 0):
+        self.rows: Rows | None = None
+        self.room = keys_cache_bytes
+
+    def take(self, keys: list[Tensor]) -> bool:
+        """Whether there is room to keep them; views count as the whole that they are of."""
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in keys}
+        size = sum(storage.nbytes() for storage in storages.values())
+        if size > self.room:
+            return False
+        self.room -= size
+        return True
 
     def select(
         self,
@@ -125,9 +76,13 @@ class Selected:
 
 
 @contextmanager
-def selected_backward(model: PreTrainedModel) -> Iterator[Selected]:
-    """Around a forward pass with gradients; say `select` before its backward pass."""
-    selected = Selected()
+def selected_backward(model: PreTrainedModel, keys_cache_bytes: int = 0) -> Iterator[Selected]:
+    """Around a forward pass with gradients; say `select` before its backward pass.
+
+    keys_cache_bytes: memory for keys and values of layers with activation checkpointing, which are
+                      else computed again
+    """
+    selected = Selected(keys_cache_bytes)
 
     def run(layer: Layer, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tape = _Tape(layer, args, kwargs, keeps=not layer.gradient_checkpointing)
@@ -160,19 +115,22 @@ class _Replayed(Function):
     def forward(ctx: Any, tape: "_Tape", selected: Selected, hidden: Tensor, *weights: Tensor):
         out = tape.record(hidden)
         ctx.tape, ctx.selected = tape, selected
-        ctx.save_for_backward(hidden, *tape.saved)
-        tape.saved = []
+        keys = tape.keys if tape.keeps or selected.take(tape.keys) else []
+        ctx.save_for_backward(hidden, *tape.saved, *keys)
+        tape.saved, tape.keys = [], []
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # (B, T, D)
-        rows, (hidden, *saved) = ctx.selected.rows, ctx.saved_tensors
+        tape, rows, (hidden, *saved) = ctx.tape, ctx.selected.rows, ctx.saved_tensors
         if rows is None:
             raise UserError("no rows: say select(...) between the forward and the backward pass")
+        products, keys = saved[: tape.num_products], saved[tape.num_products :]
+        keys = keys or tape.keys_again(hidden)
         mine = rows.gather(hidden).requires_grad_()
-        with torch.enable_grad():
-            out = ctx.tape.replay(mine.view_as(mine), rows, saved)  # no leaf: hooks refuse one
-        wanted, gradient = [mine, *ctx.tape.weights], rows.gather_gradient(gradients[0])
+        with torch.enable_grad():  # no leaf: hooks refuse one
+            out = tape.replay(mine.view_as(mine), rows, products, keys)
+        wanted, gradient = [mine, *tape.weights], rows.gather_gradient(gradients[0])
         found = torch.autograd.grad(out, wanted, gradient, allow_unused=True)
         return None, None, rows.scatter(found[0]), *found[1:]
 
@@ -192,8 +150,12 @@ class _Tape(TorchFunctionMode):
         self.name = type(layer).__name__
         self.saved: list[Tensor] = []
         self.products: dict[int, list[int]] = {}  # by the weight's id: places in `saved`
-        self.attentions: list[tuple[int, Tensor | None]] = []  # place of the keys, mask
-        self.rows: Rows | None = None  # in the second run
+        self.num_products = 0
+        self.keys: list[Tensor] = []  # and values, by turns
+        self.masks: list[Tensor | None] = []  # of each attention
+        self.dropouts: list[Noise] = []
+        self.recorded = False
+        self.rows: Rows | None = None  # in the run on these
 
     def record(
         self,
@@ -202,28 +164,45 @@ class _Tape(TorchFunctionMode):
         leaves = tree_leaves(self.inputs)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             raise UserError(f"{self.name} has one more input with a gradient, {INSTEAD}")
-        self.count, device = hidden[..., 0].numel(), hidden.device.type
+        self.shape, device = hidden.shape[:2], hidden.device.type
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self.autocast = partial(torch.autocast, device, dtype, enabled, cache_enabled=False)
         out = self._run(hidden, self.inputs)
         if not isinstance(out, Tensor):
             raise UserError(f"{self.name} gives more than hidden states, {INSTEAD}")
+        self.recorded, self.num_products = True, len(self.saved)
         return out
+
+    @torch.no_grad()
+    def keys_again(
+        self,
+        hidden: Tensor,  # (B, T, D)
+    ) -> list[Tensor]:
+        self.keys, self.waiting_dropouts = [], iter(self.dropouts)
+        try:
+            with self.autocast():
+                self._run(hidden, self.inputs)
+        except _AllKeys:
+            pass
+        keys, self.keys = self.keys, []
+        return keys
 
     def replay(
         self,
         hidden: Tensor,  # (1, K, D)
         rows: Rows,
-        saved: list[Tensor],
+        products: list[Tensor],
+        keys: list[Tensor],
     ) -> Tensor:  # (1, K, D)
-        self.rows, self.saved = rows, saved
+        self.rows, self.saved = rows, products
         self.waiting = {key: iter(places) for key, places in self.products.items()}
-        self.waiting_attentions = iter(self.attentions)
+        self.waiting_keys, self.waiting_masks = iter(keys), iter(self.masks)
+        self.waiting_dropouts = iter(self.dropouts)
         try:
             with self.autocast():
                 return self._run(hidden, tree_map(rows.gather, self.inputs))
         finally:
-            self.rows, self.saved = None, []
+            self.rows, self.saved, self.waiting_keys = None, [], iter([])
 
     def _run(self, hidden: Tensor, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         args, kwargs = inputs
@@ -240,8 +219,7 @@ class _Tape(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.dropout:
-            given = inspect.signature(func).bind(*args, **kwargs).arguments
-            check_dropout(self.name, given["p"], given["training"])
+            return self._dropout(*args, **kwargs)
         if func not in PRODUCTS or kwargs:
             return func(*args, **kwargs)
         operands: Any = ((*args, None)[place] for place in PRODUCTS[func])
@@ -249,7 +227,8 @@ class _Tape(TorchFunctionMode):
         if self.rows is None:
             out = func(*args)
             # Else of some rows, as an expert of a mixture: computed again.
-            if self.keeps and isinstance(weight, nn.Parameter) and rows_of(inputs) == self.count:
+            every = rows_of(inputs) == self.shape.numel()
+            if self.keeps and isinstance(weight, nn.Parameter) and every:
                 self.products.setdefault(id(weight), []).append(len(self.saved))
                 self.saved.append(out)
             return out
@@ -270,32 +249,63 @@ class _Tape(TorchFunctionMode):
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:  # (B, T, H, D / H), then (1, K, H, D / H)
-        check_dropout(self.name, dropout, module.training)
+        if dropout and module.training and own is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+            advice = f"{INSTEAD}, and so does attn_implementation=eager"
+            raise UserError(f"{self.name} has a dropout of {dropout} within sdpa, {advice}")
         if self.rows is None:
-            self.attentions.append((len(self.saved), mask))
-            self.saved += [key, value]
-            return own(module, query, key, value, mask, **kwargs)
-        (place, mask), rows = next(self.waiting_attentions), self.rows
-        keys = _Context.apply(key, self.saved[place], rows)
-        values = _Context.apply(value, self.saved[place + 1], rows)
+            self.keys += [key, value]
+            if not self.recorded:
+                self.masks.append(mask)
+            elif len(self.keys) == 2 * len(self.masks):
+                raise _AllKeys
+            return own(module, query, key, value, mask, dropout=dropout, **kwargs)
+        rows, mask = self.rows, next(self.waiting_masks)
+        keys = _Context.apply(key, next(self.waiting_keys), rows)
+        values = _Context.apply(value, next(self.waiting_keys), rows)
         asked = query[0][:, rows.queries].transpose(0, 1)  # (B, H, W, D / H)
-        out, _ = own(module, asked, keys, values, seen(mask, rows), **kwargs)
+        out, _ = own(module, asked, keys, values, seen(mask, rows), dropout=dropout, **kwargs)
         return out.flatten(0, 1).index_select(0, rows.slots)[None], None
+
+    def _dropout(
+        self, values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not (training and p):
+            return F.dropout(values, p, training, inplace)
+        if self.recorded:
+            noise = next(self.waiting_dropouts).again(values.device)
+            if self.rows is None:
+                return values * noise
+            if noise.ndim == 4:
+                return values * seen(noise, self.rows)
+            return values * self.rows.take(noise.flatten(0, -2)).view_as(values)
+        attends = values.ndim == 4 and values.shape[::2] == self.shape  # (B, H, T, T)
+        if not attends and (values.ndim > 3 or rows_of(values) != self.shape.numel()):
+            raise UserError(f"{self.name} has a dropout of values {tuple(values.shape)}, {INSTEAD}")
+        self.dropouts.append(Noise(values, p))
+        return F.dropout(values, p, training, inplace)
+
+
+class _AllKeys(Exception):
+    """The rest of a layer has no use."""
+
+
+class Noise:
+    """What a dropout multiplies values with: drawn again, for all rows, and not kept."""
+
+    def __init__(self, values: Tensor, probability: float):
+        self.like = torch.empty_like(values, device="meta")  # which number goes where: its strides
+        self.probability, self.state = probability, torch.get_rng_state()
+        self.devices, self.states = get_device_states(values)
+
+    def again(self, device: torch.device) -> Tensor:
+        with torch.random.fork_rng(self.devices, device_type=device.type):
+            torch.set_rng_state(self.state)
+            set_device_states(self.devices, self.states, device_type=device.type)
+            return F.dropout(torch.ones_like(self.like, device=device), self.probability)
 
 
 def rows_of(values: Tensor) -> int:
     return values.numel() // values.shape[-1]
-
-
-def seen(
-    mask: Tensor | None,  # (1 or B, 1 or H, T, T); None: causal
-    rows: Rows,
-) -> Tensor:  # (B, 1 or H, W, T)
-    positions, (windows, length) = rows.positions, rows.shape
-    if mask is None:
-        return torch.arange(length, device=positions.device) <= positions[:, None, :, None]
-    index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, length)
-    return mask.expand(windows, -1, -1, -1).gather(2, index)
 
 
 @contextmanager
@@ -352,11 +362,6 @@ class _Context(Function):
 # ---- what is refused ----------------------------------------------------------------------------
 
 
-def check_dropout(name: str, probability: float, training: bool) -> None:
-    if training and probability:
-        raise UserError(f"{name} has a dropout of {probability}, {INSTEAD}")
-
-
 @torch.no_grad()
 def check_rows(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     """Refuse a model in training mode whose layers give other values for every other row alone."""
@@ -371,13 +376,15 @@ def check_rows(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
         for keeps in (True, False):
             tape = _Tape(layer, args, kwargs, keeps)
             out = tape.record(hidden)
-            again = tape.replay(rows.gather(hidden), rows, tape.saved)
+            keys = tape.keys if keeps else tape.keys_again(hidden)
+            again = tape.replay(rows.gather(hidden), rows, tape.saved, keys)
             if not (again - rows.gather(out)).abs().max() <= TOLERANCE * out.abs().max():
                 raise UserError(f"tokens of {tape.name} mix outside of attention, {INSTEAD}")
         compared.append(layer)
         return out
 
-    with through(model, compare):
+    devices, kind = ([model.device] if model.device.type != "cpu" else []), model.device.type
+    with through(model, compare), torch.random.fork_rng(devices, device_type=kind):
         hidden_states(model, batch)
     if not compared:
         raise UserError(f"{type(model).__name__} has no layers that are known, {INSTEAD}")

@@ -30,6 +30,7 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
         del plain["model"]["architecture"]  # the folder's own counts
     if "backward" in plain["model"] and plain["model"]["backward"] == "exact":
         del plain["model"]["backward"]  # all runs of builds that knew no other
+    plain["model"].pop("keys_cache_bytes", None)  # changes no number
     loaded = None if init_from is None else init_identity("model.init_from", init_from)
     return {
         "seed": plain["seed"],

@@ -81,6 +81,7 @@ TRAIN: Table = TRAINER | {
     "model.compile": flag,
     "model.logits_cache_bytes": whole(0),
     "model.backward": word("exact", "selected"),
+    "model.keys_cache_bytes": whole(0),
     "selection": section,
     "optimizer.adamw": section,
     "optimizer.adamw.lr": real(0),

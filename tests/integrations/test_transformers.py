@@ -89,8 +89,10 @@ def test_gradients_along_selected_tokens_are_those_of_the_definition(tmp_path, s
 
 def test_a_backward_that_is_not_computed_is_refused(tmp_path):
     rows, word = make_rows(LENGTHS[:4]), {"backward": "selected"}
-    with pytest.raises(UserError, match="has a dropout of 0.1, .*backward=exact does"):
-        train(tmp_path, rows, make_model("gpt2", resid_pdrop=0.1), **word)
+    with pytest.raises(
+        UserError, match="has a dropout of 0.1 within sdpa, .*attn_implementation=eager"
+    ):
+        train(tmp_path, rows, make_model("gpt2", attn_pdrop=0.1), **word)
     with pytest.raises(ValueError, match="torch_compile is True, which backward='selected' does"):
         train(tmp_path, rows, torch_compile=True, **word)
     with pytest.raises(UserError, match="backward is 'fast', it must be one of"):

@@ -1,20 +1,26 @@
 """The cut gradient against its definition: keys and values of unselected positions detached."""
 
+import os
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import warm
 from model_helpers import LENGTH, make_batch, make_lm
 from slm.errors import UserError
 from slm.model.build import SelectiveLM, check_model
 from slm.model.head import hidden_states
-from slm.model.selected import attention_through, check_rows, make_rows, selected_backward
+from slm.model.selected import attention_through, check_rows, rows_of, selected_backward
 from slm.store.windows import IGNORE_INDEX, Batch
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -183,24 +189,80 @@ class NothingRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_rows_are_ascending_and_padded():
-    selected = torch.tensor([[0, 1, 1], [1, 0, 0]]).bool()
-    exact, padded = make_rows(selected, None), make_rows(selected, 5)
-    assert exact.index.tolist() == [1, 2, 3] and padded.index.tolist() == [1, 2, 3, 6, 6]
-    assert exact.queries.tolist() == [[0, 1], [2, 0]] and exact.slots.tolist() == [0, 1, 2]
-    assert exact.positions[0].tolist() == [1, 2] and exact.positions[1, 0] == 0
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_get_the_gradients_of_the_definition():
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_get_the_gradients_of_the_definition(dropout, recomputes):
     lm, batch = kind("llama"), make_batch()
-    config = LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
-    )
+    names = ["q_proj", "v_proj", "up_proj"]
+    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False, lora_dropout=dropout)
     lm.model = get_peft_model(lm.model, config).double().get_base_model()  # type: ignore
-    expected = gradients(lm, by_definition(lm, batch, some(batch)))
-    assert len(expected) == 2 * 2 * 3 and "lora" in min(expected)
-    assert_same(gradients(lm, lm(batch, some(batch)).loss), expected, 1e-12)
+    found = assert_same_with_dropout(lm.train(), batch, recomputes, 1e-12)
+    assert len(found) == 2 * 2 * 3 and "lora" in min(found)
+
+
+def assert_same_with_dropout(
+    lm: SelectiveLM, batch: Batch, recomputes: bool, tolerance: float
+) -> dict[str, Tensor]:
+    """The definition's gradients where the forward passes draw the same, and twice the same."""
+
+    def after(seed: int, loss: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(seed)
+        value = loss()
+        torch.manual_seed(9)  # a backward pass has no use for the state of then
+        drawn = torch.get_rng_state()
+        found = gradients(lm, value)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        return value, found
+
+    selected = some(batch)
+    expected = after(1, lambda: by_definition(lm, batch, selected))
+    if recomputes:
+        lm.model.activation_checkpointing_enable()
+    first, again = (after(1, lambda: lm(batch, lambda _: selected).loss) for _ in range(2))
+    assert torch.equal(first[0], expected[0])
+    assert_same(first[1], expected[1], tolerance)
+    assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+    return first[1]
+
+
+DROPOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hidden": ("gpt2", {"resid_pdrop": 0.3, "embd_pdrop": 0.2}),
+    "attention": ("gpt2", {"attn_pdrop": 0.3, "resid_pdrop": 0.2}),
+    "neox": ("gpt_neox", {"hidden_dropout": 0.3, "attention_dropout": 0.2}),
+    "few keys": ("llama", {"attention_dropout": 0.3}),
+}
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout_is_that_of_the_forward_pass(name, recomputes):
+    base, fields = DROPOUTS[name]
+    lm = kind(base, **fields)
+    if name != "hidden":
+        lm.model.set_attn_implementation("eager")
+    rounds = name == "few keys"  # its weights are computed in float32
+    assert_same_with_dropout(lm, make_batch(), recomputes, 1e-6 if rounds else 1e-12)
+    other = kind(base)
+    plain = gradients(other, other(make_batch(), some(make_batch())).loss)
+    dropped = gradients(lm, lm(make_batch(), some(make_batch())).loss)
+    assert any((dropped[key] - plain[key]).norm() > 0.1 * plain[key].norm() for key in plain)
+
+
+def test_keys_are_kept_by_a_budget_and_else_computed_again():
+    lm, batch = kind("qwen3"), make_batch()
+    lm.model.activation_checkpointing_enable()
+    layers, size = lm.model.model.layers, 2 * 2 * LENGTH * 2 * 8 * 8  # keys, values: (B, T, H, 8)
+    projection: Any = layers[0].self_attn.k_proj
+    calls: list[int] = []
+    projection.register_forward_hook(lambda _, inputs, out: calls.append(rows_of(out)))
+    found, rows = [], int(some(batch).sum())
+    for lm.keys_cache_bytes in (0, size - 1, size, 2 * size):
+        calls.clear()
+        found.append(gradients(lm, lm(batch, some(batch)).loss))
+        again = [2 * LENGTH] * (lm.keys_cache_bytes < size)
+        assert calls == [2 * LENGTH, *again, rows]
+    assert all(torch.equal(one[name], found[0][name]) for one in found for name in one)
 
 
 def test_autocast_is_that_of_the_forward_pass():
@@ -218,8 +280,7 @@ def test_autocast_is_that_of_the_forward_pass():
     [
         ("mamba", {}, "tokens of MambaBlock mix outside of attention"),
         ("rwkv", {}, "RwkvBlock gives more than hidden states"),
-        ("llama", {"attention_dropout": 0.1}, "LlamaDecoderLayer has a dropout of 0.1"),
-        ("gpt2", {"resid_pdrop": 0.1}, "GPT2Block has a dropout of 0.1"),
+        ("llama", {"attention_dropout": 0.1}, "LlamaDecoderLayer has a dropout of 0.1 within sdpa"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(name, fields, message):
@@ -239,3 +300,40 @@ def test_other_attentions_are_refused_and_every_kind_is_not():
         check_rows(lm.model, make_batch())
     for name in KINDS:
         check_model(kind(name).float(), make_batch())
+
+
+# ---- two processes ------------------------------------------------------------------------------
+
+
+def average_over_ranks(folder: str) -> None:
+    """One of two processes: what DDP makes of two micro-batches a rank, against their mean."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    lm, batches = kind("tied"), [make_batch(seed) for seed in range(4)]
+
+    def loss(model: Any, batch: Batch) -> Tensor:
+        return model(batch, lambda _: some(batch), denominator=7.0).loss
+
+    alone = [gradients(lm, loss(lm, batch)) for batch in batches]
+    expected = {name: torch.stack([one[name] for one in alone]).sum(0) / 2 for name in alone[0]}
+    for unused in (False, True):
+        lm.zero_grad()
+        wrapped = DistributedDataParallel(lm, find_unused_parameters=unused)
+        with wrapped.no_sync():
+            loss(wrapped, batches[rank]).backward()
+        loss(wrapped, batches[rank + 2]).backward()
+        found = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
+        assert_same(found, expected, 1e-12)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_average_their_gradients(tmp_path):
+    command = [sys.executable, __file__, "average_over_ranks", str(tmp_path)]
+    codes, said = warm.run_ranks(2, command)
+    assert codes == [0, 0], said
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])
