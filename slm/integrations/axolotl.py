@@ -3,6 +3,7 @@
     plugins: [slm.integrations.axolotl.SelectivePlugin]
     slm_select_ratio: 0.6        # of the scored targets; slm_scope: batch and slm_selection: excess
     # or a rule of slm.selection with its fields: slm_selection: {rule: sigmoid, temperature: 1}
+    slm_backward: exact          # selected: gradients along the selected tokens alone
     datasets:
       - path: scored/            # rows of input_ids, attention_mask, labels and reference_logprob
         type:                    # empty: tokenised before it was scored
@@ -48,10 +49,11 @@ try:
     from axolotl.integrations.base import BasePlugin
     from pydantic import BaseModel, model_validator
 
+    from slm.checks import check_value
     from slm.integrations.collator import ReferenceCollator, scores_in
     from slm.integrations.loss import COLUMN, SCORES, SelectiveLoss
     from slm.integrations.signatures import check_attributes, check_parameters
-    from slm.integrations.transformers import SelectiveTrainerMixin, causal_lm
+    from slm.integrations.transformers import BACKWARD, SelectiveTrainerMixin, causal_lm
     from slm.model.head import check_documents
 
     MADE_FOR = "axolotl 0.19"
@@ -87,10 +89,12 @@ class SelectiveArgs(BaseModel):
     slm_select_ratio: float | dict[str, Any] | None = None
     slm_scope: str | None = None
     slm_selection: str | dict[str, Any] = "excess"
+    slm_backward: str = "exact"
 
     @model_validator(mode="after")
     def check_selective(self) -> "SelectiveArgs":
         SelectiveLoss(self.slm_select_ratio, self.slm_scope, self.slm_selection)
+        check_value("slm_backward", self.slm_backward, BACKWARD)
         check_config(self)
         return self
 
@@ -102,6 +106,7 @@ class SelectiveTrainingArgs:
     slm_select_ratio: Any = None
     slm_scope: Any = None
     slm_selection: Any = "excess"
+    slm_backward: Any = "exact"
 
 
 def check_config(config: Any) -> None:
@@ -181,6 +186,7 @@ class SelectivePlugin(BasePlugin):
             "slm_select_ratio": cfg.slm_select_ratio,
             "slm_scope": cfg.slm_scope,
             "slm_selection": cfg.slm_selection,
+            "slm_backward": cfg.slm_backward,
             "average_tokens_across_devices": True,
         }
 
@@ -211,6 +217,7 @@ def make_trainer_class() -> type:
                 args=args,
                 train_dataset=train_dataset,
                 selection=selective.rule,
+                backward=args.slm_backward,
                 **kwargs,
             )
             if args.sample_packing:

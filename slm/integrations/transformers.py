@@ -50,6 +50,7 @@ check_attributes(
     MADE_FOR,
 )
 
+BACKWARD = word("exact", "selected")
 PROBE_TOKENS = 8
 LIGER_LOSS = "fused_linear_cross_entropy"
 ADVICE = "; slm.integrations.datasets.score_dataset adds it, and nothing can be selected without"
@@ -150,7 +151,7 @@ class SelectiveTrainerMixin:
         backward: str = "exact",
         **kwargs: Any,
     ):
-        check_value("backward", backward, word("exact", "selected"))
+        check_value("backward", backward, BACKWARD)
         self.selective = SelectiveLoss(select_ratio, scope, selection)
         super().__init__(*args, **kwargs)
         me: Any = self

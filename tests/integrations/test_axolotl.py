@@ -26,6 +26,7 @@ from door_helpers import (
     Row,
     assert_gradients,
     assert_loss_falls,
+    cut_gradients,
     dataset_of,
     expected_gradients,
     make_model,
@@ -129,6 +130,12 @@ def run_rows(folder: Path) -> dict[str, Any]:
     return found | {"again": [list(column) for column in again]}
 
 
+def run_along(folder: Path) -> dict[str, Any]:
+    write_json(folder / "rows.json", rows_of("rows"))
+    words = {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    return train(make_trainer(folder, slm_backward="selected", **words))
+
+
 def run_packed(folder: Path) -> dict[str, Any]:
     dataset_of(rows_of("packed")).save_to_disk(folder / "scored")
     source = {"path": str(folder / "scored"), "type": None}
@@ -190,6 +197,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"sample_packing": True, "attn_implementation": "absent"},
         "sample_packing is true, but with attn_implementation None packed documents see each other",
     ),
+    "backward": ({"slm_backward": "fast"}, "slm_backward is 'fast', it must be one of"),
     "stream": ({"streaming": True}, "streaming is True: it tokenises text on the way"),
     "pretraining": (
         {"pretraining_dataset": [{"path": "text"}]},
@@ -270,7 +278,7 @@ def main(folder: str) -> None:
     sys.path.insert(0, str(ROOT / "experiments" / "doors"))
     config: Any = importlib.import_module("axolotl.utils.config")
     config.merge_input_args = functools.cache(config.merge_input_args)  # makes a schema every time
-    for run in (run_example, run_rows, run_packed, run_collators, run_refusals):
+    for run in (run_example, run_rows, run_along, run_packed, run_collators, run_refusals):
         gc.freeze()  # axolotl collects before every batch
         own = Path(folder) / run.__name__.removeprefix("run_")
         make_model().save_pretrained(own / "model")
@@ -302,6 +310,11 @@ def test_accumulated_rows_take_the_step_of_the_definition(found):
     assert_gradients(run["gradients"], gradients)
     assert run["log"]["loss"] == pytest.approx(loss, rel=1e-4)
     assert run["log"]["kept_frac"] == pytest.approx(count / sum(n - 2 for n in LENGTHS[:4]))
+
+
+def test_gradients_along_selected_tokens_are_those_of_the_definition(found):
+    expected = cut_gradients(make_model(), rows_of("rows")[:4], 0.4)
+    assert_gradients(found("along")["gradients"], expected)
 
 
 def documents_of(batch: dict[str, Any], rows: list[Row]) -> list[Row]:

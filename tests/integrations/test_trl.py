@@ -13,6 +13,7 @@ from door_helpers import (
     Recorder,
     Row,
     assert_gradients,
+    cut_gradients,
     dataset_of,
     expected_gradients,
     gradients_of,
@@ -46,7 +47,8 @@ def config(folder: Path, **fields: Any) -> SFTConfig:
 
 
 def sft(folder: Path, rows: list[Any], model: Any = None, eval_rows: Any = None, **fields: Any):
-    extra = {key: fields.pop(key) for key in ("peft_config", "selection") if key in fields}
+    ours = ("peft_config", "selection", "backward")
+    extra = {key: fields.pop(key) for key in ours if key in fields}
     recorder = Recorder()
     trainer = SelectiveSFTTrainer(
         model or make_model(),
@@ -80,6 +82,16 @@ def test_gradients_are_those_of_each_document_alone(tmp_path, fields):
     _, recorder = sft(tmp_path, rows, **fields)
     assert_gradients(recorder.gradients[0], expected)
     assert recorder.logs[0]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"packing": True, "max_length": 80}], ids=["padded", "packed"]
+)
+def test_gradients_along_selected_tokens_are_those_of_the_definition(tmp_path, fields):
+    rows = make_rows(LENGTHS, prompt=2, unscored=1)
+    expected = cut_gradients(make_model(), rows, 0.4)
+    _, recorder = sft(tmp_path, rows, backward="selected", activation_checkpointing=True, **fields)
+    assert_gradients(recorder.gradients[0], expected)
 
 
 def test_several_packed_rows_hold_every_document_once(tmp_path):
@@ -164,6 +176,15 @@ def test_lora_trains_its_adapters_on_the_same_tokens(tmp_path):
     trainer, recorder = sft(tmp_path, rows, peft_config=lora(), learning_rate=0.0)
     assert recorder.gradients[0] and all("lora" in name for name in recorder.gradients[0])
     assert_gradients(recorder.gradients[0], lora_gradients(trainer, [rows]))
+
+
+def test_lora_along_selected_tokens_has_the_gradients_of_the_definition(tmp_path):
+    rows, words = make_rows(LENGTHS, prompt=2), {"backward": "selected", "learning_rate": 0.0}
+    trainer, recorder = sft(tmp_path, rows, peft_config=lora(), **words)
+    exact: Any = get_peft_model(make_model(), lora())
+    trained: Any = trainer.model
+    exact.load_state_dict(trained.state_dict())
+    assert_gradients(recorder.gradients[0], cut_gradients(exact, rows, 0.4))
 
 
 @pytest.mark.parametrize(
