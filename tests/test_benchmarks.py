@@ -17,15 +17,21 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"
 
 
 @pytest.mark.slow
-def test_benchmark_of_selected_rows_at_toy_size(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "count"), [([], 7 + 5 + 2), (["--memory"], 7 + 5 + 5), (["--profile"], 4 * 2 * 6)]
+)
+def test_benchmark_of_selected_rows_at_toy_size(tmp_path, monkeypatch, words, count):
     out = tmp_path / "rows.csv"
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    words = [str(BENCHMARKS / "selected.py"), "--small", "--repeats", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", words)
+    program = [str(BENCHMARKS / "selected.py"), "--small", "--repeats", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*program, *words])
     importlib.import_module("selected").main()
+    if "--profile" in words:
+        out = tmp_path / "selected_profile.csv"
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6 + 1 + 3 + 1 and all(float(row["median"]) > 0 for row in rows)
+    value = "seconds" if "--profile" in words else "median"
+    assert len(rows) == count and all(float(row[value]) > 0 for row in rows)
 
 
 @pytest.mark.slow
