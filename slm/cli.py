@@ -159,6 +159,7 @@ def command(
                 settings = plain_settings(config)
                 if check is not None:
                     check(settings)
+                    say_loading(name)
                 return function(**settings)
             except Exception as error:
                 mine = reported(error)
@@ -173,6 +174,12 @@ def command(
         return wraps(function)(lambda: run(name, application))
 
     return decorate
+
+
+def say_loading(name: str) -> None:
+    """Where somebody watches: the imports take seconds, and on a cold disk a minute."""
+    if sys.stderr.isatty() and "torch" not in sys.modules:
+        print(f"slm {name}: loading PyTorch and what goes with it ...", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -60,10 +60,13 @@ class Progress:
         return (self.done - self.first) / max(1e-9, self.now_s - self.started_s)
 
     def speed(self) -> str:
-        return self.text or f"{self.rate():,.0f}/s"
+        if self.done == self.first:  # nothing is known yet
+            return self.text
+        rate = self.rate()
+        return self.text or (f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
 
     def left(self) -> str:
-        if self.total is None:
+        if self.total is None or self.done == self.first:
             return ""
         return f"{duration((self.total - self.done) / max(1e-9, self.rate()))} left"
 

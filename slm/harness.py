@@ -3,12 +3,12 @@
 from functools import partial
 from typing import Any
 
-from slm.checks import check
 from slm.cli import command, imports
 from slm.command_keys import HARNESS
+from slm.store.inputs import check_command
 
 
-@command("harness", partial(check, table=HARNESS))
+@command("harness", partial(check_command, table=HARNESS))
 def main(**settings: Any) -> None:
     with imports():
         from slm.evaluate.harness import run

@@ -29,6 +29,11 @@ GIVEN = {  # what must be given; nothing of it is there
     "demo": ["out=x"],
 }
 
+NO_CORPUS = "no is not a finished corpus: it does not exist"
+NOT_THERE = dict.fromkeys(["score", "evaluate", "dynamics", "train"], NO_CORPUS)
+NOT_THERE |= {"harness": "models no: there is no such folder", "report": "no is no folder"}
+NOT_THERE |= {"prepare": "no tokenizer at no: there is no such folder"}
+
 HEAVY = {"torch", "transformers", "lightning", "wandb", "datasets", "matplotlib"}
 
 
@@ -132,15 +137,20 @@ def test_a_mistake_in_a_key_does_not_wait_for_heavy_imports(tmp_path):
     doors.append(("train", "slm.train.__main__", ["data.corpus=no", "max_tokens=1", "out=x"]))
     commands = [(name, home, [*words, "+ouut=1"]) for name, home, words in doors]
     commands.append(("train", "slm.train.__main__", ["ouut=1"]))
+    commands += [door for door in doors if door[0] in NOT_THERE]
     code = MISTYPED.replace("{commands}", repr(commands))
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    *given, unknown = done.stderr.splitlines()
-    assert unknown == "slm train: no key 'ouut', did you mean out? (`slm train --help` lists them)"
-    for (name, *_), line in zip(commands[:-1], given, strict=True):
-        assert line.startswith(f"slm {name}: ouut is given, and nothing reads it")
+    lines = dict(zip(map(repr, commands), done.stderr.splitlines(), strict=True))
+    for name, _, words in commands:
+        said = f"{name}: ouut is given, and nothing reads it"
+        if words == ["ouut=1"]:
+            said = "train: no key 'ouut', did you mean out? (`slm train --help` lists them)"
+        elif words[-1] != "+ouut=1":
+            said = f"{name}: {NOT_THERE[name]}"
+        assert lines.pop(repr((name, _, words))).startswith(f"slm {said}")
 
 
 def door_of(name: str) -> Any:

@@ -61,6 +61,16 @@ def test_nothing_to_do_is_no_division_by_zero(monkeypatch, capsys):
     assert "verifying 0/0 bytes" in capsys.readouterr().err
 
 
+def test_a_slow_rate_is_no_zero_and_none_is_known_at_first(capsys, monkeypatch):
+    now = iter([0.0, 0.0, 40.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
+    with progress("train", 8, "") as advance:
+        advance(0)
+        advance(1)
+    assert capsys.readouterr().err.splitlines() == ["train 0/8", "train 1/8  0.025/s  0:04:40 left"]
+
+
 def test_duration():
     assert [duration(s) for s in (0.4, 59.6, 3661.0, 360000)] == [
         "0:00:00",

@@ -3,12 +3,12 @@
 from functools import partial
 from typing import Any
 
-from slm.checks import check
 from slm.cli import command, imports
 from slm.command_keys import DYNAMICS
+from slm.store.inputs import check_command
 
 
-@command("dynamics", partial(check, table=DYNAMICS))
+@command("dynamics", partial(check_command, table=DYNAMICS))
 def main(**settings: Any) -> None:
     with imports():
         from slm.dynamics.command import run

@@ -47,6 +47,7 @@ class TokenDynamics(Evaluation):
     batch_size:   windows of one forward
     """
 
+    what = "token dynamics"
     planned, parts = False, PARTS  # the fit of a token's line wants its checkpoints
 
     def __init__(

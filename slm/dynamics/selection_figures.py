@@ -97,11 +97,10 @@ def kept_frac_by_source(shown: Shown) -> Figure:
 
 def loss_by_selection(shown: Shown) -> Figure:
     kept, seen = kept_of(shown.analysis), shown.analysis.tokens_seen
-    series = [
-        Series("selected", SELECTED, seen, kept.loss_selected, mark="circle"),
-        Series("unselected", UNSELECTED, seen, kept.loss_unselected, mark="square"),
-        all_tokens(shown.analysis),
-    ]
+    series = [Series("selected", SELECTED, seen, kept.loss_selected, mark="circle")]
+    if not np.isnan(kept.loss_unselected).all():  # a rule may take everything
+        series.append(Series("unselected", UNSELECTED, seen, kept.loss_unselected, mark="square"))
+    series.append(all_tokens(shown.analysis))
     return one_panel(
         "Loss of selected and unselected tokens",
         LOSS_FROM_0,
@@ -148,6 +147,7 @@ def excess_series(
     return [
         Series(name, colour, middles, histogram(excess[mask], edges) / len(excess), kind="bars")
         for (name, mask), colour in zip(groups.items(), colours, strict=True)
+        if mask.any()
     ]
 
 

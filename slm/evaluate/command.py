@@ -21,13 +21,12 @@ from slm.console import progress
 from slm.evaluate.losses import CorpusLoss, WindowLosses
 from slm.model.build import SelectiveLM, load_model
 from slm.model.device import DTYPES, computing, pick_device
-from slm.model.folder import check_model_folder
 from slm.score.command import check_fits
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.fields import OBJECT, check_fields, one_of
 from slm.store.files import Advance, nothing, read_json, write_csv
-from slm.store.hub import is_folder
+from slm.store.hub import check_model_folder, is_folder
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer, load_tokenizer
 from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device

@@ -234,8 +234,9 @@ def harness(
     go_offline()
     from slm.model.build import load_model
     from slm.model.device import pick_device
-    from slm.model.folder import check_model_folder, verify_weights
+    from slm.model.folder import verify_weights
     from slm.selection.registry import import_modules
+    from slm.store.hub import check_model_folder
 
     where = str(pick_device(device))
     import_modules(modules)

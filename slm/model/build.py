@@ -24,11 +24,11 @@ from transformers import (
 
 from slm.errors import UserError
 from slm.model.architecture import new_model, position_limit, text_config, told, with_attention
-from slm.model.folder import check_model_folder, check_savable, quiet_without_terminal
+from slm.model.folder import check_savable, quiet_without_terminal
 from slm.model.head import check_documents, check_head, head_arguments, hidden_states, loss_terms
 from slm.model.selected import check_rows, selected_backward
 from slm.prepare.chat import end_of_turn
-from slm.store.hub import is_folder
+from slm.store.hub import check_model_folder, is_folder
 from slm.store.tokenizer import check_same_tokenizer, first_line, load_tokenizer
 from slm.store.trust import check_no_code
 from slm.store.windows import IGNORE_INDEX, Batch, to_device

@@ -25,25 +25,13 @@ from slm.store.files import (
     sealed,
     sync_folder,
 )
-from slm.store.hub import no_model
+from slm.store.hub import check_model_folder, is_folder
 
 
 def quiet_without_terminal() -> None:
     """Transformers draws its bars into log files as well."""
     if not sys.stderr.isatty():
         disable_progress_bar()
-
-
-def check_model_folder(key: str, name: str, check: str = "size") -> None:
-    """Say what a folder holds that is no model.
-
-    check: "full" compares the hash of every file, where its slm.json knows them
-    """
-    reason = no_model(Path(name))
-    if reason is not None:
-        raise UserError(f"{key} {name} is no model folder: {reason}")
-    if check == "full" and (Path(name) / "slm.json").is_file():
-        check_files(Path(name) / "slm.json", read_json(Path(name) / "slm.json"))
 
 
 def check_savable(
@@ -73,6 +61,14 @@ def model_sha256(folder: str | Path) -> str:
             "write them from other weights"
         )
     return hash_json({"config": config, "weights": [hash_file(path) for path in weights]})
+
+
+def init_identity(key: str, name: str) -> str:
+    """Hash of a local folder; a hub name stands for itself."""
+    if not is_folder(key, name):
+        return name
+    check_model_folder(key, name)
+    return model_sha256(name)
 
 
 def save_model(

@@ -3,12 +3,12 @@
 from functools import partial
 from typing import Any
 
-from slm.checks import check
 from slm.cli import command, imports
 from slm.command_keys import PREPARE
+from slm.store.inputs import check_command
 
 
-@command("prepare", partial(check, table=PREPARE))
+@command("prepare", partial(check_command, table=PREPARE))
 def main(**settings: Any) -> None:
     with imports():
         from slm.prepare.command import run

@@ -163,10 +163,8 @@ def parse_source(entry: Any, key: str) -> Source:
     check_settings(entry, key)
     given: dict[str, Any] = {"name": None, "format": None} | entry
     files, kind = find_files(entry["path"], given["format"])
-    stem = Path(files[0] if len(files) == 1 else entry["path"]).name
-    while Path(stem).suffix in (*SUFFIXES, *COMPRESSED):
-        stem = Path(stem).stem
-    given["name"] = given["name"] or (entry["path"] if kind == "hub" else stem)
+    path = Path(files[0] if len(files) == 1 else entry["path"])
+    given["name"] = given["name"] or (entry["path"] if kind == "hub" else name_of(path))
     if "roles" in entry:
         given["roles"] = tuple(dict.fromkeys(entry["roles"]))
     source = Source(**given | {"format": kind, "files": tuple(map(str, files))})
@@ -181,6 +179,14 @@ def parse_source(entry: Any, key: str) -> Source:
             f"{key}: subset, split and revision are for the hub, {source.path} is {kind}"
         )
     return source
+
+
+def name_of(path: Path) -> str:
+    """A file's without its suffixes; of a glob that names none, `texts/**/*.md`, the folder's."""
+    stem = "*" if path.name.startswith("*.") else path.name
+    while Path(stem).suffix in (*SUFFIXES, *COMPRESSED):
+        stem = Path(stem).stem
+    return name_of(path.parent) if not stem.strip("*?") and path.parent.name else stem
 
 
 def check_settings(entry: dict[str, Any], key: str) -> None:

@@ -13,12 +13,12 @@ from slm.command_keys import PRECISIONS
 from slm.errors import UserError
 from slm.evaluate.command import evaluated
 from slm.evaluate.losses import WindowLosses
-from slm.model.folder import check_model_folder
+from slm.model.folder import init_identity
 from slm.report.arms import Arm, Run, arms_of, heldout_text, read_runs, report_left_out
 from slm.selection.names import ALL_TOKENS
 from slm.stage import Folder
 from slm.store.files import Json, read_json
-from slm.store.hub import is_folder
+from slm.store.hub import check_model_folder, is_folder
 from slm.store.shards import Corpus
 from slm.train.curves import Curve, runs_below
 
@@ -98,6 +98,12 @@ def model_arm(label: str, folder: str) -> Arm:
     known = read_json(path)["lineage"] if path.is_file() else {}
     run = Run(Path(folder), NO_RUN | known | {"heldout": {}}, {}, {})
     return Arm(label, label, [run], is_baseline=True)
+
+
+def begun_with(arm: Arm, run: Run) -> bool:
+    """Whether a model without a run is what the run began with."""
+    folder = str(arm.runs[0].folder)
+    return init_identity("baseline", folder) == run.identity["init_from"]
 
 
 # ---- on the windows of the runs -----------------------------------------------------------------

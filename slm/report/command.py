@@ -40,7 +40,7 @@ from slm.report.arms import (
     read_runs,
     report_left_out,
 )
-from slm.report.baselines import before_training, check_names, read_baselines
+from slm.report.baselines import before_training, begun_with, check_names, read_baselines
 from slm.report.page.page import SweepFigures, write_page
 from slm.report.paper.figures import paper_figures
 from slm.report.paper.plots import draw
@@ -120,6 +120,7 @@ def sweep_report(
     models = [arm for arm in baselines if not arm.has_run]
     notes += [
         f"{arm.label}: the model {short_name(arm.runs[0].folder)}, evaluated by this report"
+        + (", which the runs began with" if before and begun_with(arm, runs[0]) else "")
         for arm in models
     ]
     notes += [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]

@@ -5,6 +5,7 @@ are those of model/slm.json.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from slm.report.arms import SEEDS, Arm, Run, costs, is_empty, short_names, text_of
@@ -13,6 +14,8 @@ from slm.train.lineage import named_references
 
 ELSEWHERE = SEEDS | {"seal", "selection"}  # the selection is among the settings
 COUNTED = {"tokens_seen", "tokens_selected", "train_seconds", "train_flops"}  # in the table
+COUNTED |= {"needs_references"}  # the rule says it
+HASHES = ("_fingerprint", "_sha256")
 
 
 class Provenance(NamedTuple):
@@ -26,18 +29,30 @@ def provenance(arms: Sequence[Arm]) -> Provenance:
     found = {arm.label: joined([facts(run) for run in arm.runs]) for arm in arms}
     keys = dict.fromkeys(key for texts in found.values() for key in texts)
     values = {key: [filled(texts, key) for texts in found.values()] for key in keys}
-    differing = [key for key in keys if len(set(values[key])) > 1]
+    apart = [key for key in keys if len(set(values[key])) > 1]
+    differing = [key for key in apart if not is_hash_of_a_column(key, values)]
     names = short_names(list(keys))
     spent = {arm.label: joined([cost_texts(run) for run in arm.runs]) for arm in arms}
     paid = list(dict.fromkeys(key for texts in spent.values() for key in texts))
     return Provenance(
-        {names[key]: values[key][0] for key in keys if key not in differing},
+        {names[key]: values[key][0] for key in keys if key not in apart},
         [*(names[key] for key in differing), *paid],
         {
             label: [filled(found[label] | spent[label], key) for key in [*differing, *paid]]
             for label in found
         },
     )
+
+
+def is_hash_of_a_column(key: str, values: Mapping[str, Sequence[str]]) -> bool:
+    """corpus_fingerprint tells arms apart as corpus does, and says less."""
+    names = [key.removesuffix(end) for end in HASHES if key.endswith(end)]
+    return any(name in values and parts(values[name]) == parts(values[key]) for name in names)
+
+
+def parts(texts: Sequence[str]) -> list[int]:
+    """Which of them are alike."""
+    return [texts.index(text) for text in texts]
 
 
 def run_rows(arms: Sequence[Arm]) -> list[Json]:
@@ -64,8 +79,16 @@ def facts(run: Run) -> dict[str, str]:
     """Of names and hashes of one thing, a model or a corpus, the name."""
     settings = {key: value for key, value in run.identity.items() if not is_empty(run, key)}
     record = {key: value for key, value in run.lineage.items() if key not in COUNTED}
-    found = settings | flat(record | {"references": named_references(run.lineage)})
+    found = settings | flat(record | {"references": reference_texts(run.lineage)})
     return {key: text_of(value, key) for key, value in found.items() if key not in ELSEWHERE}
+
+
+def reference_texts(lineage: Json) -> list[str]:
+    """1f0c3d5e of curated/train: a model's hash alone says little."""
+    models = [store["model_lineage"] for store in lineage["references"]]
+    made_of = [f" of {model['corpus']}" if model and "corpus" in model else "" for model in models]
+    named = [text_of(name, "") for name in named_references(lineage)]
+    return [name + of for name, of in zip_longest(named, made_of, fillvalue="")]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Json:

@@ -63,7 +63,9 @@ def loss_vs_k(sweep: Sweep) -> Figure:
 def ratio_figure(panels: Sequence[Panel]) -> Figure:
     """A panel a set: means over seeds with their range, the controls as lines."""
     size = (4.4 + 1.6 / len(panels), 4.6)
-    note = "points: mean over seeds, bands: lowest to highest"
+    points = [one for panel in panels for one in panel.series if one.low is not None]
+    has_seeds = any(np.any(one.low != one.high) for one in points)
+    note = "points: mean over seeds, bands: lowest to highest" if has_seeds else ""
     return Figure("", panels, size=size, columns=len(panels), legend_title=note)
 
 
@@ -157,8 +159,9 @@ def difference_panel(name: str, found: dict[str, Difference]) -> Panel:
     mean = np.array([one.mean for one in found.values()])
     half = np.array([one.half or 0.0 for one in found.values()])
     ends = {"low": mean - half, "high": mean + half}
-    series = [Series("mean over seeds", INK, list(found), mean, kind="points", **ends)]
     several = {label: one.seeds for label, one in found.items() if len(one.seeds) > 1}
+    word = "mean over seeds" if several else "final loss"
+    series = [Series(word, INK, list(found), mean, kind="points", **ends)]
     if several:
         words = [label for label, seeds in several.items() for _ in seeds]
         values = np.concatenate([*several.values()])
@@ -195,7 +198,8 @@ def tokens_figure(grid: Sequence[Sequence[Curves]]) -> Figure:
     labels = sorted({curve.label for row in grid for found in row for curve in found.curves})
     colours = dict(zip(labels, ramp(len(labels)), strict=True))
     panels = [tokens_panel(found, colours, loss_range(row)) for row in grid for found in row]
-    note = "thin lines: seeds, thick lines: their mean"
+    has_seeds = any(one.is_seed for panel in panels for one in panel.series)
+    note = "thin lines: seeds, thick lines: their mean" if has_seeds else ""
     columns = min(4, len(grid[0]))
     return Figure("", panels, size=(4.0, 3.2), columns=columns, legend_title=note)
 

@@ -126,13 +126,18 @@ def markdown(rows: Sequence[Json], sets: Sequence[str], left_out: dict[Path, str
         cells = [label, *texts, *counts]
         cells += ["" if end is None else f"{end:,}" for end in ends]
         lines.append(line_of(cells))
-    lines += ["", "Final held-out loss in nats per token: mean over seeds (lowest to highest)."]
+    of_seeds = ": mean over seeds (lowest to highest)" if has_seeds(rows) else ""
+    lines += ["", f"Final held-out loss in nats per token{of_seeds}."]
     is_compared = any(row["minus_all_tokens"] is not None for row in rows)
     for note in [*([MINUS_NOTE] if is_compared else []), REACH_NOTE, *windows_notes(rows)]:
         lines += ["", note]
     lines.append("")
     lines += [f"Left out: `{folder}`: {reason}" for folder, reason in left_out.items()]
     return "\n".join(lines) + "\n"
+
+
+def has_seeds(rows: Sequence[Json]) -> bool:
+    return any(row["seeds"] > 1 for row in rows)
 
 
 def line_of(cells: Sequence[str]) -> str:

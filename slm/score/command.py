@@ -29,7 +29,7 @@ from slm.errors import UserError
 from slm.model.build import SelectiveLM, check_length, check_model, load_model
 from slm.model.device import DTYPES, computing, device_name, pick_device
 from slm.model.flops import forward_flops_per_token
-from slm.model.folder import check_model_folder, model_sha256
+from slm.model.folder import model_sha256
 from slm.model.predict import predicted
 from slm.score.cost import copy_lineage
 from slm.score.scorer import (
@@ -45,6 +45,7 @@ from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.columns import Column, columns_named
 from slm.store.files import Json
+from slm.store.hub import check_model_folder
 from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
 from slm.store.tokenizer import check_same_tokenizer, load_tokenizer
 from slm.store.windows import IGNORE_INDEX, Windows, to_device

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from slm.errors import UserError
-from slm.store.files import read_json
+from slm.store.files import check_files, read_json
 
 FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")  # one of them is in every cache
 
@@ -22,7 +22,7 @@ def is_folder(key: str, name: str) -> bool:
     if Path(name).is_dir():
         return True
     if Path(name).exists():
-        raise UserError(f"{key} {name} is a file: {advice(Path(name))}")
+        raise UserError(f"{key} {name}: it is {advice(Path(name))}")
     if not looks_like_hub_name(name):
         raise UserError(f"{key} {name}: there is no such folder")
     ask_hub(key, name)
@@ -72,6 +72,18 @@ def ask_hub(key: str, name: str) -> None:
 # ---- folders that hold no model -----------------------------------------------------------------
 
 
+def check_model_folder(key: str, name: str, check: str = "size") -> None:
+    """Say what a folder holds that is no model.
+
+    check: "full" compares the hash of every file, where its slm.json knows them
+    """
+    reason = no_model(Path(name))
+    if reason is not None:
+        raise UserError(f"{key} {name} is no model folder: {reason}")
+    if check == "full" and (Path(name) / "slm.json").is_file():
+        check_files(Path(name) / "slm.json", read_json(Path(name) / "slm.json"))
+
+
 def no_model(folder: Path) -> str | None:
     """Why a folder is no model that transformers can load; None where it looks like one."""
     has_config = (folder / "config.json").is_file()
@@ -104,7 +116,7 @@ def adapter(path: Path) -> str:
 def advice(file: Path) -> str:
     """What to do with a file in place of a folder."""
     if file.suffix != ".gguf":
-        return "a model or tokenizer is its folder, or a name on the hub"
+        return "a file, and a model or tokenizer is a folder or a name on the hub"
     call = f'from_pretrained("{file.parent}", gguf_file="{file.name}"'
     return (
         f"a GGUF file, {file.name}; save what it holds as a folder once, in Python (pip install "

@@ -61,6 +61,7 @@ from slm.store.files import (
 )
 
 FORMAT = 1
+NONE_AT = {"heldout": 0, "train": 1}  # what `slm prepare` leaves out at the ends of its range
 SCORED = "scored"  # of a reference, which windows have scores
 SHARD = {
     "index": INDEX,
@@ -178,11 +179,21 @@ def fingerprint(body: Json) -> str:
 def why_not(folder: Path) -> str:
     """Why a folder without manifest.json cannot be opened, and what to do."""
     if not folder.exists():
-        return "it does not exist"
+        return f"it does not exist{neighbours(folder)}"
     if (folder / "plan.json").exists() and not (folder / "report.json").exists():
         return "it is unfinished, run the command that makes it again"
     inside = [path.parent.name for path in sorted(folder.glob("*/manifest.json"))]
     return f"name a folder in it: {', '.join(inside)}" if inside else "manifest.json is missing"
+
+
+def neighbours(folder: Path) -> str:
+    """What is there in place of a folder that is not."""
+    beside = [str(path.parent) for path in sorted(folder.parent.glob("*/manifest.json"))]
+    if not beside:
+        return ""
+    name = folder.name
+    why = f" (heldout_ratio={NONE_AT[name]} makes no {name})" if name in NONE_AT else ""
+    return f", there is {' and '.join(beside)}{why}"
 
 
 def read_manifest(folder: Path, kind: str) -> Json:

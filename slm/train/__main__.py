@@ -3,10 +3,10 @@
 from typing import Any
 
 from slm.cli import command, imports
-from slm.train.keys import check_train
+from slm.train.keys import check_run
 
 
-@command("train", check_train)
+@command("train", check_run)
 def main(**settings: Any) -> None:
     with imports():
         from slm.train.command import run

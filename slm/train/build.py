@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from slm.checks import anything, check_known
 from slm.errors import UserError
 from slm.model.build import SelectiveLM, check_trainable
-from slm.model.folder import check_model_folder
 from slm.score.command import load_reference
 from slm.selection.rule import Selection
 from slm.store.files import Json
+from slm.store.hub import check_model_folder
 from slm.store.windows import Batch
 from slm.train.callbacks.base import StepProgress
 from slm.train.callbacks.checkpoints import Checkpoints, OnlyWriter, RandomStates, StopOnSignal

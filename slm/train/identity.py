@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from slm.errors import UserError
-from slm.model.folder import check_model_folder, model_sha256
+from slm.model.folder import init_identity
 from slm.selection.names import selection_name
 from slm.selection.registry import by_word, in_words, trained_word
 from slm.store.claims import Claim, claim, owner_of, remove_temporaries
 from slm.store.fields import SIZE, check_fields, of_what
 from slm.store.files import Json, nested, read_json, write_record
-from slm.store.hub import is_folder
 from slm.train.checkpoint import newest_checkpoint
 from slm.train.data import TokenData
 from slm.train.extend import Schedule, extend
@@ -60,14 +59,6 @@ def flat(prefix: str, tree: Any) -> dict[str, Any]:
 def online_identity(settings: Json) -> str | None:
     name = settings["online_reference"]
     return None if name is None else init_identity("online_reference", name)
-
-
-def init_identity(key: str, name: str) -> str:
-    """Hash of a local folder; a hub name stands for itself."""
-    if not is_folder(key, name):
-        return name
-    check_model_folder(key, name)
-    return model_sha256(name)
 
 
 def adopt_run(

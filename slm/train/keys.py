@@ -31,6 +31,8 @@ from slm.checks import (
     word,
 )
 from slm.command_keys import PRECISIONS
+from slm.errors import UserError
+from slm.store.inputs import check_inputs
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
 count, count_or_null = whole(1), optional(whole(1))
@@ -83,6 +85,7 @@ TRAIN: Table = TRAINER | {
     "model.backward": word("exact", "selected"),
     "model.keys_cache_bytes": whole(0),
     "selection": section,
+    "selection.select_ratio": either(real(0, 1, "(]"), section),  # a schedule has its own check
     "optimizer.adamw": section,
     "optimizer.adamw.lr": real(0),
     "optimizer.adamw.betas": each(real(0, 1, "[)"), 2),
@@ -134,6 +137,24 @@ def check_train(settings: dict[str, Any]) -> None:
     check(settings, TRAIN, INSTEAD)
     for name, key in trainer_environment():
         check_known(key, TRAINER, {key: f"as {name} in the environment, where nothing may set it"})
+
+
+def check_run(settings: dict[str, Any]) -> None:
+    """Of the command: what can be said before PyTorch is imported."""
+    check_train(settings)
+    check_inputs(settings)
+    from slm.store.shards import Corpus  # NumPy, which a mistyped key need not wait for
+
+    data = settings["data"]
+    seq_len = Corpus.open(data["corpus"]).seq_len
+    check_one_step(settings["max_tokens"], data["batch_size"] * seq_len)
+
+
+def check_one_step(max_tokens: int, tokens_per_step: int) -> None:
+    if max_tokens < tokens_per_step:
+        raise UserError(
+            f"max_tokens ({max_tokens}) is less than one optimizer step ({tokens_per_step} tokens)"
+        )
 
 
 def trainer_environment() -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from slm.store.columns import COLUMNS
 from slm.store.files import Json
 from slm.store.shards import References
 from slm.train.data import TokenData
+from slm.train.keys import check_one_step
 
 log = logging.getLogger("slm.train")
 FROM_SCRATCH = 1e-3  # the learning rate of conf/optimizer
@@ -24,11 +25,7 @@ FROM_SCRATCH = 1e-3  # the learning rate of conf/optimizer
 def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
     check_references(settings, data, selection.needs)
     max_tokens, start = settings["max_tokens"], settings["selection_start"]
-    if max_tokens < data.tokens_per_step:
-        raise UserError(
-            f"max_tokens ({max_tokens}) is less than one optimizer step "
-            f"({data.tokens_per_step} tokens)"
-        )
+    check_one_step(max_tokens, data.tokens_per_step)
     if start >= max_tokens:
         raise UserError(
             f"selection_start is {start}, max_tokens {max_tokens}: the rule would never "

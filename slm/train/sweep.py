@@ -4,7 +4,8 @@
     slm train -m experiment=sweep_k hydra/launcher=joblib ...            several on this machine
     slm train -m experiment=sweep_k hydra/launcher=submitit_slurm ...    jobs of a cluster
 
-    <out>/<job>/status.json   running, finished, skipped (was complete already) or failed, and why;
+    <out>/<job>/status.json   running, finished, skipped (was complete already), failed, or refused
+                              (failed over a complete run, which stays), and why;
                               what the job was given, whole (a folder's name may be cut),
                               but for classes: run.json has their words
     <out>/sweep.csv           the table of the last sweep in this folder
@@ -69,14 +70,14 @@ class Sweep(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
             return
+        is_old = self.model != "" and model_record(config) == self.model
         if job_return.status == JobStatus.FAILED:
-            error = sentence(job_return._return_value)
-            log.error("failed: %s: %s", job_folder(config), error)
-            self._write(config, "failed", error)
+            error, status = sentence(job_return._return_value), "refused" if is_old else "failed"
+            log.error("%s: %s: %s", status, job_folder(config), error)
+            self._write(config, status, error)
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         else:
-            skipped = self.model != "" and model_record(config) == self.model
-            self._write(config, "skipped" if skipped else "finished")
+            self._write(config, "skipped" if is_old else "finished")
         gc.collect()  # trainer and model refer to each other; the next job needs their memory
 
     def _write(self, config: DictConfig, status: str, error: str = "") -> None:
@@ -95,10 +96,22 @@ class Sweep(Callback):
             rows = show(Path(config.hydra.sweep.dir), self.id)
         except Exception as error:  # Hydra makes a warning of it, and exit code 0
             fail("train", f"the table of the sweep: {sentence(error)}")
-        failed = sum(row.status not in COMPLETE for row in rows)
-        if failed:
-            again = "the same command tries them again and skips what is finished"
-            fail("train", f"{failed} of {len(rows)} jobs failed; {again}")
+        if said := verdict([row.status for row in rows]):
+            fail("train", said)
+
+
+def verdict(states: Sequence[str]) -> str:
+    """What to do about the jobs that did not end well; empty where all did."""
+    refused = states.count("refused")
+    failed = sum(state not in COMPLETE for state in states) - refused
+    said = []
+    if failed:
+        again = "the same command tries them again and skips what is finished"
+        said.append(f"{failed} of {len(states)} jobs failed; {again}")
+    if refused:
+        what = "their finished runs are as they were, and the errors above say what to change"
+        said.append(f"{refused} of {len(states)} jobs were refused: {what}")
+    return "; ".join(said)
 
 
 def model_record(config: DictConfig) -> str:

@@ -201,6 +201,13 @@ def test_lines_over_training_are_the_analysis(tmp_path):
     np.testing.assert_array_equal(found["all tokens"], run.mean_losses)
 
 
+def test_a_rule_that_takes_everything_has_no_line_of_what_it_leaves(make):
+    run = make("all tokens", ALL)
+    assert set(values_of(loss_by_selection(Shown(run)))) == {"selected", "all tokens"}
+    for panel in excess_loss(Shown(run)).panels:
+        assert [one.text for one in panel.series] == ["selected"]
+
+
 def test_histograms_count_every_token_once(tmp_path):
     run = make_page_analysis(tmp_path / "d", prose(8, 17), checkpoints=7)
     panels = excess_loss(Shown(run)).panels

@@ -120,12 +120,3 @@ def test_identity_needs_weights(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no \*.safetensors"):
         model_sha256(saved)
-
-
-def test_a_run_given_for_its_model_is_told_where_the_model_is(tmp_path):
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "model" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config.json is missing, did you mean .*run/model\?$"):
-        model_folder.check_model_folder("models", str(tmp_path / "run"))
-    with pytest.raises(UserError, match="config.json is missing$"):
-        model_folder.check_model_folder("models", str(tmp_path))

@@ -20,6 +20,24 @@ def test_hidden_files_of_a_folder_are_not_read(tmp_path):
     assert texts(root / "b" / ".c.jsonl") == [(0, "b/.c.jsonl")]  # who names it, means it
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("web/a.jsonl", "a"),
+        ("web", "web"),
+        ("web/*.jsonl", "web"),
+        ("web/**/*.jsonl.gz", "web"),
+        ("**/*.jsonl", "**"),  # nothing has a name
+        ("web/[ab]*.jsonl", "[ab]*"),
+    ],
+)
+def test_a_source_is_named_by_what_has_a_name(tmp_path, monkeypatch, path, name):
+    monkeypatch.chdir(tmp_path)
+    for file in ("web/a.jsonl", "web/b.jsonl", "web/c/d.jsonl.gz", "web/c/e.jsonl.gz"):
+        write_records(tmp_path / file, {"text": file})
+    assert source(path).name == name
+
+
 @pytest.mark.parametrize("pattern", [".", "*.arrow"])
 def test_a_saved_dataset_is_read_without_its_cache(tmp_path, pattern):
     folder = tmp_path / "saved"

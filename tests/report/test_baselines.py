@@ -11,7 +11,7 @@ from run_helpers import make_run
 from slm.errors import UserError
 from slm.evaluate.command import evaluate, window_losses
 from slm.model.build import SelectiveLM, load_model
-from slm.model.folder import save_model
+from slm.model.folder import model_sha256, save_model
 from slm.report.arms import read_runs
 from slm.report.baselines import BEFORE, before_training
 from slm.report.command import report
@@ -53,6 +53,17 @@ def test_a_model_without_a_run_is_evaluated_on_the_runs_windows(tmp_path, model,
     assert row["minus_all_tokens_half_width"] == pytest.approx(0, abs=1e-6)
     page = made.page.read_text(encoding="utf-8")
     assert "base: the model" in page and "5 windows" in page
+    assert "the runs began with" not in page
+
+
+def test_a_baseline_that_the_runs_began_with_is_said_to_be_that(tmp_path, model, text_corpus):
+    identity = {"init_from": model_sha256(model)}
+    run = tmp_path / "runs" / "all"
+    make_run(run, "All", None, identity=identity, heldout=heldout(text_corpus))
+    named = {"baselines": {"base": str(model)}, "heldout": {"a": str(text_corpus.folder)}}
+    made = report(**config(tmp_path / "runs", tmp_path / "out", sets=["a"], **named))
+    page = made.page.read_text(encoding="utf-8")
+    assert "base: the model model, evaluated by this report, which the runs began with" in page
 
 
 def test_a_run_that_read_other_windows_is_evaluated_on_the_runs(tmp_path, model, text_corpus):

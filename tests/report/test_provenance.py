@@ -38,6 +38,24 @@ def test_what_differs_is_a_column_with_the_values_of_all_seeds(tmp_path):
     assert set(first) == {"select_ratio", "lr", "device"}
 
 
+def test_a_hash_beside_its_name_is_no_column_and_references_say_what_they_read(tmp_path):
+    for name, sha, corpus in (("a", "1", "x"), ("b", "2", "y"), ("c", "3", "y")):
+        store = {"served_model": None, "model_sha256": sha * 64, "scoring_cost": None}
+        store["model_lineage"] = {"corpus": "curated", "train_seconds": 1, "train_flops": 1}
+        names = {"corpus": corpus, "init_from": f"from {name}", "init_from_sha256": sha * 64}
+        seed = {"corpus_fingerprint": sha * 64, "references": [store], "online_reference": name}
+        make_run(tmp_path / name, "Excess", 0.5, identity={"lr": name}, **names, **seed)
+    found = provenance(arms_of(read_runs([str(tmp_path)])[0]))
+    columns = [name for name in found.columns if not name.startswith("reference train")]
+    # corpus x, y, y has the hashes 1, 2, 3: these say more
+    assert {"corpus", "corpus_fingerprint", "init_from", "references"} <= set(columns)
+    assert not {"init_from_sha256", "needs_references"} & {*columns, *found.shared}
+    rows = [dict(zip(found.columns, texts, strict=True)) for texts in found.arms.values()]
+    assert [row["references"] for row in rows] == [
+        f"{n * 8} of curated+{m}" for n, m in ("1a", "2b", "3c")
+    ]
+
+
 def test_costs_are_columns_though_all_agree(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         make_run(tmp_path / name, "All", None, seed, train_seconds=12.4, train_flops=2e14)

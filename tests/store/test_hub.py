@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
 from slm.errors import UserError
-from slm.store.hub import ask_hub, is_folder, no_model
+from slm.store.hub import ask_hub, check_model_folder, is_folder, no_model
 from slm.store.tokenizer import load_tokenizer
 
 
@@ -114,6 +114,15 @@ def test_a_gguf_is_told_by_whoever_wants_a_tokenizer_and_as_a_file(tmp_path):
     (tmp_path / "m.gguf").touch()
     with pytest.raises(UserError, match=f"no tokenizer at {tmp_path}: it holds a GGUF file"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"model .*m.gguf is a file: a GGUF file, m.gguf; save"):
+    with pytest.raises(UserError, match=r"model .*m.gguf: it is a GGUF file, m.gguf; save"):
         is_folder("model", str(tmp_path / "m.gguf"))
     assert no_model(Path(tmp_path / "nowhere")) == "there is no such folder"
+
+
+def test_a_run_given_for_its_model_is_told_where_the_model_is(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config.json is missing, did you mean .*run/model\?$"):
+        check_model_folder("models", str(tmp_path / "run"))
+    with pytest.raises(UserError, match="config.json is missing$"):
+        check_model_folder("models", str(tmp_path))

@@ -21,7 +21,7 @@ from common import SKETCHED
 from run_helpers import TINY_MODEL, leave_strays
 from slm.errors import UserError
 from slm.hydra_names import job_name, sweep_group
-from slm.train.sweep import Sweep, show
+from slm.train.sweep import Sweep, show, verdict
 
 PARAMS = {"selection": "excess,random", "selection.select_ratio": "0.2,0.4", "seed": "0,1"}
 TINY = [
@@ -141,10 +141,15 @@ def test_each_job_leaves_what_became_of_it(tmp_path, caplog):
     assert traced == [False, True, False]  # a mistake; a bug with its traceback, and in one line
 
 
-def test_a_complete_run_that_is_refused_has_failed(tmp_path):
+def test_a_complete_run_that_is_refused_is_no_failure_to_try_again(tmp_path):
     complete(tmp_path / "a", 2.0)
     run_job(Sweep([]), hydra_config(tmp_path / "a"), UserError("another run"))
-    assert status(tmp_path / "a") == ("failed", "another run")
+    assert status(tmp_path / "a") == ("refused", "another run")
+    assert verdict(["skipped", "finished"]) == ""
+    assert verdict(["skipped", "refused"]).startswith("1 of 2 jobs were refused: their finished")
+    both = verdict(["unfinished", "refused", "failed", "refused"])
+    assert both.startswith("2 of 4 jobs failed; the same command tries them again and skips")
+    assert "; 2 of 4 jobs were refused: " in both
 
 
 def test_a_complete_run_that_is_made_longer_is_not_skipped(tmp_path):

@@ -19,9 +19,9 @@ from slm.integrations.loss import COLUMN
 from slm.integrations.signatures import check_parameters
 from slm.model.architecture import position_limit
 from slm.model.build import SelectiveLM, check_model, load_model
-from slm.model.folder import check_model_folder, model_sha256
+from slm.model.folder import model_sha256
 from slm.store.files import hash_json
-from slm.store.hub import is_folder
+from slm.store.hub import check_model_folder, is_folder
 from slm.store.windows import IGNORE_INDEX, Batch, positions
 from slm.version import __version__
 

@@ -63,6 +63,7 @@ class Evaluation(Callback):
                   are `planned`
     """
 
+    what = "evaluation"  # it reads the tokens for
     planned, parts = True, 20
 
     def __init__(self, every_tokens: int | None):

@@ -85,10 +85,11 @@ class Costs(Callback):
         allowed, total = data.heldout_windows, trainer.max_steps * data.tokens_per_step
         if planned:
             self._plan(trainer, planned, total * self.planned * SHARE / (1 - SHARE))
-        read = sum(
-            item.times(trainer, item.parts) * item.num_tokens(trainer, data.heldout_windows)
+        read = {
+            item.what: item.times(trainer, item.parts)
+            * item.num_tokens(trainer, data.heldout_windows)
             for item in evaluations
-        )
+        }
         token_s = forward_seconds(pl_module, trainer, self.timed)
         left = total - trainer.global_step * data.tokens_per_step
         log.info(
@@ -127,15 +128,23 @@ class Costs(Callback):
             item.take_at_most(made.windows)
 
     def _say_evaluation(
-        self, trainer: Trainer, evaluations: list[Evaluation], read: int, total: int, token_s: float
+        self,
+        trainer: Trainer,
+        evaluations: list[Evaluation],
+        read: dict[str, int],
+        total: int,
+        token_s: float,
     ) -> None:
         often = sorted({item.times(trainer, item.parts) for item in evaluations})
+        each, tokens = {what: count for what, count in read.items() if count}, sum(read.values())
+        of_what = ", ".join(f"{what} {count:,}" for what, count in each.items())
         log.info(
-            "evaluation: %s times, %s tokens: at most %.1f%% of the run's compute, about %s",
+            "evaluation: %s times, %s tokens%s: at most %.1f%% of the run's compute, about %s",
             " and ".join(map(str, often)) or "0",
-            f"{read:,}",
-            100 * read / (read + total * self.least),
-            duration(read * token_s / trainer.world_size),
+            f"{tokens:,}",
+            f" ({of_what})" if len(each) > 1 else "",
+            100 * tokens / (tokens + total * self.least),
+            duration(tokens * token_s / trainer.world_size),
         )
 
     def _say_bytes(self, trainer: Trainer, pl_module: Any) -> None:
@@ -146,7 +155,8 @@ class Costs(Callback):
                 kept = item.keep or 1 + num_due(trainer, item.every_tokens, item.parts)
                 count = kept + (item.keep is not None) + (item.best_of is not None)
                 log.info(
-                    "checkpoints: about %s each, at most %d of them: %s; model/: %s",
+                    "checkpoints: about %s each, at most %d of them (with the one that is being "
+                    "written): %s; model/: %s",
                     *(readable(each), count, readable(count * each), readable(self.model_bytes)),
                 )
 

@@ -20,6 +20,8 @@ class HeldoutLoss(Evaluation):
     batch_size:   windows of one forward
     """
 
+    what = "held-out sets"
+
     def __init__(self, run_dir: str, every_tokens: int | None, batch_size: int):
         super().__init__(every_tokens)
         self.run_dir, self.batch_size = Path(run_dir), batch_size

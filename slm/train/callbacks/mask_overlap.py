@@ -23,6 +23,8 @@ class MaskOverlap(Evaluation):
     every_tokens:  null for as often as the plan of costs.py allows
     """
 
+    what = "mask overlap"
+
     def __init__(self, num_windows: int, every_tokens: int | None):
         super().__init__(every_tokens)
         self.num_windows = num_windows

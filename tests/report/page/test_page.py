@@ -17,12 +17,13 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from page_helpers import make_analysis, prose, truth_rows
-from run_helpers import make_run
+from run_helpers import compose_report, make_run
 from slm.dynamics.analysis import Analysis, analyse
 from slm.dynamics.classes import CLASSES
 from slm.dynamics.figure import Figure
 from slm.dynamics.figures import COMPARED, FIGURES, made
 from slm.report.arms import arms_of, read_runs
+from slm.report.command import report
 from slm.report.differences import Difference
 from slm.report.page import page as page_module
 from slm.report.page.page import (
@@ -273,6 +274,20 @@ def test_the_reports_own_panels_fit(tmp_path):
     lines = {trace["name"]: trace["y"] for trace in drawn["ratios"][0]["data"]}
     assert lines == {"excess": [3.5, 4.0], "softmax": [3.25, 3.25], "all tokens": [4.0, 4.0]}
     assert len(drawn["tokens"]) == 2
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_is_said_of_seeds_is_said_where_there_are_several(tmp_path, seeds):
+    for seed in range(seeds):
+        for ratio in (0.5, 1.0):
+            make_run(
+                tmp_path / "runs" / f"{ratio}-{seed}", ratio=ratio, seed=seed, final=3.0 + seed
+            )
+    path = report(**compose_report(tmp_path / "runs", tmp_path / "out")).page
+    page, table = path.read_text(encoding="utf-8"), (path.parent / "table.md").read_text()
+    for words in ("Crosses are single seeds", "means over seeds", "mean over seeds (lowest to"):
+        assert (words in own_part(page)) == (seeds > 1), words
+    assert ("mean over seeds" in table) == (seeds > 1)
 
 
 def test_the_table_of_signal_and_noise_is_of_the_last_checkpoint():

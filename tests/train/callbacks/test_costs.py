@@ -78,9 +78,15 @@ def test_the_default_stays_within_its_share_and_is_the_same_for_every_rule(
     more = 2 * 16 * (windows + 1) / 16  # one window more of both, and it would be too much
     assert share * (1 + more / (2 * windows)) > 0.1
     assert "12 steps of 128 tokens, 1,536 in all: about 0:00:0" in caplog.text
-    said = re.search(r"evaluation: 2 times, ([\d,]+) tokens: at most ([\d.]+)% of", caplog.text)
-    assert said is not None and float(said[2]) == pytest.approx(100 * share, abs=0.06)
-    assert int(said[1].replace(",", "")) == 2 * 16 * (windows + min(16, windows))
+    said = re.search(
+        r"evaluation: 2 times, ([\d,]+) tokens \(held-out sets ([\d,]+), mask overlap ([\d,]+)\): "
+        r"at most ([\d.]+)% of",
+        caplog.text,
+    )
+    assert said is not None and float(said[4]) == pytest.approx(100 * share, abs=0.06)
+    tokens = [int(said[i].replace(",", "")) for i in (1, 2, 3)]
+    parts = [2 * 16 * windows, 2 * 16 * min(16, windows)]
+    assert tokens == [sum(parts), *parts]
     assert f"{windows} windows are read, not 30 (data.heldout_windows)" in caplog.text
 
 
@@ -99,7 +105,7 @@ def test_an_explicit_interval_is_what_happens_with_its_price(tmp_path, text_corp
     assert [row["step"] for row in rows(tmp_path / "run" / "heldout.csv")] == list("01234")
     windows, share = spent(tmp_path / "run", 16)
     assert windows == 40 and share > 0.5
-    assert re.search(r"evaluation: 5 times, 4,480 tokens: at most [5-9]\d\.\d%", caplog.text)
+    assert re.search(r"evaluation: 5 times, 4,480 tokens \(.*\): at most [5-9]\d\.\d%", caplog.text)
     assert "windows are read, not" not in caplog.text
 
 
