@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slm.errors import UserError
 from slm.store.fields import of_what
@@ -33,6 +33,13 @@ MAX_TOKEN_LENGTH = 128
 LEAST_VOCABULARY = 256 + 2
 # Tables have a row for each id up to the highest; the largest vocabularies have 0.9 million.
 MAX_VOCABULARY = 2**21
+# What pre-tokenizers and normalizers treat each in their way.
+PROBE = (
+    "In 2024, 1234567 and 3.14159: it's IT'S don't can't; x==y != foo_bar(CamelCase) // {a: [1, 2]}"
+    "  two   spaces\t\ttabs\n\n\nlines \r\n http://a.b/c?d=e 10km 5% $3 #1 caf\u00e9 cafe\u0301 "
+    "\u00dcber na\u00efve \u4f60\u597d\u4e16\u754c \u3053\u3093 \u043f\u0440\u0438 "
+    "\u0665\u0660 \uff11\uff12 \ufb01 \u2168 \U0001f600 \u200b\u00a0 end."
+)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
@@ -45,7 +52,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     check_no_code(name)
     check_vocabulary(name, rows_of(Path(name) / "tokenizer.json"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = as_in_its_file(
+            name, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        )
     # `tokenizers` raises a bare Exception on a damaged file, or panics.
     except BaseException as error:
         if isinstance(error, Exception) or is_panic(error):
@@ -59,10 +68,51 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     check_vocabulary(name, vocabulary_size(tokenizer))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token; documents end with one")
-    # A model's folder gets its tokenizer.json, and who reads that alone would have texts cut.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
+    uncut(tokenizer)
     return tokenizer
+
+
+def uncut(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Its backend, which gets into the tokenizer.json of a model's folder: who reads that alone
+    would have texts cut."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def as_in_its_file(name: str | Path, tokenizer: Any) -> Any:
+    """The tokenizer whose ids are those of its tokenizer.json, which every other engine reads.
+
+    transformers 5 makes some classes (GPT-2's, GPT-NeoX's, Qwen's) of the file's vocabulary and
+    merges alone, with a pre-tokenizer of their own: 2024 may be one token where the model was
+    trained on four.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    if type(tokenizer) is PreTrainedTokenizerFast or not has_file(name):
+        return tokenizer
+    by_file = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+    made, meant = (
+        uncut(one).encode(PROBE, add_special_tokens=False) for one in (tokenizer, by_file)
+    )
+    if made.ids == meant.ids:
+        return tokenizer
+    log.warning(
+        "%s: tokenizer.json gives other ids than transformers' %s, which leaves parts of it out; "
+        "those of the file are taken",
+        *(name, type(tokenizer).__name__),
+    )
+    return by_file
+
+
+def has_file(name: str | Path) -> bool:
+    from transformers.utils import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False}
+    return cached_file(str(name), "tokenizer.json", **options) is not None
 
 
 def rows_of(path: Path) -> int:

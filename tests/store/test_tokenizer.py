@@ -7,8 +7,9 @@ import pytest
 from tokenizers import (
     Tokenizer,
     models,
+    pre_tokenizers,
 )
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from common import swap_ids
 from slm.errors import UserError
@@ -43,6 +44,40 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert tokenizer_sha256(loaded) == tokenizer_sha256(tokenizer)
     assert encode(loaded, TEXTS).tokens.tolist() == encode(tokenizer, TEXTS).tokens.tolist()
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "PreTrainedTokenizerFast"])
+def test_ids_are_those_of_the_file_whatever_class_is_named(tmp_path, caplog, name):
+    """As those of many models, which name GPT-2's class and cut digits in their own way."""
+    trained = train_tokenizer(["it was in 2024 or 2025 that"] * 9, 290)
+    backend = Tokenizer.from_str(trained.backend_tokenizer.to_str())
+    assert len(backend.encode("2024").tokens) < 4  # it has learnt numbers
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    backend.enable_truncation(3)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": name, "eos_token": EOS})
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.tokenize("in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
+    assert ("tokenizer.json gives other ids than" in caplog.text) == (
+        name != "PreTrainedTokenizerFast"
+    )
+    loaded.save_pretrained(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").tokenize("2024") == [
+        "2",
+        "0",
+        "2",
+        "4",
+    ]
+
+
+def test_a_class_that_agrees_with_its_file_stays(tokenizer, tmp_path, caplog):
+    tokenizer.save_pretrained(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
+    loaded = load_tokenizer(tmp_path)
+    assert type(loaded).__name__ == "GPT2Tokenizer" and caplog.text == ""
+    assert loaded.encode("a b 12") == tokenizer.encode("a b 12")
 
 
 def test_training_is_deterministic_and_exact():
