@@ -327,24 +327,28 @@ sys.meta_path.insert(0, Gate)
 
 
 ALL_GIVEN = {
-    "train": ["data.corpus=no", "max_tokens=1", "out=x"],
-    "score": ["corpus=no"],
-    "evaluate": ["models={a: no}", "sets={b: no}"],
-    "dynamics": ["runs=no", "corpus=no"],
-    "report": ["runs=no", "out=x"],
+    "train": ["data.corpus=CORPUS", "max_tokens=1_000_000", "out=x"],
+    "score": ["corpus=CORPUS"],
+    "evaluate": ["models={a: MODEL}", "sets={b: CORPUS}"],
+    "dynamics": ["runs=MODEL", "corpus=CORPUS"],
+    "report": ["runs=MODEL", "out=x"],
     "dashboard": [],
 }
 
 
 @pytest.mark.parametrize("name", ALL_GIVEN)
-def test_nor_are_those_that_come_with_torch(tmp_path, monkeypatch, name):
+def test_nor_are_those_that_come_with_torch(tmp_path, monkeypatch, made_corpus, name):
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     strays, gate = tmp_path / "strays", tmp_path / "gate"
     strays.mkdir()
     gate.mkdir()
     leave_strays(strays)
     (gate / "sitecustomize.py").write_text(GATE)
-    start = [sys.executable, "-m", f"slm.{name}", *ALL_GIVEN[name]]
+    for file in ("config.json", "model.safetensors"):
+        (gate / file).write_text("{}")
+    folders = {"CORPUS": made_corpus.folder, "MODEL": gate}
+    given = [re.sub("CORPUS|MODEL", lambda m: str(folders[m[0]]), w) for w in ALL_GIVEN[name]]
+    start = [sys.executable, "-m", f"slm.{name}", *given]
     environment = os.environ | {"PYTHONPATH": str(gate)}
     done = subprocess.run(start, capture_output=True, text=True, cwd=strays, env=environment)
     assert "torch/__init__.py" in done.stderr and str(strays) not in done.stderr, done.stderr

@@ -63,7 +63,7 @@ def test_a_baseline_that_the_runs_began_with_is_said_to_be_that(tmp_path, model,
     named = {"baselines": {"base": str(model)}, "heldout": {"a": str(text_corpus.folder)}}
     made = report(**config(tmp_path / "runs", tmp_path / "out", sets=["a"], **named))
     page = made.page.read_text(encoding="utf-8")
-    assert "base: the model model, evaluated by this report, which the runs began with" in page
+    assert "/model, evaluated by this report, which the runs began with" in page
 
 
 def test_a_run_that_read_other_windows_is_evaluated_on_the_runs(tmp_path, model, text_corpus):

@@ -1,5 +1,7 @@
 """Folders that a command names are opened first of all, and what fits goes on."""
 
+from typing import Any
+
 import pytest
 
 from run_helpers import composed
@@ -10,11 +12,15 @@ from slm.store.inputs import check_command, check_inputs
 from slm.train.keys import check_run
 
 
+def settings_of(folder: str, *words: str) -> dict[str, Any]:
+    given = (f"data.corpus={folder}", "out=x", "run_dir=x", "max_tokens=100_000", *words)
+    return plain_settings(composed("train", *given))
+
+
 def test_what_is_there_and_fits_is_no_mistake(text_corpus):
     folder = str(text_corpus.folder)
     check_inputs({"corpus": folder, "sets": {"a": folder}, "references": None, "runs": folder})
-    words = [f"data.corpus={folder}", "selection=all", "out=x", "max_tokens=100_000"]
-    check_run(plain_settings(composed("train", *words)))
+    check_run(settings_of(folder))
 
 
 @pytest.mark.parametrize(
@@ -31,9 +37,9 @@ def test_what_is_there_and_fits_is_no_mistake(text_corpus):
     ],
 )
 def test_what_is_not_there_is_said_of_each_key(text_corpus, words, said):
-    given = [f"data.corpus={text_corpus.folder}", "out=x", "max_tokens=100_000", *words]
+    settings = settings_of(str(text_corpus.folder), *words)
     with pytest.raises(UserError, match=said):
-        check_run(plain_settings(composed("train", *given)))
+        check_run(settings)
 
 
 def test_the_neighbours_of_a_corpus_that_is_not_there_are_named(text_corpus):

@@ -49,7 +49,7 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "PreTrainedTokenizerFast"])
 def test_ids_are_those_of_the_file_whatever_class_is_named(tmp_path, caplog, name):
     """As those of many models, which name GPT-2's class and cut digits in their own way."""
-    trained = train_tokenizer(["it was in 2024 or 2025 that"] * 9, 290)
+    trained = train_tokenizer(["it was in 2024 or 2025 that"] * 9, 270)
     backend = Tokenizer.from_str(trained.backend_tokenizer.to_str())
     assert len(backend.encode("2024").tokens) < 4  # it has learnt numbers
     digits = pre_tokenizers.Digits(individual_digits=True)

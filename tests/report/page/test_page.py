@@ -287,7 +287,7 @@ def test_what_is_said_of_seeds_is_said_where_there_are_several(tmp_path, seeds):
     page, table = path.read_text(encoding="utf-8"), (path.parent / "table.md").read_text()
     for words in ("Crosses are single seeds", "means over seeds", "mean over seeds (lowest to"):
         assert (words in own_part(page)) == (seeds > 1), words
-    assert ("mean over seeds" in table) == (seeds > 1)
+    assert ("(lowest to highest)" in table) == (seeds > 1)
 
 
 def test_the_table_of_signal_and_noise_is_of_the_last_checkpoint():
