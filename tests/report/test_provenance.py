@@ -40,8 +40,9 @@ def test_what_differs_is_a_column_with_the_values_of_all_seeds(tmp_path):
 
 def test_a_hash_beside_its_name_is_no_column_and_references_say_what_they_read(tmp_path):
     for name, sha, corpus in (("a", "1", "x"), ("b", "2", "y"), ("c", "3", "y")):
-        store = {"served_model": None, "model_sha256": sha * 64, "scoring_cost": None}
-        store["model_lineage"] = {"corpus": "curated", "train_seconds": 1, "train_flops": 1}
+        model = {"corpus": "curated", "train_seconds": 1, "train_flops": 1}
+        store = {"served_model": None, "model_sha256": sha * 64, "model_lineage": model}
+        store |= {"scoring_cost": None}
         names = {"corpus": corpus, "init_from": f"from {name}", "init_from_sha256": sha * 64}
         seed = {"corpus_fingerprint": sha * 64, "references": [store], "online_reference": name}
         make_run(tmp_path / name, "Excess", 0.5, identity={"lr": name}, **names, **seed)
