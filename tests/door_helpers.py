@@ -21,7 +21,7 @@ import warm
 from door_folder import DOORS
 from model_helpers import ARCHITECTURES, VOCAB
 from slm.model.architecture import new_model
-from slm.model.selected import attention_through
+from slm.model.attention import attention_through
 from text_helpers import DATA
 
 ROOT = Path(__file__).resolve().parents[1]

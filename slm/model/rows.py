@@ -17,7 +17,9 @@ class Rows(NamedTuple):
     index: Tensor  # (K,)
     slots: Tensor  # (K,), where a row stands among the windows' queries, B * W
     queries: Tensor  # (B, W), which of the K rows is there; padding: any
+    asked: Tensor  # (B, W), bool: no padding
     positions: Tensor  # (B, W), of the queries, in 0 .. T - 1
+    padded: bool  # by a capacity, so that the index may name row N
 
     @property
     def num_rows(self) -> int:  # N
@@ -41,8 +43,11 @@ class Rows(NamedTuple):
         self,
         values: Tensor,  # (B, T, ...)
     ) -> Tensor:  # (1, K, ...), zero for padding
+        mine = self.gather(values)
+        if not self.padded:
+            return mine
         padding = (self.index == self.num_rows).view(1, -1, *[1] * (values.ndim - 2))
-        return self.gather(values).masked_fill_(padding, 0)
+        return mine.masked_fill_(padding, 0)
 
     def scatter(
         self,
@@ -58,18 +63,20 @@ def make_rows(
 ) -> Rows:
     """Without a `capacity` their number is read back from the device."""
     (windows, length), flat, total = selected.shape, selected.flatten(), selected.numel()
-    counted = capacity is None
-    count = max(1, int(flat.sum()) if counted else min(capacity, total))  # type: ignore[type-var]
-    longest = max(1, int(selected.sum(1).max())) if counted else min(count, length)
+    found = int(flat.sum()) if capacity is None else 0
+    count = max(1, found if capacity is None else min(capacity, total))
+    longest = max(1, int(selected.sum(1).max())) if capacity is None else min(count, length)
     numbers = torch.arange(total, device=flat.device)
     place = torch.where(flat, flat.cumsum(0) - 1, count).clamp(max=count)
     index = numbers.new_full((count + 1,), total).scatter_(0, place, numbers)[:count]
     rank = F.pad((selected.cumsum(1) - 1).flatten(), (0, 1))[index]
     slots = torch.where(index < total, index // length * longest + rank, windows * longest)
     queries = numbers.new_zeros(windows * longest + 1).scatter_(0, slots, numbers[:count])
-    queries, slots = queries[:-1].view(windows, longest), slots.clamp(max=windows * longest - 1)
+    asked = torch.zeros_like(queries, dtype=torch.bool).scatter_(0, slots, True)
+    queries, asked = (of[:-1].view(windows, longest) for of in (queries, asked))
     positions = (index.clamp(max=total - 1) % length)[queries]
-    return Rows((windows, length), index, slots, queries, positions)
+    slots = slots.clamp(max=windows * longest - 1)
+    return Rows((windows, length), index, slots, queries, asked, positions, count > found)
 
 
 def seen(

@@ -8,12 +8,12 @@
 
 In every layer the keys and values of the other positions are constants, so each row of each
 gradient that belongs to them is exactly zero. The forward pass is what it was, but that it keeps no
-graph: of a layer it keeps the input, what its linear layers gave, and keys and values. The backward
-pass runs the layer's own code on the selected rows, with these in place of products, and
-differentiates that: norms, activations and products of any architecture see K rows, and their
-queries all keys. A layer with activation checkpointing keeps its input alone: products are computed
-again, for K rows, and keys and values, for all, unless these fit into `keys_cache_bytes`. What
-dropout left out is drawn again.
+graph: of a layer it keeps the input, what its linear layers and attention gave, and keys and
+values. The backward pass runs the layer's own code on the selected rows, with these in place of
+products, and differentiates that: norms, activations and products of any architecture see K rows,
+and their queries all keys. A layer with activation checkpointing keeps its input alone: products
+are computed again, for K rows, and keys and values, for all, unless these fit into
+`keys_cache_bytes`. What dropout left out is drawn again.
 
 Tokens must mix in transformers' attention functions and nowhere else: `check_rows` compares.
 
@@ -37,6 +37,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slm.errors import UserError
+from slm.model.attention import Attended, attend, attention_through
 from slm.model.head import hidden_states
 from slm.model.rows import Rows, make_rows, seen
 
@@ -153,6 +154,7 @@ class _Tape(TorchFunctionMode):
         self.num_products = 0
         self.keys: list[Tensor] = []  # and values, by turns
         self.masks: list[Tensor | None] = []  # of each attention
+        self.attended: list[int | None] = []  # place of what was found, where it was kept
         self.dropouts: list[Noise] = []
         self.recorded = False
         self.rows: Rows | None = None  # in the run on these
@@ -197,6 +199,7 @@ class _Tape(TorchFunctionMode):
         self.rows, self.saved = rows, products
         self.waiting = {key: iter(places) for key, places in self.products.items()}
         self.waiting_keys, self.waiting_masks = iter(keys), iter(self.masks)
+        self.waiting_attended = iter(self.attended)
         self.waiting_dropouts = iter(self.dropouts)
         try:
             with self.autocast():
@@ -220,6 +223,8 @@ class _Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
         if func not in PRODUCTS or kwargs:
             return func(*args, **kwargs)
         operands: Any = ((*args, None)[place] for place in PRODUCTS[func])
@@ -266,6 +271,25 @@ class _Tape(TorchFunctionMode):
         out, _ = own(module, asked, keys, values, seen(mask, rows), dropout=dropout, **kwargs)
         return out.flatten(0, 1).index_select(0, rows.slots)[None], None
 
+    def _attend(
+        self,
+        query: Tensor,  # (B, H, T, D / H), then (B, H, W, D / H)
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        operands = query, key, value, attn_mask
+        if self.rows is None:
+            found = attend(*operands, **options) if self.keeps else None
+            self.attended.append(len(self.saved) if found else None)
+            self.saved += found or ()
+            return found[0] if found else F.scaled_dot_product_attention(*operands, **options)
+        place = next(self.waiting_attended)
+        if place is None or query.shape[1] != self.saved[place].shape[1]:
+            return F.scaled_dot_product_attention(*operands, **options)
+        return Attended.apply(*operands, options["scale"], self.rows, *self.saved[place:][:2])
+
     def _dropout(
         self, values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
@@ -306,22 +330,6 @@ class Noise:
 
 def rows_of(values: Tensor) -> int:
     return values.numel() // values.shape[-1]
-
-
-@contextmanager
-def attention_through(function: Callable[..., Any]) -> Iterator[None]:
-    """`function(own, ...)` in place of each attention function `own` of transformers."""
-    registry: Any = ALL_ATTENTION_FUNCTIONS
-    found = registry.get_interface
-
-    def get_interface(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(function, found(name, default))
-
-    registry.get_interface = get_interface
-    try:
-        yield
-    finally:
-        registry.get_interface = found
 
 
 class _Product(Function):

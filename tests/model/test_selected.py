@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import warm
 from model_helpers import LENGTH, make_batch, make_lm
 from slm.errors import UserError
+from slm.model.attention import attention_through
 from slm.model.build import SelectiveLM, check_model
 from slm.model.head import hidden_states
-from slm.model.selected import attention_through, check_rows, rows_of, selected_backward
+from slm.model.selected import check_rows, rows_of, selected_backward
 from slm.store.windows import IGNORE_INDEX, Batch
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
