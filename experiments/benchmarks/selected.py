@@ -1,7 +1,7 @@
 """A training step along selected rows against the all-token step: rows in results/selected.csv.
 
     python experiments/benchmarks/selected.py            8 and 30 layers, 12 minutes on two cores
-    python experiments/benchmarks/selected.py --memory   the most bytes of tensors at once
+    python experiments/benchmarks/selected.py --memory   the most bytes of tensors at once, k = 0.6
     python experiments/benchmarks/selected.py --profile  where the time goes: selected_profile.csv
     python experiments/benchmarks/selected.py --cpu      seconds of the process, on a busy machine
     python experiments/benchmarks/selected.py --small    toy sizes, for the test suite
@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -41,6 +41,7 @@ from slm_kernels import select_top_k
 
 RESULTS = Path(__file__).parent / "results" / "selected.csv"
 LOGITS, KEYS = 2**27, 2**40  # bytes: of two windows' logits, and more than all keys
+MOST = 0.6  # the most rows, and with them the most memory
 TARGETS = {0.6: "< 0.80", 0.4: "< 0.66", 0.2: "< 0.52"}  # with 30 layers
 RECOMPUTED = {0.6: "< 0.75", 0.4: "< 0.60"}
 BESIDE_TRAINER = {0.6: "< 0.80", 0.4: "< 0.66"}
@@ -81,14 +82,13 @@ def step(lm: SelectiveLM, batch: dict[str, Any], ratio: float, how: str) -> None
 
 
 def steps(
-    lm: SelectiveLM, batch: dict[str, Any], checkpointed: bool
+    lm: SelectiveLM, batch: dict[str, Any], checkpointed: bool, shares: Iterable[float]
 ) -> dict[str, Callable[[], None]]:
     lm.logits_cache_bytes = 0 if checkpointed else LOGITS
     if checkpointed:
         enable_checkpointing(lm.model)
     hows = ("selected", "selected with keys kept") if checkpointed else ("exact", "selected")
-    ratios = RECOMPUTED if checkpointed else TARGETS
-    cases = {f"{how} at k = {k}": partial(step, lm, batch, k, how) for k in ratios for how in hows}
+    cases = {f"{how} at k = {k}": partial(step, lm, batch, k, how) for k in shares for how in hows}
     return {"all tokens": partial(step, lm, batch, 1.0, "exact"), **cases}
 
 
@@ -119,8 +119,8 @@ def bench(rows: Rows, layers: int, given: argparse.Namespace) -> None:
     clock = time.process_time if given.cpu else time.perf_counter
     lm = make_lm(layers, given.small)
     batch = make_batch(lm, 2, given.small)
-    for checkpointed in (False, True):
-        found = in_turn(clock, given.repeats, steps(lm, batch, checkpointed))
+    for checkpointed, goals in ((False, TARGETS), (True, RECOMPUTED)):
+        found = in_turn(clock, given.repeats, steps(lm, batch, checkpointed, goals))
         every = found.pop("all tokens")
         words = f"{layers} layers, {'checkpointed' if checkpointed else 'logits kept'}{busy}"
         for name, seconds in found.items():
@@ -177,22 +177,19 @@ def peak_bytes(case: Callable[[], None]) -> int:
 
 
 def bench_memory(rows: Rows, layers: int, given: argparse.Namespace) -> None:
-    for windows in (2, 8):
-        lm = make_lm(layers, given.small)
-        batch = make_batch(lm, windows, given.small)
-        weights = sum(parameter.nbytes for parameter in lm.parameters())
-        for checkpointed in (False, True) if windows == 2 else (True,):
-            peaks = {
-                name: weights + peak_bytes(case)
-                for name, case in steps(lm, batch, checkpointed).items()
-            }
-            words = f"{layers} layers, {windows} windows"
-            words += ", checkpointed" if checkpointed else ", logits kept"
-            every = peaks.pop("all tokens")
-            rows.add("memory", f"all tokens, {words}", "MB", [every / 1e6], "")
-            for name, peak in peaks.items():
-                target = "< 1.05" if checkpointed and "keys" not in name else ""
-                rows.add("memory", f"{name} / all tokens, {words}", "1", [peak / every], target)
+    lm = make_lm(layers, given.small)
+    batch = make_batch(lm, given.windows, given.small)
+    weights = sum(parameter.nbytes for parameter in lm.parameters())
+    for checkpointed in (False, True):
+        cases = steps(lm, batch, checkpointed, (MOST,))
+        peaks = {name: weights + peak_bytes(case) for name, case in cases.items()}
+        words = f"{layers} layers, {given.windows} windows"
+        words += ", checkpointed" if checkpointed else ", logits kept"
+        every = peaks.pop("all tokens")
+        rows.add("memory", f"all tokens, {words}", "MB", [every / 1e6], "")
+        for name, peak in peaks.items():
+            target = "< 1.05" if checkpointed else ""
+            rows.add("memory", f"{name} / all tokens, {words}", "1", [peak / every], target)
 
 
 # ---- profile ------------------------------------------------------------------------------------
@@ -230,7 +227,7 @@ def bench_profile(layers: int, given: argparse.Namespace) -> None:
     """Medians of the repeats, beside those of the all-token step."""
     lm = make_lm(layers, given.small)
     batch, found = make_batch(lm, 2, given.small), defaultdict(list)
-    steps(lm, batch, checkpointed=False)
+    lm.logits_cache_bytes = LOGITS
     for repeat in range(1 + given.repeats):
         for k in (1.0, *TARGETS):
             how = "exact" if k == 1 else "selected"
@@ -265,6 +262,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="seconds of groups of operations")
     parser.add_argument("--small", action="store_true", help="toy sizes; numbers mean nothing")
     parser.add_argument("--cpu", action="store_true", help="seconds of the process, one thread")
+    parser.add_argument("--windows", type=int, default=2, help="of a micro-batch, with --memory")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 30])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV that the rows are added to")
