@@ -1,9 +1,10 @@
 """Selective language modeling, from Python: what is named here is public.
 
-    from slm import prepare, score, train, evaluate, dynamics, report
+    from slm import prepare, import_corpus, score, train, evaluate, dynamics, report
     from slm import Corpus, References, Windows, SelectiveLM
 
-Each is imported when it is first asked for. A stage is a function and the folder of its modules.
+Each is imported when it is first asked for. A stage is a function and the folder of its modules
+(`import_corpus`, which is `slm import`, a function alone).
 """
 
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from slm.evaluate.command import evaluate
     from slm.model.build import SelectiveLM
     from slm.prepare.command import prepare
+    from slm.prepare.imports.command import import_corpus
     from slm.report.command import report
     from slm.score.command import score
     from slm.store.shards import Corpus, References
@@ -29,6 +31,7 @@ HOMES = {
     "References": "slm.store.shards",
     "Windows": "slm.store.windows",
     "SelectiveLM": "slm.model.build",
+    "import_corpus": "slm.prepare.imports.command",
 }
 __all__ = [
     "Corpus",
@@ -38,6 +41,7 @@ __all__ = [
     "__version__",
     "dynamics",
     "evaluate",
+    "import_corpus",
     "prepare",
     "report",
     "score",

@@ -26,6 +26,10 @@ COMMANDS = {  # name: (what it does, an example)
         "text -> token shards",
         "out=corpus 'sources=[{path: a.jsonl, text: \"{text}\"}]'",
     ),
+    "import": (
+        "token files of other trainers -> token shards",
+        "format=megatron path=data.bin tokenizer.path=folder out=corpus",
+    ),
     "train": (
         "corpus (+ references) -> model",
         "data.corpus=corpus/train selection=all max_tokens=1_000_000 out=run",

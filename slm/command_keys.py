@@ -51,6 +51,23 @@ PREPARE: Table = {
     "shard_tokens": whole(2, 2**40),
     "num_proc": optional(whole(1, 4096)),
 }
+TOKEN_FILES = "nanogpt llmc npy megatron olmo datatrove mds litdata datasets".split()
+INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+IMPORT: Table = {
+    "format": word(*TOKEN_FILES),
+    "path": texts,
+    "out": text,
+    "tokenizer.path": text,
+    "tokenizer.eos": optional(text),
+    "seq_len": PREPARE["seq_len"],
+    "packing": PREPARE["packing"],
+    "documents": word("index", "eos"),
+    "add_eos": flag,
+    "dtype": optional(word(*INTEGERS)),
+    "column": optional(text),
+    "masks": optional(text),
+    "shard_tokens": PREPARE["shard_tokens"],
+}
 SCORE: Table = FORWARD | {
     "corpus": text,
     "reference_model": optional(text),

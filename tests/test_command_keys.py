@@ -20,6 +20,7 @@ from slm.model.device import DTYPES
 
 GIVEN = {  # what must be given; nothing of it is there
     "prepare": ["out=x", "sources=[no.jsonl]", "tokenizer.path=no"],
+    "import": ["format=npy", "path=no", "out=x", "tokenizer.path=no"],
     "score": ["corpus=no", "reference_model=no", "out=x"],
     "evaluate": ["models={a: no}", "sets={b: no}"],
     "harness": ["models={a: no}", "problems=no"],
@@ -74,6 +75,8 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ),
         ("prepare", "+seqlen=4", "seqlen is given, and nothing reads it, did you mean seq_len?"),
         ("prepare", "+tokenizer.name=x", "tokenizer.name is given, and nothing reads it"),
+        ("import", "format=arrow", "format is 'arrow', it must be one of .*'megatron'"),
+        ("import", "tokenizer.path=null", "tokenizer.path is None, it must be a text"),
         ("score", "batch_size=true", "batch_size is True, it must be a whole number of at least 1"),
         ("score", "entropy=yes_please", "entropy is 'yes_please', it must be true or false"),
         (

@@ -21,9 +21,12 @@ UNTESTED = {
     "slm.version",
     "slm.harness",
     "slm.dashboard",
+    "slm.import",
 }  # empty classes; doors of three lines
 # What the tests of a command, `tests/<stage>/test_command.py`, go through.
 UNTESTED |= {"slm.train.fit", "slm.train.identity", "slm.dynamics.stores"}
+READERS = ("flat", "megatron", "datatrove", "olmo", "mds", "litdata", "datasets", "parts")
+UNTESTED |= {f"slm.prepare.imports.{name}" for name in READERS}
 GROUND = {
     "checks",
     "cli",
@@ -37,7 +40,7 @@ GROUND = {
 }
 # In the order of the data: a folder imports what stands before it, and the ground.
 FLOORS = "store prepare model selection score evaluate train dynamics report".split()
-TOP = {"integrations", "verify", "demo", "harness", "dashboard"}
+TOP = {"integrations", "verify", "demo", "harness", "dashboard", "import"}
 # Tests of more than one module.
 WHOLE = {"api", "layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
 WHOLE |= {"documents", "notebook", "warm"}

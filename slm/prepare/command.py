@@ -26,7 +26,7 @@ import numpy as np
 from slm.command_keys import PREPARE
 from slm.errors import UserError
 from slm.prepare.chat import chat_format, find_template
-from slm.prepare.encoder import encoder_state
+from slm.prepare.encoder import EncoderState, encoder_state
 from slm.prepare.overlap import Exclusion, Overlap, read_exclusion
 from slm.prepare.readers import out_of_memory, read_blocks, read_source
 from slm.prepare.records import read_texts
@@ -217,9 +217,11 @@ def write_corpus(
         chat = chat_format(tokenizer)
     job = Job(sources, state, overlap, ratio, stop, max_bytes, chat)
     sides = [side for side, share in enumerate((1 - ratio, ratio)) if share > 0]
+    sha256 = tokenizer_sha256(tokenizer)
     for side in sides:
         folder = out / SIDES[side]
-        adopt_plan(folder, corpus_plan(config, job, SIDES[side], tokenizer_sha256(tokenizer)))
+        names = [source.name for source in job.sources]
+        adopt_plan(folder, corpus_plan(config, state, sha256, SIDES[side], names))
         with naming(folder / "tokenizer"):
             tokenizer.save_pretrained(folder / "tokenizer")
     tally = Tally(sources, np.zeros((2, len(sources), len(COUNTS)), dtype=np.int64))
@@ -232,17 +234,20 @@ def write_corpus(
     return report
 
 
-def corpus_plan(config: Any, job: Job, side: str, tokenizer: str) -> Json:
+def corpus_plan(
+    config: Any, state: EncoderState, tokenizer: str, side: str, sources: list[str]
+) -> Json:
+    """tokenizer: its sha256; sources: their names."""
     return {
         "format": FORMAT,
         "kind": "corpus",
         "tokenizer_sha256": tokenizer,
-        "vocab_size": job.encoder.vocab_size,
-        "eos_id": job.encoder.eos_id,
+        "vocab_size": state.vocab_size,
+        "eos_id": state.eos_id,
         "seq_len": config.seq_len,
         "packing": config.packing,
         "split": side,
-        "sources": [source.name for source in job.sources],
+        "sources": sources,
     }
 
 

@@ -53,11 +53,14 @@ class ShardWriter:
         """Tokens that are not written yet."""
         return len(self.columns["tokens"])
 
-    def add(self, columns: dict[str, np.ndarray], documents: np.ndarray) -> None:
-        """documents (d, 3): number of tokens, source, record; no columns where d is 0."""
-        if len(documents) == 0:
+    def add(self, columns: dict[str, np.ndarray], documents: np.ndarray, carried: int = 0) -> None:
+        """documents (d, 3): number of tokens, source, record; no columns: nothing.
+
+        carried: so many of the tokens, the first ones, are of the document before.
+        """
+        if not columns:
             return
-        ends = self.position + self.num_pending + np.cumsum(documents[:, 0])
+        ends = self.position + self.num_pending + carried + np.cumsum(documents[:, 0])
         rows = np.column_stack([ends - documents[:, 0], documents[:, 1:]])
         for name, pending in self.columns.items():
             self.columns[name] = np.concatenate([pending, columns[name]])

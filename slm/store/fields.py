@@ -75,7 +75,8 @@ SHA256 = Field(
 )
 COLUMN = Field("a column's name", lambda value: COLUMN_NAME.fullmatch(value) is not None)
 DTYPE = one_of(*DTYPES)
-FILES = mapping(Field("a file's name", is_file_name), SHA256)  # in the folder of the record
+FILE = Field("a file's name", is_file_name)  # in the folder of the record
+FILES = mapping(FILE, SHA256)
 CHECKPOINT = {"sha256": SHA256, "step": INDEX, "tokens_seen": INDEX}
 
 

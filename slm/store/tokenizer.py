@@ -42,8 +42,11 @@ PROBE = (
 )
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    """A Hugging Face fast tokenizer by folder or hub name; it must have an EOS token."""
+def load_tokenizer(name: str | Path, eos: str | None = None) -> PreTrainedTokenizerFast:
+    """A Hugging Face fast tokenizer by folder or hub name; it must have an EOS token.
+
+    eos: that token, where it is not the tokenizer's own
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     here = is_folder("no tokenizer at", str(name))
@@ -66,6 +69,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         # Of a folder without files transformers makes one by the model's type.
         raise UserError(f"no tokenizer at {name}: special tokens are all that it has")
     check_vocabulary(name, vocabulary_size(tokenizer))
+    if eos is not None:
+        if eos not in tokenizer.get_vocab():
+            raise UserError(f"{name} has no token {eos!r}, which is to be its EOS")
+        tokenizer.add_special_tokens({"eos_token": eos})
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token; documents end with one")
     uncut(tokenizer)

@@ -16,8 +16,8 @@ import numpy as np
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from slm.integrations.datasets.rows import Rows, beside, check_dataset, read_rows
 from slm.prepare.encoder import EncoderState, encoder_state
+from slm.prepare.imports.rows import Rows, beside, check_dataset, check_labels, read_rows
 from slm.store.columns import COLUMNS, DTYPE, LOGPROBS, Column
 from slm.store.files import ArrayWriter, Json, atomic_file, naming, write_json
 from slm.store.shards import (
@@ -31,7 +31,6 @@ from slm.store.shards import (
     write_sidecar,
 )
 from slm.store.tokenizer import load_tokenizer, tokenizer_sha256
-from slm.store.windows import IGNORE_INDEX
 
 TOKENS_AT_ONCE = 1 << 20
 Columns = dict[str, np.ndarray]
@@ -245,19 +244,6 @@ def score_columns(names: Sequence[str]) -> list[Column]:
     if found and LOGPROBS not in found:
         raise ValueError(f"the dataset has {found[0].key} and no {LOGPROBS.key}")
     return found
-
-
-def check_labels(rows: Rows, labels: np.ndarray) -> np.ndarray:  # (n,) -> (n,) bool
-    """True where the token is a target."""
-    live = labels != IGNORE_INDEX
-    wrong = np.flatnonzero(live & (labels != rows.ids))
-    if len(wrong):
-        at = wrong[0]
-        raise ValueError(
-            f"{rows.place('labels', at)} is {labels[at]}, input_ids there is {rows.ids[at]}: a "
-            f"label is its token or {IGNORE_INDEX}"
-        )
-    return live
 
 
 def check_scores(

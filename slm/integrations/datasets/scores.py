@@ -14,12 +14,12 @@ import torch
 from datasets import Dataset, Features, LargeList, List, Value
 from transformers import PreTrainedModel
 
-from slm.integrations.datasets.rows import Rows, check_dataset, read_rows
 from slm.integrations.loss import COLUMN
 from slm.integrations.signatures import check_parameters
 from slm.model.architecture import position_limit
 from slm.model.build import SelectiveLM, check_model, load_model
 from slm.model.folder import model_sha256
+from slm.prepare.imports.rows import Rows, check_dataset, read_rows
 from slm.store.files import hash_json
 from slm.store.hub import check_model_folder, is_folder
 from slm.store.windows import IGNORE_INDEX, Batch, positions

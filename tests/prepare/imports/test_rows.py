@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from slm.integrations.datasets.rows import beside, read_rows
+from slm.prepare.imports.rows import beside, read_rows
 
 ROWS = [[11, 12, 13], [], [21], [31, 32, 33, 34]]
 STARTS = [1, 0, 0, 1, 1, 0, 1, 0]  # by hand, of the documents below

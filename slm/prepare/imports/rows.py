@@ -11,7 +11,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from slm.store.columns import COLUMNS
-from slm.store.windows import positions
+from slm.store.windows import IGNORE_INDEX, positions
 
 
 class Rows(NamedTuple):
@@ -136,3 +136,16 @@ def mark_lengths(counts: np.ndarray, sizes: np.ndarray, rows: Rows) -> None:
             f"numbers that add up to the row's {rows.lengths[row]} tokens are needed"
         )
     rows.first[np.cumsum(sizes) - sizes] = True
+
+
+def check_labels(rows: Rows, labels: np.ndarray) -> np.ndarray:  # (n,) -> (n,) bool
+    """True where the token is a target."""
+    live = labels != IGNORE_INDEX
+    wrong = np.flatnonzero(live & (labels != rows.ids))
+    if len(wrong):
+        at = wrong[0]
+        raise ValueError(
+            f"{rows.place('labels', at)} is {labels[at]}, input_ids there is {rows.ids[at]}: a "
+            f"label is its token or {IGNORE_INDEX}"
+        )
+    return live

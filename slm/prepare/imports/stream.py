@@ -1,0 +1,93 @@
+"""Parts of token files -> blocks as `ShardWriter` takes them: checked, with their documents."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from slm.errors import UserError
+from slm.prepare.encoder import EncoderState
+from slm.prepare.imports.parts import Part
+
+TOKENS_AT_ONCE = 1 << 20
+COUNTS = ("documents", "tokens", "bytes", "targets", "eos_added", "eos_inside")
+
+
+class Block(NamedTuple):
+    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes and, by need, masks
+    documents: np.ndarray  # (d, 3) of those that begin in it: number of its tokens, source, record
+    carried: int  # tokens of a document that began before
+
+
+@dataclass
+class Stream:
+    """The parts of one source after the other; remembers whether a document goes on."""
+
+    state: EncoderState
+    source: int
+    by_eos: bool  # documents end at EOS, whatever an index says
+    add_eos: bool  # a document of an index that ends otherwise gets one; else it is refused
+    is_open: bool = False
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+
+    def blocks(self, part: Part) -> Iterator[Block]:
+        """The tokens of a part in their order; nothing but EOS is ever added."""
+        for first in range(0, len(part.tokens), TOKENS_AT_ONCE):
+            ids = np.asarray(part.tokens[first : first + TOKENS_AT_ONCE])
+            self.check_ids(part, first, ids)
+            masks = None if part.masks is None else part.masks[first : first + len(ids)]
+            ids, masks, ends = self.find_ends(part, first, ids, masks)
+            yield self.block(ids, masks, ends)
+
+    def check_ids(self, part: Part, first: int, ids: np.ndarray) -> None:
+        size = self.state.vocab_size
+        if ids.min() < 0 or ids.max() >= size:
+            at = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
+            raise UserError(
+                f"{part.place}: token {first + at} is {ids[at]}, the tokenizer has {size} ids: "
+                f"another tokenizer made the file, or its dtype is not {ids.dtype.name}"
+            )
+
+    def find_ends(
+        self, part: Part, first: int, ids: np.ndarray, masks: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """ids and masks, with what EOS are added, and the places after the documents' ends."""
+        if self.by_eos or part.ends is None:
+            return ids, masks, np.flatnonzero(ids == self.state.eos_id) + 1
+        span = np.searchsorted(part.ends, [first, first + len(ids)], side="right")
+        ends = np.unique(part.ends[slice(*span)]) - first  # of no tokens: none
+        missing = ends[ids[ends - 1] != self.state.eos_id]
+        if len(missing) and not self.add_eos:
+            end = missing[0]
+            raise UserError(
+                f"{part.place}: the document that ends before token {first + end} ends with "
+                f"{ids[end - 1]}, EOS of the tokenizer is {self.state.eos_id}: name the right one "
+                "(tokenizer.eos), or add_eos=true puts it there, or documents=eos takes the index "
+                "for no documents"
+            )
+        self.counts["eos_added"] += len(missing)
+        if masks is not None and len(missing):
+            masks = np.insert(masks, missing, masks[missing - 1])
+        ids = np.insert(ids, missing, self.state.eos_id) if len(missing) else ids
+        return ids, masks, ends + np.searchsorted(missing, ends, side="right")
+
+    def block(self, ids: np.ndarray, masks: np.ndarray | None, ends: np.ndarray) -> Block:
+        count = len(ids)
+        starts = ends[ends < count] if self.is_open else np.append(0, ends[ends < count])
+        lengths = np.diff(np.append(starts, count))
+        records = self.counts["documents"] + np.arange(len(starts))
+        self.is_open = len(ends) == 0 or ends[-1] < count
+        columns = {
+            "tokens": ids.astype(self.state.token_dtype),
+            "bytes": self.state.bytes_table[ids].astype(self.state.bytes_dtype),
+        }
+        if masks is not None:
+            columns["masks"] = masks
+        self.counts["documents"] += len(starts)
+        self.counts["tokens"] += count
+        self.counts["bytes"] += int(columns["bytes"].sum(dtype=np.int64))
+        self.counts["targets"] += count if masks is None else int(np.count_nonzero(masks))
+        self.counts["eos_inside"] += int((ids == self.state.eos_id).sum()) - len(ends)
+        documents = np.column_stack([lengths, np.full(len(starts), self.source), records])
+        return Block(columns, documents, int(starts[0]) if len(starts) else count)
