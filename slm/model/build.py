@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -28,7 +29,7 @@ from slm.model.folder import check_savable, quiet_without_terminal
 from slm.model.head import check_documents, check_head, head_arguments, hidden_states, loss_terms
 from slm.model.selected import check_rows, selected_backward
 from slm.prepare.chat import end_of_turn
-from slm.store.hub import check_model_folder, is_folder
+from slm.store.hub import FOLDER, check_model_folder, gguf_file, is_folder, place
 from slm.store.tokenizer import check_same_tokenizer, first_line, load_tokenizer
 from slm.store.trust import check_no_code
 from slm.store.windows import IGNORE_INDEX, Batch, to_device
@@ -102,6 +103,8 @@ def check_loss_terms(model: PreTrainedModel, init_from: str | None) -> None:
 
 def check_not_quantized(init_from: str) -> None:
     """Quantized weights get no gradient, and most kinds are not saved again."""
+    if gguf_file(init_from) is not None:
+        return  # floats when they are loaded
     try:
         config, _ = PreTrainedConfig.get_config_dict(init_from)
     except OSError as error:
@@ -137,12 +140,16 @@ def take_over_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def load_model(folder: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The causal LM of a Hugging Face folder or hub name in float32, in evaluation mode."""
+    """The causal LM of a Hugging Face folder, a GGUF or a hub name in float32, for evaluation."""
     quiet_without_terminal()
-    check_no_code(folder)
+    where = place(folder)
+    check_no_code(where[FOLDER])
+    # A GGUF's weights as floats, else they count as quantized and are not saved again.
+    more = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in where else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+            **where,
+            **more,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             output_loading_info=True,

@@ -25,7 +25,7 @@ from slm.store.files import (
     sealed,
     sync_folder,
 )
-from slm.store.hub import check_model_folder, is_folder
+from slm.store.hub import check_model_folder, gguf_file, is_folder
 
 
 def quiet_without_terminal() -> None:
@@ -52,9 +52,12 @@ def check_savable(
 def model_sha256(folder: str | Path) -> str:
     """Identity of a saved model: its config (versions apart) and the hashes of its weights."""
     folder = Path(folder)
+    if (gguf := gguf_file(folder)) is not None:
+        return hash_json({"gguf": hash_file(gguf)})
     config = read_json(folder / "config.json")
     config.pop("transformers_version", None)
-    weights = sorted(folder.glob("*.safetensors"))
+    # transformers reads those of PyTorch, tensors alone (weights_only), where there are no others.
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise UserError(
             f"{folder} holds no *.safetensors: transformers' from_pretrained and save_pretrained "

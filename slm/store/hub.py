@@ -1,4 +1,4 @@
-"""Where a model or a tokenizer is: a folder here, or a name on the hub; decided once, and quickly.
+"""Where a model or a tokenizer is: a folder or GGUF file here, or a name on the hub; said quickly.
 
 transformers takes a mistyped path for a name, and asks the hub for each of its files again and
 again: two minutes where there is no network. Here one question comes first, without retries.
@@ -6,11 +6,14 @@ again: two minutes where there is no network. Here one question comes first, wit
 
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from slm.errors import UserError
 from slm.store.files import check_files, read_json
 
+FOLDER = "pretrained_model_name_or_path"
 FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")  # one of them is in every cache
 
 
@@ -19,10 +22,13 @@ def is_folder(key: str, name: str) -> bool:
 
     key: what it is named by, for the message
     """
-    if Path(name).is_dir():
+    if Path(name).is_dir() or gguf_file(name) is not None:
         return True
     if Path(name).exists():
-        raise UserError(f"{key} {name}: it is {advice(Path(name))}")
+        raise UserError(
+            f"{key} {name} is a file: a model or tokenizer is a folder, a GGUF file, or a name on "
+            "the hub"
+        )
     if not looks_like_hub_name(name):
         raise UserError(f"{key} {name}: there is no such folder")
     ask_hub(key, name)
@@ -88,14 +94,16 @@ def no_model(folder: Path) -> str | None:
     """Why a folder is no model that transformers can load; None where it looks like one."""
     has_config = (folder / "config.json").is_file()
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if (gguf := gguf_file(folder)) is not None:
+        return None if find_spec("gguf") else f"it is {gguf.name}, which pip install gguf can read"
     if not folder.is_dir():
         return "there is no such folder"
     if (folder / "adapter_config.json").is_file():
         return adapter(folder / "adapter_config.json")
     if has_config and weights:
         return None
-    if gguf := sorted(folder.glob("*.gguf")):
-        return f"it holds {advice(gguf[0])}"
+    if files := sorted(folder.glob("*.gguf")):
+        return f"it holds {len(files)} GGUF files: name one of them, as in {files[0]}"
     if (folder / "model" / "config.json").is_file():
         return f"config.json is missing, did you mean {folder / 'model'}?"
     if has_config:
@@ -113,14 +121,21 @@ def adapter(path: Path) -> str:
     return f"it is a PEFT adapter{base}: merge it into its model (merge_and_unload)"
 
 
-def advice(file: Path) -> str:
-    """What to do with a file in place of a folder."""
-    if file.suffix != ".gguf":
-        return "a file, and a model or tokenizer is a folder or a name on the hub"
-    call = f'from_pretrained("{file.parent}", gguf_file="{file.name}"'
-    return (
-        f"a GGUF file, {file.name}; save what it holds as a folder once, in Python (pip install "
-        f"gguf): from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig; "
-        f'AutoTokenizer.{call}).save_pretrained("converted"); AutoModelForCausalLM.{call}, '
-        'quantization_config=GgufConfig(dequantize=True)).save_pretrained("converted")'
-    )
+# ---- GGUF ---------------------------------------------------------------------------------------
+
+
+def gguf_file(name: str | Path) -> Path | None:
+    """What a name means: a GGUF file itself, or the only one of a folder without other weights."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return path if path.is_file() else None
+    if not path.is_dir() or [*path.glob("*.safetensors"), *path.glob("*.bin")]:
+        return None
+    files = sorted(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
+def place(name: str | Path) -> dict[str, Any]:
+    """As transformers' from_pretrained takes it."""
+    file = gguf_file(name)
+    return {FOLDER: name} if file is None else {FOLDER: file.parent, "gguf_file": file.name}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from slm.errors import UserError
 from slm.store.fields import of_what
 from slm.store.files import hash_json
-from slm.store.hub import advice, is_folder
+from slm.store.hub import FOLDER, is_folder, place
 from slm.store.shards import Corpus
 from slm.store.trust import check_no_code
 
@@ -49,14 +49,13 @@ def load_tokenizer(name: str | Path, eos: str | None = None) -> PreTrainedTokeni
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    here = is_folder("no tokenizer at", str(name))
-    if here and not any(Path(name).glob("*token*")) and (gguf := sorted(Path(name).glob("*.gguf"))):
-        raise UserError(f"no tokenizer at {name}: it holds {advice(gguf[0])}")
-    check_no_code(name)
+    is_folder("no tokenizer at", str(name))
+    where = place(name) if not (Path(name) / "tokenizer.json").exists() else {FOLDER: name}
+    check_no_code(where[FOLDER])
     check_vocabulary(name, rows_of(Path(name) / "tokenizer.json"))
     try:
         tokenizer = as_in_its_file(
-            name, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            name, AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         )
     # `tokenizers` raises a bare Exception on a damaged file, or panics.
     except BaseException as error:

@@ -136,7 +136,7 @@ def build_module(
     settings: Json, data: TokenData, tokenizer: PreTrainedTokenizerFast
 ) -> SelectiveModule:
     init_from = settings["model"]["init_from"]
-    if init_from is not None and Path(init_from).is_dir():
+    if init_from is not None and Path(init_from).exists():
         check_model_folder("model.init_from", init_from, settings["data"]["check"])
     lm: SelectiveLM = build(
         "model", settings["model"], tokenizer=tokenizer, vocab_size=data.corpus.vocab_size

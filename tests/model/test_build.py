@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import warm
+from gguf_helpers import write_gguf
 from model_helpers import (
     APART,
     ARCHITECTURES,
@@ -498,6 +499,19 @@ def test_compiled_backbone_gets_the_same(build, monkeypatch, documents, backend)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-5)
     for name, gradient in results[0][2].items():
         torch.testing.assert_close(results[1][2][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gguf_is_the_model_and_tokenizer_that_it_was_written_from(tokenizer, tmp_path):
+    model = new_model(LLAMA, len(tokenizer), None)
+    write_gguf(tmp_path / "m.gguf", model, tokenizer)
+    for name in (tmp_path / "m.gguf", tmp_path):
+        loaded = load_model(name)
+        found, expected = loaded.state_dict(), model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        ids = torch.tensor([load_tokenizer(name).encode("one two three")])
+        assert ids.tolist() == [tokenizer.encode("one two three")]
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
 def test_ids_and_template_of_a_loaded_model_stay_and_eos_is_among_those_to_stop_at(

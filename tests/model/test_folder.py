@@ -116,6 +116,22 @@ def test_identity_survives_saving_again_and_tells_models_apart(saved, tmp_path, 
     assert len(others | {identity}) == 3
 
 
+def test_weights_of_pytorch_and_a_gguf_have_an_identity(saved, tmp_path):
+    state = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    found = set()
+    for scale in (1, 1, 2):
+        torch.save(
+            {name: scale * value for name, value in state.items()}, saved / "pytorch_model.bin"
+        )
+        found.add(model_sha256(saved))
+    assert len(found) == 2
+    for text in ("a", "a", "b"):
+        (tmp_path / "m.gguf").write_text(text)
+        found.add(model_sha256(tmp_path / "m.gguf"))
+    assert len(found) == 4
+
+
 def test_identity_needs_weights(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no \*.safetensors"):

@@ -10,7 +10,15 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
 from slm.errors import UserError
-from slm.store.hub import ask_hub, check_model_folder, is_folder, no_model
+from slm.store.hub import (
+    FOLDER,
+    ask_hub,
+    check_model_folder,
+    gguf_file,
+    is_folder,
+    no_model,
+    place,
+)
 from slm.store.tokenizer import load_tokenizer
 
 
@@ -96,8 +104,9 @@ def test_a_path_is_not_asked_for(asked, tmp_path):
             {"adapter_config.json": json.dumps({"base_model_name_or_path": "big/one"})},
             "it is a PEFT adapter of big/one: merge it",
         ),
-        ({"m.Q4_1.gguf": ""}, "it holds a GGUF file, m.Q4_1.gguf; save what it holds as a folder"),
-        ({"config.json": "{}", "m.gguf": ""}, "it holds a GGUF file, m.gguf"),
+        ({"m.Q4_1.gguf": ""}, None),
+        ({"config.json": "{}", "m.gguf": ""}, None),
+        ({"a.gguf": "", "b.gguf": ""}, "it holds 2 GGUF files: name one of them, as in "),
         ({"model/config.json": "{}"}, "config.json is missing, did you mean "),
         ({"config.json": "{}", "model.safetensors": ""}, None),
     ],
@@ -110,12 +119,20 @@ def test_what_a_folder_holds_that_is_no_model(tmp_path, files, said):
     assert reason == said if said is None else str(reason).startswith(said)
 
 
-def test_a_gguf_is_told_by_whoever_wants_a_tokenizer_and_as_a_file(tmp_path):
-    (tmp_path / "m.gguf").touch()
-    with pytest.raises(UserError, match=f"no tokenizer at {tmp_path}: it holds a GGUF file"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"model .*m.gguf: it is a GGUF file, m.gguf; save"):
-        is_folder("model", str(tmp_path / "m.gguf"))
+def test_a_gguf_is_meant_by_its_name_and_where_a_folder_has_nothing_else(tmp_path, monkeypatch):
+    file = tmp_path / "m.gguf"
+    assert gguf_file(file) is None and gguf_file(tmp_path) is None
+    file.touch()
+    assert gguf_file(file) == gguf_file(tmp_path) == file
+    assert is_folder("model", str(file)) and no_model(file) is None
+    assert place(tmp_path) == {FOLDER: tmp_path, "gguf_file": "m.gguf"}
+    monkeypatch.setattr("slm.store.hub.find_spec", lambda name: None)
+    assert no_model(file) == "it is m.gguf, which pip install gguf can read"
+    (tmp_path / "model.safetensors").touch()
+    assert gguf_file(tmp_path) is None and place(tmp_path) == {FOLDER: tmp_path}
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="notes.txt is a file: a model or tokenizer is a folder"):
+        is_folder("model", str(tmp_path / "notes.txt"))
     assert no_model(Path(tmp_path / "nowhere")) == "there is no such folder"
 
 

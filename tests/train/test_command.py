@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import slm
 import warm
 from common import swap_ids
-from model_helpers import ARCHITECTURES, small_llama
+from gguf_helpers import write_gguf
+from model_helpers import ARCHITECTURES, LLAMA, small_llama
 from run_helpers import leave_strays, train
 from slm.cli import plain_settings
 from slm.dynamics.analysis import analyse
@@ -387,6 +388,21 @@ def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, 
     with pytest.raises(UserError, match=message):
         train(compose_train(tmp_path / "run", text_corpus.folder, *overrides))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_that_begins_with_a_gguf_leaves_a_plain_folder(tmp_path, tokenizer):
+    file = tmp_path / "m.gguf"
+    write_gguf(file, new_model(LLAMA, len(tokenizer), None), tokenizer)
+    (tmp_path / "a.txt").write_text("one two three four " * 400)
+    settings = {"tokenizer": {"path": str(file)}, "seq_len": 16, "heldout_ratio": 0}
+    slm.prepare([tmp_path / "a.txt"], tmp_path / "corpus", **settings)
+    given = (f"model.init_from='{file}'", "selection=all", "max_tokens=128")
+    folder = train(compose_train(tmp_path / "run", tmp_path / "corpus" / "train", *given))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.to_dict().keys().isdisjoint({"quantization_config"})
+    record = json.loads((folder.parent / "lineage.json").read_text())
+    assert (record["init_from"].endswith("/m.gguf"), record["init_from_is_folder"]) == (True, True)
+    assert evaluate({"a": folder, "b": file}, {"x": tmp_path / "corpus" / "train"})[0]["loss"] > 0
 
 
 @pytest.mark.parametrize("key", ["model.init_from", "online_reference"])
