@@ -4,7 +4,7 @@
     from slm import Corpus, References, Windows, SelectiveLM
 
 Each is imported when it is first asked for. A stage is a function and the folder of its modules
-(`import_corpus`, which is `slm import`, a function alone).
+(`import_corpus` and `export_corpus`, which are `slm import` and `slm export`, functions alone).
 """
 
 import os
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slm.evaluate.command import evaluate
     from slm.model.build import SelectiveLM
     from slm.prepare.command import prepare
+    from slm.prepare.export import export_corpus
     from slm.prepare.imports.command import import_corpus
     from slm.report.command import report
     from slm.score.command import score
@@ -32,6 +33,7 @@ HOMES = {
     "Windows": "slm.store.windows",
     "SelectiveLM": "slm.model.build",
     "import_corpus": "slm.prepare.imports.command",
+    "export_corpus": "slm.prepare.export",
 }
 __all__ = [
     "Corpus",
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "dynamics",
     "evaluate",
+    "export_corpus",
     "import_corpus",
     "prepare",
     "report",

@@ -30,6 +30,10 @@ COMMANDS = {  # name: (what it does, an example)
         "token files of other trainers -> token shards",
         "format=megatron path=data.bin tokenizer.path=folder out=corpus",
     ),
+    "export": (
+        "token shards -> token files of other trainers",
+        "corpus=corpus/train format=megatron out=folder",
+    ),
     "train": (
         "corpus (+ references) -> model",
         "data.corpus=corpus/train selection=all max_tokens=1_000_000 out=run",

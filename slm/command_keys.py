@@ -68,6 +68,11 @@ IMPORT: Table = {
     "masks": optional(text),
     "shard_tokens": PREPARE["shard_tokens"],
 }
+EXPORT: Table = {
+    "corpus": text,
+    "format": word("nanogpt", "llmc", "megatron", "olmo"),
+    "out": text,
+}
 SCORE: Table = FORWARD | {
     "corpus": text,
     "reference_model": optional(text),

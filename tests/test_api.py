@@ -22,6 +22,7 @@ from slm.evaluate.command import evaluate
 from slm.evaluate.harness import harness
 from slm.model.folder import save_model
 from slm.prepare.command import prepare
+from slm.prepare.export import export_corpus
 from slm.prepare.imports.command import import_corpus
 from slm.report.command import report
 from slm.report.workspace import dashboard
@@ -33,6 +34,7 @@ from slm.store.tokenizer import load_corpus_tokenizer
 STAGES: dict[str, Callable[..., Any]] = {
     "prepare": prepare,
     "import": import_corpus,
+    "export": export_corpus,
     "score": score,
     "evaluate": evaluate,
     "harness": harness,

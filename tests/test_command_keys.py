@@ -21,6 +21,7 @@ from slm.model.device import DTYPES
 GIVEN = {  # what must be given; nothing of it is there
     "prepare": ["out=x", "sources=[no.jsonl]", "tokenizer.path=no"],
     "import": ["format=npy", "path=no", "out=x", "tokenizer.path=no"],
+    "export": ["corpus=no", "format=olmo", "out=x"],
     "score": ["corpus=no", "reference_model=no", "out=x"],
     "evaluate": ["models={a: no}", "sets={b: no}"],
     "harness": ["models={a: no}", "problems=no"],
