@@ -44,7 +44,7 @@ FLOORS = "store prepare model selection score evaluate train dynamics report".sp
 TOP = {"integrations", "verify", "demo", "harness", "dashboard", "import", "export"}
 # Tests of more than one module.
 WHOLE = {"api", "layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
-WHOLE |= {"documents", "notebook", "warm"}
+WHOLE |= {"documents", "notebook", "warm", "experiments"}
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -270,3 +270,21 @@ def test_the_floor_of_transformers_is_the_release_that_ci_runs():
     )
     pinned = re.findall(r"^transformers==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert needed == pinned and len(needed) == 1
+
+
+def test_the_account_of_the_selected_backward_shows_its_results():
+    folder = ROOT / "experiments" / "2026-11-30_selected_backward"
+    rows, sets = readme_rows(folder / "README.md"), ("gsm8k_test", "math_500", "noisy")
+    with open(folder / "results.csv", newline="") as file:
+        mean = {(row["arm"], row["set"]): float(row["mean"]) for row in csv.DictReader(file)}
+    labels = {"all tokens": "all tokens", "*the reference model itself*": "reference model"}
+    for k in (0.6, 0.4, 0.2):
+        labels |= {f"{k} {b}": f"excess k = {k}, backward={b}" for b in ("exact", "selected")}
+        labels[f"{k} selected, equal FLOPs"] = f"selected {k} at equal FLOPs"
+    for label, arm in labels.items():
+        found = [float(cell) for cell in rows[label][:3]]
+        assert found == pytest.approx([mean[arm, name] for name in sets], abs=5.1e-4), label
+    with open(folder / "differences.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            cell = rows[f"{row['select_ratio']}, {row['at']}"][sets.index(row["set"])]
+            assert float(cell.split()[0]) == pytest.approx(float(row["difference"]), abs=5.1e-4)
