@@ -551,7 +551,9 @@ def test_wrong_settings_are_refused(tmp_path, changes, message):
 
 def test_without_lm_eval_it_says_what_to_install(call, monkeypatch, tmp_path):
     monkeypatch.setattr(harnessing, "find_spec", lambda name: None)
-    words = ["models={a: m}", f"problems='{tmp_path}'"]
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    words = [f"models={{a: '{tmp_path}'}}", f"problems='{tmp_path}'"]
     message = "slm x: lm_eval is not installed: pip install 'slm-trainer[lm-eval]'\n"
     assert call(harness_door.main, *words) == (1, "", message.replace("slm x", "slm harness"))
 
