@@ -150,6 +150,14 @@ def text_corpus(tmp_path, made_corpus) -> Corpus:
 
 
 @pytest.fixture(scope="session")
+def bytes_folder(tmp_path_factory) -> str:
+    """A tokenizer without merges: every byte is a token."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["a"], 258).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def cut_demo_texts() -> Callable[[Path, int], None]:
     """cut_demo_texts(folder, bytes): of so much source on either side; more would show no more."""
 

@@ -26,16 +26,8 @@ from slm.prepare.workers import side_of, undisturbed
 from slm.store.claims import claim
 from slm.store.files import ArrayWriter
 from slm.store.shards import Corpus
-from slm.store.tokenizer import EOS, train_tokenizer
+from slm.store.tokenizer import EOS
 from text_helpers import DATA, loses_spaces, needs_data, write_records
-
-
-@pytest.fixture(scope="module")
-def bytes_folder(tmp_path_factory) -> str:
-    """A tokenizer without merges: every byte is a token."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["a"], 258).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -12,18 +12,10 @@ from slm.errors import UserError
 from slm.prepare.export import document_ends, export_corpus
 from slm.prepare.imports.command import import_corpus
 from slm.store.shards import Corpus
-from slm.store.tokenizer import train_tokenizer
 
 FILES = Path(__file__).resolve().parents[1] / "fixtures" / "token_files"
 DOCUMENTS = json.loads((FILES / "documents.json").read_text())
 LENGTHS = [len(ids) for ids in DOCUMENTS]
-
-
-@pytest.fixture(scope="module")
-def bytes_folder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["a"], 258).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

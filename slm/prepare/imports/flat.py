@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from slm.command_keys import INTEGERS
 from slm.errors import UserError
-from slm.prepare.imports.parts import INTEGERS, Options, Part, find_files, map_numbers
+from slm.prepare.imports.parts import Options, Part, find_files, map_numbers
 
 HEADER = 256  # int32, of llm.c: magic, version, number of tokens
 TOKENS_OF = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's, Llama 3's

@@ -11,8 +11,6 @@ from slm.errors import UserError
 from slm.store.fields import OBJECT, Field, check_fields, list_of
 from slm.store.files import Json, check_regular, read_json
 
-INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
-
 
 class Part(NamedTuple):
     """Tokens of one file, or of a piece of it."""

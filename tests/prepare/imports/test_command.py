@@ -34,13 +34,6 @@ STARTS = [0, 8, 29, 31]
 EOS_FIRST = [token for ids in DOCUMENTS for token in [0, *ids[:-1]]]
 
 
-@pytest.fixture(scope="module")
-def bytes_folder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["a"], 258).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def run(tmp_path, bytes_folder) -> Callable[..., Corpus]:
     """run(format, path, **settings) -> a corpus of windows of one target: no token is dropped."""
