@@ -5,6 +5,7 @@ What is built from a `_target_` has its constructor's keys; here are those that 
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from slm.checks import (
@@ -143,10 +144,10 @@ def check_run(settings: dict[str, Any]) -> None:
     """Of the command: what can be said before PyTorch is imported."""
     check_train(settings)
     check_inputs(settings)
-    from slm.store.shards import Corpus  # NumPy, which a mistyped key need not wait for
+    from slm.store.shards import read_manifest  # NumPy, which a mistyped key need not wait for
 
     data = settings["data"]
-    seq_len = Corpus.open(data["corpus"]).seq_len
+    seq_len = read_manifest(Path(data["corpus"]), "corpus")["seq_len"]
     check_one_step(settings["max_tokens"], data["batch_size"] * seq_len)
 
 
