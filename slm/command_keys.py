@@ -40,6 +40,7 @@ PREPARE: Table = {
     "sources": anything,
     "exclude": anything,
     "tokenizer.path": optional(text),
+    "tokenizer.eos": optional(text),
     "tokenizer.vocab_size": optional(whole(1, 2**31)),
     "tokenizer.train_mb": megabytes,
     "tokenizer.chat_template": optional(text),

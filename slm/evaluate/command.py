@@ -28,7 +28,7 @@ from slm.store.fields import OBJECT, check_fields, one_of
 from slm.store.files import Advance, nothing, read_json, write_csv
 from slm.store.hub import check_model_folder, is_folder
 from slm.store.shards import Corpus
-from slm.store.tokenizer import check_same_tokenizer, load_tokenizer
+from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_of
 from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device
 
 log = logging.getLogger("slm.evaluate")
@@ -115,8 +115,9 @@ def evaluated(
     for folder in models.values():
         if is_folder("model", folder):
             check_model_folder("model", folder, check)
-        tokenizer = load_tokenizer(folder)
+        own = load_tokenizer(folder, needs_eos=False)
         for corpus in corpora.values():
+            tokenizer = with_eos_of(folder, own, corpus)
             check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
         warn_of_other_precision(folder, dtype)
     total = sum(num_tokens(corpus, max_windows[name]) for name, corpus in corpora.items())

@@ -1,4 +1,4 @@
-"""A new causal LM from the fields of its Hugging Face config; what such a config says."""
+"""A new causal LM from the fields of its Hugging Face config; overrides; what a config says."""
 
 import inspect
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from transformers import (
 from slm.errors import UserError
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling")  # accepted by every config with rotary positions
+ROPE_NAMES = ("rope_parameters", "rope_scaling")
 COUNTS = (
     "hidden_size",
     "num_hidden_layers",
@@ -96,6 +97,46 @@ def check_heads(fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
         )
 
 
+def override_config(config: PreTrainedConfig, override: Mapping[str, Any]) -> None:
+    """Other values for fields of a loaded model's config, in place (`model.override`).
+
+    rope_theta and what is given as rope_parameters (or rope_scaling, its old name) go into the
+    config's rope_parameters: transformers 5 reads them there alone, and takes a rope_theta beside
+    them for nothing. Weights stay as they are, so fields that they have the shape of cannot change.
+    """
+    text = text_config(config)
+    check_fields(override, text, "model.override")
+    fields = dict(override)
+    given = [fields.pop(name) or {} for name in ROPE_NAMES if name in fields]
+    rope = {key: value for part in given for key, value in part.items()}
+    if "rope_theta" in fields:
+        rope["rope_theta"] = fields.pop("rope_theta")
+    for name, value in fields.items():
+        setattr(text, name, value)
+    if rope:
+        override_rope(text, rope)
+    text.validate()
+
+
+def override_rope(text: PreTrainedConfig, rope: Mapping[str, Any]) -> None:
+    """rope: fields of rope_parameters, or of those of a layer type where each has its own."""
+    found = getattr(text, "rope_parameters", None)
+    if not found:
+        raise UserError(
+            f"model.override has {sorted(rope)}, {type(text).__name__} has no rotary positions"
+        )
+    kinds = [name for name, value in found.items() if isinstance(value, Mapping)]
+    if unknown := [name for name in rope if kinds and name not in kinds]:
+        raise UserError(
+            f"model.override has {unknown[0]}, and layers of this model have rotary positions of "
+            f"their own: name whose, {{rope_parameters: {{{kinds[0]}: {{rope_theta: 1e6}}}}}} "
+            f"({', '.join(kinds)})"
+        )
+    parts = {name: {**found[name], **value} for name, value in rope.items() if name in kinds}
+    text.rope_parameters = {**found, **rope, **parts}
+    text.standardize_rope_params()
+
+
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """What the text part of a model is made of: all of it, or a config inside (Gemma 3)."""
     return config.get_text_config(decoder=True)
@@ -107,15 +148,16 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return limit if limit is not None and limit > 0 else None
 
 
-def check_fields(fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
+def check_fields(
+    fields: Mapping[str, Any], config: PreTrainedConfig, where: str = "model.architecture"
+) -> None:
     """A config keeps fields it does not know, and so a typing error would train another model."""
     kind = type(config)
     known = {*inspect.signature(kind).parameters, *kind.attribute_map, *ROPE_FIELDS}
     others = fields.keys() - known
     for name in others and others - fields_read(config):
         raise UserError(
-            f"model.architecture.{name} is no field of {kind.__name__}; "
-            f"it has {', '.join(sorted(known))}"
+            f"{where}.{name} is no field of {kind.__name__}; it has {', '.join(sorted(known))}"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GgufConfig,
     PreTrainedConfig,
@@ -24,13 +25,20 @@ from transformers import (
 )
 
 from slm.errors import UserError
-from slm.model.architecture import new_model, position_limit, text_config, told, with_attention
+from slm.model.architecture import (
+    new_model,
+    override_config,
+    position_limit,
+    text_config,
+    told,
+    with_attention,
+)
 from slm.model.folder import check_savable, quiet_without_terminal
 from slm.model.head import check_documents, check_head, head_arguments, hidden_states, loss_terms
 from slm.model.selected import check_rows, selected_backward
 from slm.prepare.chat import end_of_turn
 from slm.store.hub import FOLDER, check_model_folder, gguf_file, is_folder, place
-from slm.store.tokenizer import check_same_tokenizer, first_line, load_tokenizer
+from slm.store.tokenizer import check_same_tokenizer, first_line, load_tokenizer, with_eos_of
 from slm.store.trust import check_no_code
 from slm.store.windows import IGNORE_INDEX, Batch, to_device
 from slm_kernels import (
@@ -55,6 +63,7 @@ def build_lm(
     logits_cache_bytes: int,
     backward: str = "exact",
     keys_cache_bytes: int = 0,
+    override: Mapping[str, Any] | None = None,
 ) -> "SelectiveLM":
     """A float32 model of a stock class with its loss: loaded from `init_from`, else new.
 
@@ -65,7 +74,13 @@ def build_lm(
     logits_cache_bytes:   memory for the loss to keep between forward and backward, which saves time
     backward:             exact, or selected: along the selected rows alone (selected.py)
     keys_cache_bytes:     with selected and activation_checkpointing, likewise for keys and values
+    override:             fields of the config of init_from with other values: {rope_theta: 5e5}
     """
+    if override and init_from is None:
+        raise UserError(
+            f"model.override has {', '.join(override)}, and there is no model.init_from whose "
+            "config it would change: fields of a new model stand in model.architecture"
+        )
     if compile and backward == "selected":
         raise UserError("model.backward=selected runs layers by itself: model.compile=false")
     if init_from is None:
@@ -75,12 +90,17 @@ def build_lm(
             check_model_folder("model.init_from", init_from)
         take_over_tokenizer(init_from, tokenizer)
         check_not_quantized(init_from)
-        model = load_model(init_from, attn_implementation)
+        model = load_model(init_from, attn_implementation, override)
     check_loss_terms(model, init_from)
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
     if rows < vocab_size:
-        raise UserError(f"model vocab_size is {rows}, the tokenizer has {vocab_size} tokens")
+        last = tokenizer.convert_ids_to_tokens(vocab_size - 1)
+        raise UserError(
+            f"model vocab_size is {rows}, the tokenizer has {vocab_size} tokens: {last!r} is "
+            f"{vocab_size - 1}, for which the model has no embedding (resize_token_embeddings of "
+            "transformers adds rows)"
+        )
     set_special_ids(model, tokenizer, loaded=init_from is not None)
     check_savable(model, tokenizer, "model.architecture" if init_from is None else init_from)
     if activation_checkpointing:
@@ -133,20 +153,29 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 def take_over_tokenizer(init_from: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse other token ids; take over a chat template that the corpus's tokenizer lacks."""
-    loaded = load_tokenizer(init_from)
+    loaded = with_eos_of(init_from, load_tokenizer(init_from, needs_eos=False), tokenizer)
     check_same_tokenizer(f"model.init_from {init_from}", loaded, "the corpus", tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = loaded.chat_template
 
 
-def load_model(folder: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_model(
+    folder: str | Path,
+    attn_implementation: str | None = None,
+    override: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """The causal LM of a Hugging Face folder, a GGUF or a hub name in float32, for evaluation."""
     quiet_without_terminal()
     where = place(folder)
     check_no_code(where[FOLDER])
     # A GGUF's weights as floats, else they count as quantized and are not saved again.
-    more = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in where else {}
+    more: dict[str, Any] = {}
+    if "gguf_file" in where:
+        more["quantization_config"] = GgufConfig(dequantize=True)
     try:
+        if override:
+            more["config"] = AutoConfig.from_pretrained(**where, trust_remote_code=False)
+            override_config(more["config"], override)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where,
             **more,
@@ -155,8 +184,11 @@ def load_model(folder: str | Path, attn_implementation: str | None = None) -> Pr
             output_loading_info=True,
             trust_remote_code=False,
         )
+    except UserError:
+        raise
     except Exception as error:  # a foreign config makes 150 kinds of models raise all sorts
         how = with_attention(attn_implementation)
+        how += f" with model.override={dict(override)}" if override else ""
         raise UserError(f"no causal LM at {folder}{how}: {told(error)}") from None
     model, report = loaded
     if report["missing_keys"]:  # transformers would go on with random ones

@@ -63,6 +63,7 @@ log = logging.getLogger("slm.prepare")
 
 class TokenizerKeys(TypedDict, total=False):
     path: Folder | None
+    eos: str | None
     vocab_size: int | None
     train_mb: float
     chat_template: Folder | None
@@ -70,6 +71,7 @@ class TokenizerKeys(TypedDict, total=False):
 
 TOKENIZER: TokenizerKeys = {
     "path": None,
+    "eos": None,
     "vocab_size": None,
     "train_mb": 64,
     "chat_template": None,
@@ -86,6 +88,11 @@ def check_config(config: Any) -> None:
         )
     if (config.tokenizer.path is None) == (config.tokenizer.vocab_size is None):
         raise UserError("exactly one of tokenizer.path and tokenizer.vocab_size must be set")
+    if config.tokenizer.eos is not None and config.tokenizer.path is None:
+        raise UserError(
+            f"tokenizer.eos is {config.tokenizer.eos!r}, and tokenizer.path, whose token it would "
+            "be, is not set"
+        )
     if config.tokenizer.vocab_size is not None:
         check_vocab_size(config.tokenizer.vocab_size)
     if config.tokenizer.vocab_size is not None and config.heldout_ratio == 1:
@@ -321,7 +328,8 @@ def prepare(
             with the keys that conf/prepare.yaml explains.
         out: folder to write: train/, heldout/ and report.json.
         tokenizer: exactly one of "path" (a folder or a name on the hub) and "vocab_size" (train
-            one here, on "train_mb" of the text); "chat_template": a file with one for `messages`.
+            one here, on "train_mb" of the text); "eos": the token that ends documents, where it is
+            not the tokenizer's own; "chat_template": a file with one for `messages`.
         seq_len: targets in a window.
         packing: "concat": attention runs across documents; "documents": it restarts at each.
         heldout_ratio: share of the documents that is held out, by hash of the text.
@@ -359,7 +367,7 @@ def write_or_confirm(config: Any) -> Json:
         tokenizer = None
         identity = {key: vars(config.tokenizer)[key] for key in ("vocab_size", "train_mb")}
     else:
-        tokenizer = load_tokenizer(config.tokenizer.path)
+        tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eos)
         identity = {"sha256": tokenizer_sha256(tokenizer)}
     template = chat_template(config, sources, tokenizer)
     if template is not None:

@@ -47,7 +47,7 @@ from slm.store.columns import Column, columns_named
 from slm.store.files import Json
 from slm.store.hub import check_model_folder
 from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
-from slm.store.tokenizer import check_same_tokenizer, load_tokenizer
+from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_of
 from slm.store.windows import IGNORE_INDEX, Windows, to_device
 
 log = logging.getLogger("slm.score")
@@ -98,7 +98,8 @@ def load_reference(
     folder: str, corpus: Corpus, device: str, dtype: str, check: str = "size"
 ) -> SelectiveLM:
     check_model_folder("reference_model", folder, check)
-    check_same_tokenizer(f"model {folder}", load_tokenizer(folder), corpus.folder, corpus)
+    tokenizer = with_eos_of(folder, load_tokenizer(folder, needs_eos=False), corpus)
+    check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
     where = pick_device(device)
     lm = SelectiveLM(load_model(folder)).eval()
     check_fits(lm, corpus)  # in float32: bfloat16 logits would differ by their rounding

@@ -42,10 +42,13 @@ PROBE = (
 )
 
 
-def load_tokenizer(name: str | Path, eos: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name: str | Path, eos: str | None = None, *, needs_eos: bool = True
+) -> PreTrainedTokenizerFast:
     """A Hugging Face fast tokenizer by folder or hub name; it must have an EOS token.
 
-    eos: that token, where it is not the tokenizer's own
+    eos:        that token, where it is not the tokenizer's own
+    needs_eos:  False: it may have none, the caller knows it (`with_eos_of`)
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -72,8 +75,11 @@ def load_tokenizer(name: str | Path, eos: str | None = None) -> PreTrainedTokeni
         if eos not in tokenizer.get_vocab():
             raise UserError(f"{name} has no token {eos!r}, which is to be its EOS")
         tokenizer.add_special_tokens({"eos_token": eos})
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: the tokenizer has no eos_token; documents end with one")
+    if tokenizer.eos_token_id is None and needs_eos:
+        raise UserError(
+            f"{name}: the tokenizer has no eos_token; documents end with one: name a token of its "
+            "vocabulary with tokenizer.eos of `slm prepare` or `slm import`"
+        )
     uncut(tokenizer)
     return tokenizer
 
@@ -224,6 +230,24 @@ def spellings(one: Corpus | PreTrainedTokenizerFast | str) -> Iterator[str]:
         yield tokenizer_sha256(load_corpus_tokenizer(one))
     else:
         yield tokenizer_sha256(one)
+
+
+def with_eos_of(
+    name: str | Path, theirs: PreTrainedTokenizerFast, ours: Corpus | PreTrainedTokenizerFast
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model (`name`) with the EOS of a corpus or its tokenizer.
+
+    Which token ends a document is the corpus's to say: a model's own may end the turn of a chat,
+    and some name none. What the two call by that id is for `check_same_tokenizer`.
+    """
+    eos_id = ours.manifest["eos_id"] if isinstance(ours, Corpus) else ours.eos_token_id
+    if theirs.eos_token_id == eos_id:
+        return theirs
+    eos = theirs.convert_ids_to_tokens(eos_id) if eos_id < len(theirs) else None
+    if eos is None:
+        return theirs
+    log.info("%s: EOS is %r; documents end with %r here", name, theirs.eos_token, eos)
+    return load_tokenizer(name, eos)
 
 
 def check_same_tokenizer(

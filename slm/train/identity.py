@@ -30,6 +30,8 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
     if "backward" in plain["model"] and plain["model"]["backward"] == "exact":
         del plain["model"]["backward"]  # all runs of builds that knew no other
     plain["model"].pop("keys_cache_bytes", None)  # changes no number
+    if "override" in plain["model"] and not plain["model"]["override"]:
+        del plain["model"]["override"]  # as of builds that did not know it
     loaded = None if init_from is None else init_identity("model.init_from", init_from)
     return {
         "seed": plain["seed"],

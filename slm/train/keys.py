@@ -85,6 +85,7 @@ TRAIN: Table = TRAINER | {
     "model.logits_cache_bytes": whole(0),
     "model.backward": word("exact", "selected"),
     "model.keys_cache_bytes": whole(0),
+    "model.override": optional(section),
     "selection": section,
     "selection.select_ratio": either(real(0, 1, "(]"), section),  # a schedule has its own check
     "optimizer.adamw": section,

@@ -21,6 +21,10 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     XLNetConfig,
 )
@@ -41,7 +45,7 @@ from model_helpers import (
     make_lm,
 )
 from slm.errors import UserError
-from slm.model.architecture import new_model
+from slm.model.architecture import new_model, override_config, position_limit
 from slm.model.build import (
     SelectiveLM,
     build_lm,
@@ -430,6 +434,59 @@ def test_loaded_model_trains_from_the_same_weights(saved, build):
 def test_bfloat16_folder_is_loaded_as_float32(saved, build):
     load_model(saved).bfloat16().save_pretrained(saved)
     assert {p.dtype for p in build(saved).parameters()} == {torch.float32}
+
+
+def test_fields_of_a_loaded_config_are_overridden(saved, build, tokenizer, tmp_path):
+    """transformers' own from_pretrained(folder, rope_theta=...) leaves the saved one in force."""
+    override = {"rope_theta": 500.0, "max_position_embeddings": 96, "attention_dropout": 0.25}
+    lm = build(saved, override=override)
+    config = LlamaConfig(vocab_size=300, **(LLAMA | override))  # type: ignore[arg-type]
+    meant = LlamaForCausalLM(config).eval()
+    meant.load_state_dict(load_file(saved / "model.safetensors"), strict=False)
+    meant.tie_weights()
+    ids = torch.arange(40)[None]
+    plain = load_model(saved)(ids).logits
+    with torch.no_grad():
+        expected = meant(ids).logits
+        assert torch.equal(lm.model.eval()(ids).logits, expected)
+        assert (expected - plain).abs().max() > 1e-5
+        save_model(tmp_path / "again", lm.model, tokenizer, "a card", {})
+        assert torch.equal(load_model(tmp_path / "again")(ids).logits, expected)
+    assert position_limit(lm.model.config) == 96
+    scaled = build(saved, override={"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
+    expected_rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    assert scaled.model.config.rope_parameters == expected_rope
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"rope_thetta": 5e5}, "model.override.rope_thetta is no field of LlamaConfig; it has"),
+        ({"hidden_size": 48}, "no causal LM at .* with model.override=.'hidden_size': 48.: "),
+        ({"vocab_size": 301}, "no causal LM at .* with model.override=.'vocab_size': 301.: "),
+        ({"attention_dropout": "much"}, "with model.override=.*attention_dropout"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "with model.override=.*spiral"),
+    ],
+)
+def test_overrides_that_the_weights_or_the_config_do_not_take(saved, build, override, message):
+    with pytest.raises(UserError, match=f"^[^\n]*{message}"):
+        build(saved, override=override)
+    with pytest.raises(UserError, match="there is no model.init_from whose config it would change"):
+        build(override=override)
+
+
+def test_layers_with_positions_of_their_own_are_named():
+    config = Gemma3TextConfig(num_hidden_layers=2)
+    with pytest.raises(UserError, match="name whose, .*sliding_attention, full_attention"):
+        override_config(config, {"rope_theta": 5e5})
+    before = dict(config.rope_parameters["sliding_attention"])
+    override_config(config, {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}})
+    assert config.rope_parameters["full_attention"] == {"rope_type": "default", "rope_theta": 5e5}
+    assert config.rope_parameters["sliding_attention"] == before
+    with pytest.raises(
+        UserError, match=r"has \['rope_theta'\], GPT2Config has no rotary positions"
+    ):
+        override_config(GPT2Config(), {"rope_theta": 5e5})
 
 
 def test_folder_with_another_tokenizer_is_refused(saved, build):
