@@ -69,13 +69,8 @@ class TokenizerKeys(TypedDict, total=False):
     chat_template: Folder | None
 
 
-TOKENIZER: TokenizerKeys = {
-    "path": None,
-    "eos": None,
-    "vocab_size": None,
-    "train_mb": 64,
-    "chat_template": None,
-}
+TOKENIZER: TokenizerKeys = {"path": None, "eos": None, "vocab_size": None, "train_mb": 64}
+TOKENIZER["chat_template"] = None
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -89,14 +84,11 @@ def check_config(config: Any) -> None:
     if (config.tokenizer.path is None) == (config.tokenizer.vocab_size is None):
         raise UserError("exactly one of tokenizer.path and tokenizer.vocab_size must be set")
     if config.tokenizer.eos is not None and config.tokenizer.path is None:
-        raise UserError(
-            f"tokenizer.eos is {config.tokenizer.eos!r}, and tokenizer.path, whose token it would "
-            "be, is not set"
-        )
+        raise UserError(f"tokenizer.eos={config.tokenizer.eos!r} is a token of no tokenizer.path")
     if config.tokenizer.vocab_size is not None:
         check_vocab_size(config.tokenizer.vocab_size)
-    if config.tokenizer.vocab_size is not None and config.heldout_ratio == 1:
-        raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
+        if config.heldout_ratio == 1:
+            raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
 
 
 @contextmanager
@@ -328,8 +320,8 @@ def prepare(
             with the keys that conf/prepare.yaml explains.
         out: folder to write: train/, heldout/ and report.json.
         tokenizer: exactly one of "path" (a folder or a name on the hub) and "vocab_size" (train
-            one here, on "train_mb" of the text); "eos": the token that ends documents, where it is
-            not the tokenizer's own; "chat_template": a file with one for `messages`.
+            one here, on "train_mb" of the text); "eos": what ends documents, if not its own token;
+            "chat_template": a file with one for `messages`.
         seq_len: targets in a window.
         packing: "concat": attention runs across documents; "documents": it restarts at each.
         heldout_ratio: share of the documents that is held out, by hash of the text.

@@ -243,7 +243,7 @@ def with_eos_of(
     eos_id = ours.manifest["eos_id"] if isinstance(ours, Corpus) else ours.eos_token_id
     if theirs.eos_token_id == eos_id:
         return theirs
-    eos = theirs.convert_ids_to_tokens(eos_id) if eos_id < len(theirs) else None
+    eos: Any = theirs.convert_ids_to_tokens(eos_id) if eos_id < len(theirs) else None
     if eos is None:
         return theirs
     log.info("%s: EOS is %r; documents end with %r here", name, theirs.eos_token, eos)

@@ -476,7 +476,7 @@ def test_overrides_that_the_weights_or_the_config_do_not_take(saved, build, over
 
 
 def test_layers_with_positions_of_their_own_are_named():
-    config = Gemma3TextConfig(num_hidden_layers=2)
+    config: Any = Gemma3TextConfig(num_hidden_layers=2)
     with pytest.raises(UserError, match="name whose, .*sliding_attention, full_attention"):
         override_config(config, {"rope_theta": 5e5})
     before = dict(config.rope_parameters["sliding_attention"])
