@@ -112,7 +112,7 @@ def verify_store(path: Path, advance: Advance) -> str:
             for column in shard.sha256.keys() - {SCORED}:
                 check_scores(store, shard, column)
     if isinstance(store, Corpus):
-        check_labels(store)
+        check_values(store)
         load_corpus_tokenizer(store)
     if isinstance(store, References):
         references_cost(path)
@@ -160,22 +160,34 @@ def check_scores(store: References, shard: Shard, column: str) -> None:
             )
 
 
-def check_labels(corpus: Corpus) -> None:
-    """Every label is one; all shards have them or none."""
-    for shard in corpus.shards if corpus.has_signal else ():
-        if "signal" not in shard.sha256:
-            raise UserError(
-                f"{shard.path(corpus.folder, 'signal')} is missing: other shards have one"
-            )
-        labels = corpus.column("signal", shard.index)
-        for start in range(0, len(labels), BLOCK):
-            bad = np.flatnonzero(~np.isin(labels[start : start + BLOCK], LABELS))
-            if len(bad):
-                index = start + int(bad[0])
-                raise UserError(
-                    f"{shard.path(corpus.folder, 'signal')}: entry {index} is {labels[index]}, "
-                    f"a label is one of {LABELS}"
-                )
+def is_no_label(labels: np.ndarray) -> np.ndarray:
+    return ~np.isin(labels, LABELS)
+
+
+def is_no_weight(weights: np.ndarray) -> np.ndarray:
+    return ~(np.isfinite(weights) & (weights >= 0))
+
+
+VALUES = {
+    "signal": (is_no_label, f"a label is one of {LABELS}"),
+    "weights": (is_no_weight, "a weight is a finite number of at least 0"),
+}
+
+
+def check_values(corpus: Corpus) -> None:
+    """Every label and weight is one; all shards have them or none."""
+    for name, (is_wrong, wanted) in VALUES.items():
+        having = [name in shard.sha256 for shard in corpus.shards]
+        for shard in corpus.shards if any(having) else ():
+            path = shard.path(corpus.folder, name)
+            if not having[shard.index]:
+                raise UserError(f"{path} is missing: other shards have one")
+            values = corpus.column(name, shard.index)
+            for start in range(0, len(values), BLOCK):
+                bad = np.flatnonzero(is_wrong(values[start : start + BLOCK]))
+                if len(bad):
+                    index = start + int(bad[0])
+                    raise UserError(f"{path}: entry {index} is {values[index]}, {wanted}")
 
 
 def verify_model(path: Path, advance: Advance) -> str:

@@ -63,6 +63,7 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
         vocab_size: int | None = None,
         masks: list[list[bool]] | None = None,
         signal: list[list[int]] | None = None,
+        weights: list[list[float]] | None = None,
     ) -> Corpus:
         folder.mkdir(parents=True)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -91,6 +92,8 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
                 columns["masks"] = np.array(masks[index])
             if signal is not None:
                 columns["signal"] = np.array(signal[index], np.int8)
+            if weights is not None:
+                columns["weights"] = np.array(weights[index], np.float32)
             hashes = {c: write_array(shard_path(folder, c, index), a) for c, a in columns.items()}
             dtypes = {c: str(a.dtype) for c, a in columns.items()}
             rows = {c: len(a) for c, a in columns.items()}

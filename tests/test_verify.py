@@ -142,6 +142,15 @@ def test_a_label_that_is_none_is_found(monkeypatch, tmp_path, make_corpus):
     assert not good and "signal-00001.npy: entry 20 is 2, a label is one of (-1, 0, 1)" in text
 
 
+def test_a_weight_that_is_none_is_found(tmp_path, make_corpus):
+    good = make_corpus(tmp_path / "c", [np.arange(33)], 16, weights=[[0.5] * 33])
+    assert only(good.folder)[0]
+    other = make_corpus(tmp_path / "d", [np.arange(33)], 16, weights=[[0.5] * 20 + [-1.0] * 13])
+    assert good.fingerprint != other.fingerprint
+    found, text = only(other.folder)
+    assert not found and "weights-00000.npy: entry 20 is -1.0, a weight is a finite" in text
+
+
 def test_labels_of_one_shard_alone_are_found(tmp_path, make_corpus):
     shards = [np.arange(33), np.arange(33)]
     folder = make_corpus(tmp_path / "c", shards, 16, signal=[[1] * 33] * 2).folder

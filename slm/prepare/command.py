@@ -258,7 +258,7 @@ def encode_corpus(
     batches = group_blocks(read_blocks(job.sources, job.max_bytes))
     with ExitStack() as stack:
         speed = stack.enter_context(show_progress(input_bytes(job.sources)))
-        shape = (config.seq_len, config.shard_tokens, job.encoder, job.has_masks, job.has_signal)
+        shape = (config.seq_len, config.shard_tokens, job.encoder, job.by_need)
         writers = {
             side: stack.enter_context(ShardWriter(out / SIDES[side], *shape)) for side in sides
         }
@@ -353,8 +353,9 @@ def write_or_confirm(config: Any) -> Json:
         raise UserError("sources is empty: there is nothing to prepare")
     exclude = parse_sources(config.exclude, "exclude")
     for i, source in enumerate(exclude):
-        if source.has_signal:
-            raise UserError(f"exclude[{i}] has signal or noise: no token of it is written")
+        if source.by_need - {"masks"} or source.mask is not None:
+            words = "signal, noise, mask or token_weight"
+            raise UserError(f"exclude[{i}] has {words}: no token of it is written")
     if config.tokenizer.path is None:
         tokenizer = None
         identity = {key: vars(config.tokenizer)[key] for key in ("vocab_size", "train_mb")}

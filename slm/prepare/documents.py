@@ -65,6 +65,8 @@ class Text(NamedTuple):
     parts: tuple[Part, ...] = ()  # none: one text, all of it targets
     spans: tuple[Span, ...] | None = None  # of the signal in `text`; None: nobody knows
     clean: str | None = None  # the text before noise was injected, where it was
+    masked: tuple[Span, ...] = ()  # of what in `text` is no target
+    weight: float = 1.0  # of its tokens' losses, a float32; 0: none of them is a target
 
     @property
     def origin(self) -> str:

@@ -1,8 +1,8 @@
 """Documents of parts: which tokens are targets, and where a chat template's special tokens stand.
 
-A document of text is all targets. A prompt with its answer and a chat are parts that are encoded
-apart, so that no token straddles a border: while the model answers, the prompt is tokenized alone
-too. d documents of p parts have n tokens.
+A document of text is all targets, but for what is masked or has no weight. A prompt with its answer
+and a chat are parts that are encoded apart, so that no token straddles a border: while the model
+answers, the prompt is tokenized alone too. d documents of p parts have n tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from slm.prepare.documents import Part, Text
 from slm.prepare.encoder import AFTER_SPECIAL, AFTER_TEXT, AT_START, Encoder
+from slm.prepare.labels import untrained_tokens
 from slm.store.files import Json
 from slm.store.shards import Corpus
 
@@ -34,6 +35,16 @@ class Documents(NamedTuple):
 
 
 def encode_documents(encoder: Encoder, texts: list[Text]) -> Documents:
+    found = encode_texts(encoder, texts)
+    if not any(text.masked or text.weight != 1 for text in texts):
+        return found
+    masks = found.masks & ~untrained_tokens(texts, found.sizes, found.lengths)
+    starts = np.cumsum(found.lengths) - found.lengths
+    return found._replace(masks=masks, num_targets=np.add.reduceat(masks, starts, dtype=np.int64))
+
+
+def encode_texts(encoder: Encoder, texts: list[Text]) -> Documents:
+    """Of their parts."""
     if any(text.parts for text in texts):
         plain = [text.parts or (Part(text.text, True),) for text in texts]
         return encode_parts(encoder, plain)

@@ -46,6 +46,8 @@ def export_corpus(corpus: Folder, format: str, out: Folder) -> Path:
     has_masks = store.has_masks and format == "olmo"
     if store.has_masks and not has_masks:
         log.warning("%s: format=%s has no place for its masks, they are left out", corpus, format)
+    if store.has_weights:
+        log.warning("%s: the weights of its tokens are left out", corpus)
     if store.manifest["packing"] == "documents" and format in ("nanogpt", "llmc"):
         log.warning("%s: format=%s knows documents by their EOS alone", corpus, format)
     with new_folder(folder) as made:

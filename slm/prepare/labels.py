@@ -1,8 +1,9 @@
-"""Ground truth of signal and noise: spans of characters -> a label for every token.
+"""Spans of characters -> a label for every token, signal or noise; or which are no targets.
 
 A document may say which of its characters are signal; all others are noise. A token has the label
 of the majority of its UTF-8 bytes, which the encoder counts exactly, so that no token is aligned by
-guessing. One without a majority has none: EOS, special tokens, half and half.
+guessing. One without a majority has none: EOS, special tokens, half and half. A mask takes what
+stands half in it, and what has no bytes with the token before it: a masked end has no EOS to learn.
 d documents have n tokens.
 """
 
@@ -69,3 +70,28 @@ def label_tokens(
             mine = slice(end - length, end)
             labels[mine] = label_text(text.text, text.spans, sizes[mine])
     return labels
+
+
+def masked_text(text: str, spans: Iterable[Span], sizes: np.ndarray) -> np.ndarray:  # (n,) bool
+    """Which tokens of one text `spans` mask; `sizes` (n,) are their bytes."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    inside = np.diff(bytes_inside(ends, byte_edges(text, spans)), prepend=0)
+    masked = (inside > 0) & (2 * inside >= sizes)
+    place = np.where(sizes > 0, np.arange(len(sizes)), 0)
+    return masked[np.maximum.accumulate(place)]
+
+
+def untrained_tokens(
+    texts: Sequence[Text],  # d
+    sizes: np.ndarray,  # (n,): bytes of each token
+    lengths: np.ndarray,  # (d,): tokens of each text
+) -> np.ndarray:  # (n,) bool
+    """Those that a mask covers, or that have a weight of 0."""
+    found = np.zeros(len(sizes), bool)
+    for text, end, length in zip(texts, np.cumsum(lengths), lengths, strict=True):
+        mine = slice(end - length, end)
+        if np.float32(text.weight) == 0:
+            found[mine] = True
+        elif text.masked:
+            found[mine] = masked_text(text.text, text.masked, sizes[mine])
+    return found

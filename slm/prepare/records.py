@@ -5,7 +5,7 @@ filled in, or the sentence that names file, line and field of a bad record. It r
 of `slm prepare` and imports nothing heavy. JSON is parsed here, one record at a time, so a broken
 one has a line number. Memory is one block and one record of it. A record with a prompt or with
 messages becomes `parts` as well: what of it is a target; one of a source with `signal` or `noise`
-has `spans`: which of its characters are signal.
+has `spans`: which of its characters are signal; with `mask` those that are no targets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
+
+import numpy as np
 
 from slm.prepare.chat import ChatFormat
 from slm.prepare.documents import (
@@ -35,6 +38,7 @@ from slm.prepare.sources import Source
 from slm.prepare.template import Field, descend, look_up
 
 BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)*")
+LARGEST = float(np.finfo(np.float32).max)
 # What a message may hold beside its content and what must not be lost without a word.
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
@@ -88,6 +92,22 @@ def read_span(value: Any, name: str, length: int) -> Span:
     return start, end
 
 
+# ---- weights ------------------------------------------------------------------------------------
+
+
+def read_weight(record: Any, field: Field, is_text: bool) -> float:
+    """A number that a float32 holds, of at least 0; is_text: a table of texts has it."""
+    value = descend(record, field.steps, field, object)
+    if is_text and isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    if type(value) not in (int, float):
+        raise BadRecord(f"is {reprlib.repr(value)}, expected a number", field.name)
+    if not 0 <= value <= LARGEST:
+        raise BadRecord(f"is {value}, expected a weight of at least 0 (and finite)", field.name)
+    return value
+
+
 # ---- block -> texts -----------------------------------------------------------------------------
 
 
@@ -98,8 +118,7 @@ def read_texts(
     for line, record, raw in split_block(block, source):
         where = block.file if block.unit is None else f"{block.file}, {block.unit} {line + 1}"
         try:
-            text, data, parts, spans = to_text(raw, source, max_bytes, chat)
-            made = Text(where, record, text, data, None, parts, spans)
+            made = to_text(raw, source, max_bytes, chat)._replace(where=where, record=record)
             yield made if source.noise is None else with_noise(made, source, source.noise)
         except BadRecord as bad:
             named = "" if bad.field is None else f": field {bad.field!r}"
@@ -136,10 +155,8 @@ def split_block(block: Block, source: Source) -> Iterator[tuple[int, int, Any]]:
         line, record, at = line + num_lines, record + num_lines, match.end()
 
 
-def to_text(
-    raw: Any, source: Source, max_bytes: int, chat: ChatFormat | None
-) -> tuple[str, bytes, tuple[Part, ...], tuple[Span, ...] | None]:
-    """A record's text, its UTF-8, its parts and its signal; raises BadRecord."""
+def to_text(raw: Any, source: Source, max_bytes: int, chat: ChatFormat | None) -> Text:
+    """A record's document, without its place; raises BadRecord."""
     if raw is None or (isinstance(raw, bytes) and len(raw) > max_bytes):
         raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
     if isinstance(raw, str):
@@ -157,9 +174,21 @@ def to_text(
         raise BadRecord("contains NUL", blame(record, source, lambda value: "\0" in value))
     if len(data) > max_bytes:
         raise BadRecord(f"is longer than {max_bytes / 2**20:g} MB (max_document_mb)")
-    signal = source.signal_field
-    spans = None if signal is None else read_spans(record, signal, len(text))
-    return text, data, parts, spans
+    return add_columns(Text("", 0, text, data, None, parts), record, source)
+
+
+def add_columns(text: Text, record: Any, source: Source) -> Text:
+    """What a source says of the document beside its text."""
+    signal, mask, weight = source.signal_field, source.mask_field, source.weight_field
+    if signal is not None:
+        text = text._replace(spans=read_spans(record, signal, len(text.text)))
+    if mask is not None:
+        begin = len(text.parts[0].text) if text.parts else 0  # a prompt is another field's
+        found = read_spans(record, mask, len(text.text) - begin)
+        text = text._replace(masked=tuple((begin + start, begin + end) for start, end in found))
+    if weight is not None:
+        text = text._replace(weight=read_weight(record, weight, source.format == "csv"))
+    return text
 
 
 def fill(record: Any, source: Source, chat: ChatFormat | None) -> tuple[str, tuple[Part, ...]]:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slm.console import Progress, progress
 from slm.errors import UserError
 from slm.prepare.encode import window_targets
@@ -63,9 +65,24 @@ def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Jso
     assert manifest is not None, "every sidecar was just written"
     in_windows = counts["tokens"] - counts["dropped_tail_tokens"] - num_shards
     counts |= {"windows": in_windows // config.seq_len, "shards": num_shards}
+    corpus = Corpus.open(folder)
     if "targets" in counts:
-        counts |= window_targets(Corpus.open(folder))
+        counts |= window_targets(corpus)
+    if corpus.has_weights:
+        counts["weights"] = weight_range(corpus)
     return counts | {"fingerprint": manifest["fingerprint"]}
+
+
+def weight_range(corpus: Corpus) -> Json:
+    """Of all tokens, EOS included: mean, least and largest weight, how many have 0."""
+    total, zeros, ends = 0.0, 0, []
+    for shard in corpus.shards:
+        weights = corpus.column("weights", shard.index)
+        total += float(weights.sum(dtype=np.float64))
+        zeros += len(weights) - int(np.count_nonzero(weights))
+        ends += [float(weights.min()), float(weights.max())]
+    mean = total / sum(shard.num_tokens for shard in corpus.shards)
+    return {"mean": mean, "least": min(ends), "largest": max(ends), "tokens_of_0": zeros}
 
 
 def say_report(out: Path, report: Json) -> None:
@@ -79,6 +96,7 @@ def say_report(out: Path, report: Json) -> None:
             )
             say_targets(out / side, report[side])
             say_signal(out / side, report[side])
+            say_weights(out / side, report[side])
     for name, counts in report["excluded"].items():
         log.info(
             "exclude %s: %d of its %d records share a 13-gram with the text, %d documents dropped",
@@ -113,4 +131,13 @@ def say_signal(folder: Path, counts: Json) -> None:
         log.info(
             f"{folder}: {labelled:,} tokens are labelled: {counts['signal']:,} signal, "
             f"{counts['noise']:,} noise ({counts['noise'] / max(1, labelled):.1%})"
+        )
+
+
+def say_weights(folder: Path, counts: Json) -> None:
+    """Where losses are weighted: they are divided by a number of tokens, so the mean is a scale."""
+    if "weights" in counts:
+        log.info(
+            "{folder}: the tokens' weights are {least:g} to {largest:g}, in the mean {mean:.4g}; "
+            "{tokens_of_0:,} have 0 and are no targets".format(folder=folder, **counts["weights"])
         )

@@ -1,5 +1,6 @@
 """A side of a corpus: the token stream cut into windows and full shards."""
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from slm.prepare.encoder import EncoderState
 from slm.store.files import ArrayWriter, atomic_file
-from slm.store.shards import Shard, shard_path, write_sidecar
+from slm.store.shards import BY_NEED, Shard, shard_path, write_sidecar
 
 
 class ShardWriter:
@@ -23,16 +24,12 @@ class ShardWriter:
         seq_len: int,
         shard_tokens: int,
         state: EncoderState,
-        has_masks: bool,
-        has_signal: bool,
+        by_need: Collection[str] = (),  # columns of slm.store.shards.BY_NEED
     ):
         self.folder, self.seq_len = folder, seq_len
         self.capacity = max(1, (shard_tokens - 1) // seq_len) * seq_len + 1
         self.dtypes = {"tokens": state.token_dtype, "bytes": state.bytes_dtype}
-        if has_masks:
-            self.dtypes["masks"] = "bool"
-        if has_signal:
-            self.dtypes["signal"] = "int8"
+        self.dtypes |= {name: dtype for name, dtype in BY_NEED.items() if name in by_need}
         # Not written yet, as `rows` are not: start in the side, source, record.
         self.columns = {name: np.empty(0, dtype) for name, dtype in self.dtypes.items()}
         self.dtypes["documents"] = "int64"

@@ -40,10 +40,11 @@ COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4")
 ARCHIVES = (".zip", ".tgz", ".tbz2", ".txz", ".7z", ".rar")  # and .tar, compressed or not
 DOCUMENTS = ("file", "paragraph", "line")
 STRING = Kind("a text", lambda v: isinstance(v, str))
+COPIES = Kind("a number above 0 (token_weight names a field with weights)", real(0, ends="()").fits)
 SETTINGS = {  # the others are any text
     "path": text,  # an empty one would be the current folder
     "name": text,
-    "weight": real(0, ends="()"),
+    "weight": COPIES,
     "roles": several(word(*ROLES)),
     "noise": real(0, MAX_SHARE),
     "noise_seed": whole(-(2**63)),
@@ -70,6 +71,10 @@ class Source:
     signal: str | None = None  # the field with the spans of the text that are signal
     noise: float | None = None  # instead: share of the documents' characters that is injected
     noise_seed: int = 0
+    mask: str | None = None  # the field with the spans of the text that are no targets
+    token_weight: str | None = (
+        None  # the field with what the losses of a document are multiplied by
+    )
     document: str = "file"  # what one document of a text file is: one of DOCUMENTS
     weight: float = 1.0  # how often each document appears
     subset: str | None = None  # of a data set on the hub
@@ -92,13 +97,28 @@ class Source:
     def signal_field(self) -> Field | None:
         return None if self.signal is None else parse_field(self.signal)
 
+    @cached_property
+    def mask_field(self) -> Field | None:
+        return None if self.mask is None else parse_field(self.mask)
+
+    @cached_property
+    def weight_field(self) -> Field | None:
+        return None if self.token_weight is None else parse_field(self.token_weight)
+
     @property
     def has_signal(self) -> bool:
         return self.signal is not None or self.noise is not None
 
     @property
     def has_masks(self) -> bool:
-        return self.prompt is not None or self.messages is not None
+        return any(given is not None for given in (self.prompt, self.messages, self.mask))
+
+    @property
+    def by_need(self) -> set[str]:
+        """The columns of a corpus that it asks for (slm.store.shards.BY_NEED)."""
+        asked = {"masks": self.has_masks, "signal": self.has_signal}
+        asked["weights"] = self.token_weight is not None
+        return {name for name, is_asked in asked.items() if is_asked}
 
     @property
     def fields(self) -> list[Field]:
@@ -111,7 +131,8 @@ class Source:
     @property
     def columns(self) -> list[str]:
         """What is read of a table."""
-        fields = [*self.fields, *([] if self.signal_field is None else [self.signal_field])]
+        beside = (self.signal_field, self.mask_field, self.weight_field)
+        fields = [*self.fields, *(field for field in beside if field is not None)]
         return sorted({str(field.steps[0]) for field in fields})
 
     @property
@@ -131,7 +152,7 @@ class Source:
         """What must be the same for a second run to be the same run."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("path", "files")}
         settings["text"] = unescape(self.text)
-        for name in ("prompt", "messages", "signal", "noise"):
+        for name in ("prompt", "messages", "signal", "noise", "mask", "token_weight"):
             if settings[name] is None:
                 del settings[name]
             elif name != "noise":
@@ -170,10 +191,9 @@ def parse_source(entry: Any, key: str) -> Source:
     source = Source(**given | {"format": kind, "files": tuple(map(str, files))})
     if kind != "text" and source.document != "file":
         raise UserError(f"{key}.document is for text files, {source.path} is {kind}")
-    if source.messages is not None and kind == "text":
-        raise UserError(f"{key}.messages is for records, {source.path} is {kind}")
-    if source.signal is not None and kind == "text":
-        raise UserError(f"{key}.signal is for records, {source.path} is {kind}")
+    for name in ("messages", "signal", "mask", "token_weight"):
+        if name in entry and kind == "text":
+            raise UserError(f"{key}.{name} is for records, {source.path} is {kind}")
     if kind != "hub" and not {"subset", "split", "revision"}.isdisjoint(entry):
         raise UserError(
             f"{key}: subset, split and revision are for the hub, {source.path} is {kind}"
@@ -229,13 +249,21 @@ def check_signal(entry: dict[str, Any], key: str) -> None:
             raise UserError(f"{key} has both signal and noise: noise makes the labels itself")
     elif "noise_seed" in entry:
         raise UserError(f"{key}.noise_seed is {entry['noise_seed']!r}, and {key}.noise is not set")
-    if "signal" not in entry:
-        return
-    if any(isinstance(step, Join) for step in parse_field(entry["signal"]).steps):
-        raise UserError(f"{key}.signal is {entry['signal']!r}, it must name a list: a.b or a")
+    for name in ("messages", "noise"):
+        if "mask" in entry and name in entry:
+            raise UserError(f"{key} has both mask and {name}: masks count characters of a field")
+    for name in ("signal", "mask"):
+        if name in entry:
+            check_spans(entry, f"{key}.{name}", entry[name], key)
+
+
+def check_spans(entry: dict[str, Any], name: str, field: str, key: str) -> None:
+    """The spans of `field` are of a text that stands in one field."""
+    if any(isinstance(step, Join) for step in parse_field(field).steps):
+        raise UserError(f"{name} is {field!r}, it must name a list: a.b or a")
     if "text" in entry and not Template(entry["text"]).is_one_field:
         raise UserError(
-            f"{key}.signal counts the characters of one field, and {key}.text is "
+            f"{name} counts the characters of one field, and {key}.text is "
             f"{entry['text']!r}; it must be a field alone, as in {{text}}"
         )
 

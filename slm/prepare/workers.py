@@ -59,18 +59,15 @@ class Job:
     chat: ChatFormat | None = None
 
     @property
-    def has_masks(self) -> bool:
-        return any(source.has_masks for source in self.sources)
-
-    @property
-    def has_signal(self) -> bool:
-        return any(source.has_signal for source in self.sources)
+    def by_need(self) -> set[str]:
+        """The columns that some source asks for."""
+        return set().union(*(source.by_need for source in self.sources))
 
 
 class Result(NamedTuple):
     """One batch of blocks, encoded."""
 
-    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes and, by need, masks and signal
+    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes and others by need
     # (d, 8) int64: number of tokens, source, record, side, bytes; targets, tokens of signal, noise
     documents: np.ndarray
     excluded: list[Excluded]
@@ -212,11 +209,10 @@ class Worker:
         documents = np.column_stack([encoded.lengths, given, *counts])
         for i, fault in sorted(encoded.faults.items()):
             self.complain(rows[i][0], f"{texts[i].where}: {fault}", faults)
+        weights = np.repeat([text.weight for text in texts], encoded.lengths).astype("float32")
+        by_need = {"masks": encoded.masks, "signal": labels, "weights": weights}
         columns = {"tokens": encoded.tokens, "bytes": encoded.sizes}
-        if self.job.has_masks:
-            columns["masks"] = encoded.masks
-        if self.job.has_signal:
-            columns["signal"] = labels
+        columns |= {name: by_need[name] for name in self.job.by_need}
         return drop_faulty(columns, documents, encoded.faults)
 
 

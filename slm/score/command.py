@@ -108,7 +108,8 @@ def load_reference(
 
 def make_plan(corpus: Corpus, model: str | None, scoring: Json) -> Json:
     """What the scores depend on."""
-    masks = {"masks": True} if corpus.has_masks else {}  # so `slm verify` knows why some are NaN
+    # So that `slm verify` knows why some are NaN.
+    masks = {"masks": True} if corpus.has_masks or corpus.has_weights else {}
     body = {
         "format": FORMAT,
         "kind": "reference",

@@ -7,6 +7,8 @@ A folder holds NumPy ``.npy`` files beside JSON, nothing else::
                      documents-00000.npy      int64 (n, 4): start, source, record, first token
                      bytes-00000.npy          UTF-8 bytes of each token
                      masks-00000.npy          bool, only where some tokens are no targets: which are
+                     weights-00000.npy        float32, only where some source has weights: what a
+                                              token's loss is multiplied by; 0: no target
                      signal-00000.npy         int8, only where some source is labelled: 1 signal,
                                               0 noise, -1 unknown
                      tokens-00000.json        the shard's sidecar: sizes and hashes, written last
@@ -61,6 +63,8 @@ from slm.store.files import (
 )
 
 FORMAT = 1
+# Columns of a corpus beside tokens, bytes and documents, where a source asks for them.
+BY_NEED = {"masks": "bool", "signal": "int8", "weights": "float32"}
 NONE_AT = {"heldout": 0, "train": 1}  # what `slm prepare` leaves out at the ends of its range
 SCORED = "scored"  # of a reference, which windows have scores
 SHARD = {
@@ -265,7 +269,7 @@ class Store:
 
 
 class Corpus(Store):
-    """Token shards: ``tokens``, ``documents``, ``bytes``; by need ``masks`` and ``signal``."""
+    """Token shards: ``tokens``, ``documents``, ``bytes``; by need those of BY_NEED."""
 
     KIND = "corpus"
 
@@ -299,6 +303,11 @@ class Corpus(Store):
     def has_signal(self) -> bool:
         """Some tokens are known to be signal or noise."""
         return any("signal" in shard.sha256 for shard in self.shards)
+
+    @cached_property
+    def has_weights(self) -> bool:
+        """The losses of some tokens count more or less than those of others."""
+        return any("weights" in shard.sha256 for shard in self.shards)
 
     @cached_property
     def windows_per_shard(self) -> list[int]:

@@ -6,6 +6,8 @@ A batch is a dict of tensors (B windows, T = seq_len positions):
     targets            (B, T) int64    the next tokens, already shifted; -100: no target, a prompt
     reference_logprob  (B, T) float32  with references: log-prob of each target under the reference,
                                        and the other columns that were stored (slm.store.columns)
+    token_weight       (B, T) float32  what each target's loss is multiplied by (only where the
+                                       corpus has weights); a target of weight 0 is none
     position_ids       (B, T) int64    restarting at each document (only with packing=documents)
     window, epoch      (B,)   int64    which window, in which pass over the corpus
 
@@ -129,6 +131,9 @@ class Windows:
         if self.corpus.has_masks:
             live = self._gather(self.corpus, "masks", windows, np.empty((size, length), bool))
             batch["targets"] = batch["targets"].masked_fill(torch.from_numpy(~live), IGNORE_INDEX)
+        if self.corpus.has_weights:
+            batch["token_weight"] = weight = torch.from_numpy(self.weights(windows))
+            batch["targets"] = batch["targets"].masked_fill(weight == 0, IGNORE_INDEX)
         if self.references:
             batch |= self._scores(batch["targets"], windows)
         batch["window"] = torch.from_numpy(windows)
@@ -140,6 +145,19 @@ class Windows:
         return torch.from_numpy(
             self._gather(self.corpus, "bytes", windows, np.empty(shape, np.int64))
         )
+
+    def weights(self, windows: np.ndarray) -> np.ndarray:  # (B,) -> (B, T) float32
+        """What the loss of every target is multiplied by."""
+        shape = (len(windows), self.corpus.seq_len)
+        weights = self._gather(self.corpus, "weights", windows, np.empty(shape, DTYPE))
+        wrong = ~(np.isfinite(weights) & (weights >= 0))
+        if wrong.any():
+            row, place = np.argwhere(wrong)[0]
+            raise UserError(
+                f"{self.corpus.folder}: target {place} of window {windows[row]} has weight "
+                f"{weights[row, place]}, expected a finite number of at least 0"
+            )
+        return weights
 
     @property
     def has_signal(self) -> bool:

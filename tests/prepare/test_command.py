@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -440,6 +440,53 @@ def test_labels_by_hand(run, tmp_path, merges_folder, caplog):
     assert f"{total} tokens are labelled: {sum(counts[0])} signal, {sum(counts[1])}" in caplog.text
 
 
+def test_masks_and_weights_by_hand(run, tmp_path, merges_folder, tokenizer, caplog):
+    """A mask within words, a document without weight, a source that asks for neither."""
+    rows = [
+        {"text": "The excess loss of the model", "m": [[4, 15]], "w": 0.5},
+        {"text": "Selective language modeling", "m": [], "w": 0},
+        {"text": "tokens", "m": [0, 6], "w": 3},
+    ]
+    path = write_records(tmp_path / "a.jsonl", *rows)
+    plain = write(tmp_path / "plain.jsonl", "plain text of the corpus")
+    sources = [{"path": str(path), "mask": "m", "token_weight": "w"}, {"path": plain}]
+    settings = {"tokenizer": {"path": merges_folder}, "seq_len": 1, "shard_tokens": 9}
+    with caplog.at_level("INFO"):
+        report = run(sources=sources, **settings)["train"]
+    corpus = Corpus.open(tmp_path / "out" / "train", check="full")
+    columns = {
+        name: np.concatenate([corpus.column(name, i) for i in range(len(corpus.shards))])
+        for name in ("tokens", "masks", "weights")
+    }
+    texts = [*(row["text"] for row in rows), "plain text of the corpus"]
+    ids = [[*tokenizer.encode(text), corpus.manifest["eos_id"]] for text in texts]
+    assert columns["tokens"].tolist() == [i for document in ids for i in document]
+    assert columns["weights"].dtype == np.float32
+    weights = [0.5, 0, 3, 1]
+    repeated = [w for w, document in zip(weights, ids, strict=True) for _ in document]
+    assert columns["weights"].tolist() == repeated
+    text = "".join(tokenizer.convert_ids_to_tokens(ids[0][:-1])).replace("\u0120", " ")
+    assert text == rows[0]["text"]  # so characters are counted by the tokens' own lengths
+    edges = np.cumsum([0, *map(len, tokenizer.convert_ids_to_tokens(ids[0][:-1]))])
+    inside = [2 * len(range(max(4, a), min(15, b))) >= b - a for a, b in pairwise(edges)]
+    live = [not one for one in inside] + [True]
+    live += [False] * (len(ids[1]) + len(ids[2])) + [True] * len(ids[3])
+    assert columns["masks"].tolist() == live and 0 < sum(live[: len(ids[0])]) < len(ids[0])
+    assert report["targets"] == sum(live)
+    found = report["weights"]
+    assert found["mean"] == pytest.approx(np.mean(repeated))
+    assert (found["least"], found["largest"], found["tokens_of_0"]) == (0, 3, len(ids[1]))
+    assert "weights are 0 to 3, in the mean" in caplog.text
+
+
+def test_a_negative_weight_is_a_bad_record(run, tmp_path):
+    rows = [{"text": "abcdefgh", "w": 1}, {"text": "ijkl", "w": -2}]
+    path = write_records(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: field 'w' is -2, expected a weight"):
+        run(sources=[{"path": str(path), "token_weight": "w"}])
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
 def test_labels_beside_prompts(run, tmp_path, chat_folder, asked):
     """Parts are encoded apart; the labels of a text among them are its own."""
     path = write_records(tmp_path / "l.jsonl", {"text": "The excess loss", "s": [4, 10]})
@@ -802,7 +849,7 @@ def test_foreign_folders_are_refused(run, tmp_path):
             r"the train side has 9 tokens in \d documents .*, fewer than the 100 of one window",
         ),
         ({"exclude": ["a.jsonl"]}, "no record has 13 words"),
-        ({"exclude": [{"path": "a.jsonl", "noise": 0.1}]}, r"exclude\[0\] has signal or noise"),
+        ({"exclude": [{"path": "a.jsonl", "noise": 0.1}]}, r"exclude\[0\] has signal, noise, mask"),
     ],
 )
 def test_mistakes_in_the_configuration(run, tmp_path, monkeypatch, settings, message):

@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm.prepare.documents import Text
-from slm.prepare.labels import NOISE, SIGNAL, UNKNOWN, byte_edges, label_text, label_tokens, merge
+from slm.prepare.labels import (
+    NOISE,
+    SIGNAL,
+    UNKNOWN,
+    byte_edges,
+    label_text,
+    label_tokens,
+    masked_text,
+    merge,
+    untrained_tokens,
+)
 
 TEXTS = st.text(st.sampled_from("ab \n\u00e9\u0301\u4e2d\U0001f600"), min_size=1, max_size=30)
 
@@ -79,3 +89,34 @@ def test_texts_without_spans_are_unknown():
     ]
     found = label_tokens(texts, sizes, np.array([3, 2, 2]))
     assert found.tolist() == [NOISE, SIGNAL, UNKNOWN, UNKNOWN, UNKNOWN, NOISE, UNKNOWN]
+
+
+def expected_masks(text: str, spans, sizes) -> list[bool]:
+    """Half of its bytes or more; without bytes as the token before, and the first is none."""
+    found, at = [], 0
+    for size in sizes:
+        mine = byte_labels(text, spans)[at : at + size]
+        before = found[-1] if found else False
+        found.append(before if size == 0 else mine.count(True) >= mine.count(False))
+        at += size
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(labelled())
+def test_a_mask_takes_what_stands_half_in_it(given_text):
+    text, spans, sizes = given_text
+    found = masked_text(text, spans, sizes.astype(np.uint8))
+    assert found.tolist() == expected_masks(text, spans, sizes)
+
+
+def test_documents_that_are_masked_in_part_or_have_no_weight():
+    sizes = np.array([1, 1, 0, 2, 0, 2, 0, 1, 0], np.uint8)
+    texts = [
+        Text("", 0, "ab", b"ab", None, masked=((1, 2),)),  # its EOS goes with b
+        Text("", 1, "cd", b"cd", None, weight=3.0),
+        Text("", 2, "ef", b"ef", None, weight=1e-60),  # 0 as a float32
+        Text("", 3, "g", b"g", None, weight=0, masked=((0, 0),)),
+    ]
+    found = untrained_tokens(texts, sizes, np.array([3, 2, 2, 2]))
+    assert found.tolist() == [False, True, True, False, False, True, True, True, True]

@@ -190,6 +190,52 @@ def test_missing_spans_name_their_field(tmp_path):
     assert texts(path, signal="body") == [(0, fault)]
 
 
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        (0.25, 0.25),
+        (3, 3),
+        (0, 0),
+        (-0.5, "is -0.5, expected a weight of at least 0 (and finite)"),
+        (float("nan"), "is nan, expected a weight of at least 0 (and finite)"),
+        (float("inf"), "is inf, expected a weight of at least 0 (and finite)"),
+        (10**39, f"is {10**39}, expected a weight of at least 0 (and finite)"),
+        (True, "is True, expected a number"),
+        ("0.5", "is '0.5', expected a number"),
+        (None, "is None, expected a number"),
+    ],
+)
+def test_weights_and_their_faults(tmp_path, weight, expected):
+    one = source(write_records(tmp_path / "a.jsonl", {"text": "a", "w": weight}), token_weight="w")
+    (block,) = read_blocks([one], LIMIT)
+    (found,) = read_texts(block, one, LIMIT)
+    if isinstance(expected, str):
+        assert found.fault == f"{tmp_path}/a.jsonl, line 1: field 'w' {expected}"
+    else:
+        assert (found.fault, found.weight) == (None, expected)
+
+
+def test_a_weight_in_a_table_of_texts_is_its_text(tmp_path):
+    (tmp_path / "a.csv").write_text("text,w\na,0.5\nb,1e-3\nc,good\n")
+    one = source(tmp_path / "a.csv", token_weight="w")
+    found = [text for block in read_blocks([one], LIMIT) for text in read_texts(block, one, LIMIT)]
+    assert [text.weight for text in found[:2]] == [0.5, 0.001]
+    assert str(found[2].fault).endswith("field 'w' is 'good', expected a number")
+
+
+def test_a_mask_is_counted_in_its_field_behind_a_prompt(tmp_path):
+    record: dict = {"q": "Q\u4e2d", "text": "a\u00e9b", "m": [[1, 2]]}
+    one = source(write_records(tmp_path / "a.jsonl", record), prompt="{q}: ", mask="m")
+    (block,) = read_blocks([one], LIMIT)
+    (found,) = read_texts(block, one, LIMIT)
+    assert [found.text[start:end] for start, end in found.masked] == ["\u00e9"]
+    record["m"] = [3, 4]
+    write_records(tmp_path / "a.jsonl", record)
+    (block,) = read_blocks([one], LIMIT)
+    (found,) = read_texts(block, one, LIMIT)
+    assert str(found.fault).endswith("field 'm' is [3, 4], outside the 3 characters of the text")
+
+
 def test_noise_is_made_for_each_record(tmp_path):
     """The text that was read decides the digest; seed and record decide the noise."""
     path = tmp_path / "a.txt"

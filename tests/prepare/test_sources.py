@@ -80,6 +80,9 @@ def test_a_plan_says_what_is_labelled(tmp_path):
     assert source(path, signal="meta.body").plan() == plan | {"signal": "meta.body"}
     assert source(path, noise=0.2).plan() == plan | {"noise": 0.2, "noise_seed": 0}
     assert source(path, noise=0, noise_seed=5).plan() == plan | {"noise": 0, "noise_seed": 5}
+    more = {"mask": "m", "token_weight": "w.x"}
+    assert source(path, **more).plan() == plan | more
+    assert source(path, **more).columns == ["m", "text", "w"]
 
 
 def test_a_folder_of_files_that_tell_no_format_is_said(tmp_path, caplog):
@@ -111,6 +114,14 @@ def test_a_folder_of_files_that_tell_no_format_is_said(tmp_path, caplog):
         ("", r"sources\[0\].path is '', it must be a text that is not empty"),
         ({"path": "a.txt", "name": ""}, "name is '', it must be a text that is not empty"),
         ({"path": "a.txt", "weight": 0}, "weight is 0, it must be a number above 0"),
+        ({"path": "a.jsonl", "weight": "q"}, r"weight is 'q', .* \(token_weight names a field"),
+        ({"path": "a.txt", "token_weight": "q"}, "token_weight is for records, a.txt is text"),
+        ({"path": "a.jsonl", "token_weight": 2}, "token_weight is 2, it must be a text"),
+        ({"path": "a.jsonl", "mask": "s[]"}, r"mask is 's\[\]', it must name a list"),
+        ({"path": "a.txt", "mask": "s"}, "mask is for records, a.txt is text"),
+        ({"path": "a.jsonl", "mask": "s", "text": "{a}{b}"}, "mask counts the characters of one"),
+        ({"path": "a.jsonl", "mask": "s", "messages": "m"}, "has both mask and messages"),
+        ({"path": "a.jsonl", "mask": "s", "noise": 0.1}, "has both mask and noise"),
         ({"path": "a.txt", "text": 3}, "text is 3, it must be a text"),
         ({"path": "a.txt", "document": "page"}, r"document is 'page', it must be one of \('file'"),
         ({"path": "a.txt", "format": "xml"}, r"format is 'xml', it must be one of \('jsonl'"),

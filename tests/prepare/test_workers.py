@@ -11,7 +11,7 @@ from slm.prepare.readers import BLOCK_BYTES, read_blocks
 from slm.prepare.shard_writer import ShardWriter
 from slm.prepare.sources import parse_sources
 from slm.prepare.workers import Job, Tally, group_blocks, is_kept, run_batches, side_of
-from slm.store.shards import read_sidecars
+from slm.store.shards import BY_NEED, read_sidecars
 from slm.store.tokenizer import train_tokenizer
 
 
@@ -27,23 +27,17 @@ def make_job(state: EncoderState, path: Path, *lines: str, **settings) -> Job:
     return Job(parse_sources([entry], "sources"), state, None, 0.0, False, 2**20)
 
 
-@pytest.mark.parametrize("has_signal", [False, True])
-@pytest.mark.parametrize("has_masks", [False, True])
+@pytest.mark.parametrize("by_need", [(), ("masks",), ("signal", "weights"), tuple(BY_NEED)])
 @pytest.mark.parametrize("step", [1, 2, 5])
 @pytest.mark.parametrize("shard_tokens", [5, 9, 13, 1000])
-def test_rows_and_bytes_of_long_and_short_documents(
-    tmp_path, state, shard_tokens, step, has_masks, has_signal
-):
+def test_rows_and_bytes_of_long_and_short_documents(tmp_path, state, shard_tokens, step, by_need):
     lengths = np.array([38, 2, 5, 16, 13])  # EOS included
     starts = np.cumsum([0, *lengths])
     tokens = np.arange(starts[-1], dtype=np.uint16)
     stream = {"tokens": tokens, "bytes": (tokens % 3).astype(np.uint8)}
-    if has_masks:
-        stream["masks"] = tokens % 5 > 1
-    if has_signal:
-        stream["signal"] = (tokens % 3).astype(np.int8) - 1
+    stream |= {name: (tokens % 5 > 1).astype(BY_NEED[name]) for name in by_need}
     rows = np.column_stack([lengths, np.zeros(5, int), np.arange(5)])
-    with ShardWriter(tmp_path, 4, shard_tokens, state, has_masks, has_signal) as writer:
+    with ShardWriter(tmp_path, 4, shard_tokens, state, by_need) as writer:
         for first in range(0, 5, step):
             last = min(5, first + step)
             span = slice(starts[first], starts[last])
@@ -71,7 +65,7 @@ def test_rows_and_bytes_of_long_and_short_documents(
 
 
 def test_a_side_shorter_than_a_window_has_no_shard(tmp_path, state):
-    with ShardWriter(tmp_path, 4, 9, state, False, False) as writer:
+    with ShardWriter(tmp_path, 4, 9, state) as writer:
         columns = {"tokens": np.zeros(4, np.uint16), "bytes": np.zeros(4, np.uint8)}
         writer.add(columns, np.array([[4, 0, 0]]))
         assert (writer.finish(), writer.num_shards) == (4, 0)

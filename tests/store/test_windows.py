@@ -104,6 +104,27 @@ def test_prompts_are_no_targets(tmp_path, make_corpus, make_references, packing)
     assert torch.equal(-batch["reference_logprob"][live], batch["targets"][live].float())
 
 
+def test_weights_are_those_of_the_targets(tmp_path, make_corpus):
+    """Entry i is about the token at i; a target of weight 0 is none; a negative one is refused."""
+    shards = [np.arange(0, 13), np.arange(13, 22)]
+    weights = [[float(token % 5) / 2 for token in tokens] for tokens in shards]
+    masks = [[int(token) != 6 for token in tokens] for tokens in shards]
+    corpus = make_corpus(tmp_path / "c", shards, 4, masks=masks, weights=weights)
+    batch = Windows(corpus).batch(np.array([3, 1, 0, 4]))
+    targets = [[14, 15, 16, 17], [5, 6, 7, 8], [1, 2, 3, 4], [18, 19, 20, 21]]
+    x = IGNORE_INDEX
+    assert batch["token_weight"].dtype == torch.float32
+    assert batch["token_weight"].tolist() == [[t % 5 / 2 for t in row] for row in targets]
+    silent = {0, 5, 6, 10, 15, 20}
+    assert batch["targets"].tolist() == [[x if t in silent else t for t in row] for row in targets]
+    assert "token_weight" not in Windows(make_corpus(tmp_path / "d", shards, 4)).batch([0])
+    for value in (-1.0, math.nan, math.inf):
+        weights[1][2] = value
+        damaged = Windows(make_corpus(tmp_path / str(value), shards, 4, weights=weights))
+        with pytest.raises(UserError, match=f"target 1 of window 3 has weight {value}, expected"):
+            damaged.batch([0, 3])
+
+
 def test_labels_are_those_of_the_targets(tmp_path, make_corpus):
     """Entry i is about the token at i; two shards, and a prompt's label is read as any other."""
     shards = [np.arange(0, 13), np.arange(13, 22)]

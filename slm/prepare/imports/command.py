@@ -150,7 +150,7 @@ def write_corpus(config: Any, paths: list[str], folder: Path, tokenizer: Any) ->
         raise UserError(f"{', '.join(paths)}: there are no tokens in it")
     show_sample(paths[0], first, tokenizer)
     has_masks = "masks" in first.columns
-    shape = (config.seq_len, config.shard_tokens, state, has_masks, False)
+    shape = (config.seq_len, config.shard_tokens, state, ["masks"] * has_masks)
     with ShardWriter(folder, *shape) as writer, progress("importing", None, "tokens") as advance:
         for block in chain([first], blocks):
             writer.add(*block)
