@@ -45,11 +45,12 @@ gpu-check:
 	PYTHONPATH=kernels:. $(PYTHON) -m pytest tests/kernels -m "not slow" -n 8 --junitxml=$(RESULTS)/tests.xml
 	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/bench.py --out $(RESULTS)/bench.csv
 
-$(INSTALLED): pyproject.toml constraints.txt tests/doors.txt
+$(INSTALLED): pyproject.toml constraints.txt tests/doors.txt tests/readers.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python >= 3.11 is needed, $(PYTHON) is {v.major}.{v.minor}")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/doors -r tests/doors.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/readers -r tests/readers.txt
 	touch $@
 
 clean:

@@ -69,9 +69,10 @@ IMPORT: Table = {
     "masks": optional(text),
     "shard_tokens": PREPARE["shard_tokens"],
 }
+EXPORTS = [name for name in TOKEN_FILES if name != "npy"]
 EXPORT: Table = {
     "corpus": text,
-    "format": word("nanogpt", "llmc", "megatron", "olmo"),
+    "format": word(*EXPORTS),
     "out": text,
 }
 SCORE: Table = FORWARD | {

@@ -8,13 +8,21 @@ is not there, so the last document may be cut: it ends without EOS.
 import gzip
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from slm.command_keys import EXPORT
+from slm.prepare.export_rows import (
+    columns,
+    document_ends,
+    lengths,
+    write_datasets,
+    write_datatrove,
+    write_litdata,
+    write_mds,
+)
 from slm.prepare.imports.command import new_folder
 from slm.prepare.imports.flat import HEADER, TOKENS_OF
 from slm.prepare.imports.megatron import DTYPES, MAGIC
@@ -24,6 +32,8 @@ from slm.store.shards import Corpus
 
 log = logging.getLogger("slm.prepare")
 VERSIONS = {"uint16": 1, "uint32": 7}  # of llm.c's header
+WITH_MASKS = ("olmo", "datatrove", "mds", "datasets")
+BY_EOS = ("nanogpt", "llmc", "litdata")  # who reads them knows documents by nothing else
 MEGATRON_UINT16 = 65500  # entries of a vocabulary up to which Megatron takes uint16
 
 
@@ -33,7 +43,7 @@ def export_corpus(corpus: Folder, format: str, out: Folder) -> Path:
 
     Args:
         corpus: folder of shards: corpus/train.
-        format: nanogpt, llmc, megatron or olmo.
+        format: nanogpt, llmc, megatron, olmo, datatrove, mds, litdata or datasets (Parquet).
         out: folder to write, which must not exist: the files, tokenizer/ and export.json.
 
     Returns:
@@ -43,12 +53,12 @@ def export_corpus(corpus: Folder, format: str, out: Folder) -> Path:
         UserError: the corpus is damaged or unfinished; `out` exists.
     """
     store, folder = Corpus.open(corpus), Path(out).expanduser()
-    has_masks = store.has_masks and format == "olmo"
+    has_masks = store.has_masks and format in WITH_MASKS
     if store.has_masks and not has_masks:
         log.warning("%s: format=%s has no place for its masks, they are left out", corpus, format)
     if store.has_weights:
         log.warning("%s: the weights of its tokens are left out", corpus)
-    if store.manifest["packing"] == "documents" and format in ("nanogpt", "llmc"):
+    if store.manifest["packing"] == "documents" and format in BY_EOS:
         log.warning("%s: format=%s knows documents by their EOS alone", corpus, format)
     with new_folder(folder) as made:
         WRITERS[format](store, made)
@@ -57,25 +67,6 @@ def export_corpus(corpus: Folder, format: str, out: Folder) -> Path:
         write_record(made / "export.json", record | {"tokens": sum(lengths(store))})
     log.info("%s: %d tokens of %s as format=%s", folder, sum(lengths(store)), corpus, format)
     return folder
-
-
-def lengths(corpus: Corpus) -> list[int]:
-    """Tokens of each shard."""
-    return [shard.num_tokens for shard in corpus.shards]
-
-
-def columns(corpus: Corpus, name: str) -> Iterator[np.ndarray]:
-    """One column of shard after shard, mapped."""
-    return (corpus.column(name, index) for index in range(len(corpus.shards)))
-
-
-def document_ends(corpus: Corpus) -> np.ndarray:  # (d,) int64, in the tokens of all shards
-    before = np.cumsum([0, *lengths(corpus)])
-    begins = [
-        rows[rows[:, 0] >= 0, 0] + offset  # a negative one began in the shard before
-        for rows, offset in zip(columns(corpus, "documents"), before[:-1], strict=True)
-    ]
-    return np.append(np.concatenate(begins), before[-1])[1:]
 
 
 def write_column(corpus: Corpus, name: str, file: BinaryIO) -> None:
@@ -135,6 +126,10 @@ WRITERS = {
     "llmc": write_llmc,
     "megatron": write_megatron,
     "olmo": write_olmo,
+    "datatrove": write_datatrove,
+    "mds": write_mds,
+    "litdata": write_litdata,
+    "datasets": write_datasets,
 }
 
 

@@ -2,14 +2,21 @@
 
 import gzip
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
+import warm
+from slm.command_keys import EXPORTS
 from slm.errors import UserError
-from slm.prepare.export import document_ends, export_corpus
+from slm.prepare import export_rows
+from slm.prepare.export import export_corpus
+from slm.prepare.export_rows import document_ends
 from slm.prepare.imports.command import import_corpus
 from slm.store.shards import Corpus
 
@@ -59,7 +66,7 @@ def test_olmo_reads_what_it_would_have_written(imported, tmp_path):
     assert again.fingerprint == corpus.fingerprint
 
 
-@pytest.mark.parametrize("format", ["nanogpt", "llmc", "megatron", "olmo"])
+@pytest.mark.parametrize("format", EXPORTS)
 def test_an_export_comes_back(imported, tmp_path, format):
     settings: dict[str, Any] = {"seq_len": 4, "shard_tokens": 9}
     corpus = imported("megatron", "megatron/whole", **settings)
@@ -70,6 +77,89 @@ def test_an_export_comes_back(imported, tmp_path, format):
     for index in range(len(corpus.shards)):
         ours, theirs = (one.column("documents", index).tolist() for one in (corpus, again))
         assert ours == theirs
+
+
+@pytest.fixture
+def masked(imported) -> Callable[[str], Corpus]:
+    """masked(packing): in shards of 9 tokens, so that documents and blocks lie in several."""
+
+    def go(packing: str) -> Corpus:
+        settings = {"seq_len": 4, "shard_tokens": 9, "packing": packing}
+        corpus = imported(
+            "olmo", "olmo/tokens-*.npy", masks=f"{FILES}/olmo/labels-*.npy", **settings
+        )
+        assert len(corpus.shards) > 3
+        return corpus
+
+    return go
+
+
+def whole(corpus: Corpus, name: str) -> list[Any]:
+    return np.concatenate([corpus.column(name, s.index) for s in corpus.shards]).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["datatrove", "mds", "litdata", "megatron", "olmo"])
+def test_its_own_library_reads_an_export(imported, tmp_path, format):
+    labels = f"{FILES}/olmo/labels-*.npy"
+    corpus = imported("olmo", "olmo/tokens-*.npy", masks=labels, packing="documents")
+    out = export_corpus(corpus, format, tmp_path / "out")
+    script = str(Path(__file__).with_name("readers.py"))
+    done = warm.run([sys.executable, script, format, out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    stream, mask = whole(corpus, "tokens"), whole(corpus, "masks")
+    expected: dict[str, Any] = {"tokens": DOCUMENTS}
+    if format in ("datatrove", "olmo"):
+        expected = {"tokens": [stream]}
+    if format == "litdata":
+        expected = {"tokens": [stream[first : first + 8] for first in range(0, len(stream), 8)]}
+    if format == "datatrove":
+        expected["positions"] = [[place for n in LENGTHS for place in range(n)]]
+    if format == "olmo":
+        expected["mask"] = [mask]
+    if format == "mds":
+        expected["mask"] = [part.tolist() for part in np.split(mask, np.cumsum(LENGTHS)[:-1])]
+    assert found == expected
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_datasets_reads_an_export(masked, tmp_path, packing):
+    corpus = masked(packing)
+    out = export_corpus(corpus, "datasets", tmp_path / "out")
+    table = Dataset.from_parquet(str(out / "train.parquet"), cache_dir=str(tmp_path / "cache"))
+    rows: Any = table.to_dict()
+    stream, masks = whole(corpus, "tokens"), whole(corpus, "masks")
+    assert sum(rows["input_ids"], []) == stream
+    expected = [token if live else -100 for token, live in zip(stream, masks, strict=True)]
+    assert sum(rows["labels"], []) == expected
+    sizes = [len(row) for row in rows["input_ids"]]
+    if packing == "documents":
+        assert sizes == [*LENGTHS[:-1], len(stream) - sum(LENGTHS[:-1])]
+    else:
+        assert sizes == [4] * (len(stream) // 4) + [len(stream) % 4] * (len(stream) % 4 > 0)
+
+
+@pytest.mark.parametrize("format", ["datatrove", "mds", "olmo", "datasets"])
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_masks_come_back(masked, imported, tmp_path, format, packing):
+    corpus = masked(packing)
+    out = export_corpus(corpus, format, tmp_path / "out")
+    settings = {"seq_len": 4, "shard_tokens": 9, "packing": packing, "documents": "eos"}
+    if format in ("mds", "olmo"):
+        settings["masks"] = "mask" if format == "mds" else str(out / "label_mask-*.npy")
+    again = imported(format, out, "again", tokenizer={"path": str(out / "tokenizer")}, **settings)
+    assert again.fingerprint == corpus.fingerprint
+
+
+def test_rows_go_into_several_files(imported, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_rows, "CHUNK_BYTES", 16)
+    corpus = imported("megatron", "megatron/whole", packing="documents")
+    for format, pattern in (("mds", "*.mds"), ("litdata", "*.bin")):
+        out = export_corpus(corpus, format, tmp_path / format)
+        assert len(list(out.glob(pattern))) == 3
+        again = imported(format, out, f"again {format}", packing="documents")
+        assert again.fingerprint == corpus.fingerprint
 
 
 def test_what_does_not_fit_is_said(imported, tmp_path, caplog):
