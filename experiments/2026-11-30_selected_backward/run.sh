@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What does a backward pass along selected rows alone cost in quality? See README.md.
-#   SLM_DATA=folder experiments/2026-11-30_selected_backward/run.sh [output folder]    45 minutes on two cores
+#   SLM_DATA=folder experiments/2026-11-30_selected_backward/run.sh [output folder]    40 minutes on two cores
 # Every stage can be stopped and run again. SLM_DATA is what experiments/fetch_data.py fetches.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -73,5 +73,5 @@ python "$here/results.py" costs.csv runs figures
 python "$here/gradients.py" runs/excess corpora/noisy/train references/noisy figures
 cp report_flops/table.csv "$here/results.csv"
 cp report/loss_vs_k.png "$here/figure.png"
-cp report/loss_vs_tokens.png "$here/loss_vs_tokens.png"
+cp report/loss_vs_tokens_gsm8k_test.png "$here/loss_vs_tokens.png"
 cp costs.csv figures/differences.csv figures/gradients.csv figures/cost.png figures/angle.png "$here"
