@@ -44,6 +44,7 @@ PREPARE: Table = {
     "tokenizer.vocab_size": optional(whole(1, 2**31)),
     "tokenizer.train_mb": megabytes,
     "tokenizer.chat_template": optional(text),
+    "tokenizer.encoder": word("auto", "tokenizers", "gigatoken"),
     "seq_len": whole(1, 2**31),
     "packing": word("concat", "documents"),
     "heldout_ratio": real(0, 1),

@@ -11,26 +11,34 @@ An interrupted run starts over when it is run again, and ends with the same byte
 """
 
 import logging
-import math
-import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slm.command_keys import PREPARE
 from slm.errors import UserError
-from slm.prepare.chat import chat_format, find_template
-from slm.prepare.encoder import EncoderState, encoder_state
+from slm.prepare.chat import chat_format
+from slm.prepare.encoder import encoder_state
 from slm.prepare.overlap import Exclusion, Overlap, read_exclusion
+from slm.prepare.proof import choose_encoder, encoder_name
 from slm.prepare.readers import out_of_memory, read_blocks, read_source
 from slm.prepare.records import read_texts
 from slm.prepare.report import SIDES, finish_side, say_report, show_progress
+from slm.prepare.settings import (
+    TOKENIZER,
+    TokenizerKeys,
+    chat_template,
+    check_config,
+    corpus_plan,
+    count_workers,
+    input_bytes,
+    run_plan,
+)
 from slm.prepare.shard_writer import ShardWriter
 from slm.prepare.sources import Source, parse_sources
 from slm.prepare.workers import (
@@ -55,40 +63,13 @@ from slm.store.files import (
     write_error,
     write_record,
 )
-from slm.store.shards import FORMAT, Corpus, adopt_plan, read_sidecars
-from slm.store.tokenizer import check_vocab_size, load_tokenizer, tokenizer_sha256, train_tokenizer
+from slm.store.shards import Corpus, adopt_plan, read_sidecars
+from slm.store.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
 
 log = logging.getLogger("slm.prepare")
 
 
-class TokenizerKeys(TypedDict, total=False):
-    path: Folder | None
-    eos: str | None
-    vocab_size: int | None
-    train_mb: float
-    chat_template: Folder | None
-
-
-TOKENIZER: TokenizerKeys = {"path": None, "eos": None, "vocab_size": None, "train_mb": 64}
-TOKENIZER["chat_template"] = None
-
-
-# ---- settings -----------------------------------------------------------------------------------
-
-
-def check_config(config: Any) -> None:
-    if config.shard_tokens <= config.seq_len:
-        raise UserError(
-            f"shard_tokens is {config.shard_tokens}, it must be more than seq_len, {config.seq_len}"
-        )
-    if (config.tokenizer.path is None) == (config.tokenizer.vocab_size is None):
-        raise UserError("exactly one of tokenizer.path and tokenizer.vocab_size must be set")
-    if config.tokenizer.eos is not None and config.tokenizer.path is None:
-        raise UserError(f"tokenizer.eos={config.tokenizer.eos!r} is a token of no tokenizer.path")
-    if config.tokenizer.vocab_size is not None:
-        check_vocab_size(config.tokenizer.vocab_size)
-        if config.heldout_ratio == 1:
-            raise UserError("tokenizer.vocab_size trains on train, and heldout_ratio=1 leaves none")
+# ---- the folder ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -114,30 +95,6 @@ def own_folder(out: Path) -> Iterator[Claim]:
     finally:
         with suppress(OSError):
             out.rmdir()  # only succeeds if nothing was written
-
-
-def chat_template(config: Any, sources: list[Source], tokenizer: Any) -> str | None:
-    """What chats are rendered with; None where there are none."""
-    file = config.tokenizer.chat_template
-    if any(source.messages is not None for source in sources):
-        return find_template(tokenizer, file)
-    if file is not None:
-        raise UserError(f"tokenizer.chat_template is {file}, and no source has messages")
-    return None
-
-
-def run_plan(config: Any, sources: list[Source], exclude: list[Source], tokenizer: Json) -> Json:
-    """What a second run is compared with, one flat field a setting; no path of a file is in it."""
-    keys = ("seq_len", "packing", "heldout_ratio", "on_bad_record")
-    keys += ("max_document_mb", "shard_tokens")
-    plan: Json = {"format": FORMAT, "kind": "preparation"} | {
-        key: vars(config)[key] for key in keys
-    }
-    plan |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
-    for name, group in (("sources", sources), ("exclude", exclude)):
-        for i, source in enumerate(group):
-            plan |= {f"{name}[{i}].{key}": value for key, value in source.plan().items()}
-    return plan
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -178,20 +135,6 @@ def clear(out: Path) -> None:
     remove_temporaries(out)
 
 
-def input_bytes(sources: list[Source]) -> int | None:
-    """Bytes to be read; None where that is not known beforehand."""
-    sizes = [source.num_bytes for source in sources]
-    return None if None in sizes else sum(filter(None, sizes))
-
-
-def count_workers(sources: list[Source]) -> int:
-    """The usable cores; fewer where starting a process costs more than it saves."""
-    total = input_bytes(sources)
-    useful = 2**20 if total is None else math.ceil(total / 4e6)
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(cores, useful))
-
-
 def write_corpus(
     config: Any,
     out: Path,
@@ -209,6 +152,9 @@ def write_corpus(
         texts = sample_texts(sources, config, overlap, max_bytes)
         tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
     state, ratio = encoder_state(tokenizer), float(config.heldout_ratio)
+    state = choose_encoder(
+        config.tokenizer.encoder, state, sources, max_bytes, input_bytes(sources)
+    )
     stop = config.on_bad_record == "stop"
     chat = None
     if template is not None:
@@ -226,28 +172,15 @@ def write_corpus(
     tally = Tally(sources, np.zeros((2, len(sources), len(COUNTS)), dtype=np.int64))
     written = encode_corpus(config, out, job, sides, exclusion, tally)
     excluded = {} if exclusion is None else exclusion.report()
-    report: Json = {"bad_records": tally.of_faults(), "excluded": excluded}
+    report: Json = {
+        "bad_records": tally.of_faults(),
+        "excluded": excluded,
+        "encoder": encoder_name(state),
+    }
     for side, (dropped, num_shards) in written.items():
         counts = tally.of_side(side) | {"dropped_tail_tokens": dropped}
         report[SIDES[side]] = finish_side(config, out / SIDES[side], counts, num_shards)
     return report
-
-
-def corpus_plan(
-    config: Any, state: EncoderState, tokenizer: str, side: str, sources: list[str]
-) -> Json:
-    """tokenizer: its sha256; sources: their names."""
-    return {
-        "format": FORMAT,
-        "kind": "corpus",
-        "tokenizer_sha256": tokenizer,
-        "vocab_size": state.vocab_size,
-        "eos_id": state.eos_id,
-        "seq_len": config.seq_len,
-        "packing": config.packing,
-        "split": side,
-        "sources": sources,
-    }
 
 
 def encode_corpus(
@@ -321,7 +254,8 @@ def prepare(
         out: folder to write: train/, heldout/ and report.json.
         tokenizer: exactly one of "path" (a folder or a name on the hub) and "vocab_size" (train
             one here, on "train_mb" of the text); "eos": what ends documents, if not its own token;
-            "chat_template": a file with one for `messages`.
+            "chat_template": a file with one for `messages`; "encoder": "tokenizers", "gigatoken"
+            (the same ids, faster; an extra), or "auto".
         seq_len: targets in a window.
         packing: "concat": attention runs across documents; "documents": it restarts at each.
         heldout_ratio: share of the documents that is held out, by hash of the text.

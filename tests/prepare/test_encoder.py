@@ -26,10 +26,10 @@ from slm.prepare.encoder import (
     KNOWN_SPLITS,
     Encoder,
     encoder_state,
-    fit,
     has_safe_cuts,
     token_bytes,
 )
+from slm.prepare.offsets import fit
 from slm.store.tokenizer import (
     EOS,
     load_tokenizer,

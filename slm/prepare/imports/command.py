@@ -19,11 +19,11 @@ from typing import Any, TypedDict
 from slm.command_keys import IMPORT
 from slm.console import progress
 from slm.errors import UserError
-from slm.prepare.command import corpus_plan
 from slm.prepare.encoder import encoder_state
 from slm.prepare.imports.parts import Options
 from slm.prepare.imports.stream import COUNTS, Block, Stream
 from slm.prepare.report import finish_side, say_report
+from slm.prepare.settings import corpus_plan
 from slm.prepare.shard_writer import ShardWriter
 from slm.stage import Folder, stage
 from slm.store.claims import process_name, remove_temporaries
