@@ -53,8 +53,11 @@ def make_model(name: str = "llama", **fields: Any) -> Any:
     return model
 
 
-def make_rows(lengths: list[int], prompt: int = 0, unscored: int = 0, seed: int = 0) -> list[Row]:
-    """Tokens, labels (-100 in the prompt) and scores (NaN at first, and `unscored` more)."""
+def make_rows(
+    lengths: list[int], prompt: int = 0, unscored: int = 0, seed: int = 0, weighted: bool = False
+) -> list[Row]:
+    """Tokens, labels (-100 in the prompt) and scores (NaN at first, and `unscored` more); by wish
+    weights, some of them 0."""
     generator = np.random.Generator(np.random.PCG64(seed))
     rows = []
     for length in lengths:
@@ -63,6 +66,8 @@ def make_rows(lengths: list[int], prompt: int = 0, unscored: int = 0, seed: int 
         scores[: 1 + unscored] = np.nan
         labels = [-100] * prompt + ids[prompt:]
         rows.append({"input_ids": ids, "labels": labels, "reference_logprob": scores.tolist()})
+        if weighted:
+            rows[-1]["token_weight"] = generator.choice([0.0, 0.25, 1.0, 3.5], length).tolist()
     return rows
 
 
@@ -71,7 +76,14 @@ def row_losses(model: Any, row: Row) -> tuple[Tensor, Tensor]:  # (T - 1,), (T -
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
     losses = F.cross_entropy(model(ids).logits[0, :-1], labels[1:], reduction="none")
     excess = losses.detach() + torch.tensor(row["reference_logprob"], dtype=torch.float64)[1:]
-    return losses, excess.masked_fill(labels[1:] == -100, torch.nan)
+    return losses, excess.masked_fill((labels[1:] == -100) | (weights_of([row]) == 0), torch.nan)
+
+
+def weights_of(group: list[Row]) -> Tensor:
+    """What the losses of the targets of these rows are multiplied by, 1 without a column."""
+    key = "token_weight"
+    weights = [row[key] if key in row else [1.0] * len(row["labels"]) for row in group]
+    return torch.cat([torch.tensor(one, dtype=torch.float64)[1:] for one in weights])
 
 
 def group_losses(model: Any, group: list[Row]) -> tuple[Tensor, Tensor]:
@@ -100,7 +112,8 @@ def expected_gradients(
     for group in groups:
         losses, excess = group_losses(exact, group)
         selected = top(excess, ratio)
-        total, count = total + losses[selected].sum(), count + int(selected.sum())
+        weighted = losses * weights_of(group)
+        total, count = total + weighted[selected].sum(), count + int(selected.sum())
     (total / count).backward()
     return gradients_of(exact), (total / count).item(), count
 
@@ -119,7 +132,7 @@ def cut_gradients(model: Any, rows: list[Row], ratio: float) -> dict[str, Tensor
             return own(module, query, key, value, *pair[2:], **kwargs)
 
         with attention_through(cut):
-            total = total + row_losses(exact, row)[0][mine].sum()
+            total = total + (row_losses(exact, row)[0] * weights_of([row]))[mine].sum()
     (total / selected.sum()).backward()
     return gradients_of(exact)
 

@@ -51,7 +51,7 @@ try:
 
     from slm.checks import check_value
     from slm.integrations.collator import ReferenceCollator, scores_in
-    from slm.integrations.loss import COLUMN, SCORES, SelectiveLoss
+    from slm.integrations.loss import BESIDE, COLUMN, SelectiveLoss
     from slm.integrations.signatures import check_attributes, check_parameters
     from slm.integrations.transformers import BACKWARD, SelectiveTrainerMixin, causal_lm
     from slm.model.head import check_documents
@@ -158,7 +158,7 @@ class PackedCollator:
 
 def with_scores(example: Mapping[str, Any]) -> Mapping[str, Any]:
     """NaN for the first token, which nothing of its own stands before."""
-    found = {name: scores_in(example[name]).clone() for name in SCORES if name in example}
+    found = {name: scores_in(example[name]).clone() for name in BESIDE if name in example}
     for scores in found.values():
         scores[:1] = torch.nan
     return {**example, **found}

@@ -1,4 +1,4 @@
-"""Scores beside tokens through any collator, for the trainers of Hugging Face."""
+"""Scores and weights beside tokens through any collator, for the trainers of Hugging Face."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slm.integrations.loss import SCORES
+from slm.integrations.loss import BESIDE
 
 FIRST_MARK = 2**40  # above every token id
 
 
 class ReferenceCollator:
-    """Any collator, with the score columns (B, T) beside what it makes, NaN where it pads.
+    """Any collator, with the columns (B, T) of loss.BESIDE beside what it makes, NaN where it pads.
 
     Where a token went is asked of the collator itself: it collates the examples once more, with
     marks in place of `input_ids`. So padding on either side, padding to a multiple, flattening and
@@ -26,7 +26,7 @@ class ReferenceCollator:
         self.collator = collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        found = {name: scores_of(examples, name) for name in SCORES}
+        found = {name: scores_of(examples, name) for name in BESIDE}
         batch: Any = self.collator([without_scores(example) for example in examples])
         columns = {name: scores for name, scores in found.items() if scores}
         if columns:
@@ -74,7 +74,7 @@ def scores_of(examples: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
 
 
 def without_scores(example: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: copied(value) for name, value in example.items() if name not in SCORES}
+    return {name: copied(value) for name, value in example.items() if name not in BESIDE}
 
 
 def copied(value: Any) -> Any:
@@ -87,6 +87,8 @@ def copied(value: Any) -> Any:
 def scores_in(column: Any) -> Tensor:  # (T,)
     """None, which NaN becomes on its way through JSON, is NaN."""
     values = column if isinstance(column, Tensor) else np.array(column, dtype=np.float32)
+    if values.ndim != 1:
+        raise ValueError(f"a column is {column!r}, it must have a number for each token")
     return torch.as_tensor(values, dtype=torch.float32)
 
 

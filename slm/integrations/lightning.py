@@ -11,13 +11,13 @@
 Lightning averages the losses of accumulated micro-batches and the gradients of ranks; the selective
 loss is a sum over all of them, divided once by the number of tokens selected. So each micro-batch
 leaves the gradient of its sum, and `on_before_optimizer_step` divides, before gradients are
-clipped. It divides all gradients, so another term cannot be added to the loss: that is refused.
-The value that `selective_loss` returns is the mean over the micro-batch's selected tokens; that of
-the whole step is logged as train/loss. A step may return None, and nothing of it counts.
-`targets` and `reference_logprob` are shifted, as batches of Windows are; what else a rule needs
-goes beside them, as `reference_entropy=batch["reference_entropy"]`, and `window=` and `epoch=` make
-Random draw what the trainer draws. For validation take slm_kernels.token_cross_entropy over every
-target.
+clipped. It divides all gradients, so another term cannot be added to the loss: that is refused. The
+value that `selective_loss` returns is the mean over the micro-batch's selected tokens; that of the
+whole step is logged as train/loss. A step may return None, and nothing of it counts. `targets` and
+`reference_logprob` are shifted, as batches of Windows are; what else a rule needs goes beside them,
+as `reference_entropy=batch["reference_entropy"]`, so do weights, `token_weight=`, and `window=` and
+`epoch=` make Random draw what the trainer draws. For validation take
+slm_kernels.token_cross_entropy over every target.
 """
 
 from collections.abc import Mapping

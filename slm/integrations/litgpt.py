@@ -12,10 +12,10 @@ three are replaced while `selective_pretraining` lasts; nothing else of LitGPT i
 
 LitGPT parses sys.argv again as it saves: `python train.py pythia-160m`, without other words. Any
 other data module will do whose training batches are {"tokens": (B, L + 1) int64,
-"reference_logprob": (B, L) float32}, the scores of tokens[:, 1:]: natural log, <= 0. With `window`
-(B,), the number of each row in the data, Random draws what the trainer draws. The scores travel
-with their tokens from the loader to the step that trains on them, however many batches are read
-ahead.
+"reference_logprob": (B, L) float32}, the scores of tokens[:, 1:]: natural log, <= 0. Weights of
+their losses may stand beside them as `token_weight`, (B, L), none of them 0. With `window` (B,),
+the number of each row in the data, Random draws what the trainer draws. The scores travel with
+their tokens from the loader to the step that trains on them, however many batches are read ahead.
 Validation stays cross-entropy over every token, and so is `loss_all`, which LitGPT's loggers get
 beside `loss`.
 
@@ -41,7 +41,7 @@ from litgpt.utils import CycleIterator, chunked_cross_entropy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from slm.integrations.loss import LOGGED, SCORES, Columns, SelectiveLoss, record_of
+from slm.integrations.loss import BESIDE, LOGGED, Columns, SelectiveLoss, record_of
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.selection import Selection
 from slm.selection.books import means, named, no_sums, step_sums
@@ -50,7 +50,7 @@ from slm.store.windows import Windows
 from slm_kernels.ops import refuse
 
 MADE_FOR = "litgpt 0.5.13"
-KNOWN = {"tokens", "window", *SCORES}
+KNOWN = {"tokens", "window", *BESIDE}
 check_attributes(pretrain, ("fit", "validate", "CycleIterator", "chunked_cross_entropy"), MADE_FOR)
 check_parameters(
     chunked_cross_entropy, ("logits", "targets", "chunk_size", "ignore_index"), MADE_FOR
@@ -174,7 +174,7 @@ class _Selection:
             raise ValueError("litgpt.pretrain asks for a training loss before it read a batch")
         columns = {name: value.to(targets.device) for name, value in batch.items()}
         tokens = columns.pop("tokens")[:, 1:]
-        for name in ("targets", *(name for name in SCORES if name in columns)):
+        for name in ("targets", *(name for name in BESIDE if name in columns)):
             found = targets if name == "targets" else columns[name]
             if found.shape != tokens.shape:
                 raise ValueError(
@@ -196,7 +196,7 @@ def check_count(count: Tensor, targets: Tensor, rule: Selection, tokens_seen: in
         count != wanted,
         count,
         f"every micro-batch must select {wanted} of its {targets.numel()} tokens, because LitGPT "
-        "averages micro-batches and ranks: give every token its scores",
+        "averages micro-batches and ranks: give every token its scores, and no weight of 0",
     )
 
 
@@ -276,7 +276,7 @@ class SelectiveData(DataModule):
 
     def _scored(self, numbers: list[int]) -> Batch:
         batch = self.windows.batch(np.array(numbers))
-        tokens = torch.cat([batch["input_ids"][:, :1], batch["targets"]], dim=1)
+        tokens = torch.from_numpy(self.windows.tokens(np.array(numbers)))
         return {"tokens": tokens} | {name: batch[name] for name in batch.keys() & KNOWN}
 
     def _tokens(self, numbers: list[int]) -> Tensor:  # (B, L + 1)

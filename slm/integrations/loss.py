@@ -8,6 +8,12 @@ the loss of an optimizer step is divided by, over all of its micro-batches and r
 labels and scores alone for every rule but Intersection and Union, so it is known before the first
 forward pass, and one division by it is exact however the step is split.
 
+A column `token_weight` multiplies what the rule gives each token: hard rules selected * weight,
+soft ones weight * weight. The rule ranks losses as without it, and the divisor stays a number of
+tokens, so that weights of 2 everywhere are twice the gradient. A token of weight 0 is read and is
+no target: no candidate, and in no mean that is logged. A negative one, NaN or infinity under a
+candidate is refused. `loss_all` counts every target once, whatever its weight; so does evaluation.
+
 Letters: B rows, T positions, D width, V vocabulary.
 """
 
@@ -24,7 +30,7 @@ from slm.selection import Selection
 from slm.selection.books import TokenRecord
 from slm.selection.registry import RULES, make_rule
 from slm.store.columns import COLUMNS, LOGPROBS
-from slm.store.windows import IGNORE_INDEX, Batch
+from slm.store.windows import IGNORE_INDEX, WEIGHT, Batch
 from slm_kernels import (
     WeightedCrossEntropy,
     weighted_cross_entropy,
@@ -35,6 +41,7 @@ from slm_kernels.ops import refuse
 Columns = Mapping[str, Tensor]  # of a batch by their keys; other names are looked over
 COLUMN = LOGPROBS.key
 SCORES = tuple(column.key for column in COLUMNS.values())
+BESIDE = (*SCORES, WEIGHT)  # what may stand beside a token
 LOGGED = ("loss_all", "loss_selected", "loss_unselected", "kept_frac", "scored_frac")  # of means
 
 
@@ -94,7 +101,7 @@ class SelectiveLoss:
         hidden: Tensor,  # (B, T, D)
         head: Mapping[str, Any],  # weight, and bias, logit_scale, softcap by need
         targets: Tensor,  # (B, T), shifted
-        columns: Columns,  # (B, T) each, shifted; NaN: no score
+        columns: Columns,  # (B, T) each, shifted: scores, NaN: none; token_weight, NaN: no target
         denominator: Tensor | float,
         tokens_seen: int = 0,
         rows: Selected | None = None,
@@ -157,7 +164,7 @@ class SelectiveLoss:
         return batch
 
     def candidates(self, targets: Tensor, columns: Columns) -> Batch:
-        """The targets that have every score, and the scores; others are no targets to a rule."""
+        """The targets that have every score and no weight of 0; others are none to a rule."""
         names = [name for name in SCORES if name in (COLUMN, *self.rule.needs)]
         if missing := [name for name in self.rule.needs if name not in columns]:
             raise ValueError(
@@ -170,6 +177,9 @@ class SelectiveLoss:
                 batch[name] = checked(name, columns[name].float(), targets)
                 unscored = batch[name].isnan()
                 batch["targets"] = batch["targets"].masked_fill(unscored, IGNORE_INDEX)
+        if WEIGHT in columns:
+            batch[WEIGHT] = checked_weight(columns[WEIGHT].float(), batch["targets"])
+            batch["targets"] = batch["targets"].masked_fill(batch[WEIGHT] == 0, IGNORE_INDEX)
         return batch
 
     def denominator(
@@ -216,9 +226,10 @@ def fields_for(word: str, select_ratio: Any, scope: str | None) -> dict[str, Any
 
 def record_of(output: SelectiveOutput, targets: Tensor, columns: Columns) -> TokenRecord:
     """Of a micro-batch, for its books; a door has no numbers of windows, so rows are counted."""
+    valid = targets != IGNORE_INDEX
     return TokenRecord(
         window=torch.arange(len(targets)),
-        valid=targets != IGNORE_INDEX,
+        valid=valid & (columns[WEIGHT] != 0) if WEIGHT in columns else valid,
         selected=output.selected,
         token_loss=output.token_loss.detach(),
         reference_loss=-columns[COLUMN] if COLUMN in columns else None,
@@ -241,9 +252,16 @@ def checked(name: str, values: Tensor, targets: Tensor) -> Tensor:
     return refuse(values, wrong, values, f"{name}: {column.needed}, or NaN for no score")
 
 
+def checked_weight(values: Tensor, targets: Tensor) -> Tensor:
+    """ValueError where a candidate's weight is none; an assertion where it is on a device."""
+    check_shape(WEIGHT, values, targets)
+    wrong = (targets != IGNORE_INDEX) & ~((values >= 0) & (values < torch.inf))
+    return refuse(values, wrong, values, f"{WEIGHT}: a finite number >= 0 is needed")
+
+
 def shifted(labels: Tensor, columns: Columns) -> tuple[Tensor, dict[str, Tensor]]:
     """What the position before each token predicts; the last position predicts nothing."""
-    found = {name: columns[name] for name in SCORES if name in columns}
+    found = {name: columns[name] for name in BESIDE if name in columns}
     for name, values in found.items():
         check_shape(name, values, labels)
     return moved(labels, IGNORE_INDEX), {

@@ -11,8 +11,8 @@ B batch, L sequence, D width, V vocabulary, K selected tokens. In your config re
 or, of a configuration that exists, `selective(llama3_8b(), SelectiveChunkedLoss.Config(...))`.
 
 `labels` are already shifted, as everywhere in torchtitan, and entry i of `reference_logprob` is the
-score of label i: float32, natural log, <= 0, NaN where there is none. A validation loader yields no
-`reference_logprob`: validation is cross-entropy over every valid token, comparable across ratios.
+score of label i: float32, natural log, <= 0, NaN where there is none; `token_weight` likewise. A
+validation loader yields none: validation is cross-entropy over every valid token, comparable.
 
 The loss that is minimised and logged is the mean over the selected tokens of the whole optimizer
 step, all micro-batches and data-parallel ranks: their number is known before the first forward
@@ -42,7 +42,7 @@ from torchtitan.config import CompileConfig
 from torchtitan.distributed.utils import dist_sum_tensor
 from torchtitan.trainer import Trainer
 
-from slm.integrations.loss import COLUMN, LOGGED, SCORES, Columns, record_of
+from slm.integrations.loss import BESIDE, COLUMN, LOGGED, Columns, record_of
 from slm.integrations.loss import SelectiveLoss as DoorLoss
 from slm.integrations.signatures import check_parameters
 from slm.selection.books import means, named, no_sums, step_sums
@@ -66,7 +66,7 @@ for _function, _names in (
 
 Loss = Callable[..., WeightedCrossEntropy]
 Batch = tuple[dict[str, Tensor], Tensor]  # what a dataloader yields: named inputs, labels
-COLUMNS = (*SCORES, "window", "epoch")  # of the named inputs, those that are for the loss
+COLUMNS = (*BESIDE, "window", "epoch")  # of the named inputs, those that are for the loss
 
 
 @dataclass(kw_only=True)
@@ -110,7 +110,7 @@ class _Selective:
     def _columns(self, pred: Tensor, labels: Tensor, others: dict[str, Any]) -> Columns | None:
         """What was bound for (B, L, ...) and (B, L); None for validation."""
         bound, self._bound = self._bound, None
-        if passed := [name for name in SCORES if name in others]:
+        if passed := [name for name in BESIDE if name in others]:
             raise ValueError(f"{passed[0]} was passed to the loss: call its bind() first")
         if isinstance(pred, DTensor):
             raise ValueError(
@@ -119,7 +119,7 @@ class _Selective:
             )
         if bound is None and not torch.is_grad_enabled():
             return None
-        shapes = [tuple(bound[name].shape) for name in SCORES if name in bound] if bound else None
+        shapes = [tuple(bound[name].shape) for name in BESIDE if name in bound] if bound else None
         if bound is None or any(shape != labels.shape for shape in shapes or ()):
             raise ValueError(
                 f"{type(self).__name__} got labels {tuple(labels.shape)} to train on and scores of "

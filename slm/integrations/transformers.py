@@ -8,7 +8,8 @@
 
 `train_dataset` has a column `reference_logprob` beside `input_ids`: one log-prob (natural log) a
 token, NaN where there is none; slm.integrations.datasets makes it. A rule that needs another score
-column finds it there, one that needs none does without. The mixin
+column finds it there, one that needs none does without. A column `token_weight`, one number a
+token, multiplies the losses of what is selected (slm/integrations/loss.py). The mixin
 
     keeps the columns   which `remove_unused_columns` would drop without a word
     wraps the collator  so that scores are padded with NaN exactly where its tokens went
@@ -31,7 +32,7 @@ from transformers import PreTrainedModel, Trainer
 
 from slm.checks import check_value, word
 from slm.integrations.collator import ReferenceCollator
-from slm.integrations.loss import LOGGED, SCORES, Columns, SelectiveLoss, record_of, shifted
+from slm.integrations.loss import BESIDE, LOGGED, Columns, SelectiveLoss, record_of, shifted
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.model.head import check_causal, check_head, head_arguments, loss_terms, projection_of
 from slm.model.selected import check_rows, selected_backward
@@ -121,7 +122,7 @@ def attach(model: nn.Module, loss: SelectiveLoss, backward: str = "exact") -> No
     ) -> Any:
         if denominator is None:
             return original(self, *args, **kwargs)
-        columns = {name: kwargs.pop(name) for name in SCORES if name in kwargs}
+        columns = {name: kwargs.pop(name) for name in BESIDE if name in kwargs}
         targets, scores = shifted(kwargs.pop("labels"), columns)
         cuts = backward == "selected" and not loss.rule.takes_all(tokens_seen)
         with selected_backward(self) if cuts else nullcontext() as rows:
@@ -188,7 +189,7 @@ class SelectiveTrainerMixin:
         me: Any = super()
         me._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # type: ignore[attr-defined]
-        columns += [name for name in SCORES if name not in columns]
+        columns += [name for name in BESIDE if name not in columns]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The step's micro-batches, and how many tokens they select on all ranks.
@@ -214,7 +215,7 @@ class SelectiveTrainerMixin:
 
     def _shifted(self, batch: Mapping[str, Any]) -> tuple[Tensor, Columns]:
         """Targets and scores; every score that the rule needs is there."""
-        columns = {n: batch[n] for n in SCORES if n in batch and batch[n] is not None}
+        columns = {n: batch[n] for n in BESIDE if n in batch and batch[n] is not None}
         for name in self.selective.rule.needs:
             columns[name] = column_of(batch, name, ADVICE)
         return shifted(column_of(batch, "labels"), columns)
@@ -245,7 +246,7 @@ class SelectiveTrainerMixin:
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """What the trainer computes without scores, with labels or without."""
-        rest = {key: value for key, value in inputs.items() if key not in SCORES}
+        rest = {key: value for key, value in inputs.items() if key not in BESIDE}
         me: Any = super()
         return me.prediction_step(model, rest, *args, **kwargs)
 
@@ -289,7 +290,7 @@ def check_scored(pairs: list[tuple[Tensor, Columns]]) -> None:
     num_valid = sum(int((targets != IGNORE_INDEX).sum()) for targets, _ in pairs)
     if num_valid:
         raise ValueError(
-            f"all of the step's {num_valid} targets on this rank have NaN as their score"
+            f"all of the step's {num_valid} targets on this rank have NaN as score, or weight 0"
         )
 
 

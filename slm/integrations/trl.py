@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
-from slm.integrations.loss import SCORES
+from slm.integrations.loss import BESIDE
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.integrations.transformers import SelectiveTrainerMixin, names_of
 
@@ -70,7 +70,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         """
         names = names_of(dataset)
         prepare = super()._prepare_dataset
-        if dataset_name != "train" and not {*SCORES} & {*names}:
+        if dataset_name != "train" and not {*BESIDE} & {*names}:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         check_columns(names, self.selective.rule.needs)
         check_contexts(args, packing, "seq_lengths" in names)
@@ -84,7 +84,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         uncut.max_length, uncut.shuffle_dataset = None, False
         dataset = prepare(dataset, processing_class, uncut, False, None, dataset_name)
         by_token = [
-            name for name in ("input_ids", "labels", *SCORES) if name in names or name == "labels"
+            name for name in ("input_ids", "labels", *BESIDE) if name in names or name == "labels"
         ]
         lengths = ["seq_lengths"] * ("seq_lengths" in names)  # of rows that are packed already
         dataset = dataset.select_columns([*by_token, *lengths])
@@ -122,7 +122,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
 
         So no random number is drawn: how often is logged does not change what is trained.
         """
-        rest = {key: value for key, value in inputs.items() if key not in SCORES}
+        rest = {key: value for key, value in inputs.items() if key not in BESIDE}
         model.eval()
         found = model(**rest, use_cache=False, fused_lm_head=True)
         model.train()

@@ -12,7 +12,7 @@ from torch import Tensor
 from slm.checks import check_value, word
 from slm.errors import UserError
 from slm.selection.schedules import RatioSchedule, ratio_schedule
-from slm.store.windows import IGNORE_INDEX, Batch
+from slm.store.windows import IGNORE_INDEX, WEIGHT, Batch
 from slm_kernels import max_selected, select_count, select_top_k
 
 SCOPES = ("sequence", "batch", "global")
@@ -23,13 +23,15 @@ TokenWeight = Tensor | Callable[[Tensor], Tensor]  # (B, T), or what makes it of
 class Choice(NamedTuple):
     """What a rule says of one batch."""
 
-    token_weight: Tensor  # (B, T), bool or floating point; 0: not trained on
+    token_weight: Tensor  # (B, T), bool or floating point; 0: not trained on. The rule's alone
     selected: Tensor  # (B, T), bool
     threshold: Tensor | None  # lowest score selected: (), or (B,) with scope=sequence
 
 
 class Selection:
     """A selection rule.
+
+    A corpus may give its tokens weights: `deferred` multiplies by them, no rule looks at them.
 
     needs:             columns of the batch beyond ids and targets
     needs_token_loss:  False: the choice can be made before the forward pass
@@ -51,12 +53,16 @@ class Selection:
         raise NotImplementedError
 
     def deferred(self, batch: Batch, tokens_seen: int) -> tuple[TokenWeight, list[Choice]]:
-        """The token weights as the loss takes them, and where the choice is once it is made."""
+        """The token weights as the loss takes them, and where the choice is once it is made.
+
+        What the rule gives a token, times the `token_weight` that the batch has of it: the rule
+        chooses as without, and what the loss is divided by stays a number of tokens.
+        """
         made: list[Choice] = []
 
         def choose(token_loss: Tensor | None) -> Tensor:
             made.append(self.choose(batch, token_loss, tokens_seen))
-            return made[-1].token_weight
+            return times_weight(made[-1].token_weight, batch)
 
         return choose if self.needs_token_loss else choose(None), made
 
@@ -135,6 +141,13 @@ class Ranked(Selection):
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
         return max_selected(batch["targets"].shape, self.schedule.at(tokens_seen), self.scope)
+
+
+def times_weight(chosen: Tensor, batch: Batch) -> Tensor:  # (B, T)
+    """0 where the rule says 0, whatever stands in the batch there: padding has NaN."""
+    if WEIGHT not in batch:
+        return chosen
+    return (chosen * batch[WEIGHT]).masked_fill(chosen == 0, 0.0)
 
 
 def given(token_loss: Tensor | None) -> Tensor:

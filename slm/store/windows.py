@@ -31,6 +31,7 @@ from slm.store.columns import COLUMNS, DTYPE, Column
 from slm.store.shards import Corpus, References, Store
 
 IGNORE_INDEX = -100
+WEIGHT = "token_weight"
 COMBINE = ("mean", "min", "max", "mixture")
 Batch = dict[str, Tensor]
 
@@ -132,7 +133,7 @@ class Windows:
             live = self._gather(self.corpus, "masks", windows, np.empty((size, length), bool))
             batch["targets"] = batch["targets"].masked_fill(torch.from_numpy(~live), IGNORE_INDEX)
         if self.corpus.has_weights:
-            batch["token_weight"] = weight = torch.from_numpy(self.weights(windows))
+            batch[WEIGHT] = weight = torch.from_numpy(self.weights(windows))
             batch["targets"] = batch["targets"].masked_fill(weight == 0, IGNORE_INDEX)
         if self.references:
             batch |= self._scores(batch["targets"], windows)

@@ -43,7 +43,8 @@ pytestmark = pytest.mark.slow  # importing axolotl takes seconds
 
 
 def rows_of(name: str) -> list[Row]:
-    rows = make_rows(LENGTHS if name == "rows" else PACKED, prompt=2, unscored=1)
+    lengths, weighted = (LENGTHS, False) if name == "rows" else (PACKED, True)
+    rows = make_rows(lengths, prompt=2, unscored=1, weighted=weighted)
     for row in rows:
         row["attention_mask"] = [1] * len(row["input_ids"])
         row["reference_logprob"][0] = -0.5  # nothing stands before it: it must not be selected
@@ -330,7 +331,8 @@ def documents_of(batch: dict[str, Any], rows: list[Row]) -> list[Row]:
 
 
 def test_packed_documents_take_the_step_of_documents_alone(found):
-    """Two micro-batches of two rows of several documents, each trained as if it stood alone."""
+    """Two micro-batches of two rows of several documents, each trained as if it stood alone, and
+    weighted."""
     run, rows = found("packed"), rows_of("packed")
     groups = [documents_of(batch, rows) for batch in run["batches"]]
     assert len(groups) == 2 and all(len(group) > 4 for group in groups)

@@ -12,6 +12,7 @@ from transformers import (
 
 from door_helpers import Row, dataset_of, make_tokenizer, padding
 from slm.integrations.collator import ReferenceCollator
+from slm.integrations.loss import BESIDE
 
 
 def tagged(lengths: list[int]) -> list[Row]:
@@ -22,6 +23,7 @@ def tagged(lengths: list[int]) -> list[Row]:
         row = [next(ids) for _ in range(length)]
         scores = [float("nan"), *(-float(i) for i in row[1:])]
         rows.append({"input_ids": row, "labels": list(row), "reference_logprob": scores})
+        rows[-1]["token_weight"] = [i / 2 for i in row]
     return rows
 
 
@@ -40,9 +42,9 @@ def test_scores_go_where_their_tokens_go(collator):
     rows = tagged([3, 7, 1, 5])
     if isinstance(collator, DataCollatorForLanguageModeling):
         rows = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-    plain = collator([{k: v for k, v in r.items() if k != "reference_logprob"} for r in rows])
+    plain = collator([{k: v for k, v in row.items() if k not in BESIDE} for row in rows])
     batch = ReferenceCollator(collator)(rows)
-    assert {key for key in batch if key != "reference_logprob"} == set(plain)
+    assert {key for key in batch if key not in BESIDE} == set(plain)
     assert all(
         torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(plain[key])) for key in plain
     )
@@ -52,6 +54,9 @@ def test_scores_go_where_their_tokens_go(collator):
     assert scores.shape == batch["input_ids"].shape and scores.dtype == torch.float32
     assert torch.equal(-scores[tokens], batch["input_ids"][tokens].float())
     assert scores[~tokens].isnan().all()
+    weights = batch["token_weight"]
+    assert torch.equal(2 * weights[tokens | firsts], batch["input_ids"][tokens | firsts].float())
+    assert weights[batch["input_ids"] < 2].isnan().all()
 
 
 def test_tensors_and_arrays_are_collated_as_lists_are():
@@ -65,7 +70,7 @@ def test_tensors_and_arrays_are_collated_as_lists_are():
 
 def test_examples_without_scores_are_left_alone_and_half_of_them_refused():
     rows = tagged([3, 4])
-    without = [{k: v for k, v in row.items() if k != "reference_logprob"} for row in rows]
+    without = [{k: v for k, v in row.items() if k not in BESIDE} for row in rows]
     assert "reference_logprob" not in ReferenceCollator(padding())(without)
     with pytest.raises(ValueError, match="example 1 of the batch has no reference_logprob"):
         ReferenceCollator(padding())([rows[0], without[1]])
@@ -73,6 +78,7 @@ def test_examples_without_scores_are_left_alone_and_half_of_them_refused():
     with pytest.raises(ValueError, match="example 1 of the batch has no reference_logprob"):
         ReferenceCollator(padding())(half)
     rows[1]["reference_logprob"].append(-1.0)
+    del rows[0]["token_weight"], rows[1]["token_weight"]
     with pytest.raises(ValueError, match="example 1 .* has 4 input_ids and 5 reference_logprob"):
         ReferenceCollator(padding())(rows)
 

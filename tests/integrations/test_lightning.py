@@ -25,7 +25,7 @@ from door_helpers import (
 )
 from slm.integrations import lightning as door
 from slm.integrations.lightning import SelectiveMixin
-from slm.integrations.loss import SelectiveLoss, shifted
+from slm.integrations.loss import BESIDE, SelectiveLoss, shifted
 from slm.model.head import head_arguments
 from slm.model.selected import selected_backward
 
@@ -45,7 +45,8 @@ class Mine(SelectiveMixin, LightningModule):
         with selected_backward(self.model) if self.cuts else nullcontext() as rows:
             hidden = self.model.model(batch["input_ids"]).last_hidden_state
         head, scores = head_arguments(self.model), batch["reference_logprob"]
-        return self.selective_loss(hidden, head, batch["targets"], scores, rows)
+        more = {name: batch[name] for name in ("token_weight",) if name in batch}
+        return self.selective_loss(hidden, head, batch["targets"], scores, rows, **more)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         super().on_before_optimizer_step(optimizer)
@@ -64,7 +65,8 @@ def batch_of(rows: list[Row]) -> dict[str, Tensor]:
     def padded(name: str, value: float) -> Tensor:
         return torch.tensor([r[name] + [value] * (longest - len(r["input_ids"])) for r in rows])
 
-    scores = {"reference_logprob": padded("reference_logprob", NAN)}
+    names = [name for name in BESIDE if name in rows[0]]
+    scores = {name: padded(name, NAN) for name in names}
     targets, columns = shifted(padded("labels", -100), scores)
     return {"input_ids": padded("input_ids", 0), "targets": targets, **columns}
 
@@ -92,6 +94,15 @@ def test_gradients_along_selected_tokens_are_those_of_the_definition():
     module = Mine("batch", cuts=True)
     fit(module, [batch_of(rows)])
     assert_gradients(module.gradients[0], cut_gradients(make_model(), rows, 0.4))
+
+
+def test_weights_multiply_what_is_selected():
+    rows = make_rows(LENGTHS, prompt=3, weighted=True)
+    module = Mine("batch")
+    fit(module, [batch_of(two) for two in pairs(rows)], accumulate_grad_batches=4)
+    expected, loss, _ = expected_gradients(make_model(), pairs(rows), 0.4)
+    assert_gradients(module.gradients[0], expected)
+    assert module.logged[-1]["train/loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def pairs(rows: list[Row]) -> list[list[Row]]:

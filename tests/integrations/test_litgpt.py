@@ -198,6 +198,24 @@ def test_loss_of_the_batch_that_was_read(adapter, scope):
     assert torch.equal(*gradients)
 
 
+def test_weights_multiply_what_is_selected(adapter):
+    """Divided by as much as without, so that none may be 0, which would be no candidate."""
+    one = Replaced(adapter)
+    targets, weight = one.tokens[:, 1:], torch.rand(2, 8) + 0.1
+    out = selective_cross_entropy_from_logits(
+        one.logits, targets, -one.logprob, select_ratio=0.5, scope="batch"
+    )
+    losses = F.cross_entropy(one.logits.flatten(0, 1), targets.flatten(), reduction="none")
+    wanted = (losses.view(2, 8) * weight)[out.selected].sum() / 8
+    gradients = [
+        torch.autograd.grad(loss, one.logits)[0] for loss in (one.loss(token_weight=weight), wanted)
+    ]
+    torch.testing.assert_close(*gradients)
+    weight[0, :4] = 0
+    with pytest.raises(ValueError, match="give every token its scores, and no weight of 0"):
+        Replaced(adapter).loss(token_weight=weight)
+
+
 def test_validation_and_the_count_of_flops_are_not_touched(adapter):
     one = Replaced(adapter)
     targets = one.tokens[:, 1:].contiguous()

@@ -38,7 +38,7 @@ INTEGRATIONS = ROOT / "slm" / "integrations"
 
 def batch_of(lengths: list[int], **fields: int):
     """One row for each length, padded at the right."""
-    rows = make_rows(lengths, **fields)
+    rows = make_rows(lengths, **fields)  # type: ignore
     longest = max(lengths)
 
     def padded(name: str, value: float) -> torch.Tensor:
@@ -182,11 +182,13 @@ DEFINITIONS: dict[str, tuple[Selection, Weights]] = {
 }
 
 
-def micro_batch(seed: int) -> dict[str, torch.Tensor]:
+def micro_batch(seed: int, weighted: bool = False) -> dict[str, torch.Tensor]:
     """Two rows of unequal length, a prompt, tokens without a score and an entropy of each."""
     _, ids, labels, scores = batch_of([9, 12], prompt=2, unscored=2, seed=seed)
     entropy = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed))
     columns = {"reference_logprob": scores, "reference_entropy": entropy}
+    if weighted:
+        columns["token_weight"] = (4 * entropy).floor().masked_fill(scores.isnan(), NAN)
     targets, moved = shifted(labels, columns)
     return {"input_ids": ids, "targets": targets, **moved}
 
@@ -198,6 +200,10 @@ def fp64_loss(model: Any, step: list[Any], rule: Selection, weights: Weights) ->
         logits = model(batch["input_ids"]).logits
         losses = F.cross_entropy(logits.mT, batch["targets"], reduction="none")
         live = (batch["targets"] != -100) & ~batch["reference_logprob"].isnan()
+        times = (
+            batch["token_weight"].double() if "token_weight" in batch else torch.ones(live.shape)
+        )
+        live &= times != 0
         rows = [[row] for row in range(len(live))] if rule.scope == "sequence" else [[0, 1]]
         for ranking in rows:
             mine = live[ranking]
@@ -205,21 +211,23 @@ def fp64_loss(model: Any, step: list[Any], rule: Selection, weights: Weights) ->
             reference = -batch["reference_logprob"][ranking][mine].double()
             entropy = batch["reference_entropy"][ranking][mine].double()
             weight = weights(given.tolist(), reference.tolist(), entropy.tolist())
-            total = total + (torch.tensor(weight, dtype=torch.float64) * given).sum()
+            weighted = torch.tensor(weight, dtype=torch.float64) * times[ranking][mine]
+            total = total + (weighted * given).sum()
             is_soft = rule.divides_by == "valid"
             count += len(weight) if is_soft else sum(one > 0.12001 for one in weight)
     return total / count
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-@pytest.mark.parametrize("from_logits", [False, True])
-def test_losses_after_updates_are_those_of_the_rule(name, from_logits):
+@pytest.mark.parametrize(("from_logits", "weighted"), [(0, 0), (1, 0), (0, 1)])
+def test_losses_after_updates_are_those_of_the_rule(name, from_logits, weighted):
     """Two steps of two micro-batches, SGD; the losses show that the gradients were right."""
     rule, weights = DEFINITIONS[name]
     loss = SelectiveLoss(selection=rule)
     model = make_model()
     exact = copy.deepcopy(model).double()
-    for step in ([micro_batch(1), micro_batch(2)], [micro_batch(3), micro_batch(4)]) * 2:
+    for seeds in ((1, 2), (3, 4)) * 2:
+        step = [micro_batch(seed, bool(weighted)) for seed in seeds]
         pairs = [(batch["targets"], batch) for batch in step]
         divisor, total = loss.denominator(pairs, lambda counts: counts), 0.0
         for batch in step:

@@ -264,18 +264,19 @@ def test_other_losses_and_cuda_graphs_are_refused(titan):
     "rule", [Sigmoid(0.7), Mixture(0.4, "sequence", 0.3), Random(0.4, seed=3), Middle(0.4), All()]
 )
 def test_any_rule_trains_as_its_definition_says(titan, kind, rule):
-    """By torch's own cross-entropy and the rule's own weights."""
+    """By torch's own cross-entropy and the rule's own weights, times those of the tokens."""
     case, window = Case(), torch.tensor([3, 1, 2])
     config = {"chunked": titan.SelectiveChunkedLoss, "logits": titan.SelectiveLoss}[kind].Config
     loss = config(selection=rule).build(compile_config=None)
     numbers = {"window": window, "epoch": torch.zeros_like(window)}
-    loss.bind(reference_logprob=case.logprob, **numbers)
+    weight = torch.tensor([0.0, 0.5, 3.0, 1.0]).repeat(3, 4)
+    loss.bind(reference_logprob=case.logprob, token_weight=weight, **numbers)
     if kind == "chunked":
         loss.set_lm_head(case.head)
         got = case.gradients(lambda: loss(case.hidden, case.labels)[0])
     else:
         got = case.gradients(lambda: loss(case.head(case.hidden), case.labels)[0])
-    labels = case.labels.masked_fill(case.logprob.isnan(), IGNORED)
+    labels = case.labels.masked_fill(case.logprob.isnan() | (weight == 0), IGNORED)
 
     def wanted() -> Tensor:
         logits = case.head(case.hidden).flatten(0, 1)
@@ -284,7 +285,7 @@ def test_any_rule_trains_as_its_definition_says(titan, kind, rule):
         choice = rule.choose(batch, losses.detach(), 0)
         valid = labels != IGNORED
         count = {"selected": choice.selected, "valid": valid}[rule.divides_by].sum()
-        return (losses * choice.token_weight)[valid].sum() / count
+        return (losses * choice.token_weight * weight)[valid].sum() / count
 
     torch.testing.assert_close(got, case.gradients(wanted), rtol=2e-5, atol=1e-6)
 

@@ -32,6 +32,7 @@ from door_helpers import (
     padding,
     run_on_ranks,
     top,
+    weights_of,
 )
 from slm.errors import UserError
 from slm.integrations import transformers as door
@@ -85,6 +86,45 @@ def test_gradients_along_selected_tokens_are_those_of_the_definition(tmp_path, s
     size = {"per_device_train_batch_size": 4}
     _, recorder = train(tmp_path, rows, model, padding(side), backward="selected", **size)
     assert_gradients(recorder.gradients[0], expected)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_weights_multiply_what_is_selected(tmp_path, scope, side):
+    """And choose nothing but for those of 0, which are no candidates; loss_all has no weights."""
+    rows, model = make_rows(LENGTHS, prompt=3, unscored=3, weighted=True), make_model()
+    pairs = [rows[i : i + 2] for i in (0, 2, 4, 6)]
+    groups = [[row] for row in rows] if scope == "sequence" else pairs
+    expected, loss, _ = expected_gradients(model, groups, 0.4)
+    live = torch.cat([torch.tensor(row["labels"][1:]) != -100 for row in rows])
+    every = group_losses(model, rows)[0][live & (weights_of(rows) != 0)]
+    steps = {"gradient_accumulation_steps": 4, "scope": scope}
+    _, recorder = train(tmp_path, rows, model, padding(side), **steps)
+    assert_gradients(recorder.gradients[0], expected)
+    assert recorder.logs[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert recorder.logs[0]["loss_all"] == pytest.approx(every.mean().item(), rel=1e-4)
+
+
+def test_weights_with_gradients_along_selected_tokens(tmp_path):
+    rows, model = make_rows(LENGTHS[:4], prompt=2, weighted=True), make_model()
+    expected, size = cut_gradients(model, rows, 0.4), {"per_device_train_batch_size": 4}
+    _, recorder = train(tmp_path, rows, model, backward="selected", **size)
+    assert_gradients(recorder.gradients[0], expected)
+
+
+def test_weights_that_are_none_are_refused(tmp_path):
+    rows: Any
+    for wrong in (-1.0, float("nan"), float("inf")):
+        rows = make_rows(LENGTHS[:2], weighted=True)
+        rows[0]["token_weight"][2] = wrong
+        with pytest.raises(ValueError, match=f"token_weight: a finite number >= 0 .*first {wrong}"):
+            train(tmp_path, rows)
+    scalars: Any = [row | {"token_weight": 0.5} for row in make_rows(LENGTHS[:2])]
+    with pytest.raises(ValueError, match="a column is 0.5, it must have a number for each token"):
+        train(tmp_path, scalars)
+    rows = [row | {"token_weight": [0.0] * len(row["labels"])} for row in make_rows(LENGTHS[:2])]
+    with pytest.raises(ValueError, match="have NaN as score, or weight 0"):
+        train(tmp_path, rows)
 
 
 def test_a_backward_that_is_not_computed_is_refused(tmp_path):

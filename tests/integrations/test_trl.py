@@ -94,6 +94,17 @@ def test_gradients_along_selected_tokens_are_those_of_the_definition(tmp_path, f
     assert_gradients(recorder.gradients[0], expected)
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"packing": True, "max_length": 80}], ids=["padded", "packed"]
+)
+def test_weights_stay_with_their_tokens(tmp_path, fields):
+    rows = make_rows(LENGTHS, prompt=2, weighted=True)
+    expected, loss, _ = expected_gradients(make_model(), [rows], 0.4)
+    _, recorder = sft(tmp_path, rows, **fields)
+    assert_gradients(recorder.gradients[0], expected)
+    assert recorder.logs[0]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
 def test_several_packed_rows_hold_every_document_once(tmp_path):
     """Bins of 24 tokens: documents change places and are cut, and their scores with them."""
     rows = make_rows([*LENGTHS, 30])

@@ -49,7 +49,7 @@ def make_lm(seed: int = 0) -> SelectiveLM:
     return SelectiveLM(new_model(fields, VOCAB, None)).train()
 
 
-def make_rows(num_rows: int = STEP_ROWS, seed: int = 0) -> Batch:
+def make_rows(num_rows: int = STEP_ROWS, seed: int = 0, weighted: bool = False) -> Batch:
     """Windows of very different numbers of targets, 8 in the first, then fewer, as documents do."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (num_rows, LENGTH + 1), generator=generator)
@@ -61,7 +61,8 @@ def make_rows(num_rows: int = STEP_ROWS, seed: int = 0) -> Batch:
     latest = torch.where(starts, index, 0).cummax(1).values
     targets[:, :-1] = targets[:, :-1].masked_fill(starts[:, 1:], IGNORE_INDEX)
     reference = -4 * torch.rand(targets.shape, generator=generator)
-    return {
+    weights = {"token_weight": 4 * torch.rand(targets.shape, generator=generator)}
+    return (weights if weighted else {}) | {
         "input_ids": ids[:, :-1],
         "targets": targets,
         "position_ids": index - latest,
@@ -270,6 +271,27 @@ def test_soft_step_is_one_division_by_the_number_of_targets(rule, accumulate):
     assert record.results[0].divided_by == count
     weighted = record.results[0].sums["loss_weighted"]
     assert weighted / count == pytest.approx((total / count).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("rule", [All(), Excess(0.4, "sequence"), Sigmoid(0.7)])
+def test_weights_multiply_the_choice_and_not_the_denominator(rule):
+    """However the step is split; what is chosen, counted and logged over all is as without."""
+    lm, rows = make_lm(), make_rows(weighted=True)
+    model = copy.deepcopy(lm.model).double()
+    losses, live = own_losses(model, rows), rows["targets"] != IGNORE_INDEX
+    choice = rule.choose(rows, losses.detach(), 0)
+    count = int((live if rule.divides_by == "valid" else choice.selected).sum())
+    total = (choice.token_weight * rows["token_weight"].double() * losses).sum()
+    (total / count).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for accumulate in (1, 2, 8):
+        module, record = fit(copy.deepcopy(lm), rule, [micro_batches(rows, accumulate)])
+        assert_gradients(moved(lm, module.lm), expected, STEP_RTOL)
+        result = record.results[0]
+        assert result.divided_by == count
+        assert result.sums["num_selected"] == choice.selected.sum()
+        assert result.sums["loss_valid"] == pytest.approx(losses[live].sum().item(), rel=1e-9)
+        assert result.sums["loss_weighted"] == pytest.approx(total.item(), rel=1e-9)
 
 
 def test_mixture_step_is_the_mixture_of_both_steps():
@@ -546,7 +568,8 @@ RULES: dict[str, Selection] = {
 
 
 def steps_of_rank(rank: int, ranks: int) -> list[list[Batch]]:
-    return [micro_batches(make_rows(seed=seed), 4 // ranks, rank, ranks) for seed in range(3)]
+    rows = [make_rows(seed=seed, weighted=True) for seed in range(3)]
+    return [micro_batches(step, 4 // ranks, rank, ranks) for step in rows]
 
 
 def train_on_ranks(folder: str, ranks: str) -> None:
@@ -605,7 +628,7 @@ def test_ranks_times_micro_batches_get_the_weights_of_one_process(ranks, tmp_pat
 @pytest.mark.slow
 def test_global_scope_is_batch_scope_on_the_ranks_rows_together(tmp_path):
     run_script("global_scope_on_two_ranks", tmp_path, 2)
-    together = [micro_batches(make_rows(seed=seed), 2) for seed in range(3)]
+    together = [micro_batches(make_rows(seed=seed, weighted=True), 2) for seed in range(3)]
     for name, rule in (("hard", Excess(0.4)), ("soft", Softmax(0.7))):
         module, record = fit(make_lm(), rule, together)
         for rank in (0, 1):

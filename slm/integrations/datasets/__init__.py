@@ -26,7 +26,7 @@ from slm.integrations.datasets.scores import score_dataset
 from slm.integrations.datasets.windows import WindowRows
 from slm.store.files import hash_json
 from slm.store.shards import Corpus
-from slm.store.windows import Windows, open_references
+from slm.store.windows import WEIGHT, Windows, open_references
 
 __all__ = ["WindowDataset", "from_hf_dataset", "score_dataset", "to_hf_dataset"]
 
@@ -43,7 +43,8 @@ def open_windows(corpus: str | Path, references: Folders | None, combine: str | 
 class WindowDataset(torch.utils.data.Dataset):
     """Item w is window w, shifted as in Windows: ``input_ids``, ``targets`` (T,) int64 and, where
     there are any, ``reference_logprob`` (T,) float32, the references' other columns
-    (slm.store.columns) and ``position_ids`` (T,) int64.
+    (slm.store.columns), of a corpus with weights ``token_weight`` (T,) float32, and by need
+    ``position_ids`` (T,) int64.
 
     default_collate stacks items; workers of a DataLoader map the files themselves. With
     packing=documents a model of transformers must be called like this, in your own loop:
@@ -58,7 +59,7 @@ class WindowDataset(torch.utils.data.Dataset):
     ):
         self.windows = open_windows(corpus, references, combine)
         scores = [column.key for column in self.windows.columns]
-        self.names = ("input_ids", "targets", *scores, "position_ids")
+        self.names = ("input_ids", "targets", *scores, WEIGHT, "position_ids")
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -79,6 +80,7 @@ def to_hf_dataset(
     labels             the same tokens; -100: no target (the row's first, prompts, and with
                        packing=documents the first token of a document)
     reference_logprob  with references: NaN exactly where labels is -100; so are their other columns
+    token_weight       of a corpus with weights: what the tokens' losses are multiplied by
     seq_lengths        with packing=documents: lengths of the documents in the row
     """
     windows = open_windows(corpus, references, combine)

@@ -21,6 +21,7 @@ from slm.prepare.imports.rows import Rows, beside, check_dataset, check_labels, 
 from slm.store.columns import COLUMNS, DTYPE, LOGPROBS, Column
 from slm.store.files import ArrayWriter, Json, atomic_file, naming, write_json
 from slm.store.shards import (
+    BY_NEED,
     FORMAT,
     IDENTITY,
     Shard,
@@ -31,6 +32,7 @@ from slm.store.shards import (
     write_sidecar,
 )
 from slm.store.tokenizer import load_tokenizer, tokenizer_sha256
+from slm.store.windows import WEIGHT
 
 TOKENS_AT_ONCE = 1 << 20
 Columns = dict[str, np.ndarray]
@@ -49,7 +51,8 @@ def from_hf_dataset(
     have the key of another column (slm.store.columns). Returns `out`.
 
     dataset:    input_ids; by need labels (the token, or -100: no target), reference_logprob (where
-                there is a label: finite, <= 0), seq_lengths or position_ids (documents in a row)
+                there is a label: finite, <= 0), token_weight (there: finite, >= 0; 0 is no
+                target), seq_lengths or position_ids (documents in a row)
     tokenizer:  folder or hub name of the one that made the ids
     scored_by:  who gave the scores, for the model card of what is trained on them
 
@@ -143,8 +146,9 @@ def write_folders(
     has_masks, scores = "labels" in rows.column_names, score_columns(rows.column_names)
     train, references = out / "train", out / "references"
     dtypes = {"tokens": state.token_dtype, "bytes": state.bytes_dtype, "documents": "int64"}
-    if has_masks:
-        dtypes["masks"] = "bool"
+    has_weights = WEIGHT in rows.column_names
+    asked = {"masks": has_masks, "weights": has_weights}
+    dtypes |= {name: dtype for name, dtype in BY_NEED.items() if name in asked and asked[name]}
     if scores:
         references.mkdir()
         dtypes |= {column.name: DTYPE for column in scores}
@@ -157,7 +161,10 @@ def write_folders(
             shards.append(write_shard(out, index, columns, dtypes))
     if scores:
         identity = fingerprint(plan | {"shards": [asdict(shard) for shard in shards]})
-        write_json(references / "plan.json", reference_plan(plan, identity, has_masks, scored_by))
+        write_json(
+            references / "plan.json",
+            reference_plan(plan, identity, has_masks or has_weights, scored_by),
+        )
         write_manifest(references, LOGPROBS.name, len(shards))
     write_manifest(train, "tokens", len(shards))
 
@@ -206,6 +213,7 @@ def shard_columns(
         "bytes": np.zeros(1, np.int64),
         "documents": np.array([[start, 0, numbers.stop - 1, seq_len]]),
         "masks": np.zeros(1, bool),
+        "weights": np.ones(1),
         **{name: np.full(1, np.nan) for name in COLUMNS},
     }
 
@@ -232,10 +240,25 @@ def block_columns(table: Any, rows: Rows, start: int, state: EncoderState) -> Co
     live = np.ones(len(rows.ids), bool)
     if "labels" in table.column_names:
         live = columns["masks"] = check_labels(rows, beside(table, "labels", rows))
+    if WEIGHT in table.column_names:
+        columns["weights"] = check_weights(rows, beside(table, WEIGHT, rows), live)
+        live = live & (columns["weights"] != 0)
     for column in score_columns(table.column_names):
         scores = beside(table, column.key, rows)
         columns[column.name] = check_scores(rows, column, scores, live & ~rows.first)
     return columns
+
+
+def check_weights(rows: Rows, weights: np.ndarray, live: np.ndarray) -> np.ndarray:  # (n,) each
+    """1 where a token is no target and its weight no number."""
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    if (wrong & live).any():
+        at = int((wrong & live).argmax())
+        raise ValueError(
+            f"{rows.place(WEIGHT, at)} is {weights[at]} under the label {rows.ids[at]}, a finite "
+            "number of at least 0 is needed"
+        )
+    return np.where(wrong, np.float32(1), weights)
 
 
 def score_columns(names: Sequence[str]) -> list[Column]:

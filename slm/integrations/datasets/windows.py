@@ -23,7 +23,7 @@ from datasets import (
 
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.store.columns import DTYPE
-from slm.store.windows import IGNORE_INDEX, Windows
+from slm.store.windows import IGNORE_INDEX, WEIGHT, Windows
 
 MADE_FOR = "datasets 5.2"
 check_parameters(DatasetBuilder.__init__, ("config_id", "config_kwargs"), MADE_FOR)
@@ -66,6 +66,8 @@ def has_documents(windows: Windows) -> bool:
 def row_features(windows: Windows) -> Features:
     columns = {"input_ids": List(Value("int32")), "labels": List(Value("int64"))}
     columns |= {column.key: List(Value(DTYPE)) for column in windows.columns}
+    if windows.corpus.has_weights:
+        columns[WEIGHT] = List(Value(DTYPE))
     if has_documents(windows):
         columns["seq_lengths"] = List(Value("int32"))
     return Features(columns)
@@ -93,6 +95,9 @@ def unshifted(windows: Windows, numbers: np.ndarray) -> dict[str, np.ndarray]:  
         scores = np.full(ids.shape, np.nan, DTYPE)
         scores[:, 1:] = batch[column.key].numpy()
         columns[column.key] = np.where(labels == IGNORE_INDEX, np.float32(np.nan), scores)
+    if windows.corpus.has_weights:
+        columns[WEIGHT] = np.ones(ids.shape, DTYPE)  # the row's first is no target
+        columns[WEIGHT][:, 1:] = batch[WEIGHT].numpy()
     return columns
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from slm.store.columns import COLUMNS
-from slm.store.windows import IGNORE_INDEX, positions
+from slm.store.windows import IGNORE_INDEX, WEIGHT, positions
 
 
 class Rows(NamedTuple):
@@ -54,7 +54,7 @@ def flat(table: pa.Table, column: str, number: int) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"row {row}: {column} is null, a list is needed")
     lengths = found.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     values = found.flatten()
-    if column in {known.key for known in COLUMNS.values()}:
+    if column in {WEIGHT, *(known.key for known in COLUMNS.values())}:
         return lengths, values.cast(pa.float32()).to_numpy(zero_copy_only=False)
     whole = pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)
     if values.null_count or not whole:

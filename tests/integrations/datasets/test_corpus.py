@@ -119,6 +119,30 @@ def test_there_and_back(tmp_path, made_by, monkeypatch):
     assert list(back["seq_lengths"]) == [[*row, 1] for row in ROWS["seq_lengths"]]
 
 
+def test_weights_there_and_back(tmp_path, made_by, shard_tokens):
+    """Of every target; a target of weight 0 is none, and needs no score."""
+    weights = [[(t % 4) / 2 for t in row] for row in ROWS["input_ids"]]
+    scores = [[-t / 7 if t % 4 else None for t in row] for row in ROWS["input_ids"]]
+    made = rows(token_weight=weights, reference_logprob=scores)
+    out = from_hf_dataset(made, tmp_path / "out", made_by, shard_tokens=shard_tokens)
+    corpus = Corpus.open(out / "train", check="full")
+    windows = Windows(corpus, [References.open(out / "references")])
+    expected = expected_targets(ROWS)
+    expected[expected % 4 == 0] = X
+    assert windows.batch(range(7))["targets"].tolist() == expected.tolist()
+    assert all(whole for _, whole, _ in verify(out)), list(verify(out))
+    back = to_hf_dataset(out / "train", out / "references")
+    assert [row[1:LENGTH] for row in back["token_weight"]] == [row[1:] for row in weights]
+    assert [row[1:] for row in back["labels"]] == expected.tolist()
+    for wrong in (-1.0, float("nan")):
+        weights[1][4] = wrong
+        with pytest.raises(
+            ValueError, match=f"row 1: token_weight.4. is {wrong} under the label 24"
+        ):
+            from_hf_dataset(rows(token_weight=weights), tmp_path / "no", made_by)
+    assert not (tmp_path / "no").exists()
+
+
 def test_types_of_columns_and_nulls(tmp_path, made_by):
     """JSON has no NaN: a null is one. float64, int32 and large lists are read as well."""
     dead = [[None if label == X else s for s, label in zip(*pair, strict=True)]
