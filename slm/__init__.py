@@ -4,7 +4,8 @@
     from slm import Corpus, References, Windows, SelectiveLM
 
 Each is imported when it is first asked for. A stage is a function and the folder of its modules
-(`import_corpus` and `export_corpus`, which are `slm import` and `slm export`, functions alone).
+(`import_corpus`, `export_corpus` and `bind_scores`, which are `slm import`, `slm export` and
+`slm bind`, functions alone).
 """
 
 import os
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from slm.prepare.export import export_corpus
     from slm.prepare.imports.command import import_corpus
     from slm.report.command import report
+    from slm.score.bind import bind_scores
     from slm.score.command import score
     from slm.store.shards import Corpus, References
     from slm.store.windows import Windows
@@ -34,6 +36,7 @@ HOMES = {
     "SelectiveLM": "slm.model.build",
     "import_corpus": "slm.prepare.imports.command",
     "export_corpus": "slm.prepare.export",
+    "bind_scores": "slm.score.bind",
 }
 __all__ = [
     "Corpus",
@@ -41,6 +44,7 @@ __all__ = [
     "SelectiveLM",
     "Windows",
     "__version__",
+    "bind_scores",
     "dynamics",
     "evaluate",
     "export_corpus",

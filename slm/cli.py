@@ -42,6 +42,10 @@ COMMANDS = {  # name: (what it does, an example)
         "corpus + reference model -> log-prob shards",
         "corpus=corpus/train reference_model=run/model out=refs",
     ),
+    "bind": (
+        "scores of documents -> references of a corpus",
+        "corpus=mixture/train scores=scores out=refs",
+    ),
     "evaluate": (
         "models -> loss and bits per byte on named sets",
         "'models={a: run/model}' 'sets={b: corpus/heldout}'",

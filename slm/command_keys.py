@@ -83,10 +83,20 @@ SCORE: Table = FORWARD | {
     "responses": optional(texts),
     "served_model": optional(text),
     "out": optional(text),
+    "layout": word("windows", "documents"),
+    "context": optional(count),
+    "stride": optional(count),
     "max_tokens": optional(count),
     "entropy": flag,
     "columns": several(text, least=0),
     "store_dtype": word("float32", "float16"),
+}
+BIND: Table = {
+    "corpus": text,
+    "scores": texts,
+    "out": text,
+    "missing": word("refuse", "skip"),
+    "check": check,
 }
 EVALUATE: Table = FORWARD | {
     "models": folders,

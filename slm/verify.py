@@ -21,6 +21,7 @@ from slm.model.serving import broken_rules, notes
 from slm.prepare.labels import LABELS
 from slm.score.cost import references_cost
 from slm.store.columns import COLUMNS, LOGPROBS
+from slm.store.document_scores import DocumentScores
 from slm.store.fields import CHECKPOINT, OBJECT, TEXT, check_fields, one_of
 from slm.store.files import (
     Advance,
@@ -33,8 +34,12 @@ from slm.store.files import (
 from slm.store.shards import SCORED, Corpus, References, Shard, Store, make_manifest, read_sidecars
 from slm.store.tokenizer import load_corpus_tokenizer
 
-STORES: dict[str, type[Store]] = {"corpus": Corpus, "reference": References}
-FIRST_COLUMN = {"corpus": "tokens", "reference": LOGPROBS.name}
+STORES: dict[str, type[Store]] = {
+    "corpus": Corpus,
+    "reference": References,
+    "document_scores": DocumentScores,
+}
+FIRST_COLUMN = {"corpus": "tokens", "reference": LOGPROBS.name, "document_scores": LOGPROBS.name}
 RUN_RECORDS = ("run.json", "hparams.json", "lineage.json", "wandb_run.json", "status.json")
 SIDES = ("train", "heldout")
 SHARD_PATTERNS = tuple(f"{column}-*.npy" for column in FIRST_COLUMN.values())
@@ -114,7 +119,10 @@ def verify_store(path: Path, advance: Advance) -> str:
     if isinstance(store, Corpus):
         check_values(store)
         load_corpus_tokenizer(store)
-    if isinstance(store, References):
+    if isinstance(store, DocumentScores):
+        for shard in store.shards:
+            store.check_documents(shard.index)
+    if not isinstance(store, Corpus):
         references_cost(path)
         check_records(path, "cost-*.json", "lineage.json")
     tokens = sum(shard.num_tokens for shard in store.shards)

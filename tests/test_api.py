@@ -26,6 +26,7 @@ from slm.prepare.export import export_corpus
 from slm.prepare.imports.command import import_corpus
 from slm.report.command import report
 from slm.report.workspace import dashboard
+from slm.score.bind import bind_scores
 from slm.score.command import score
 from slm.stage import complete
 from slm.store.shards import Corpus, References
@@ -36,6 +37,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "import": import_corpus,
     "export": export_corpus,
     "score": score,
+    "bind": bind_scores,
     "evaluate": evaluate,
     "harness": harness,
     "dynamics": dynamics,

@@ -23,6 +23,7 @@ GIVEN = {  # what must be given; nothing of it is there
     "import": ["format=npy", "path=no", "out=x", "tokenizer.path=no"],
     "export": ["corpus=no", "format=olmo", "out=x"],
     "score": ["corpus=no", "reference_model=no", "out=x"],
+    "bind": ["corpus=no", "scores=no", "out=x"],
     "evaluate": ["models={a: no}", "sets={b: no}"],
     "harness": ["models={a: no}", "problems=no"],
     "dynamics": ["runs=no", "corpus=no"],
@@ -32,7 +33,7 @@ GIVEN = {  # what must be given; nothing of it is there
 }
 
 NO_CORPUS = "no is not a finished corpus: it does not exist"
-NOT_THERE = dict.fromkeys(["score", "evaluate", "dynamics", "train"], NO_CORPUS)
+NOT_THERE = dict.fromkeys(["score", "bind", "evaluate", "dynamics", "train"], NO_CORPUS)
 NOT_THERE |= {"harness": "models no: there is no such folder", "report": "no is no folder"}
 NOT_THERE |= {"prepare": "no tokenizer at no: there is no such folder"}
 
@@ -87,6 +88,8 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ),
         ("score", "check=deep", "check is 'deep', it must be one of .'size', 'full'"),
         ("score", "+model.name=x", "model.name is given, and nothing reads it"),
+        ("score", "layout=rows", "layout is 'rows', it must be one of .'windows', 'documents'"),
+        ("bind", "missing=score", "missing is 'score', it must be one of .'refuse', 'skip'"),
         ("evaluate", "dtype=float16", "dtype is 'float16', it must be one of .*'bf16-mixed'"),
         ("evaluate", "models={a: 3}", "models is {'a': 3}, it must be {name: folder, ...}"),
         ("evaluate", "max_windows=-1", "max_windows is -1, it must be a whole .*, or null"),

@@ -27,11 +27,13 @@ from slm.command_keys import SCORE
 from slm.console import duration, progress
 from slm.errors import UserError
 from slm.model.build import SelectiveLM, check_length, check_model, load_model
-from slm.model.device import DTYPES, computing, device_name, pick_device
+from slm.model.device import DTYPES, computing, pick_device
 from slm.model.flops import forward_flops_per_token
 from slm.model.folder import model_sha256
 from slm.model.predict import predicted
 from slm.score.cost import copy_lineage
+from slm.score.documents import score_documents
+from slm.score.reference import forward_cost, how_it_computes
 from slm.score.scorer import (
     Arrays,
     Scorer,
@@ -51,6 +53,7 @@ from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_o
 from slm.store.windows import IGNORE_INDEX, Windows, to_device
 
 log = logging.getLogger("slm.score")
+OF_DOCUMENTS = ("context", "stride")  # what layout=documents alone reads
 WAYS = {  # what says where the scores come from: what it needs beside the corpus
     "reference_model": ("out",),
     "requests": ("served_model",),
@@ -72,9 +75,25 @@ def check_way(settings: Mapping[str, Any]) -> None:
             raise UserError(f"{key} is {settings[key]!r}, but {way} does not use it")
     if settings["max_tokens"] is not None and way != "reference_model":
         raise UserError(f"max_tokens is {settings['max_tokens']}, but {way} goes by whole corpora")
+    if settings["layout"] == "documents":
+        check_documents(settings, way)
+    elif given := [key for key in OF_DOCUMENTS if settings[key] is not None]:
+        raise UserError(f"{given[0]} is {settings[given[0]]}, but layout=windows does not use it")
     if settings["more"] and way != "reference_model":
         more = ", ".join(settings["more"])
         raise UserError(f"{more} cannot be had with {way}: servers return log-probs alone")
+
+
+def check_documents(settings: Mapping[str, Any], way: str) -> None:
+    if way != "reference_model":
+        raise UserError(f"layout=documents needs a reference_model here, found {way}")
+    if settings["max_tokens"] is not None or settings["more"]:
+        key, value = "columns", ", ".join(settings["more"])
+        if settings["max_tokens"] is not None:
+            key, value = "max_tokens", settings["max_tokens"]
+        raise UserError(
+            f"{key} is {value}, but layout=documents stores the log-probs of whole corpora"
+        )
 
 
 def way_of(settings: Mapping[str, Any]) -> str:
@@ -121,12 +140,7 @@ def make_plan(corpus: Corpus, model: str | None, scoring: Json) -> Json:
 
 
 def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
-    scoring = {
-        "dtype": config.dtype,
-        "store_dtype": config.store_dtype,
-        "attn_implementation": lm.model.config._attn_implementation,
-        "device": lm.model.device.type,
-    }
+    scoring = how_it_computes(config, lm)
     # Named only where asked for: the plans of stores without them stay what they were.
     more = {name: True for name in config.more}
     return make_plan(corpus, model_sha256(config.reference_model), scoring | more)
@@ -186,13 +200,7 @@ class ModelScores:
             return window_scores(self.lm, self.windows, numbers, self.columns)
 
     def cost(self, seconds: float, tokens: int) -> Json:
-        device = device_name(self.lm.model.device)
-        return {
-            "seconds": seconds,
-            "tokens": tokens,
-            "flops": None if self.flops is None else tokens * self.flops,
-            "device": device,
-        }
+        return forward_cost(self.lm, seconds, tokens, self.flops)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -277,6 +285,9 @@ def score(
     requests: Folder | None = None,
     responses: Folder | Sequence[Folder] | None = None,
     served_model: str | None = None,
+    layout: str = "windows",
+    context: int | None = None,
+    stride: int | None = None,
     max_tokens: int | None = None,
     entropy: bool = False,
     columns: Sequence[str] = (),
@@ -298,6 +309,10 @@ def score(
         requests: a file to write: what to ask a server that has the model.
         responses: the files with what the server answered.
         served_model: with requests and responses: the server's name of the model.
+        layout: "windows" scores the windows of this corpus; "documents" each document by itself,
+            into a store that `bind_scores` lays onto any corpus.
+        context: with layout="documents": tokens that a forward sees at most.
+        stride: with layout="documents": how far the windows of a longer document are apart.
         max_tokens: score whole batches until there are so many tokens, from all over the
             corpus, for a shorter run. The same call with more of them, or without, adds the rest.
         entropy: also the entropy of the model's prediction at every token.
@@ -310,7 +325,7 @@ def score(
         check: "full" compares every file's hash first.
 
     Returns:
-        The references; with `requests` the file with them.
+        The references; with `requests` the file with them, with layout="documents" the store.
 
     Raises:
         UserError: the model is not of the corpus's tokenizer or does not reproduce, an answer is
@@ -321,6 +336,8 @@ def score(
     import_modules(modules)
     check_way(vars(settings))
     opened = Corpus.open(corpus, check)
+    if layout == "documents":
+        return score_documents(settings, opened)
     if reference_model is not None:
         return score_with_model(settings, opened)
     check_packing(opened)
@@ -331,4 +348,5 @@ def score(
 
 def run(**settings: Any) -> None:
     made = score(**settings)
-    log.info(f"{'references' if settings['requests'] is None else 'requests'}: {os.fspath(made)}")
+    what = "scores" if settings["layout"] == "documents" else "references"
+    log.info(f"{what if settings['requests'] is None else 'requests'}: {os.fspath(made)}")

@@ -69,7 +69,7 @@ NONE_AT = {"heldout": 0, "train": 1}  # what `slm prepare` leaves out at the end
 SCORED = "scored"  # of a reference, which windows have scores
 SHARD = {
     "index": INDEX,
-    "num_tokens": SIZE,
+    "num_tokens": INDEX,
     "sha256": mapping(COLUMN, SHA256),
     "dtype": mapping(COLUMN, DTYPE),
     "rows": mapping(COLUMN, INDEX),
@@ -85,6 +85,7 @@ STORE = {
 MANIFESTS = {
     "corpus": {"eos_id": INDEX, "sources": list_of(TEXT)},
     "reference": {"corpus_fingerprint": TEXT, "model_sha256": optional(TEXT), "scoring": OBJECT},
+    "document_scores": {"model_sha256": TEXT, "scoring": OBJECT, "after": list_of(TEXT)},
 }
 # Fields of a corpus that decide whether a reference score belongs to a token.
 IDENTITY = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
@@ -237,6 +238,7 @@ class Store:
         return store
 
     KIND = "store"
+    LEAST_TOKENS = 1  # of a shard
 
     def __fspath__(self) -> str:
         """So that a store is given where its folder is asked for."""
@@ -248,6 +250,9 @@ class Store:
         found = [read_shard(path, shard) for shard in self.manifest["shards"]]
         if [shard.index for shard in found] != list(range(len(found))):
             raise UserError(f"{path}: its shards are numbered {[s.index for s in found]}")
+        if any(shard.num_tokens < self.LEAST_TOKENS for shard in found):
+            counts = [shard.num_tokens for shard in found]
+            raise UserError(f"{path}: num_tokens of its shards is {counts}")
         return found
 
     def check_hashes(self, advance: Advance = nothing) -> None:

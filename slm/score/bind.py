@@ -1,0 +1,307 @@
+"""Scores of documents -> references of a corpus: `slm bind` (see `slm bind --help`).
+
+Each document of the corpus is looked up by the hash of its tokens (the reference has the corpus's
+tokenizer: an exact copy) or of its text (another tokenizer: align.py). What comes out is a usual
+reference folder (slm.store.shards), written shard by shard as by `slm score`. Where what a corpus
+dropped at its end cut the last document, it is found by how it begins: what a causal model says of
+a token does not depend on those after it. The bytes are those of any other way to get there: killed
+and run again, or by several processes at once.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm.command_keys import BIND
+from slm.console import progress
+from slm.errors import UserError
+from slm.score.align import shared_logprobs
+from slm.score.cost import reference_lineage, references_cost, total
+from slm.score.scorer import Arrays, Scorer, check_space, finish, is_finished, store_bytes
+from slm.score.texts import Documents, Texts, Unreadable
+from slm.stage import Folder, stage
+from slm.store.columns import DTYPE, LOGPROBS
+from slm.store.document_scores import DocumentIndex, DocumentScores, keys_of, open_parts
+from slm.store.files import Json, write_record
+from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
+from slm.store.tokenizer import spellings
+from slm.store.windows import Windows
+
+log = logging.getLogger("slm.score")
+BATCH = 2**22  # tokens that are laid out at once
+SAID = 3  # missing documents that are named
+
+
+class OwnScores:
+    """Of a reference with the corpus's tokenizer: copies."""
+
+    def __init__(self, documents: Documents, index: DocumentIndex):
+        self.documents, self.index = documents, index
+        self.dtype = "uint16" if documents.corpus.vocab_size <= 65536 else "uint32"
+
+    def find(self) -> np.ndarray:  # (documents,) int64, -1: missing
+        return self.index.find("ids", keys_of(list(self.documents.ids_sha256(self.dtype))))
+
+    def logprobs(self, document: int, place: int) -> np.ndarray:  # (n,)
+        """A document that was cut has the first of them."""
+        found = self.index.place(place).column(LOGPROBS.name)
+        return found[: int(np.diff(self.documents.bounds[document : document + 2])[0])]
+
+
+class OtherScores:
+    """Of a reference with another tokenizer: by bytes."""
+
+    def __init__(self, documents: Documents, index: DocumentIndex):
+        self.documents, self.index, self.texts = documents, index, Texts(documents)
+
+    def find(self) -> np.ndarray:
+        return self.index.find("texts", keys_of(list(self.keys())))
+
+    def keys(self) -> Iterator[bytes]:
+        for document in range(len(self.documents)):
+            try:
+                yield self.texts.read(document).sha256
+            except Unreadable:
+                yield b""
+
+    def logprobs(self, document: int, place: int) -> np.ndarray:
+        text, found = self.texts.read(document), self.index.place(place)
+        logprobs = np.asarray(found.column(LOGPROBS.name), np.float64)
+        sizes = np.asarray(found.column("bytes"), np.int64)
+        if not text.is_whole:
+            return shared_logprobs(text.sizes, sizes, logprobs)
+        body = shared_logprobs(text.sizes[:-1], sizes[:-1], logprobs[:-1])
+        return np.append(body, logprobs[-1])  # EOS to EOS
+
+
+class BoundScores:
+    """Where the scores of windows come from: `Source` of scorer.py."""
+
+    columns = (LOGPROBS,)
+
+    def __init__(self, scores: OwnScores | OtherScores, places: np.ndarray, rate: Json | None):
+        self.scores_of, self.places, self.rate = scores, places, rate
+        self.documents = scores.documents
+        self.corpus = self.documents.corpus
+        self.windows = Windows(self.corpus)
+        self.last: tuple[int, np.ndarray] = -1, np.empty(0)
+
+    def scores(self, numbers: np.ndarray) -> Arrays:
+        """Of neighbouring windows of one shard."""
+        length, bounds = self.corpus.seq_len, self.documents.bounds
+        shard = int(np.searchsorted(self.windows.first_window, numbers[0], side="right")) - 1
+        first = (int(numbers[0]) - int(self.windows.first_window[shard])) * length + 1
+        start = int(self.documents.before[shard]) + first
+        end = start + len(numbers) * length
+        found = np.full(end - start, np.nan, DTYPE)
+        low, high = np.searchsorted(bounds, [start, end - 1], side="right") - 1
+        edges = bounds[low : high + 2].tolist()
+        for at, place in enumerate(self.places[low : high + 1].tolist()):
+            a, b = max(start, edges[at]), min(end, edges[at + 1])
+            values = self.of_document(int(low) + at, place)
+            found[a - start : b - start] = values[a - edges[at] : b - edges[at]]
+        self.leave_out(found, shard, first, bounds[low : high + 1] - start)
+        return {LOGPROBS.name: found.reshape(len(numbers), length)}
+
+    def of_document(self, document: int, place: int) -> np.ndarray:
+        """The last one is kept: a long document is asked for again and again."""
+        if document != self.last[0]:
+            self.last = document, self.scores_of.logprobs(document, place)
+        return self.last[1]
+
+    def leave_out(self, found: np.ndarray, shard: int, first: int, starts: np.ndarray) -> None:
+        """What is no target."""
+        if self.corpus.manifest["packing"] == "documents":
+            found[starts[starts >= 0]] = np.nan
+        if self.corpus.has_masks:
+            live = self.corpus.column("masks", shard)[first : first + len(found)]
+            found[~live] = np.nan
+
+    def cost(self, seconds: float, tokens: int) -> Json | None:
+        """What it had cost to score as many: copying costs nothing beside."""
+        if self.rate is None:
+            return None
+        share = tokens / self.rate["tokens"]
+        sums = {
+            name: None if self.rate[name] is None else self.rate[name] * share
+            for name in ("seconds", "flops")
+        }
+        return sums | {"tokens": tokens, "device": ", ".join(self.rate["devices"])}
+
+
+class Binder(Scorer):
+    """Writes the windows that are wanted: those without a missing document."""
+
+    def __init__(self, source: BoundScores, out: Path, dtype: str, wanted: np.ndarray):
+        super().__init__(source, source.corpus, out, 1, dtype)
+        self.batch_size = max(1, BATCH // source.corpus.seq_len)
+        self.wanted = wanted
+
+    def all_batches(self, shard: Shard) -> Iterator[np.ndarray]:
+        """Neighbours that are all wanted, or none of them."""
+        mine = self.of_shard(shard)
+        turns = np.flatnonzero(np.diff(self.wanted[mine])) + mine.start + 1
+        edges = [mine.start, *turns.tolist(), mine.stop]
+        for low, high in zip(edges[:-1], edges[1:], strict=True):
+            for start in range(low, high, self.batch_size):
+                yield np.arange(start, min(start + self.batch_size, high))
+
+
+# ---- which documents are there ------------------------------------------------------------------
+
+
+def find_documents(
+    scores: OwnScores | OtherScores,
+) -> np.ndarray:  # (documents,) int64, -1: missing
+    places = scores.find()
+    if len(places) and places[-1] < 0:
+        try:
+            text = Texts(scores.documents).read(len(places) - 1)
+        except Unreadable:
+            return places
+        if not text.is_whole:
+            sizes = text.sizes if isinstance(scores, OwnScores) else None
+            places[-1] = scores.index.find_beginning(text.data, sizes)
+    return places
+
+
+def whole_windows(documents: Documents, places: np.ndarray) -> np.ndarray:  # (windows,) bool
+    """Those without a target of a missing document."""
+    corpus, wanted = documents.corpus, []
+    missing = np.flatnonzero(places < 0)
+    ends = documents.bounds[missing + 1]
+    for shard, count in enumerate(corpus.windows_per_shard):
+        starts = documents.before[shard] + 1 + np.arange(count) * corpus.seq_len
+        # The first missing document that ends behind the window's start begins behind its end.
+        at = np.searchsorted(ends, starts, side="right")
+        begins = np.append(documents.bounds[missing], documents.before[-1])[at]
+        wanted.append(begins >= starts + corpus.seq_len)
+    return np.concatenate([*wanted, np.empty(0, bool)])
+
+
+def check_missing(
+    documents: Documents, places: np.ndarray, wanted: np.ndarray, missing: str, stores: str
+) -> None:
+    absent = np.flatnonzero(places < 0).tolist()
+    if not absent:
+        return
+    said = (
+        f"{len(absent):,} of {len(documents):,} documents have no scores in {stores}, e.g. "
+        f"{documents.name(absent[0])}"
+    )
+    if missing == "refuse":
+        raise UserError(
+            f"{said}: score them into it (`slm score layout=documents corpus="
+            f"{documents.corpus.folder} out=...`), or leave their windows out with missing=skip"
+        )
+    if not wanted.any():
+        raise UserError(f"{said}, and no window is left without them")
+    log.warning(
+        "%s; %s of %s windows are left out, `slm train` trains on the others alone",
+        *(said, f"{(~wanted).sum():,}", f"{len(wanted):,}"),
+    )
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def make_plan(corpus: Corpus, parts: Sequence[DocumentScores], is_own: bool, missing: str) -> Json:
+    first = parts[0].manifest
+    scoring = first["scoring"] | {
+        "store_dtype": first["scoring"]["store_dtype"] if is_own else DTYPE,
+        "layout": "documents",
+        "context": first["seq_len"],
+        "reference_tokenizer_sha256": first["tokenizer_sha256"],
+    }
+    body = {
+        "format": FORMAT,
+        "kind": "reference",
+        "corpus_fingerprint": corpus.fingerprint,
+        "model_sha256": first["model_sha256"],
+        "scoring": scoring,
+        "missing": missing,
+        "scores": sorted(part.fingerprint for part in parts),
+    }
+    masks = {"masks": True} if corpus.has_masks else {}
+    return body | masks | {field: corpus.manifest[field] for field in IDENTITY}
+
+
+def warn_of_others(parts: Sequence[DocumentScores]) -> None:
+    for name in ("dtype", "store_dtype", "attn_implementation", "device"):
+        values = {str(part.manifest["scoring"][name]) for part in parts}
+        if len(values) > 1:
+            log.warning(
+                "the parts were scored with another %s: %s", name, ", ".join(sorted(values))
+            )
+
+
+def cost_of(parts: Sequence[DocumentScores]) -> Json | None:
+    costs = [references_cost(part.folder) for part in parts]
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs) or not sum(cost["tokens"] for cost in known):
+        return None
+    sums = {name: total([cost[name] for cost in known]) for name in ("seconds", "tokens", "flops")}
+    return sums | {"devices": sorted({device for cost in known for device in cost["devices"]})}
+
+
+@stage(BIND)
+def bind_scores(
+    corpus: Folder,
+    scores: Folder | Sequence[Folder],
+    out: Folder,
+    *,
+    missing: str = "refuse",
+    check: str = "size",
+) -> References:
+    """References of a corpus from scores of its documents, wherever these were scored.
+
+    Args:
+        corpus: a corpus or its folder, in any order, mixture, window length and packing.
+        scores: stores of `score(layout="documents")`, of one reference model.
+        out: folder of the log-prob shards; any number of processes may fill one.
+        missing: documents without scores: "refuse", or "skip": windows with a token of one have no
+            scores, and only `slm train` takes such references.
+        check: "full" compares every file's hash first.
+
+    Returns:
+        The references, as `score` makes them.
+
+    Raises:
+        UserError: the stores are of several references or damaged, a document is missing, `out`
+            holds other scores.
+    """
+    opened = Corpus.open(corpus, check)
+    folders = [scores] if isinstance(scores, str) else [str(folder) for folder in scores]  # type: ignore[union-attr]
+    parts = open_parts(folders, check)
+    warn_of_others(parts)
+    documents, index = Documents(opened), DocumentIndex(parts)
+    is_own = parts[0].manifest["tokenizer_sha256"] in spellings(opened)
+    of_documents = (OwnScores if is_own else OtherScores)(documents, index)
+    places = find_documents(of_documents)
+    wanted = whole_windows(documents, places)
+    check_missing(documents, places, wanted, missing, " and ".join(folders))
+    plan = make_plan(opened, parts, is_own, missing)
+    adopt_plan(Path(out), plan)
+    source = BoundScores(of_documents, places, cost_of(parts))
+    binder = Binder(source, Path(out), plan["scoring"]["store_dtype"], wanted)
+    return write(binder, reference_lineage(parts[0].folder))
+
+
+def write(binder: Binder, lineage: Json | None) -> References:
+    if is_finished(binder):
+        return References.open(binder.out)
+    todo = binder.missing()
+    check_space(binder.out, store_bytes(binder, todo))
+    with progress("binding", binder.num_tokens(todo), "tokens") as advance:
+        binder.run(advance)
+    if lineage is not None:
+        write_record(binder.out / "lineage.json", lineage)
+    return finish(binder)
+
+
+def run(**settings: Any) -> None:
+    references = bind_scores(**settings)
+    log.info(f"references: {references.folder}")

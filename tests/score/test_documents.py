@@ -1,0 +1,161 @@
+"""Scores of documents against a plain forward over each of them; stores that grow; kills."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from document_helpers import TEXTS, byte_level, corpus_of, documents_of, save_reference, score_into
+from slm.errors import UserError
+from slm.model.build import load_model
+from slm.score import documents as module
+from slm.score.command import score
+from slm.score.documents import pieces_of
+from slm.store.document_scores import open_parts
+from slm.store.shards import Corpus
+from slm.verify import verify
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, tokenizer) -> Corpus:
+    return corpus_of(tmp_path_factory.mktemp("corpus"), TEXTS, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, tokenizer) -> Path:
+    return save_reference(tmp_path_factory.mktemp("reference") / "model", tokenizer)
+
+
+def whole_texts(corpus: Corpus, tokenizer) -> list[list[int]]:
+    """Tokens of each document, from the corpus's stream cut behind each EOS."""
+    tokens = np.concatenate([corpus.column("tokens", i) for i in range(len(corpus.shards))])
+    ends = np.flatnonzero(tokens == tokenizer.eos_token_id) + 1
+    return [one.tolist() for one in np.split(tokens, ends) if len(one)]
+
+
+def defined(model, first: int, tokens: list[int], context: int, stride: int) -> list[float]:
+    """Log p of each token by itself: a forward over its window alone, in float64."""
+    stream, found = [first, *tokens], []
+    for place, token in enumerate(tokens):
+        begin = next(b for b in range(0, len(stream), stride) if place < b + context)
+        logits = model(torch.tensor([stream[begin : place + 1]])).logits[0, -1]
+        found.append(logits.log_softmax(-1)[token].item())
+    return found
+
+
+@pytest.mark.parametrize(("context", "stride"), [(32, 16), (8, 4), (8, 3), (5, 5)])
+def test_each_document_alone_equals_a_plain_forward(
+    tmp_path, corpus, reference, tokenizer, context, stride
+):
+    part = score_into(tmp_path / "s", corpus, reference, context=context, stride=stride)
+    model = load_model(reference).double()
+    found, expected = documents_of(part), whole_texts(corpus, tokenizer)
+    assert len(found) == len(expected) > 10 and len(part.shards) > 2
+    assert max(map(len, expected)) > 2 * 8  # several windows
+    first = tokenizer.eos_token_id  # it has no BOS
+    for scores, tokens in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            scores, defined(model, first, tokens, context, stride), rtol=0, atol=2e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("count", "context", "stride"), [(1, 4, 2), (4, 4, 2), (11, 4, 3), (9, 4, 4)]
+)
+def test_every_token_once_from_the_window_with_most_context(count, context, stride):
+    pieces = list(pieces_of(0, count, context, stride))
+    taken = [b + s + i for _, b, n, s in pieces for i in range(n - s)]
+    assert taken == list(range(count))
+    for _, begin, length, skip in pieces:
+        for place in range(begin + skip, begin + length):
+            windows = [b for b in range(0, count, stride) if b <= place < b + context]
+            assert begin == min(windows)
+
+
+def test_a_store_grows_by_what_it_lacks(tmp_path, corpus, reference, tokenizer):
+    first = score_into(tmp_path / "s", corpus, reference)
+    more = corpus_of(
+        tmp_path / "more", [*TEXTS[6:9], "new here", *TEXTS[:2], "new here"], tokenizer
+    )
+    second = score_into(tmp_path / "s", more, reference)
+    assert second.manifest["after"] == [first.fingerprint]
+    found = documents_of(second)
+    alone = corpus_of(tmp_path / "alone", ["new here", "filled " * 5], tokenizer)
+    expected = documents_of(score_into(tmp_path / "t", alone, reference))[0]
+    assert len(found[0]) == len(expected)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    assert len(found) <= 2  # and the one that the end has cut
+    before = {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
+    assert score(more, tmp_path / "s", reference_model=reference, layout="documents", device="cpu")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
+    assert all(whole for _, whole, _ in verify(tmp_path / "s"))
+
+
+def test_killed_and_run_again_the_bytes_are_the_same(tmp_path, corpus, reference, monkeypatch):
+    whole = score_into(tmp_path / "whole", corpus, reference)
+    own, calls = module.DocumentScorer.write_part, []
+
+    def killed(self, shard, arrays, cost):
+        calls.append(shard.index)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        own(self, shard, arrays, cost)
+
+    monkeypatch.setattr(module.DocumentScorer, "write_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score_into(tmp_path / "s", corpus, reference)
+    with pytest.raises(UserError, match="holds no scores of documents"):
+        open_parts([str(tmp_path / "s")])
+    again = score_into(tmp_path / "s", corpus, reference)
+    assert sorted(calls) == sorted([*range(len(corpus.shards)), 2])
+    for path in sorted(whole.folder.iterdir()):
+        if not path.name.startswith("cost"):
+            assert path.read_bytes() == (again.folder / path.name).read_bytes(), path.name
+    assert {p.name for p in whole.folder.iterdir()} == {p.name for p in again.folder.iterdir()}
+
+
+def test_what_it_refuses(tmp_path, corpus, reference, tokenizer):
+    with pytest.raises(UserError, match="context is 4, but layout=windows does not use it"):
+        score(corpus, tmp_path / "x", reference_model=reference, context=4)
+    for more, sentence in [
+        ({"entropy": True}, "columns is entropy, but layout=documents"),
+        ({"max_tokens": 9}, "max_tokens is 9, but layout=documents"),
+        ({"context": 4, "stride": 5}, "stride is 5, context is 4"),
+        ({"context": 2049}, "context is 2049, model max_position_embeddings is 2048"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            score_into(tmp_path / "x", corpus, reference, **more)
+    with pytest.raises(UserError, match="holds something else"):
+        score_into(corpus.folder, corpus, reference)
+    assert not (tmp_path / "x").exists()
+    score_into(tmp_path / "s", corpus, reference, context=8)
+    more = corpus_of(tmp_path / "more", ["other text", "filled " * 9], tokenizer)
+    other = save_reference(tmp_path / "other", tokenizer, seed=1)
+    with pytest.raises(UserError, match="two references: model_sha256 is '.*' and '.*' .a hash of"):
+        score_into(tmp_path / "s", more, other)
+    with pytest.raises(UserError, match="two references: seq_len is 8 and 9"):
+        score_into(tmp_path / "s", more, reference, context=9)
+    assert score_into(tmp_path / "s", more, reference).manifest["seq_len"] == 8
+
+
+def test_a_part_whose_predecessor_is_gone_does_not_go_on(tmp_path, corpus, reference, tokenizer):
+    first = score_into(tmp_path / "s", corpus, reference)
+    more = corpus_of(tmp_path / "more", ["other text", "filled " * 9], tokenizer)
+    second = score_into(tmp_path / "s", more, reference)
+    (second.folder / "manifest.json").unlink()
+    shutil.rmtree(first.folder)
+    with pytest.raises(UserError, match="after names a part with fingerprint .*, which is not in"):
+        score_into(tmp_path / "s", more, reference)
+
+
+def test_a_model_of_another_tokenizer_reads_the_text(tmp_path, corpus):
+    foreign = byte_level()
+    part = score_into(tmp_path / "s", corpus, save_reference(tmp_path / "m", foreign))
+    model, first = load_model(tmp_path / "m").double(), foreign.eos_token_id
+    texts, found = [TEXTS[0], TEXTS[3]], documents_of(part)
+    for text, scores in zip(texts, [found[0], found[3]], strict=True):
+        ids = foreign.encode(text, split_special_tokens=True, add_special_tokens=False)
+        tokens = [*ids, foreign.eos_token_id]
+        np.testing.assert_allclose(scores, defined(model, first, tokens, 99, 99), rtol=0, atol=2e-4)

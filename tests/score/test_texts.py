@@ -1,0 +1,71 @@
+"""The text of a corpus's documents, under tokenizers of every kind, whole and cut."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from document_helpers import END, TEXTS, byte_fallback, corpus_of, normalized
+from slm.score.texts import Documents, Texts, Unreadable
+
+WORDS = ["ab cd", "cd", "ab ab cd", "cd ab " * 9 + "ab"]
+
+
+def read(corpus) -> list:
+    texts = Texts(Documents(corpus))
+    return [texts.read(number) for number in range(len(texts.documents))]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "prefix space", "fallback"])
+def test_texts_are_what_was_prepared(tmp_path, tokenizer, kind):
+    if kind == "fallback":
+        tokenizer = byte_fallback()
+    if kind == "prefix space":
+        tokenizer = normalized(tokenizer, normalizers.NFD())
+        tokenizer.backend_tokenizer.normalizer = None  # type: ignore[assignment]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    found = read(corpus_of(tmp_path, [*TEXTS, END], tokenizer))
+    assert [text.data.decode() for text in found[: len(TEXTS)]] == TEXTS
+    for text in found:
+        assert text.sizes.sum() == len(text.data)
+        assert text.is_whole == (text is not found[-1])
+    assert END.startswith(found[-1].data.decode())
+    assert found[0].sha256 == hashlib.sha256(TEXTS[0].encode()).digest()
+    assert found[-1].sha256 == hashlib.sha256(found[-1].data + b"\xff").digest()
+
+
+def test_documents_go_on_over_shards(tmp_path, tokenizer):
+    corpus = corpus_of(tmp_path, [TEXTS[0], END, TEXTS[1], END], tokenizer, shard_tokens=20)
+    documents = Documents(corpus)
+    assert len(corpus.shards) > 4 and len(documents) == 4
+    assert [documents.of_shard(i) for i in range(len(corpus.shards))][0][0] == 0
+    assert sum(len(documents.of_shard(i)) for i in range(len(corpus.shards))) == 4
+    tokens = documents.tokens(1)
+    assert tokenizer.decode(tokens[:-1]) == END and tokens[-1] == tokenizer.eos_token_id
+    hashes = list(documents.ids_sha256("uint16"))
+    assert hashes == [
+        hashlib.sha256(documents.tokens(i).astype("<u2").tobytes()).digest() for i in range(4)
+    ]
+
+
+def words(joined: bool) -> PreTrainedTokenizerFast:
+    """Neither bytes nor fallback: spaces are in no token."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "ab": 2, "cd": 3}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    if joined:
+        backend.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def test_other_vocabularies_are_decoded_and_believed_where_that_encodes_again(tmp_path):
+    found = read(corpus_of(tmp_path / "a", WORDS, words(False), seq_len=2))
+    assert [text.data.decode() for text in found[:3]] == WORDS[:3]
+    texts = Texts(Documents(corpus_of(tmp_path / "b", WORDS, words(True), seq_len=2)))
+    assert texts.read(1).data == b"cd"
+    with pytest.raises(
+        Unreadable, match=r"document 0 \(record 0 of t\): its 3 tokens do not spell"
+    ):
+        texts.read(0)
+    assert np.diff(texts.documents.bounds)[:3].tolist() == [3, 2, 4]
