@@ -69,6 +69,7 @@ IMPORT: Table = {
     "column": optional(text),
     "masks": optional(text),
     "shard_tokens": PREPARE["shard_tokens"],
+    "link": flag,
 }
 EXPORTS = [name for name in TOKEN_FILES if name != "npy"]
 EXPORT: Table = {

@@ -35,7 +35,9 @@ def test_benchmark_of_selected_rows_at_toy_size(tmp_path, monkeypatch, words, co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["help", "data", "prepare", "score", "train", "dynamics", "doors"])
+@pytest.mark.parametrize(
+    "name", ["help", "data", "prepare", "import", "score", "train", "dynamics", "doors"]
+)
 def test_benchmark_of_the_pipeline_at_toy_size(tmp_path, monkeypatch, name):
     out = tmp_path / "rows.csv"
     monkeypatch.syspath_prepend(str(BENCHMARKS))

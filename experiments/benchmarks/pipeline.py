@@ -11,6 +11,7 @@ Targets: see CONTRIBUTING.md.
 
 import argparse
 import csv
+import math
 import os
 import platform
 import re
@@ -223,6 +224,30 @@ def peak_mb(command: list[str]) -> float:
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, command
     return usage.ru_maxrss / 1024
+
+
+def bench_import(rows: Rows, folder: Path, small: bool) -> None:
+    """A file of tokens by link, start-up included, beside the hash of the same file."""
+    from slm.store.files import hash_file
+    from slm.store.shards import Corpus
+
+    corpus = Corpus.open(make_corpus(folder, TOY_MB if small else 10))
+    source, tokens = folder / "tokens.bin", corpus.column("tokens", 0).tobytes()
+    with open(source, "wb") as file:
+        for _ in range(1 if small else math.ceil(10e9 / len(tokens))):
+            file.write(tokens)
+
+    def link() -> None:
+        out = folder / f"linked{len(peaks)}"
+        words = ["format=nanogpt", f"path='{source}'", f"out='{out}'", "link=true"]
+        words += [f"tokenizer.path='{corpus.tokenizer_folder}'", "seq_len=128"]
+        peaks.append(peak_mb([sys.executable, "-m", "slm.import", *words]))
+
+    peaks: list[float] = []
+    seconds = in_turn(1 if small else 3, link=link, sha256=lambda: hash_file(source))
+    rows.add("import", "link=true, 10 GB of tokens", "s", seconds["link"], "< 10")
+    rows.add("import", "sha256 of the same file, one thread", "s", seconds["sha256"], "")
+    rows.add("import", "peak memory, with transformers'", "MB", peaks, "< 200")
 
 
 def bench_data(rows: Rows, folder: Path, small: bool) -> None:
@@ -650,6 +675,7 @@ BENCHMARKS = {
     "help": bench_help,
     "data": bench_data,
     "prepare": bench_prepare,
+    "import": bench_import,
     "score": bench_score,
     "train": bench_train,
     "selection": bench_selection,

@@ -17,7 +17,18 @@ from slm.errors import UserError
 
 COLUMN_NAME = re.compile(r"[a-z_]+")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-DTYPES = ("bool", "int8", "uint8", "uint16", "uint32", "int64", "float16", "float32", "float64")
+DTYPES = (
+    "bool",
+    "int8",
+    "uint8",
+    "uint16",
+    "uint32",
+    "int32",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+)
 
 
 class Field(NamedTuple):

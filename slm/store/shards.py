@@ -28,6 +28,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,7 @@ from slm.store.files import (
     write_json,
     write_record,
 )
+from slm.store.links import Links, TokenBytes
 
 FORMAT = 1
 # Columns of a corpus beside tokens, bytes and documents, where a source asks for them.
@@ -259,18 +261,30 @@ class Store:
         """Of every column of every shard."""
         for shard in self.shards:
             for column, expected in shard.sha256.items():
-                check_hash(shard.path(self.folder, column), expected, "manifest.json", advance)
+                path = shard.path(self.folder, column)
+                if path in self.links:
+                    size = np.dtype(shard.dtype[column]).itemsize * shard.rows[column]
+                    self.links.check(path, expected, size, "manifest.json", advance)
+                else:
+                    check_hash(path, expected, "manifest.json", advance)
 
     @property
     def fingerprint(self) -> str:
         return self.manifest["fingerprint"]
 
-    def column(self, name: str, index: int) -> np.ndarray:
+    def column(self, name: str, index: int) -> Any:
         """One column of one shard, memory-mapped."""
-        shard = self.shards[index]
+        shard, path = self.shards[index], shard_path(self.folder, name, index)
+        if name == "bytes" and name not in shard.rows and self.links.record["files"]:
+            return TokenBytes(self.links.table, self.column("tokens", index))
         if name not in shard.rows:
             raise UserError(f"{self.folder}/manifest.json: shard {index} has no {name}")
-        return map_array(shard.path(self.folder, name), shard.dtype[name], shard.rows[name])
+        read = self.links.column if path in self.links else map_array
+        return read(path, shard.dtype[name], shard.rows[name])
+
+    @cached_property
+    def links(self) -> Links:
+        return Links(self.folder)
 
 
 class Corpus(Store):

@@ -8,7 +8,7 @@ nothing. Tokens stay as they are, in their order; what is left out at the end fi
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import chain
@@ -16,12 +16,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypedDict
 
+import numpy as np
+
 from slm.command_keys import IMPORT
 from slm.console import progress
 from slm.errors import UserError
 from slm.prepare.encoder import encoder_state
-from slm.prepare.imports.parts import Options
-from slm.prepare.imports.stream import COUNTS, Block, Stream
+from slm.prepare.imports.link import LinkWriter
+from slm.prepare.imports.parts import Options, Part
+from slm.prepare.imports.stream import COUNTS, Stream
 from slm.prepare.report import finish_side, say_report
 from slm.prepare.settings import corpus_plan
 from slm.prepare.shard_writer import ShardWriter
@@ -69,6 +72,7 @@ def import_corpus(
     column: str | None = None,
     masks: str | None = None,
     shard_tokens: int = 33554432,
+    link: bool = False,
 ) -> Corpus:
     """Token files of another trainer to <out>/train, a corpus of the same tokens.
 
@@ -88,6 +92,8 @@ def import_corpus(
         column: mds: the column of the tokens, by default tokens or input_ids.
         masks: what says which tokens are targets: a column (mds) or files (olmo).
         shard_tokens: most tokens of a shard.
+        link: leave the tokens where they are and refer to them (plain files alone): the corpus is
+            small, made at the speed of reading, and whole as long as the files stay as they are.
 
     Returns:
         The corpus.
@@ -104,6 +110,8 @@ def import_corpus(
 
 def write_folder(config: Any, out: Path) -> Json:
     """Everything into a new folder; returns its report."""
+    if config.link and config.add_eos:
+        raise UserError("link=true leaves files as they are, and add_eos=true adds to them")
     if config.shard_tokens <= config.seq_len:
         raise UserError(
             f"shard_tokens is {config.shard_tokens}, it must be more than seq_len, {config.seq_len}"
@@ -144,19 +152,25 @@ def write_corpus(config: Any, paths: list[str], folder: Path, tokenizer: Any) ->
     tokenizer.save_pretrained(folder / "tokenizer")
     by_eos = config.documents == "eos"
     streams = [Stream(state, number, by_eos, config.add_eos) for number in range(len(paths))]
-    blocks = all_blocks(config, paths, streams)
-    first = next(blocks, None)
+    parts = all_parts(config, paths, streams)
+    first = next(parts, None)
     if first is None:
         raise UserError(f"{', '.join(paths)}: there are no tokens in it")
-    show_sample(paths[0], first, tokenizer)
-    has_masks = "masks" in first.columns
-    shape = (config.seq_len, config.shard_tokens, state, ["masks"] * has_masks)
-    with ShardWriter(folder, *shape) as writer, progress("importing", None, "tokens") as advance:
-        for block in chain([first], blocks):
-            writer.add(*block)
-            advance(len(block.columns["tokens"]))
+    show_sample(paths[0], *first, tokenizer)
+    has_masks, shape = first[0].masks is not None, (config.seq_len, config.shard_tokens, state)
+    made = (
+        LinkWriter(folder, *shape)
+        if config.link
+        else ShardWriter(folder, *shape, ["masks"] * has_masks)
+    )
+    with made as writer, progress("importing", None, "tokens") as advance:
+        for part, stream in chain([first], parts):
+            add_part(writer, part, stream, advance)
         dropped = writer.finish()
     counts = summed(names, streams, has_masks) | {"dropped_tail_tokens": dropped}
+    if config.link:  # no token was looked up
+        for found in (counts, *counts["sources"].values()):
+            del found["bytes"]
     if writer.num_shards == 0:
         raise UserError(
             f"{', '.join(paths)}: its {counts['tokens']} tokens are fewer than the "
@@ -171,7 +185,20 @@ def source_names(paths: list[str]) -> list[str]:
     return names if all(names) and len(set(names)) == len(names) else [*paths]
 
 
-def all_blocks(config: Any, paths: list[str], streams: list[Stream]) -> Iterator[Block]:
+def add_part(
+    writer: LinkWriter | ShardWriter, part: Part, stream: Stream, advance: Callable[[int], Any]
+) -> None:
+    if isinstance(writer, LinkWriter):
+        writer.add(part, stream, advance)
+        return
+    for block in stream.blocks(part):
+        writer.add(*block)
+        advance(len(block.columns["tokens"]))
+
+
+def all_parts(
+    config: Any, paths: list[str], streams: list[Stream]
+) -> Iterator[tuple[Part, Stream]]:
     """Of every source, in order."""
     module = import_module(f"slm.prepare.imports.{FORMATS[config.format]}")
     read = vars(module)[f"read_{config.format}"]
@@ -183,14 +210,16 @@ def all_blocks(config: Any, paths: list[str], streams: list[Stream]) -> Iterator
             if has_masks not in (None, found):
                 raise UserError(f"{part.place} has {'' if found else 'no '}masks, others have")
             has_masks = found
-            yield from stream.blocks(part)
+            if len(part.tokens):
+                yield part, stream
         say_end(path, stream)
 
 
-def show_sample(path: str, block: Block, tokenizer: Any) -> None:
+def show_sample(path: str, part: Part, stream: Stream, tokenizer: Any) -> None:
     """Ids of another tokenizer are often in range: only a reader sees that the text is none."""
-    ids = block.columns["tokens"][:SAMPLE].tolist()
-    log.info("%s begins with %r", path, tokenizer.decode(ids))
+    ids = np.asarray(part.tokens[:SAMPLE])
+    stream.check_ids(part, 0, ids)
+    log.info("%s begins with %r", path, tokenizer.decode(ids.tolist()))
 
 
 def say_end(path: str, stream: Stream) -> None:

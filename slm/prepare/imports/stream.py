@@ -33,16 +33,33 @@ class Stream:
 
     def blocks(self, part: Part) -> Iterator[Block]:
         """The tokens of a part in their order; nothing but EOS is ever added."""
+        for ids, masks, ends in self.pieces(part):
+            block = self.block(ids, masks, ends)
+            sizes = self.state.bytes_table[ids].astype(self.state.bytes_dtype)
+            self.counts["bytes"] += int(sizes.sum(dtype=np.int64))
+            tokens = ids.astype(self.state.token_dtype)
+            columns = {"tokens": tokens, "bytes": sizes}
+            yield block._replace(columns=columns | ({} if masks is None else {"masks": masks}))
+
+    def documents(self, part: Part) -> Iterator[tuple[Block, int, int]]:
+        """The same without the columns; of each block, the part's tokens that it is of."""
+        first = 0
+        for ids, masks, ends in self.pieces(part):
+            yield self.block(ids, masks, ends), first, first + len(ids)
+            first += len(ids)
+
+    def pieces(self, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
+        """Some tokens, checked, their masks, and the places after the ends of documents."""
         for first in range(0, len(part.tokens), TOKENS_AT_ONCE):
             ids = np.asarray(part.tokens[first : first + TOKENS_AT_ONCE])
             self.check_ids(part, first, ids)
             masks = None if part.masks is None else part.masks[first : first + len(ids)]
-            ids, masks, ends = self.find_ends(part, first, ids, masks)
-            yield self.block(ids, masks, ends)
+            yield self.find_ends(part, first, ids, masks)
 
     def check_ids(self, part: Part, first: int, ids: np.ndarray) -> None:
         size = self.state.vocab_size
-        if ids.min() < 0 or ids.max() >= size:
+        negative = ids.dtype.kind == "i" and ids.min() < 0
+        if negative or ids.max() >= size:
             at = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
             raise UserError(
                 f"{part.place}: token {first + at} is {ids[at]}, the tokenizer has {size} ids: "
@@ -67,6 +84,8 @@ class Stream:
                 "for no documents"
             )
         self.counts["eos_added"] += len(missing)
+        inside = int(np.count_nonzero(ids == self.state.eos_id)) - (len(ends) - len(missing))
+        self.counts["eos_inside"] += inside
         if masks is not None and len(missing):
             masks = np.insert(masks, missing, masks[missing - 1])
         ids = np.insert(ids, missing, self.state.eos_id) if len(missing) else ids
@@ -78,16 +97,8 @@ class Stream:
         lengths = np.diff(np.append(starts, count))
         records = self.counts["documents"] + np.arange(len(starts))
         self.is_open = len(ends) == 0 or ends[-1] < count
-        columns = {
-            "tokens": ids.astype(self.state.token_dtype),
-            "bytes": self.state.bytes_table[ids].astype(self.state.bytes_dtype),
-        }
-        if masks is not None:
-            columns["masks"] = masks
         self.counts["documents"] += len(starts)
         self.counts["tokens"] += count
-        self.counts["bytes"] += int(columns["bytes"].sum(dtype=np.int64))
         self.counts["targets"] += count if masks is None else int(np.count_nonzero(masks))
-        self.counts["eos_inside"] += int((ids == self.state.eos_id).sum()) - len(ends)
         documents = np.column_stack([lengths, np.full(len(starts), self.source), records])
-        return Block(columns, documents, int(starts[0]) if len(starts) else count)
+        return Block({}, documents, int(starts[0]) if len(starts) else count)

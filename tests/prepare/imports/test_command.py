@@ -208,7 +208,7 @@ def test_another_token_ends_documents(run, tmp_path, bytes_folder):
 def test_what_was_found_is_said(run, tmp_path, caplog):
     caplog.set_level(logging.INFO, "slm.prepare")
     run("megatron", FILES / "megatron" / "no_eod", add_eos=True)
-    assert "begins with 'one two<|endoftext|>a longer text: three<|endoftext|>x" in caplog.text
+    assert "no_eod begins with 'one twoa longer text: threexthe last'" in caplog.text
     assert "no_eod: EOS was put behind 4 documents" in caplog.text
     assert f"{tmp_path / 'out' / 'train'}: 4 documents, 40 tokens" in caplog.text
     caplog.clear()
