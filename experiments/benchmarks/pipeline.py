@@ -217,13 +217,20 @@ def prepare_rate(source: Path, out: Path, corpus: Path, size_mb: float) -> float
     return size_mb / float(seconds[1])
 
 
+# A forked process begins with the largest resident set of its parent: a small one starts it.
+MEASURE = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(done.returncode)
+"""
+
+
 def peak_mb(command: list[str]) -> float:
     """Largest resident set of the command and of any of its children."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, command
-    return usage.ru_maxrss / 1024
+    words = [sys.executable, "-c", MEASURE, *command]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return float(done.stdout)
 
 
 def bench_import(rows: Rows, folder: Path, small: bool) -> None:
