@@ -18,7 +18,7 @@ from slm.errors import UserError
 from slm.store.fields import FILE, INDEX, OBJECT, SHA256, SIZE, TEXT, check_fields, mapping
 from slm.store.files import Advance, check_hash, check_regular, map_array, nothing, read_json
 
-RECORD, TABLE = "links.json", "token_bytes.npy"
+RECORD, TABLE, MANIFEST = "links.json", "token_bytes.npy", "manifest.json"
 BLOCK = 1 << 22
 PLACE = {"path": TEXT, "offset": INDEX, "size": SIZE}
 LINKS = {"files": mapping(FILE, OBJECT), "ids": SIZE, "bytes_dtype": TEXT, "token_bytes": SHA256}
@@ -63,9 +63,9 @@ class Links:
         check_hash(path, self.record["token_bytes"], RECORD)
         return map_array(path, self.record["bytes_dtype"], self.record["ids"])
 
-    def __contains__(self, path: Path) -> bool:
-        """Is the column whose file would be `path` linked?"""
-        return path.name in self.record["files"]
+    @property
+    def any(self) -> bool:
+        return bool(self.record["files"])
 
     def place(self, path: Path, nbytes: int) -> tuple[Path, int]:
         """The file that holds a column's numbers, of its old size still, and where they begin."""
@@ -85,23 +85,29 @@ class Links:
             )
         return file, place["offset"]
 
-    def column(self, path: Path, dtype: str, length: int) -> Any:  # (length,)
-        """Mapped; path: of the file that the column would have."""
+    def column(self, path: Path, dtype: str, rows: int) -> Any:  # (rows,) or (rows, n)
+        """A column, mapped: from where it is linked to, else from `path`, its own file."""
+        if path.name not in self.record["files"]:
+            return map_array(path, dtype, rows)
         kind = np.dtype(dtype).newbyteorder("<")
-        file, offset = self.place(path, length * kind.itemsize)
-        return np.memmap(file, kind, "r", offset, (length,))
+        file, offset = self.place(path, rows * kind.itemsize)
+        return np.memmap(file, kind, "r", offset, (rows,))
 
     def check(
-        self, path: Path, expected: str, nbytes: int, source: str, advance: Advance = nothing
+        self, path: Path, expected: str, dtype: str, rows: int, advance: Advance = nothing
     ) -> None:
-        """Like `check_hash`, of the numbers where they lie."""
+        """`check_hash` of a column; of a linked one, of its numbers where they lie."""
+        if path.name not in self.record["files"]:
+            check_hash(path, expected, MANIFEST, advance)
+            return
+        nbytes = rows * np.dtype(dtype).itemsize
         file, offset = self.place(path, nbytes)
         found = hash_slice(file, offset, nbytes, advance)
         if found != expected:
             raise UserError(
                 f"{file} is damaged or was changed: {nbytes} bytes from {offset} on have sha256 "
-                f"{found}, {source} says {expected} (link=true: bring back the file as it was, or "
-                "import it again)"
+                f"{found}, {MANIFEST} says {expected} (link=true: bring back the file as it was, "
+                "or import it again)"
             )
 
 

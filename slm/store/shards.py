@@ -56,7 +56,6 @@ from slm.store.files import (
     check_hash,
     hash_file,
     hash_json,
-    map_array,
     nothing,
     read_json,
     write_json,
@@ -261,12 +260,8 @@ class Store:
         """Of every column of every shard."""
         for shard in self.shards:
             for column, expected in shard.sha256.items():
-                path = shard.path(self.folder, column)
-                if path in self.links:
-                    size = np.dtype(shard.dtype[column]).itemsize * shard.rows[column]
-                    self.links.check(path, expected, size, "manifest.json", advance)
-                else:
-                    check_hash(path, expected, "manifest.json", advance)
+                kind, rows = shard.dtype[column], shard.rows[column]
+                self.links.check(shard.path(self.folder, column), expected, kind, rows, advance)
 
     @property
     def fingerprint(self) -> str:
@@ -274,13 +269,13 @@ class Store:
 
     def column(self, name: str, index: int) -> Any:
         """One column of one shard, memory-mapped."""
-        shard, path = self.shards[index], shard_path(self.folder, name, index)
-        if name == "bytes" and name not in shard.rows and self.links.record["files"]:
+        shard = self.shards[index]
+        if name == "bytes" and name not in shard.rows and self.links.any:
             return TokenBytes(self.links.table, self.column("tokens", index))
         if name not in shard.rows:
             raise UserError(f"{self.folder}/manifest.json: shard {index} has no {name}")
-        read = self.links.column if path in self.links else map_array
-        return read(path, shard.dtype[name], shard.rows[name])
+        path = shard.path(self.folder, name)
+        return self.links.column(path, shard.dtype[name], shard.rows[name])
 
     @cached_property
     def links(self) -> Links:

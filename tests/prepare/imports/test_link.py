@@ -106,28 +106,6 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_their_place(run, tmp_path):
     assert len(found) == 2
 
 
-def test_files_that_changed_are_found(run, tmp_path):
-    path = tmp_path / "train.bin"
-    ids = np.array([5, 6, 7, 0, 1, 3, 9, 9, 9], np.uint16)
-    ids.tofile(path)
-    folder = run("nanogpt", path, True).folder
-    assert verify_part(folder, lambda count: None)
-    Corpus.open(folder, check="full")
-    ids[2] = 8
-    ids.tofile(path)
-    Corpus.open(folder)  # sizes alone
-    with pytest.raises(UserError, match=f"^{path} is damaged or was changed: 18 bytes from 0 on"):
-        Corpus.open(folder, check="full")
-    with pytest.raises(UserError, match="is damaged or was changed"):
-        verify_part(folder, lambda count: None)
-    ids[:-1].tofile(path)
-    with pytest.raises(UserError, match=f"^{path} has 16 bytes, it had 18 when {folder} was made"):
-        Corpus.open(folder)
-    path.unlink()
-    with pytest.raises(UserError, match=f"^{path} is missing: {folder} .link=true. has its tokens"):
-        Corpus.open(folder)
-
-
 def test_what_cannot_be_linked_is_refused_and_nothing_is_left(run, tmp_path):
     with pytest.raises(UserError, match="typed.*: its uint16 are no plain numbers in a file"):
         run("mds", FILES / "mds" / "typed", True)
