@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from slm.evaluate.command import evaluate
     from slm.model.build import SelectiveLM
     from slm.prepare.command import prepare
-    from slm.prepare.export import export_corpus
     from slm.prepare.imports.command import import_corpus
     from slm.report.command import report
     from slm.score.bind import bind_scores
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from slm.store.shards import Corpus, References
     from slm.store.windows import Windows
     from slm.train.command import train
+    from slm.train.export import export_corpus
 
 HOMES = {
     "Corpus": "slm.store.shards",
@@ -35,8 +35,8 @@ HOMES = {
     "Windows": "slm.store.windows",
     "SelectiveLM": "slm.model.build",
     "import_corpus": "slm.prepare.imports.command",
-    "export_corpus": "slm.prepare.export",
     "bind_scores": "slm.score.bind",
+    "export_corpus": "slm.train.export",
 }
 __all__ = [
     "Corpus",

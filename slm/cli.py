@@ -31,7 +31,7 @@ COMMANDS = {  # name: (what it does, an example)
         "format=megatron path=data.bin tokenizer.path=folder out=corpus",
     ),
     "export": (
-        "token shards -> token files of other trainers",
+        "token shards -> token files of other trainers, or what a run keeps",
         "corpus=corpus/train format=megatron out=folder",
     ),
     "train": (

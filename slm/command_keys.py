@@ -74,8 +74,19 @@ IMPORT: Table = {
 EXPORTS = [name for name in TOKEN_FILES if name != "npy"]
 EXPORT: Table = {
     "corpus": text,
-    "format": word(*EXPORTS),
-    "out": text,
+    "format": optional(word(*EXPORTS)),
+    "out": optional(text),
+    "as": optional(word("documents", "spans", "rows")),
+    "run": optional(text),
+    "references": optional(texts),
+    "combine": anything,
+    "target_model": optional(text),
+    "keep": anything,
+    "scores": optional(text),
+    "by": optional(word("share", "excess")),
+    "least": optional(number),
+    "max_tokens": optional(count),
+    **{key: FORWARD[key] for key in ("batch_size", "dtype", "device", "modules")},
 }
 SCORE: Table = FORWARD | {
     "corpus": text,

@@ -11,8 +11,8 @@ from slm.command_keys import EXPORT
 @command("export", partial(check, table=EXPORT))
 def main(**settings: Any) -> None:
     with imports():
-        from slm.prepare.export import run
-    run(**settings)
+        from slm.train.export import export_corpus
+    export_corpus(form=settings.pop("as"), **settings)
 
 
 if __name__ == "__main__":

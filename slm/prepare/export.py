@@ -1,4 +1,4 @@
-"""A corpus as token files of other trainers: `slm export corpus=... format=megatron out=...`.
+"""A corpus as token files of other trainers, what `slm export format=...` writes.
 
 The inverse of `slm import` (slm.prepare.imports): the tokens of all shards end to end, where the
 format has them documents and masks, and the tokenizer beside them. What a corpus dropped at its end
@@ -13,7 +13,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from slm.command_keys import EXPORT
 from slm.prepare.export_rows import (
     columns,
     document_ends,
@@ -26,7 +25,7 @@ from slm.prepare.export_rows import (
 from slm.prepare.imports.command import new_folder
 from slm.prepare.imports.flat import HEADER, TOKENS_OF
 from slm.prepare.imports.megatron import DTYPES, MAGIC
-from slm.stage import Folder, stage
+from slm.stage import Folder
 from slm.store.files import atomic_file, write_record
 from slm.store.shards import Corpus
 
@@ -37,8 +36,7 @@ BY_EOS = ("nanogpt", "llmc", "litdata")  # who reads them knows documents by not
 MEGATRON_UINT16 = 65500  # entries of a vocabulary up to which Megatron takes uint16
 
 
-@stage(EXPORT)
-def export_corpus(corpus: Folder, format: str, out: Folder) -> Path:
+def export_files(corpus: Folder, format: str, out: Folder) -> Path:
     """The tokens of a corpus as files that another trainer reads.
 
     Args:
@@ -131,7 +129,3 @@ WRITERS = {
     "litdata": write_litdata,
     "datasets": write_datasets,
 }
-
-
-def run(**settings: str) -> None:
-    export_corpus(**settings)

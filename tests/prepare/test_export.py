@@ -15,7 +15,7 @@ import warm
 from slm.command_keys import EXPORTS
 from slm.errors import UserError
 from slm.prepare import export_rows
-from slm.prepare.export import export_corpus
+from slm.prepare.export import export_files
 from slm.prepare.export_rows import document_ends
 from slm.prepare.imports.command import import_corpus
 from slm.store.shards import Corpus
@@ -40,7 +40,7 @@ def imported(tmp_path, bytes_folder):
 def test_megatron_reads_what_it_would_have_written(imported, tmp_path, shard_tokens):
     corpus = imported("megatron", "megatron/sentences", shard_tokens=shard_tokens)
     assert document_ends(corpus).tolist() == np.cumsum(LENGTHS).tolist()
-    out = export_corpus(corpus, "megatron", tmp_path / "out")
+    out = export_files(corpus, "megatron", tmp_path / "out")
     for suffix in (".bin", ".idx"):
         expected = (FILES / "megatron" / f"whole{suffix}").read_bytes()
         assert (out / f"train{suffix}").read_bytes() == expected
@@ -48,13 +48,13 @@ def test_megatron_reads_what_it_would_have_written(imported, tmp_path, shard_tok
 
 def test_llmc_reads_what_it_would_have_written(imported, tmp_path):
     corpus = imported("llmc", "llmc/llama3.bin")
-    out = export_corpus(corpus, "llmc", tmp_path / "out")
+    out = export_files(corpus, "llmc", tmp_path / "out")
     assert (out / "train_000000.bin").read_bytes() == (FILES / "llmc/gpt2.bin").read_bytes()
 
 
 def test_olmo_reads_what_it_would_have_written(imported, tmp_path):
     corpus = imported("olmo", "olmo/tokens-*.npy", masks=f"{FILES}/olmo/labels-*.npy")
-    out = export_corpus(corpus, "olmo", tmp_path / "out")
+    out = export_files(corpus, "olmo", tmp_path / "out")
     for ours, theirs in (("part", "tokens"), ("label_mask", "labels")):
         parts = [(FILES / "olmo" / f"{theirs}-{number}.npy").read_bytes() for number in (0, 1)]
         assert (out / f"{ours}-00000.npy").read_bytes() == b"".join(parts)
@@ -70,7 +70,7 @@ def test_olmo_reads_what_it_would_have_written(imported, tmp_path):
 def test_an_export_comes_back(imported, tmp_path, format):
     settings: dict[str, Any] = {"seq_len": 4, "shard_tokens": 9}
     corpus = imported("megatron", "megatron/whole", **settings)
-    out = export_corpus(corpus, format, tmp_path / "out")
+    out = export_files(corpus, format, tmp_path / "out")
     settings |= {"tokenizer": {"path": str(out / "tokenizer")}, "documents": "eos"}
     again = imported(format, out, "again", **settings)
     assert again.fingerprint == corpus.fingerprint
@@ -103,7 +103,7 @@ def whole(corpus: Corpus, name: str) -> list[Any]:
 def test_its_own_library_reads_an_export(imported, tmp_path, format):
     labels = f"{FILES}/olmo/labels-*.npy"
     corpus = imported("olmo", "olmo/tokens-*.npy", masks=labels, packing="documents")
-    out = export_corpus(corpus, format, tmp_path / "out")
+    out = export_files(corpus, format, tmp_path / "out")
     script = str(Path(__file__).with_name("readers.py"))
     done = warm.run([sys.executable, script, format, out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -126,7 +126,7 @@ def test_its_own_library_reads_an_export(imported, tmp_path, format):
 @pytest.mark.parametrize("packing", ["concat", "documents"])
 def test_datasets_reads_an_export(masked, tmp_path, packing):
     corpus = masked(packing)
-    out = export_corpus(corpus, "datasets", tmp_path / "out")
+    out = export_files(corpus, "datasets", tmp_path / "out")
     table = Dataset.from_parquet(str(out / "train.parquet"), cache_dir=str(tmp_path / "cache"))
     rows: Any = table.to_dict()
     stream, masks = whole(corpus, "tokens"), whole(corpus, "masks")
@@ -144,7 +144,7 @@ def test_datasets_reads_an_export(masked, tmp_path, packing):
 @pytest.mark.parametrize("packing", ["concat", "documents"])
 def test_masks_come_back(masked, imported, tmp_path, format, packing):
     corpus = masked(packing)
-    out = export_corpus(corpus, format, tmp_path / "out")
+    out = export_files(corpus, format, tmp_path / "out")
     settings = {"seq_len": 4, "shard_tokens": 9, "packing": packing, "documents": "eos"}
     if format in ("mds", "olmo"):
         settings["masks"] = "mask" if format == "mds" else str(out / "label_mask-*.npy")
@@ -156,7 +156,7 @@ def test_rows_go_into_several_files(imported, tmp_path, monkeypatch):
     monkeypatch.setattr(export_rows, "CHUNK_BYTES", 16)
     corpus = imported("megatron", "megatron/whole", packing="documents")
     for format, pattern in (("mds", "*.mds"), ("litdata", "*.bin")):
-        out = export_corpus(corpus, format, tmp_path / format)
+        out = export_files(corpus, format, tmp_path / format)
         assert len(list(out.glob(pattern))) == 3
         again = imported(format, out, f"again {format}", packing="documents")
         assert again.fingerprint == corpus.fingerprint
@@ -164,11 +164,11 @@ def test_rows_go_into_several_files(imported, tmp_path, monkeypatch):
 
 def test_what_does_not_fit_is_said(imported, tmp_path, caplog):
     corpus = imported("datatrove", "datatrove/masked_00000_unshuffled.ds", packing="documents")
-    export_corpus(corpus, "llmc", tmp_path / "out")
+    export_files(corpus, "llmc", tmp_path / "out")
     assert "format=llmc has no place for its masks, they are left out" in caplog.text
     assert "format=llmc knows documents by their EOS alone" in caplog.text
     with pytest.raises(UserError, match=f"out={tmp_path}/out exists"):
-        export_corpus(corpus, "llmc", tmp_path / "out")
+        export_files(corpus, "llmc", tmp_path / "out")
     with pytest.raises(UserError, match="no is not a finished corpus: it does not exist"):
-        export_corpus("no", "llmc", tmp_path / "other")
+        export_files("no", "llmc", tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
