@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
-from slm.integrations.loss import BESIDE
+from slm.integrations.loss import BESIDE, SCORES
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.integrations.transformers import SelectiveTrainerMixin, names_of
+from slm.store.windows import WEIGHT
 
 MADE_FOR = "trl 1.16"
 check_parameters(
@@ -70,7 +71,9 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         """
         names = names_of(dataset)
         prepare = super()._prepare_dataset
-        if dataset_name != "train" and not {*BESIDE} & {*names}:
+        if dataset_name != "train" and not {*SCORES} & {*names}:
+            if WEIGHT in names:  # which evaluation does not look at, and TRL would not cut
+                dataset = dataset.remove_columns(WEIGHT)
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         check_columns(names, self.selective.rule.needs)
         check_contexts(args, packing, "seq_lengths" in names)

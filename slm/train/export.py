@@ -38,6 +38,7 @@ TABLE = {"form" if key == "as" else key: kind for key, kind in EXPORT.items()}
 OF_A_RULE = ("run", "target_model", "keep", "references", "combine", "scores")
 OF_DOCUMENTS = ("by", "least", "max_tokens")
 WINDOWS_TOGETHER = 32  # where no run says it
+EXAMPLE = "{rule: excess, select_ratio: 0.6}"
 
 
 class Chosen(NamedTuple):
@@ -133,6 +134,8 @@ def check_keys(config: Any) -> None:
         raise UserError(f"{own[0]} and run are both given: the run has its own")
     if config.run is None and len(by_hand) < 2:
         raise UserError(f"as={config.form} needs run, or both target_model and keep")
+    if config.keep is not None and not isinstance(config.keep, Mapping):
+        raise UserError(f"keep is {config.keep!r}, it must be a rule with its fields, {EXAMPLE}")
     if config.by == "excess" and config.references is None:
         raise UserError("by=excess needs references: it is the loss above theirs")
 

@@ -263,12 +263,17 @@ def test_a_stream_without_labels_is_prepared_with_its_scores(tmp_path, packing):
 def test_evaluation_is_trls_own(tmp_path):
     rows = make_rows(LENGTHS, prompt=2)
     plain = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+    weighted = [row | {"token_weight": [0.5] * len(row["labels"])} for row in plain]
     found = []
-    for data in (rows, plain):
+    for data in (rows, plain, weighted):
         trainer, _ = sft(tmp_path, rows, eval_rows=data, learning_rate=0.0)
         found.append(trainer.evaluate()["eval_loss"])
     _, loss, _ = expected_gradients(make_model(), [plain_as_scored(rows)], 1.0)
-    assert found == pytest.approx([loss, loss], rel=1e-4)
+    assert found == pytest.approx([loss] * 3, rel=1e-4)
+    cut = [{name: column[:6] for name, column in row.items()} for row in plain]
+    trainer, _ = sft(tmp_path, rows, eval_rows=weighted, learning_rate=0.0, max_length=6)
+    _, loss, _ = expected_gradients(make_model(), [plain_as_scored(cut)], 1.0)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def plain_as_scored(rows: list[Row]) -> list[Row]:

@@ -133,6 +133,7 @@ EXCESS = {"rule": "excess", "select_ratio": 0.5}
         ({"format": "olmo", "least": 0}, "least is given, and format=olmo writes the whole corpus"),
         ({"form": "rows", "run": "x", "by": "share"}, "by is given, and as=rows writes every"),
         ({"form": "rows", "run": "x", "keep": EXCESS}, "keep and run are both given"),
+        ({"form": "rows", "target_model": "x", "keep": "excess"}, "keep is 'excess', it must be a"),
         ({"form": "rows", "keep": EXCESS}, "as=rows needs run, or both target_model and keep"),
         ({"form": "spans", "run": "x", "by": "excess"}, "by=excess needs references"),
         ({"form": "rows", "run": "x"}, "x is no finished run of slm train"),

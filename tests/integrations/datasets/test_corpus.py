@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from run_helpers import TINY_MODEL, train
 from slm.cli import conf_folder
 from slm.errors import UserError
+from slm.integrations.datasets import WindowDataset, from_hf_dataset, to_hf_dataset
 from slm.integrations.datasets import corpus as dataset_corpus
-from slm.integrations.datasets import from_hf_dataset, to_hf_dataset
 from slm.prepare.encoder import token_bytes
 from slm.store.shards import Corpus, References
 from slm.store.windows import IGNORE_INDEX, Windows
@@ -132,6 +132,8 @@ def test_weights_there_and_back(tmp_path, made_by, shard_tokens):
     assert windows.batch(range(7))["targets"].tolist() == expected.tolist()
     assert all(whole for _, whole, _ in verify(out)), list(verify(out))
     back = to_hf_dataset(out / "train", out / "references")
+    item = WindowDataset(out / "train")[1]["token_weight"]
+    assert item.tolist()[:-1] == weights[1][1:]
     assert [row[1:LENGTH] for row in back["token_weight"]] == [row[1:] for row in weights]
     assert [row[1:] for row in back["labels"]] == expected.tolist()
     for wrong in (-1.0, float("nan")):
