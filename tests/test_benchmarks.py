@@ -35,6 +35,19 @@ def test_benchmark_of_selected_rows_at_toy_size(tmp_path, monkeypatch, words, co
 
 
 @pytest.mark.slow
+def test_benchmark_of_binding_at_toy_size(tmp_path, monkeypatch):
+    out = tmp_path / "rows.csv"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "bind.py"), "--small", "--out", str(out)])
+    importlib.import_module("bind").main()
+    found, committed = (
+        [row["case"] for row in csv.DictReader(path.read_text().splitlines())]
+        for path in (out, BENCHMARKS / "results" / "bind.csv")
+    )
+    assert len(found) == 2 and {*found} <= {*committed}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["help", "data", "prepare", "import", "score", "train", "dynamics", "doors"]
 )

@@ -11,7 +11,7 @@ and run again, or by several processes at once.
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,17 @@ from slm.store.tokenizer import spellings
 from slm.store.windows import Windows
 
 log = logging.getLogger("slm.score")
-BATCH = 2**22  # tokens that are laid out at once
+BATCH = 2**18  # tokens that are laid out at once
 SAID = 3  # missing documents that are named
+
+
+class Pieces(NamedTuple):
+    """What some neighbouring windows have of documents, which follow one another."""
+
+    first: int  # document
+    places: np.ndarray  # (d,) of each in the index
+    edges: np.ndarray  # (d + 1,) in the tokens of the windows
+    skips: np.ndarray  # (d,) tokens of each before the windows
 
 
 class OwnScores:
@@ -45,10 +54,13 @@ class OwnScores:
     def find(self) -> np.ndarray:  # (documents,) int64, -1: missing
         return self.index.find("ids", keys_of(list(self.documents.ids_sha256(self.dtype))))
 
-    def logprobs(self, document: int, place: int) -> np.ndarray:  # (n,)
-        """A document that was cut has the first of them."""
-        found = self.index.place(place).column(LOGPROBS.name)
-        return found[: int(np.diff(self.documents.bounds[document : document + 2])[0])]
+    def lay_out(self, found: np.ndarray, pieces: Pieces) -> None:
+        shards = self.index.shard[pieces.places].tolist()
+        firsts = (self.index.first[pieces.places] + pieces.skips).tolist()
+        columns = {one: self.index.shard_column(LOGPROBS.name, one) for one in {*shards}}
+        edges = pieces.edges.tolist()
+        for shard, first, begin, end in zip(shards, firsts, edges[:-1], edges[1:], strict=True):
+            found[begin:end] = columns[shard][first : first + end - begin]
 
 
 class OtherScores:
@@ -56,6 +68,7 @@ class OtherScores:
 
     def __init__(self, documents: Documents, index: DocumentIndex):
         self.documents, self.index, self.texts = documents, index, Texts(documents)
+        self.last: tuple[int, np.ndarray] = -1, np.empty(0)
 
     def find(self) -> np.ndarray:
         return self.index.find("texts", keys_of(list(self.keys())))
@@ -67,10 +80,18 @@ class OtherScores:
             except Unreadable:
                 yield b""
 
-    def logprobs(self, document: int, place: int) -> np.ndarray:
-        text, found = self.texts.read(document), self.index.place(place)
-        logprobs = np.asarray(found.column(LOGPROBS.name), np.float64)
-        sizes = np.asarray(found.column("bytes"), np.int64)
+    def lay_out(self, found: np.ndarray, pieces: Pieces) -> None:
+        edges, skips = pieces.edges.tolist(), pieces.skips.tolist()
+        for at, place in enumerate(pieces.places.tolist()):
+            document, begin, end = pieces.first + at, edges[at], edges[at + 1]
+            if document != self.last[0]:  # a long document is asked for again and again
+                self.last = document, self.logprobs(document, place)
+            found[begin:end] = self.last[1][skips[at] : skips[at] + end - begin]
+
+    def logprobs(self, document: int, place: int) -> np.ndarray:  # (n,) float64
+        text = self.texts.read(document)
+        logprobs = self.index.column(LOGPROBS.name, place).astype(np.float64)
+        sizes = self.index.column("bytes", place).astype(np.int64)
         if not text.is_whole:
             return shared_logprobs(text.sizes, sizes, logprobs)
         body = shared_logprobs(text.sizes[:-1], sizes[:-1], logprobs[:-1])
@@ -87,7 +108,6 @@ class BoundScores:
         self.documents = scores.documents
         self.corpus = self.documents.corpus
         self.windows = Windows(self.corpus)
-        self.last: tuple[int, np.ndarray] = -1, np.empty(0)
 
     def scores(self, numbers: np.ndarray) -> Arrays:
         """Of neighbouring windows of one shard."""
@@ -96,21 +116,13 @@ class BoundScores:
         first = (int(numbers[0]) - int(self.windows.first_window[shard])) * length + 1
         start = int(self.documents.before[shard]) + first
         end = start + len(numbers) * length
-        found = np.full(end - start, np.nan, DTYPE)
-        low, high = np.searchsorted(bounds, [start, end - 1], side="right") - 1
-        edges = bounds[low : high + 2].tolist()
-        for at, place in enumerate(self.places[low : high + 1].tolist()):
-            a, b = max(start, edges[at]), min(end, edges[at + 1])
-            values = self.of_document(int(low) + at, place)
-            found[a - start : b - start] = values[a - edges[at] : b - edges[at]]
-        self.leave_out(found, shard, first, bounds[low : high + 1] - start)
+        found = np.empty(end - start, DTYPE)
+        low, high = (np.searchsorted(bounds, [start, end - 1], side="right") - 1).tolist()
+        edges, starts = bounds[low : high + 2].clip(start, end) - start, bounds[low : high + 1]
+        skips = np.maximum(start - starts, 0)
+        self.scores_of.lay_out(found, Pieces(low, self.places[low : high + 1], edges, skips))
+        self.leave_out(found, shard, first, starts - start)
         return {LOGPROBS.name: found.reshape(len(numbers), length)}
-
-    def of_document(self, document: int, place: int) -> np.ndarray:
-        """The last one is kept: a long document is asked for again and again."""
-        if document != self.last[0]:
-            self.last = document, self.scores_of.logprobs(document, place)
-        return self.last[1]
 
     def leave_out(self, found: np.ndarray, shard: int, first: int, starts: np.ndarray) -> None:
         """What is no target."""

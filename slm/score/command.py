@@ -311,8 +311,9 @@ def score(
         served_model: with requests and responses: the server's name of the model.
         layout: "windows" scores the windows of this corpus; "documents" each document by itself,
             into a store that `bind_scores` lays onto any corpus.
-        context: with layout="documents": tokens that a forward sees at most.
-        stride: with layout="documents": how far the windows of a longer document are apart.
+        context: with layout="documents": tokens that a forward sees at most; the corpus's window
+            length where neither this nor the store says another.
+        stride: likewise, how far the windows of a longer document are apart; half the context.
         max_tokens: score whole batches until there are so many tokens, from all over the
             corpus, for a shorter run. The same call with more of them, or without, adds the rest.
         entropy: also the entropy of the model's prediction at every token.

@@ -57,7 +57,6 @@ from slm.store.tokenizer import load_tokenizer, spellings, tokenizer_sha256
 from slm.store.windows import IGNORE_INDEX, Batch, to_device
 
 log = logging.getLogger("slm.score")
-CONTEXT = 2048  # where nobody says another
 SAID = 3  # documents that cannot be read are named, so many of them
 
 
@@ -276,10 +275,15 @@ def place_of_part(out: Path, corpus: Corpus) -> tuple[Path, list[DocumentScores]
 def make_plan(
     config: Any, corpus: Corpus, lm: SelectiveLM, tokenizer: Any, parts: Sequence[DocumentScores]
 ) -> Json:
-    """What the scores depend on; context and stride are those of the store where there is one."""
+    """What the scores depend on; context and stride are those of the store where there is one.
+
+    Else the context is the corpus's window length: that of the model's own training where the two
+    are of one pipeline, whatever limit its config names.
+    """
     limit = position_limit(lm.model.config)
     before = parts[0].manifest if parts else None
-    context = config.context or (before["seq_len"] if before else min(limit or CONTEXT, CONTEXT))
+    own = min(corpus.seq_len, limit or corpus.seq_len)
+    context = config.context or (before["seq_len"] if before else own)
     if limit is not None and context > limit:
         raise UserError(f"context is {context}, model max_position_embeddings is {limit}")
     stride = config.stride or (before["scoring"]["stride"] if before else max(1, context // 2))

@@ -67,7 +67,7 @@ class OtherTokens:
 
     def plain(self, document: int, text: Text) -> str:
         if SPECIAL in text.data:
-            name = text.data.split(SPECIAL)[1].decode()
+            name = text.data.split(SPECIAL)[1].decode(errors="replace")
             self.refuse(
                 document, f"it holds the special token {name!r}: another tokenizer has none"
             )

@@ -236,7 +236,7 @@ class Scorer:
 
 def stored(column: str, scores: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        cast = scores.astype(dtype)
+        cast = scores.astype(dtype, copy=False)
     if (lost := np.isinf(cast)).any():
         noun, value = COLUMNS[column].noun, scores[lost][0]
         raise UserError(f"store_dtype {dtype} cannot hold {noun} {value}; use store_dtype=float32")

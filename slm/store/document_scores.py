@@ -20,7 +20,6 @@ and a document that was cut before its EOS ends with one. No text is in a store.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -134,22 +133,11 @@ def prefix_checks(text: bytes) -> np.ndarray:  # (bytes + 1,) uint8
     return (state >> np.uint64(56)).astype(np.uint8)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a document is: a slice of the columns of a shard."""
-
-    part: DocumentScores
-    shard: int
-    tokens: slice
-
-    def column(self, name: str) -> np.ndarray:  # (tokens,)
-        return self.part.column(name, self.shard)[self.tokens]
-
-
 class DocumentIndex:
     """The documents of several parts by their hashes. Costs 100 bytes of memory a document."""
 
     def __init__(self, parts: Sequence[DocumentScores]):
+        self._columns: dict[tuple[str, int], np.ndarray] = {}
         self.shards = [(part, shard.index) for part in parts for shard in part.shards]
         columns = [part.column("documents", index) for part, index in self.shards]
         counts = [part.shards[index].num_tokens for part, index in self.shards]
@@ -182,10 +170,16 @@ class DocumentIndex:
         at = np.minimum(np.searchsorted(ascending, keys), len(ascending) - 1)
         return np.where(ascending[at] == keys, order[at], -1)
 
-    def place(self, document: int) -> Place:
-        part, shard = self.shards[self.shard[document]]
-        first, count = int(self.first[document]), int(self.count[document])
-        return Place(part, shard, slice(first, first + count))
+    def shard_column(self, name: str, shard: int) -> np.ndarray:  # (tokens of the shard,)
+        """Mapped once: to map one takes longer than to copy a document."""
+        if (name, shard) not in self._columns:
+            part, index = self.shards[shard]
+            self._columns[name, shard] = np.asarray(part.column(name, index))
+        return self._columns[name, shard]
+
+    def column(self, name: str, document: int) -> np.ndarray:  # (tokens,)
+        first, count = self.first[document], self.count[document]
+        return self.shard_column(name, self.shard[document])[first : first + count]
 
     def find_beginning(self, text: bytes, sizes: np.ndarray | None) -> int:
         """A document whose text begins with this one (without CUT); -1 where none is sure to.
@@ -195,15 +189,14 @@ class DocumentIndex:
         checks = prefix_checks(text)
         candidates = self.same_first_checks(checks)
         for document in candidates.tolist():
-            place = self.place(document)
-            found = place.column("bytes")
+            found = self.column("bytes", document)
             if sizes is not None and not np.array_equal(found[: len(sizes)], sizes):
                 continue
             ends = np.cumsum(found, dtype=np.int64)
             ends = ends[ends <= len(text)]
             if len(ends) < LEAST_CHECKS or self.num_bytes[document] < len(text):
                 continue
-            if np.array_equal(place.column("checks")[: len(ends)], checks[ends]):
+            if np.array_equal(self.column("checks", document)[: len(ends)], checks[ends]):
                 return document
         return -1
 
@@ -223,6 +216,5 @@ class DocumentIndex:
         found = np.empty(len(documents), np.int64)
         for shard in np.unique(self.shard[documents]):
             mine = self.shard[documents] == shard
-            part, index = self.shards[shard]
-            found[mine] = part.column(column, index)[self.first[documents[mine]] + token]
+            found[mine] = self.shard_column(column, shard)[self.first[documents[mine]] + token]
         return found

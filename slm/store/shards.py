@@ -366,7 +366,7 @@ class References(Store):
             raise UserError(
                 f"{self.folder} has scores of {self.scored.sum():,} of {len(self.scored):,} "
                 "windows, and all are needed here: the same `slm score` without max_tokens scores "
-                "the rest (`slm train` can do with a part)"
+                "the rest, `slm bind` has those of more documents (`slm train` can do with a part)"
             )
 
     def check_matches(self, corpus: Corpus) -> None:

@@ -217,3 +217,42 @@ def test_other_scores_in_the_folder_and_no_store_are_refused(tmp_path, tokenizer
         bind_scores(corpus, corpus, tmp_path / "q")
     with pytest.raises(UserError, match="holds no scores of documents"):
         bind_scores(corpus, tmp_path / "nothing", tmp_path / "q")
+
+
+def test_prompts_have_no_scores_and_special_tokens_within_a_chat_have(
+    tmp_path, tokenizer, make_corpus, reference
+):
+    """Masked tokens stay in the context; stored in half precision they are what was stored."""
+    ids, pad, eos = (
+        tokenizer.encode("some words here"),
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
+    chat = [*ids, pad, *tokenizer.encode("an answer to them"), eos]
+    live = [False] * (len(ids) + 1) + [True] * (len(chat) - len(ids) - 1)
+    count = 5 * (len(chat) * 2 // 5) + 1
+    stream, masks, starts = (chat * 3)[:count], (live * 3)[:count], [[0, len(chat)]]
+    chats = make_corpus(tmp_path / "c", [stream], 5, starts=starts, masks=[masks])
+    whole = make_corpus(tmp_path / "w", [stream], 5, starts=starts)
+    part = score_into(tmp_path / "s", whole, reference, store_dtype="float16", context=99)
+    scores = documents_of(part)[0]
+    assert scores.dtype == np.float16 and len(scores) == len(chat)
+    references = bind_scores(chats, tmp_path / "s", tmp_path / "r")
+    expected = np.where(masks, np.resize(scores, count), np.nan).astype(np.float16)
+    expected[0] = np.nan
+    np.testing.assert_array_equal(references.column("logprobs", 0), expected)
+    assert np.isnan(expected).sum() > len(ids) and not np.isnan(expected).all()
+    assert all(whole for _, whole, _ in verify(tmp_path / "r"))
+    Windows(chats, [references]).batch(np.arange(chats.num_windows))
+
+
+def test_a_flipped_byte_is_found_where_it_is_asked_for(tmp_path, tokenizer, part):
+    shutil.copytree(part.folder, tmp_path / "s" / "part")
+    path = tmp_path / "s" / "part" / "logprobs-00000.npy"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(bytes(data))
+    corpus = corpus_of(tmp_path, [*TEXTS[:6], END], tokenizer)
+    with pytest.raises(UserError, match="logprobs-00000.npy is damaged: sha256"):
+        bind_scores(corpus, tmp_path / "s", tmp_path / "r", check="full")
+    assert not (tmp_path / "r").exists()

@@ -76,6 +76,7 @@ def test_every_token_once_from_the_window_with_most_context(count, context, stri
 
 def test_a_store_grows_by_what_it_lacks(tmp_path, corpus, reference, tokenizer):
     first = score_into(tmp_path / "s", corpus, reference)
+    assert (first.manifest["seq_len"], first.manifest["scoring"]["stride"]) == (8, 4)  # its windows
     more = corpus_of(
         tmp_path / "more", [*TEXTS[6:9], "new here", *TEXTS[:2], "new here"], tokenizer
     )
@@ -152,7 +153,8 @@ def test_a_part_whose_predecessor_is_gone_does_not_go_on(tmp_path, corpus, refer
 
 def test_a_model_of_another_tokenizer_reads_the_text(tmp_path, corpus):
     foreign = byte_level()
-    part = score_into(tmp_path / "s", corpus, save_reference(tmp_path / "m", foreign))
+    whole = {"context": 99, "stride": 99}
+    part = score_into(tmp_path / "s", corpus, save_reference(tmp_path / "m", foreign), **whole)
     model, first = load_model(tmp_path / "m").double(), foreign.eos_token_id
     texts, found = [TEXTS[0], TEXTS[3]], documents_of(part)
     for text, scores in zip(texts, [found[0], found[3]], strict=True):
