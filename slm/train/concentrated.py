@@ -38,8 +38,7 @@ class Texts:
         tokenizer = load_corpus_tokenizer(corpus)
         if tokenizer.backend_tokenizer.normalizer is not None:
             log.warning(
-                "%s: its tokenizer normalizes text before it cuts it, and the normalized text is "
-                "what comes back",
+                "%s: its tokenizer normalizes text: what it changes but spaces does not come back",
                 corpus.folder,
             )
         known = vocabulary_bytes(tokenizer)

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import slm
 from model_helpers import small_llama
@@ -91,6 +92,11 @@ def test_a_run_chooses_rows_documents_and_spans(made, tmp_path):
     targets = windows.batch(every)["targets"].masked_fill(~selected, IGNORE_INDEX)
     rows = pyarrow.parquet.read_table(tmp_path / "rows" / "rows.parquet").to_pydict()
     assert [row[1:] for row in rows["labels"]] == targets.tolist()
+    # What a trainer of Hugging Face minimises: the mean over the labels.
+    model = AutoModelForCausalLM.from_pretrained(made.run / "model")
+    ids, labels = (torch.tensor(rows[name]) for name in ("input_ids", "labels"))
+    found = model(input_ids=ids, labels=labels).loss.item()
+    assert found == pytest.approx(loss[selected].mean().item(), rel=1e-4)
     said = json.loads((tmp_path / "rows" / "export.json").read_text())
     assert said["kept_tokens"] == said["of_kept_tokens"] == int(selected.sum())
     texts = lines(tmp_path / "documents" / "documents.jsonl")
