@@ -115,9 +115,9 @@ def new_progress(label: str, total: int | None, unit: str = "", done: int = 0) -
 
 
 @contextmanager
-def progress(label: str, total: int | None, unit: str) -> Iterator[Progress]:
+def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[Progress]:
     """Yields what to call with each count that was done (and, by choice, a text)."""
-    shown = new_progress(label, total, unit)
+    shown = new_progress(label, total, unit, done)
     try:
         yield shown
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,19 @@ def encode(tokenizer, texts):
     encoder = Encoder(encoder_state(tokenizer))
     sizes = np.array([len(text.encode()) for text in texts], np.int64)
     return encoder.encode(texts, sizes)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def wait_for(path: Path, exists: bool = True) -> None:
+    deadline = time.time() + 60
+    while path.exists() != exists:
+        assert time.time() < deadline, f"{path}: exists is still {not exists}"
+        time.sleep(0.01)
+
+
+def quote(source: dict[str, object]) -> str:
+    return "{" + ", ".join(f"{k}: {json.dumps(v)}" for k, v in source.items()) + "}"

@@ -39,6 +39,7 @@ class Block(NamedTuple):
     data: bytes | dict[str, Any] | str | None
     size: int  # bytes of input
     unit: str | None = "line"  # what `line` counts, for messages; None: the file is one record
+    count: int = 1  # lines (rows, elements, files) that it has
 
 
 class Message(NamedTuple):

@@ -24,10 +24,10 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from slm.errors import UserError
-from slm.prepare.documents import BLANK_LINE, LINE_END, Block
+from slm.prepare.documents import Block
 from slm.prepare.sources import Source, bare_suffix
 
 BLOCK_BYTES = 2**19
@@ -49,36 +49,52 @@ def read_blocks(sources: list[Source], max_bytes: int) -> Iterator[Block]:
                 yield block._replace(source=index, copy=copy)
 
 
-def read_source(source: Source, max_bytes: int) -> Iterator[Block]:
+class Span(NamedTuple):
+    """A range of a file that begins and ends between records."""
+
+    first: int  # byte
+    last: int  # the byte behind it
+    line: int  # lines of the file before it
+
+
+def read_source(source: Source, max_bytes: int, span: Span | None = None) -> Iterator[Block]:
+    """span: of the one file that there is; records are numbered from its beginning"""
     if source.format in ("jsonl", "text"):
-        return read_files(source, max_bytes)
+        return read_files(source, max_bytes, span)
     if source.format == "csv":
         return read_csv(source, max_bytes)
     return read_tables(source)
 
 
-def read_files(source: Source, max_bytes: int) -> Iterator[Block]:
-    whole_file = source.format == "text" and source.document == "file"
-    separator = BLANK_LINE if source.document == "paragraph" else LINE_END
+def read_files(source: Source, max_bytes: int, span: Span | None) -> Iterator[Block]:
     record = 0
     for file in source.files:
-        line = 0
+        line = 0 if span is None else span.line
         with open_stream(Path(file)) as stream:
-            if whole_file:
+            if source.separator is None:
                 data = stream.read(max_bytes + 1)
                 kept = data if len(data) <= max_bytes else None
                 yield Block(0, 0, file, 0, record, kept, len(data), None)
                 record += 1
                 continue
-            unit, chunks = "line", iter(partial(stream.read, BLOCK_BYTES), b"")
+            unit, chunks = "line", read_chunks(stream, span)
             if source.format == "jsonl" and bare_suffix(Path(file)) == ".json":
                 unit, chunks = read_json(chunks, file)
-            for data, num_lines in cut(chunks, separator, max_bytes):
-                yield Block(0, 0, file, line, record, data, len(data or b""), unit)
+            for data, num_lines in cut(chunks, source.separator, max_bytes):
+                yield Block(0, 0, file, line, record, data, len(data or b""), unit, num_lines)
                 line += num_lines
                 record += num_lines
         if line == 0:
-            yield Block(0, 0, file, 0, record, b"", 0)
+            yield Block(0, 0, file, 0, record, b"", 0, count=0)
+
+
+def read_chunks(stream: IO[bytes], span: Span | None) -> Iterator[bytes]:
+    if span is None:
+        yield from iter(partial(stream.read, BLOCK_BYTES), b"")
+        return
+    stream.seek(span.first)
+    for start in range(span.first, span.last, BLOCK_BYTES):
+        yield stream.read(min(BLOCK_BYTES, span.last - start))
 
 
 @contextmanager

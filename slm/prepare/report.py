@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from slm.console import Progress, progress
-from slm.errors import UserError
 from slm.prepare.encode import window_targets
+from slm.prepare.scan import BadText
 from slm.prepare.workers import Result
 from slm.store.files import Json
 from slm.store.shards import Corpus, write_manifest
@@ -24,7 +24,7 @@ class Speed:
     """What was read and made of it so far, as the progress bar says it."""
 
     def __init__(self, show: Progress) -> None:
-        self.show, self.started = show, time.monotonic()
+        self.show, self.started = show, time.monotonic()  # show: also what others have done
         self.text_bytes, self.tokens = 0, 0
 
     @property
@@ -42,9 +42,9 @@ class Speed:
 
 
 @contextmanager
-def show_progress(total_bytes: int | None) -> Iterator[Speed]:
-    """total_bytes: not known of a compressed file, a table or the hub"""
-    with progress("preparing", total_bytes, "bytes") as show:
+def show_progress(total_bytes: int | None, done: int = 0) -> Iterator[Speed]:
+    """total_bytes: not known of a compressed file, a table or the hub; done: before this process"""
+    with progress("preparing", total_bytes, "bytes", done) as show:
         speed = Speed(show)
         yield speed
     if speed.text_bytes:
@@ -55,7 +55,7 @@ def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Jso
     """Write the manifest; returns the side's report."""
     if num_shards == 0:
         hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
-        raise UserError(
+        raise BadText(
             f"the {folder.name} side has {counts['tokens']} tokens in {counts['documents']} "
             "documents (a text file is one, see `document` of a source), fewer than the "
             f"{config.seq_len + 1} of one window (heldout_ratio={config.heldout_ratio}, "

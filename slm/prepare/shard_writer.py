@@ -12,6 +12,12 @@ from slm.store.files import ArrayWriter, atomic_file
 from slm.store.shards import BY_NEED, Shard, shard_path, write_sidecar
 
 
+def column_dtypes(state: EncoderState, by_need: Collection[str]) -> dict[str, str]:
+    """Of the columns of tokens; by_need: columns of slm.store.shards.BY_NEED"""
+    dtypes = {"tokens": state.token_dtype, "bytes": state.bytes_dtype}
+    return dtypes | {name: dtype for name, dtype in BY_NEED.items() if name in by_need}
+
+
 class ShardWriter:
     """One side of the corpus: appends documents, writes whole windows, closes full shards.
 
@@ -24,12 +30,11 @@ class ShardWriter:
         seq_len: int,
         shard_tokens: int,
         state: EncoderState,
-        by_need: Collection[str] = (),  # columns of slm.store.shards.BY_NEED
+        by_need: Collection[str] = (),
     ):
         self.folder, self.seq_len = folder, seq_len
         self.capacity = max(1, (shard_tokens - 1) // seq_len) * seq_len + 1
-        self.dtypes = {"tokens": state.token_dtype, "bytes": state.bytes_dtype}
-        self.dtypes |= {name: dtype for name, dtype in BY_NEED.items() if name in by_need}
+        self.dtypes = column_dtypes(state, by_need)
         # Not written yet, as `rows` are not: start in the side, source, record.
         self.columns = {name: np.empty(0, dtype) for name, dtype in self.dtypes.items()}
         self.dtypes["documents"] = "int64"

@@ -6,7 +6,6 @@
 
 import difflib
 import glob
-import hashlib
 import json
 import logging
 import math
@@ -19,8 +18,9 @@ from typing import Any
 
 from slm.checks import Kind, check_value, real, several, text, whole, word
 from slm.errors import UserError
-from slm.prepare.documents import ROLES
+from slm.prepare.documents import BLANK_LINE, LINE_END, ROLES
 from slm.prepare.noise import MAX_SHARE
+from slm.prepare.scan import Scan, identify, scan_file
 from slm.prepare.template import Field, Join, Template, parse_field, unescape
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,23 @@ class Source:
             return None
         return self.num_copies * sum(Path(file).stat().st_size for file in self.files)
 
+    @property
+    def separator(self) -> re.Pattern[bytes] | None:
+        """Between the records of its files of lines; None where each is one."""
+        if self.format == "text" and self.document == "file":
+            return None
+        return BLANK_LINE if self.document == "paragraph" else LINE_END
+
+    @cached_property
+    def scans(self) -> dict[str, Scan]:
+        """What was seen of each file, once, before any is read."""
+        return {file: scan_file(file, self.cut_at(file)) for file in self.files}
+
+    def cut_at(self, file: str) -> re.Pattern[bytes] | None:
+        """Where a long file may be cut."""
+        lines = self.format in ("jsonl", "text") and not file.endswith((*COMPRESSED, ".json"))
+        return self.separator if lines and self.noise is None else None
+
     def plan(self) -> dict[str, Any]:
         """What must be the same for a second run to be the same run."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("path", "files")}
@@ -162,7 +179,8 @@ class Source:
         settings["roles"] = list(self.roles)
         if self.messages is None:
             del settings["roles"]
-        return settings | ({"path": self.path} if self.format == "hub" else identify(self.files))
+        named = {"path": self.path} if self.format == "hub" else identify(self.scans.values())
+        return settings | named
 
 
 def parse_sources(entries: Any, key: str) -> list[Source]:
@@ -370,15 +388,3 @@ def dataset_files(folder: Path) -> set[Path] | None:
 
 def looks_like_hub(path: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and format_of(Path(path)) is None
-
-
-def identify(files: tuple[str, ...]) -> dict[str, Any]:
-    """Number, size and hash of names and content, about a second a gigabyte; no path is in it."""
-    digest, total = hashlib.sha256(), 0
-    for file in files:
-        size = Path(file).stat().st_size
-        with open(file, "rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{Path(file).name}\0{size}\0{content}\0".encode())
-        total += size
-    return {"num_files": len(files), "num_bytes": total, "files_sha256": digest.hexdigest()}

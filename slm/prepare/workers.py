@@ -1,8 +1,8 @@
 """From blocks of text to token arrays: worker processes encode.
 
-`run_batches(job, batches, num_proc)` yields the results of the batches in their order, whatever
-the number of processes: a worker parses, fills templates, hashes, looks for evaluation text and
-tokenizes.
+`with worker_pool(job, num_proc) as run: run(batches)` yields the results of the batches in their
+order, whatever the number of processes: a worker parses, fills templates, hashes, looks for
+evaluation text and tokenizes.
 
 A few batches of 0.5 MB a worker are in flight, or the longest document (some 30 bytes for each byte
 of it, 150 where `slm.prepare.encoder` cannot cut it). Workers import neither torch nor
@@ -15,11 +15,12 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from slm.prepare.labels import NOISE, SIGNAL, label_tokens
 from slm.prepare.overlap import Excluded, Overlap
 from slm.prepare.readers import BLOCK_BYTES, out_of_memory, read_source
 from slm.prepare.records import read_texts
+from slm.prepare.scan import BadText
 from slm.prepare.sources import Source
 from slm.store.files import Json
 
@@ -81,22 +83,43 @@ class Result(NamedTuple):
         return {name: c[tokens] for name, c in self.columns.items()}, self.documents[mine, :3]
 
 
+Run = Callable[[Iterable[list[Block]]], Iterator[Result]]
+
+
 @dataclass
 class Tally:
-    """What the report says, summed over the results."""
+    """What the report says, summed over results, and over those of other processes."""
 
     sources: list[Source]
-    counts: np.ndarray  # (side, source, 6): as in COUNTS
+    counts: np.ndarray = field(init=False)  # (side, source, 6): as in COUNTS
     num_faults: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros((2, len(self.sources), len(COUNTS)), dtype=np.int64)
 
     def add(self, result: Result) -> None:
         length, source, _, side, size, *found = result.documents.T
         counts = np.column_stack([np.ones_like(size), length, size, *found])
         np.add.at(self.counts, (side, source), counts)
         self.num_faults.update(source for source, _ in result.faults)
-        room = MAX_FAULTS_SHOWN - len(self.faults)
-        self.faults.extend(sentence for _, sentence in islice(result.faults, room))
+        self.keep_faults(sentence for _, sentence in result.faults)
+
+    def keep_faults(self, sentences: Iterable[str]) -> None:
+        self.faults.extend(islice(sentences, MAX_FAULTS_SHOWN - len(self.faults)))
+
+    def to_json(self) -> Json:
+        """Of the sources that it saw something of."""
+        seen = np.flatnonzero(self.counts.sum(axis=(0, 2))).tolist()
+        counts = {str(source): self.counts[:, source].tolist() for source in seen}
+        num_faults = {str(source): number for source, number in self.num_faults.items()}
+        return {"counts": counts, "num_faults": num_faults, "faults": self.faults}
+
+    def add_json(self, record: Json) -> None:
+        for source, counts in record["counts"].items():
+            self.counts[:, int(source)] += np.array(counts, np.int64)
+        self.num_faults.update({int(s): number for s, number in record["num_faults"].items()})
+        self.keep_faults(record["faults"])
 
     def of_side(self, side: int) -> Json:
         """Targets only where some tokens are none, signal and noise where some are labelled."""
@@ -119,8 +142,8 @@ class Tally:
         }
 
 
-def bad_record(fault: str) -> UserError:
-    return UserError(f"{fault} (on_bad_record=skip counts such records and goes on)")
+def bad_record(fault: str) -> BadText:
+    return BadText(f"{fault} (on_bad_record=skip counts such records and goes on)")
 
 
 def check_first_records(sources: list[Source], max_bytes: int) -> None:
@@ -187,9 +210,10 @@ class Worker:
 
     def choose_side(self, block: Block, text: Text) -> int | None:
         """0, 1, or None where the weight leaves this copy out; a copy more is for training only."""
-        side = side_of(text.digest, self.job.heldout_ratio)
+        digest = text.digest
+        side = side_of(digest, self.job.heldout_ratio)
         share = self.job.sources[block.source].weight - block.copy
-        dropped = (side == 1 and block.copy > 0) or not is_kept(text.digest, share)
+        dropped = (side == 1 and block.copy > 0) or not is_kept(digest, share)
         return None if dropped else side
 
     def encode(
@@ -273,22 +297,16 @@ def run_in_worker(blocks: list[Block]) -> Result:
     return _worker.run(blocks)
 
 
-def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Generator[Result]:
-    """Results in the order of the batches, a bounded number of them in flight."""
+@contextmanager
+def worker_pool(job: Job, num_proc: int) -> Iterator[Run]:
+    """Yields what runs batches, one call after the other."""
     if num_proc == 1:
-        yield from map(Worker(job).run, batches)
+        yield partial(map, Worker(job).run)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_proc, context, start_worker, (job,))
-    pending: deque[Any] = deque()
     try:
-        for batch in batches:
-            with undisturbed():  # a call may start a worker
-                pending.append(pool.submit(run_in_worker, batch))
-            if len(pending) >= BATCHES_PER_WORKER * num_proc:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield partial(run_batches, pool, num_proc)
     except BrokenProcessPool:
         unblock(pool)
         raise UserError(
@@ -303,6 +321,20 @@ def run_batches(job: Job, batches: Iterable[list[Block]], num_proc: int) -> Gene
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_batches(
+    pool: ProcessPoolExecutor, num_proc: int, batches: Iterable[list[Block]]
+) -> Iterator[Result]:
+    """Results in the order of the batches, a bounded number of them in flight."""
+    pending: deque[Any] = deque()
+    for batch in batches:
+        with undisturbed():  # a call may start a worker
+            pending.append(pool.submit(run_in_worker, batch))
+        if len(pending) >= BATCHES_PER_WORKER * num_proc:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def unblock(pool: Any) -> None:

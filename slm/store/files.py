@@ -246,11 +246,15 @@ class ArrayWriter:
         self.file.write(np.ascontiguousarray(block, dtype=self.dtype).data)
         self.length += len(block)
 
-    def finish(self) -> str:
-        """Write the true length into the header; returns the sha256 of the file as read back."""
+    def end(self) -> None:
+        """Write the true length into the header."""
         self.file.seek(0)
         self._write_header()
         self.file.flush()
+
+    def finish(self) -> str:
+        """End it; returns the sha256 of the file as read back."""
+        self.end()
         os.fsync(self.file.fileno())
         self.file.seek(0)
         return hashlib.file_digest(self.file, "sha256").hexdigest()

@@ -20,14 +20,14 @@ import pytest
 import warm
 from slm.errors import UserError
 from slm.prepare import command as preparing
+from slm.prepare import parts, scan
 from slm.prepare.__main__ import main
 from slm.prepare.command import prepare
 from slm.prepare.workers import side_of, undisturbed
-from slm.store.claims import claim
 from slm.store.files import ArrayWriter
 from slm.store.shards import Corpus
 from slm.store.tokenizer import EOS
-from text_helpers import DATA, loses_spaces, needs_data, write_records
+from text_helpers import DATA, files, loses_spaces, needs_data, quote, wait_for, write_records
 
 
 @pytest.fixture
@@ -64,11 +64,6 @@ def decode(corpus: Corpus, tokens: list[int]) -> list[str]:
     text = load_tokenizer(corpus.tokenizer_folder).decode(tokens)
     assert isinstance(text, str)
     return text.split(EOS)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -648,44 +643,41 @@ def test_same_bytes_whatever_num_proc(run, tmp_path, real_text, monkeypatch):
         assert 0 <= report["bytes"] - num_bytes <= 128 * 8
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+SMALLER_UNITS, UNIT_BYTES = "import slm.prepare.scan as scan; scan.UNIT_BYTES", 150_000
+
+
+def start(folder: Path, *arguments: str, after: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "slm.prepare", *arguments]
-    return warm.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    return warm.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, after=after)
 
 
-def quote(source: dict[str, object]) -> str:
-    return "{" + ", ".join(f"{k}: {json.dumps(v)}" for k, v in source.items()) + "}"
-
-
-def test_killed_and_run_again(run, tmp_path, real_text, bytes_folder):
-    """kill -9 once some shards are there; a second live writer is refused before that."""
+def test_killed_and_run_again(run, tmp_path, real_text, bytes_folder, monkeypatch):
+    """kill -9 once some parts are there: they stay, and the bytes are those of one unit."""
     settings = {"seq_len": 64, "shard_tokens": 100_000, "heldout_ratio": 0.1}
     arguments = [f"{key}={value}" for key, value in settings.items()]
     arguments += [f"sources=[{', '.join(map(quote, real_text))}]", "num_proc=2", "out='a b=1,c'"]
     arguments.append(f"tokenizer.path={bytes_folder}")
     out = tmp_path / "a b=1,c"
-    process = start(tmp_path, *arguments)
-    wait_for(out / "train" / "tokens-00002.json")
-    process.send_signal(signal.SIGSTOP)  # it lives, and gets no further
-    with pytest.raises(UserError, match="is being written by another"):
-        run(out=out.name, sources=real_text, **settings)
+    process = start(tmp_path, *arguments, after=f"{SMALLER_UNITS} = {UNIT_BYTES}")
+    wait_for(out / ".parts" / "part-00002.json")
+    process.send_signal(signal.SIGSTOP)
     workers = children(process.pid)
     assert len(workers) >= 2
     process.kill()
     process.communicate()
-    assert not (out / "train" / "manifest.json").exists()
+    assert not (out / "train").exists()
     for worker in workers:
         wait_for(Path(f"/proc/{worker}"), exists=False)
     run(out="whole", sources=real_text, **settings)
+    monkeypatch.setattr(scan, "UNIT_BYTES", UNIT_BYTES)
+    made, write_part = [], parts.write_part
+    monkeypatch.setattr(
+        parts, "write_part", lambda work, i, *a: made.append(i) or write_part(work, i, *a)
+    )
+    there = len(list((out / ".parts").glob("part-*.json")))
     run(out=out.name, sources=real_text, **settings)
     assert files(out) == files(tmp_path / "whole")
-
-
-def wait_for(path: Path, exists: bool = True) -> None:
-    deadline = time.time() + 60
-    while path.exists() != exists:
-        assert time.time() < deadline, f"{path}: exists is still {not exists}"
-        time.sleep(0.01)
+    assert there >= 3 and made and min(made) >= there
 
 
 def children(pid: int) -> list[int]:
@@ -821,12 +813,6 @@ def test_foreign_folders_are_refused(run, tmp_path):
     assert files(tmp_path / "out") == {"thesis.tex": b"x"}
     with pytest.raises(UserError, match="is a file or lies in one"):
         run(out="a.jsonl/x", sources=[path])
-    (tmp_path / "locked").mkdir()
-    with (
-        claim(tmp_path / "locked" / ".prepare.lock"),
-        pytest.raises(UserError, match="is being written by another"),
-    ):
-        run(out="locked", sources=[path])
 
 
 @pytest.mark.parametrize(
@@ -996,7 +982,7 @@ def test_a_field_that_is_not_there_is_said_before_the_work(
 ):
     (tmp_path / "a.jsonl").write_text('{"text": "all is well"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "an article", "article": [0, 2]}\n')
-    for name in ("train_tokenizer", "read_exclusion", "run_plan"):
+    for name in ("shared_tokenizer", "read_exclusion", "run_plan"):
         monkeypatch.setattr(preparing, name, None)
     entries: dict[str, Any] = {
         "sources": [str(tmp_path / "a.jsonl")],
@@ -1012,7 +998,7 @@ def test_a_finished_preparation_needs_no_text_that_is_only_looked_at_first(tmp_p
     (tmp_path / "a.jsonl").write_text('{"text": "all is well"}\n' * 40)
     given: Any = {"sources": [str(tmp_path / "a.jsonl")], "tokenizer": {"vocab_size": 258}}
     prepare(out=tmp_path / "out", seq_len=8, heldout_ratio=0, **given)
-    monkeypatch.setattr(preparing, "read_texts", None)
+    monkeypatch.setattr(preparing, "check_first_records", None)
     prepare(out=tmp_path / "out", seq_len=8, heldout_ratio=0, **given)
 
 

@@ -1,5 +1,6 @@
 """Shards of one side by hand; results in order; what the hash of a document decides."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from slm.prepare.encoder import EncoderState, encoder_state
 from slm.prepare.readers import BLOCK_BYTES, read_blocks
 from slm.prepare.shard_writer import ShardWriter
 from slm.prepare.sources import parse_sources
-from slm.prepare.workers import Job, Tally, group_blocks, is_kept, run_batches, side_of
+from slm.prepare.workers import Job, Tally, group_blocks, is_kept, side_of, worker_pool
 from slm.store.shards import BY_NEED, read_sidecars
 from slm.store.tokenizer import train_tokenizer
 
@@ -95,10 +96,13 @@ def test_small_blocks_travel_together():
 def test_results_come_in_order_and_are_counted(tmp_path, state, num_proc):
     job = make_job(state, tmp_path / "a.txt", "ab", "c\0d", "efg", weight=2)
     batches = ([block] for block in read_blocks(job.sources, job.max_bytes))
-    results = list(run_batches(job, batches, num_proc))
-    tally = Tally(job.sources, np.zeros((2, 1, 6), dtype=np.int64))
+    with worker_pool(job, num_proc) as run:
+        results = list(run(batches))
+    tally = Tally(job.sources)
     for result in results:
-        tally.add(result)
+        one = Tally(job.sources)
+        one.add(result)
+        tally.add_json(json.loads(json.dumps(one.to_json())))  # as another process hands it over
         columns, rows = result.of_side(0)
         assert rows.tolist() == [[3, 0, 0], [4, 0, 2]]
         assert len(columns["tokens"]) == 7
