@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from model_helpers import small_llama
@@ -43,6 +43,15 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     )
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def words(joined: bool) -> PreTrainedTokenizerFast:
+    """Neither bytes nor fallback: spaces are in no token."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "ab": 2, "cd": 3}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    if joined:
+        backend.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
 
 def normalized(tokenizer: Any, step: Any) -> PreTrainedTokenizerFast:

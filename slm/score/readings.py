@@ -30,8 +30,13 @@ class OwnTokens:
         return self.documents.ids_sha256(self.texts.state.token_dtype)
 
     def read(self, document: int) -> Reading:
-        text = self.texts.read(document)
-        return Reading(text, self.documents.tokens(document), text.sizes)
+        """Without its text it is known by its tokens alone: to corpora of the same tokenizer."""
+        tokens = self.documents.tokens(document)
+        try:
+            text = self.texts.read(document)
+        except Unreadable:
+            text = Text(b"", np.zeros(len(tokens), np.int64), True, SPECIAL + tokens.tobytes())
+        return Reading(text, tokens, text.sizes)
 
 
 class OtherTokens:

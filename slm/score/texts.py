@@ -1,8 +1,9 @@
 """The documents of a corpus: their tokens, and the text that these spell.
 
-A corpus keeps no text. Byte-level vocabularies, and those with byte fallback, spell the text byte
-by byte; of others it is decoded, and believed where it encodes to the same tokens again. A
-normalizer that was at work before (NFC) is in the tokens: the text is the normalized one.
+A corpus keeps no text. Byte-level vocabularies, and those with byte fallback, spell it by bytes:
+what a normalizer had changed (NFC, a literal ▁ of SentencePiece's) is spelled as the model of
+that tokenizer reads it. Of other vocabularies the text is decoded, and believed where it encodes to
+the same tokens again.
 """
 
 import hashlib
@@ -30,11 +31,12 @@ class Text(NamedTuple):
     data: bytes
     sizes: np.ndarray  # (n,): bytes of each token in `data`; 0 for the EOS at its end
     is_whole: bool  # it ends with EOS; what a corpus dropped at its end may have cut the last one
+    ids: bytes = b""  # its tokens, where nothing is known but these
 
     @property
     def sha256(self) -> bytes:
         end = b"" if self.is_whole else CUT
-        return hashlib.sha256(self.data + end).digest()
+        return hashlib.sha256(self.data + self.ids + end).digest()
 
 
 class Documents:
@@ -132,28 +134,28 @@ class Texts:
         sizes = self.documents.column("bytes", document).astype(np.int64)
         is_whole = int(tokens[-1]) == self.eos_id
         count = len(tokens) - is_whole
-        data = self.spelled(tokens[:count], sizes[:count]) or self.decoded(tokens, sizes, count)
-        if data is None:
+        if self.state.table_is_exact:
+            data, sizes[:count] = self.spelled(tokens[:count], sizes[:count])
+        elif (data := self.decoded(tokens, sizes, count)) is None:
             raise Unreadable(
                 f"{self.documents.name(document)}: its {len(tokens)} tokens do not spell its text "
                 f"of {sizes.sum()} bytes"
             )
-        sizes[:count][self.is_special[tokens[:count]]] = 0
-        sizes += np.where(self.is_special[tokens], self.lengths[tokens], 0)
         sizes[count:] = 0
         return Text(data, sizes, is_whole)
 
-    def spelled(self, tokens: np.ndarray, sizes: np.ndarray) -> bytes | None:
-        """Byte by byte; a tokenizer may have put a space in front, which is no byte of the text."""
-        if not self.state.table_is_exact:
-            return None
-        pieces = [self.pieces[token] for token in tokens.tolist()]
-        other = (self.lengths[tokens] != sizes) & ~self.is_special[tokens]
-        for at in np.flatnonzero(other).tolist():
-            if sizes[at] != len(pieces[at]) - 1 or pieces[at][:1] != b" ":
-                return None
-            pieces[at] = pieces[at][1:]
-        return b"".join(pieces)
+    def spelled(self, tokens: np.ndarray, sizes: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """Byte by byte. A tokenizer may have put a space in front, which is no byte of the text.
+
+        Where the corpus counts other bytes otherwise, a normalizer has changed the text.
+        """
+        pieces, found = [self.pieces[token] for token in tokens.tolist()], self.lengths[tokens]
+        is_special = self.is_special[tokens]
+        is_first = np.append(True, is_special)[: len(tokens)] & ~is_special
+        for at in np.flatnonzero(is_first & (sizes == found - 1)).tolist():
+            pieces[at] = pieces[at].removeprefix(b" ")
+            found[at] = len(pieces[at])
+        return b"".join(pieces), found
 
     def decoded(self, tokens: np.ndarray, sizes: np.ndarray, count: int) -> bytes | None:
         """By the tokenizer's decoder, where the text encodes to these tokens again."""

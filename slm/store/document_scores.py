@@ -194,7 +194,8 @@ class DocumentIndex:
                 continue
             ends = np.cumsum(found, dtype=np.int64)
             ends = ends[ends <= len(text)]
-            if len(ends) < LEAST_CHECKS or self.num_bytes[document] < len(text):
+            too_short = self.num_bytes[document] < max(1, len(text))  # or known by its tokens alone
+            if too_short or len(ends) < LEAST_CHECKS:
                 continue
             if np.array_equal(self.column("checks", document)[: len(ends)], checks[ends]):
                 return document

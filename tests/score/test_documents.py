@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from document_helpers import TEXTS, byte_level, corpus_of, documents_of, save_reference, score_into
+from document_helpers import (
+    TEXTS,
+    byte_level,
+    corpus_of,
+    documents_of,
+    save_reference,
+    score_into,
+    words,
+)
 from slm.errors import UserError
 from slm.model.build import load_model
 from slm.score import documents as module
+from slm.score.bind import bind_scores
 from slm.score.command import score
 from slm.score.documents import pieces_of
 from slm.store.document_scores import open_parts
@@ -161,3 +170,21 @@ def test_a_model_of_another_tokenizer_reads_the_text(tmp_path, corpus):
         ids = foreign.encode(text, split_special_tokens=True, add_special_tokens=False)
         tokens = [*ids, foreign.eos_token_id]
         np.testing.assert_allclose(scores, defined(model, first, tokens, 99, 99), rtol=0, atol=2e-4)
+
+
+def test_without_a_text_its_tokens_find_it(tmp_path):
+    """A vocabulary without bytes and spaces: nothing but the same tokens is the same document."""
+    lossy = words(joined=True)
+    texts = ["ab cd", "cd", "ab ab cd", "cd ab " * 9 + "ab"]
+    corpus = corpus_of(tmp_path / "a", texts, lossy, seq_len=2)
+    part = score_into(tmp_path / "s", corpus, save_reference(tmp_path / "m", lossy), context=99)
+    found = documents_of(part)
+    assert [len(scores) for scores in found[:3]] == [3, 2, 4]
+    other = corpus_of(tmp_path / "b", [texts[2], texts[0], texts[2], texts[0]], lossy, seq_len=3)
+    references = bind_scores(other, part.folder, tmp_path / "r", missing="skip")
+    stream = np.concatenate([found[2], found[0], found[2], found[0]])[1:]
+    bound = references.column("logprobs", 0)[1:]
+    np.testing.assert_array_equal(bound[:9], stream[:9])
+    assert np.isnan(bound[9:]).all()  # windows of the last one, which the end has cut
+    assert [one for one in verify(tmp_path / "s") if not one[1]] == []
+    assert [one for one in verify(tmp_path / "r") if not one[1]] == []

@@ -4,10 +4,9 @@ import hashlib
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import normalizers, pre_tokenizers
 
-from document_helpers import END, TEXTS, byte_fallback, corpus_of, normalized
+from document_helpers import END, TEXTS, byte_fallback, corpus_of, normalized, words
 from slm.score.texts import Documents, Texts, Unreadable
 
 WORDS = ["ab cd", "cd", "ab ab cd", "cd ab " * 9 + "ab"]
@@ -50,15 +49,6 @@ def test_documents_go_on_over_shards(tmp_path, tokenizer):
     ]
 
 
-def words(joined: bool) -> PreTrainedTokenizerFast:
-    """Neither bytes nor fallback: spaces are in no token."""
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "ab": 2, "cd": 3}, "<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    if joined:
-        backend.decoder = decoders.Fuse()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-
-
 def test_other_vocabularies_are_decoded_and_believed_where_that_encodes_again(tmp_path):
     found = read(corpus_of(tmp_path / "a", WORDS, words(False), seq_len=2))
     assert [text.data.decode() for text in found[:3]] == WORDS[:3]
@@ -69,3 +59,10 @@ def test_other_vocabularies_are_decoded_and_believed_where_that_encodes_again(tm
     ):
         texts.read(0)
     assert np.diff(texts.documents.bounds)[:3].tolist() == [3, 2, 4]
+
+
+def test_what_a_normalizer_has_changed_is_the_text_as_the_tokens_spell_it(tmp_path, tokenizer):
+    nfc = read(corpus_of(tmp_path / "a", [TEXTS[5], END], normalized(tokenizer, normalizers.NFC())))
+    assert nfc[0].data.decode() == "\u00e9 decomposed" and nfc[0].sizes.sum() == len(nfc[0].data)
+    found = read(corpus_of(tmp_path / "b", ["a \u2581 text", END], byte_fallback()))
+    assert found[0].data.decode() == "a   text" and found[0].sizes.sum() == 8
