@@ -16,8 +16,8 @@ import numpy as np
 from pipeline import Rows, in_turn  # type: ignore
 
 from slm.score.bind import bind_scores
-from slm.score.texts import Documents
 from slm.store.document_scores import keys_of
+from slm.store.documents import Documents
 from slm.store.files import write_array, write_json
 from slm.store.shards import FORMAT, Corpus, Shard, shard_path, write_manifest, write_sidecar
 

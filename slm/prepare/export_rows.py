@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
 from slm.prepare.imports.litdata import ARRAYS
+from slm.store.documents import Documents
 from slm.store.files import Json, atomic_file, write_json
 from slm.store.shards import Corpus
 
@@ -33,12 +34,7 @@ def columns(corpus: Corpus, name: str) -> Iterator[np.ndarray]:
 
 
 def document_ends(corpus: Corpus) -> np.ndarray:  # (d,) int64, in the tokens of all shards
-    before = np.cumsum([0, *lengths(corpus)])
-    begins = [
-        rows[rows[:, 0] >= 0, 0] + offset  # a negative one began in the shard before
-        for rows, offset in zip(columns(corpus, "documents"), before[:-1], strict=True)
-    ]
-    return np.append(np.concatenate(begins), before[-1])[1:]
+    return Documents(corpus).bounds[1:]
 
 
 def row_ends(corpus: Corpus) -> np.ndarray:  # (r,) int64, likewise

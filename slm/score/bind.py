@@ -21,10 +21,11 @@ from slm.errors import UserError
 from slm.score.align import shared_logprobs
 from slm.score.cost import reference_lineage, references_cost, total
 from slm.score.scorer import Arrays, Scorer, check_space, finish, is_finished, store_bytes
-from slm.score.texts import Documents, Texts, Unreadable
+from slm.score.texts import Texts, Unreadable
 from slm.stage import Folder, stage
 from slm.store.columns import DTYPE, LOGPROBS
 from slm.store.document_scores import DocumentIndex, DocumentScores, keys_of, open_parts
+from slm.store.documents import Documents
 from slm.store.files import Json, write_record
 from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
 from slm.store.tokenizer import spellings

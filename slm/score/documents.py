@@ -33,7 +33,7 @@ from slm.score.cost import copy_lineage, write_cost
 from slm.score.readings import OtherTokens, OwnTokens, Reading
 from slm.score.reference import forward_cost, how_it_computes
 from slm.score.scorer import Arrays, Scorer, check_space, remove_leftovers, stored
-from slm.score.texts import Documents, Unreadable
+from slm.score.texts import Unreadable
 from slm.store.columns import LOGPROBS, columns_named
 from slm.store.document_scores import (
     COLUMNS,
@@ -43,6 +43,7 @@ from slm.store.document_scores import (
     keys_of,
     prefix_checks,
 )
+from slm.store.documents import Documents
 from slm.store.files import Json, read_json, write_array
 from slm.store.hub import check_model_folder
 from slm.store.shards import (

@@ -8,8 +8,9 @@ from unicodedata import normalize
 import numpy as np
 
 from slm.prepare.encoder import Encoder, encoder_state
-from slm.score.texts import Documents, Text, Texts, Unreadable
+from slm.score.texts import Text, Texts, Unreadable
 from slm.store.document_scores import SPECIAL
+from slm.store.documents import Documents
 
 
 class Reading(NamedTuple):

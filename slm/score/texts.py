@@ -1,4 +1,4 @@
-"""The documents of a corpus: their tokens, and the text that these spell.
+"""The text that the tokens of a document spell.
 
 A corpus keeps no text. Byte-level vocabularies, and those with byte fallback, spell it by bytes:
 what a normalizer had changed (NFC, a literal ▁ of SentencePiece's) is spelled as the model of
@@ -7,7 +7,6 @@ the same tokens again.
 """
 
 import hashlib
-from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from slm.errors import UserError
 from slm.prepare.encoder import Encoder, encoder_state
 from slm.score.token_texts import vocabulary_bytes
 from slm.store.document_scores import CUT, SPECIAL
-from slm.store.shards import Corpus
+from slm.store.documents import Documents
 from slm.store.tokenizer import load_corpus_tokenizer
 
 
@@ -39,81 +38,10 @@ class Text(NamedTuple):
         return hashlib.sha256(self.data + self.ids + end).digest()
 
 
-class Documents:
-    """The documents of a corpus in order, each from its start to the next one's, across shards."""
-
-    def __init__(self, corpus: Corpus):
-        self.corpus = corpus
-        self.before = np.cumsum([0, *(shard.num_tokens for shard in corpus.shards)])
-        rows = [self.begun_in(shard) for shard in range(len(corpus.shards))]
-        begun = np.concatenate([*rows, np.empty((0, 3), np.int64)])
-        ends = np.append(begun[1:, 0], self.before[-1])
-        self.rows = begun[ends > begun[:, 0]]  # (d, 3): first token in the corpus, source, record
-        self.bounds = np.append(self.rows[:, 0], self.before[-1])
-        self._columns: dict[str, list[np.ndarray]] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def begun_in(self, shard: int) -> np.ndarray:  # (documents, 3)
-        rows = np.asarray(self.corpus.column("documents", shard))
-        if shard > 0:  # a negative start is that of a document of the shard before
-            rows = rows[rows[:, 0] >= 0]
-        starts = np.maximum(rows[:, 0], 0) + self.before[shard]
-        return np.column_stack([starts, rows[:, 1:3]])
-
-    def of_shard(self, shard: int) -> range:
-        """Those that begin in it."""
-        first, last = np.searchsorted(self.rows[:, 0], self.before[shard : shard + 2])
-        return range(int(first), int(last))
-
-    def columns(self, name: str) -> list[np.ndarray]:
-        """Of all shards, mapped."""
-        if name not in self._columns:
-            shards = range(len(self.corpus.shards))
-            self._columns[name] = [self.corpus.column(name, shard) for shard in shards]
-        return self._columns[name]
-
-    def column(self, name: str, document: int) -> np.ndarray:  # (n,)
-        start, end = self.bounds[document : document + 2]
-        shard = int(np.searchsorted(self.before, start, side="right")) - 1
-        pieces, columns = [], self.columns(name)
-        while start < end:
-            offset, stop = self.before[shard], min(end, self.before[shard + 1])
-            pieces.append(columns[shard][start - offset : stop - offset])
-            start, shard = stop, shard + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def tokens(self, document: int) -> np.ndarray:  # (n,)
-        return self.column("tokens", document)
-
-    def name(self, document: int) -> str:
-        """For messages."""
-        _, source, record = self.rows[document].tolist()
-        sources = self.corpus.manifest["sources"]
-        where = sources[source] if source < len(sources) else f"source {source}"
-        return f"{self.corpus.folder}: document {document} (record {record} of {where})"
-
-    def ids_sha256(self, dtype: str) -> Iterator[bytes]:
-        """Of the tokens of each document; dtype: that of the tokenizer's corpora."""
-        edges = self.bounds.tolist()
-        for shard, tokens in enumerate(self.columns("tokens")):
-            offset, mine = int(self.before[shard]), self.of_shard(shard)
-            whole = np.ascontiguousarray(tokens, dtype)
-            view, size = whole.data.cast("B"), whole.itemsize
-            for document in mine:
-                start, end = edges[document] - offset, edges[document + 1] - offset
-                if end <= len(whole):
-                    data = view[start * size : end * size]
-                else:  # it goes on in the next shard
-                    data = self.tokens(document).astype(dtype).tobytes()
-                yield hashlib.sha256(data).digest()
-
-
 class Texts:
-    """What the documents of a corpus spell."""
+    """What the documents of a corpus spell; a special token in them spells its name, or nothing."""
 
-    def __init__(self, documents: Documents):
+    def __init__(self, documents: Documents, *, names_special: bool = True):
         self.documents, corpus = documents, documents.corpus
         self.tokenizer, self.eos_id = load_corpus_tokenizer(corpus), corpus.manifest["eos_id"]
         self.state = encoder_state(self.tokenizer)
@@ -121,7 +49,7 @@ class Texts:
         found, size = vocabulary_bytes(self.tokenizer), self.state.vocab_size
         self.pieces = [found[index] if index in found else b"" for index in range(size)]
         for index in np.flatnonzero(self.is_special):
-            self.pieces[index] = SPECIAL + self.pieces[index] + SPECIAL
+            self.pieces[index] = SPECIAL + self.pieces[index] + SPECIAL if names_special else b""
         self.lengths = np.array([len(piece) for piece in self.pieces])
 
     @cached_property

@@ -16,13 +16,13 @@ from pyarrow.parquet import ParquetWriter
 
 from slm.console import progress
 from slm.errors import UserError
-from slm.prepare.export_rows import columns, lengths
-from slm.score.token_texts import vocabulary_bytes
+from slm.prepare.export_rows import columns
+from slm.score.texts import Texts
+from slm.store.documents import Documents
 from slm.store.files import Json, atomic_file
 from slm.store.shards import Corpus
-from slm.store.tokenizer import load_corpus_tokenizer
 from slm.store.windows import IGNORE_INDEX, WEIGHT, Windows
-from slm.train.kept import KEPT, Documents, Kept, first_targets
+from slm.train.kept import KEPT, Kept, Shares, first_targets
 
 log = logging.getLogger("slm.train")
 ROWS_AT_ONCE = 256
@@ -31,52 +31,24 @@ CONTINUES, LEAD = 0x80, 0xC0  # a byte of UTF-8 & LEAD == CONTINUES: not the fir
 # ---- texts --------------------------------------------------------------------------------------
 
 
-class Texts:
-    """The text of any tokens of a corpus, by the bytes that `slm prepare` counted for each."""
+def texts_of(corpus: Corpus) -> Texts:
+    texts = Texts(Documents(corpus), names_special=False)
+    if texts.tokenizer.backend_tokenizer.normalizer is not None:
+        log.warning(
+            "%s: its tokenizer normalizes text: what it changes but spaces does not come back",
+            corpus.folder,
+        )
+    return texts
 
-    def __init__(self, corpus: Corpus):
-        tokenizer = load_corpus_tokenizer(corpus)
-        if tokenizer.backend_tokenizer.normalizer is not None:
-            log.warning(
-                "%s: its tokenizer normalizes text: what it changes but spaces does not come back",
-                corpus.folder,
-            )
-        known = vocabulary_bytes(tokenizer)
-        self.corpus, self.eos_id = corpus, corpus.manifest["eos_id"]
-        self.pieces = [known[i] if i in known else b"" for i in range(corpus.vocab_size)]
-        self.starts = np.cumsum([0, *lengths(corpus)])
 
-    def column(self, name: str, begin: int, end: int) -> np.ndarray:  # (end - begin,)
-        """Of tokens that may lie in several shards."""
-        first, last = np.searchsorted(self.starts, [begin, end - 1], side="right") - 1
-        parts = [
-            self.corpus.column(name, i)[max(0, begin - self.starts[i]) : end - self.starts[i]]
-            for i in range(first, last + 1)
-        ]
-        return np.concatenate(parts)
-
-    def read(self, begin: int, end: int) -> tuple[str, np.ndarray]:
-        """The text of the tokens, and the bytes of it that each has (end - begin,)."""
-        ids, sizes = (self.column(name, begin, end) for name in ("tokens", "bytes"))
-        both = zip(ids.tolist(), sizes.tolist(), strict=True)
-        pieces = [self.pieces[token][-size:] if size else b"" for token, size in both]
-        wrong = np.flatnonzero(np.fromiter(map(len, pieces), np.int64, len(pieces)) != sizes)
-        if len(wrong):
-            token = ids[wrong[0]]
-            raise UserError(
-                f"{self.corpus.folder}: token {begin + wrong[0]} is {token}, of "
-                f"{sizes[wrong[0]]} bytes in the text, but {self.pieces[token]!r} in the "
-                "tokenizer, so the text cannot be had from its tokens"
-            )
-        text = b"".join(pieces)
-        if ids[-1] != self.eos_id:  # the corpus ends within this document: perhaps in a character
-            text = text[: whole_length(text)]
-        try:
-            return text.decode(), sizes.astype(np.int64)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.corpus.folder}: the tokens from {begin} to {end} are no UTF-8 ({error})"
-            ) from None
+def read(texts: Texts, document: int) -> tuple[str, np.ndarray]:
+    """The text of a document, and the bytes of it that each of its tokens has (n,)."""
+    found = texts.read(document)
+    data = found.data if found.is_whole else found.data[: whole_length(found.data)]
+    try:
+        return data.decode(), found.sizes
+    except UnicodeDecodeError as error:
+        raise UserError(f"{texts.documents.name(document)} is no UTF-8 ({error})") from None
 
 
 def whole_length(data: bytes) -> int:
@@ -103,17 +75,17 @@ def spans(inside: np.ndarray) -> list[list[int]]:  # (n,) bool -> [start, end) o
 
 
 def write_texts(
-    corpus: Corpus, kept: Kept, found: Documents, taken: np.ndarray, folder: Path, has_spans: bool
+    corpus: Corpus, kept: Kept, found: Shares, taken: np.ndarray, folder: Path, has_spans: bool
 ) -> None:
     """documents.jsonl or spans.jsonl, in the corpus's order."""
-    texts, path = Texts(corpus), folder / ("spans.jsonl" if has_spans else "documents.jsonl")
+    texts, path = texts_of(corpus), folder / ("spans.jsonl" if has_spans else "documents.jsonl")
     with (
         atomic_file(path) as file,
         progress("writing", int(found.tokens[taken].sum()), "tokens") as advance,
     ):
         for number in np.flatnonzero(taken).tolist():
             begin, end = int(found.begins[number]), int(found.ends[number])
-            text, sizes = texts.read(begin, end)
+            text, sizes = read(texts, number)
             record = about(corpus, found, number) | {"text": text}
             if has_spans:
                 inside = kept_characters(text, sizes, kept.state[begin:end] == KEPT)
@@ -122,7 +94,7 @@ def write_texts(
             advance(end - begin)
 
 
-def about(corpus: Corpus, found: Documents, number: int) -> Json:
+def about(corpus: Corpus, found: Shares, number: int) -> Json:
     """Of one document; null: the rule had no token of it to choose from, or no score is known."""
     numbers: dict[str, Any] = {"share": found.share[number], "excess": found.excess[number]}
     known = {name: None if np.isnan(v) else round(float(v), 6) for name, v in numbers.items()}

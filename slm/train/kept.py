@@ -16,8 +16,9 @@ import torch
 
 from slm.console import progress
 from slm.errors import UserError
-from slm.prepare.export_rows import columns, document_ends, lengths
+from slm.prepare.export_rows import lengths
 from slm.selection.rule import Selection
+from slm.store.documents import Documents
 from slm.store.shards import Corpus
 from slm.store.windows import IGNORE_INDEX, Batch, Windows
 from slm.train.order import Order
@@ -113,8 +114,8 @@ def first_targets(corpus: Corpus) -> np.ndarray:  # (windows,) int64
 
 
 @dataclass(frozen=True)
-class Documents:
-    """(d,) each."""
+class Shares:
+    """What a rule keeps of each document; (d,) each."""
 
     begins: np.ndarray  # int64, among the n tokens
     ends: np.ndarray
@@ -134,10 +135,9 @@ class Documents:
         return self.ends - self.begins
 
 
-def documents_of(corpus: Corpus, kept: Kept) -> Documents:
-    ends = document_ends(corpus)
-    begins = np.concatenate([[0], ends[:-1]])
-    rows = np.concatenate([rows[rows[:, 0] >= 0] for rows in columns(corpus, "documents")])
+def documents_of(corpus: Corpus, kept: Kept) -> Shares:
+    documents = Documents(corpus)
+    begins, ends, rows = documents.rows[:, 0], documents.bounds[1:], documents.rows
     sums = [
         sums_of(kept, begins[first : first + DOCUMENTS_AT_ONCE], ends[first:][:DOCUMENTS_AT_ONCE])
         for first in range(0, len(ends), DOCUMENTS_AT_ONCE)
@@ -146,7 +146,7 @@ def documents_of(corpus: Corpus, kept: Kept) -> Documents:
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = excess / candidates
     counts = candidates.astype(np.int64), selected.astype(np.int64)
-    return Documents(begins, ends, rows[:, 1], rows[:, 2], *counts, mean)
+    return Shares(begins, ends, rows[:, 1], rows[:, 2], *counts, mean)
 
 
 def sums_of(kept: Kept, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:  # (3, documents)
@@ -159,7 +159,7 @@ def sums_of(kept: Kept, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:  # 
 
 
 def choose(
-    found: Documents, by: str, least: float | None, max_tokens: int | None
+    found: Shares, by: str, least: float | None, max_tokens: int | None
 ) -> np.ndarray:  # (d,) bool
     """Documents of at least `least`; of these the highest, ties to the first, that fit."""
     value = {"share": found.share, "excess": found.excess}[by]

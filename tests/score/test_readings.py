@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from document_helpers import END, TEXTS, byte_fallback, byte_level, corpus_of, normalized
 from slm.score.readings import OtherTokens, OwnTokens
-from slm.score.texts import Documents, Unreadable
+from slm.score.texts import Unreadable
+from slm.store.documents import Documents
 from slm.store.shards import Corpus
 
 

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import normalizers, pre_tokenizers
 
 from document_helpers import END, TEXTS, byte_fallback, corpus_of, normalized, words
-from slm.score.texts import Documents, Texts, Unreadable
+from slm.score.texts import Texts, Unreadable
+from slm.store.documents import Documents
 
 WORDS = ["ab cd", "cd", "ab ab cd", "cd ab " * 9 + "ab"]
 
@@ -33,20 +34,6 @@ def test_texts_are_what_was_prepared(tmp_path, tokenizer, kind):
     assert END.startswith(found[-1].data.decode())
     assert found[0].sha256 == hashlib.sha256(TEXTS[0].encode()).digest()
     assert found[-1].sha256 == hashlib.sha256(found[-1].data + b"\xff").digest()
-
-
-def test_documents_go_on_over_shards(tmp_path, tokenizer):
-    corpus = corpus_of(tmp_path, [TEXTS[0], END, TEXTS[1], END], tokenizer, shard_tokens=20)
-    documents = Documents(corpus)
-    assert len(corpus.shards) > 4 and len(documents) == 4
-    assert [documents.of_shard(i) for i in range(len(corpus.shards))][0][0] == 0
-    assert sum(len(documents.of_shard(i)) for i in range(len(corpus.shards))) == 4
-    tokens = documents.tokens(1)
-    assert tokenizer.decode(tokens[:-1]) == END and tokens[-1] == tokenizer.eos_token_id
-    hashes = list(documents.ids_sha256("uint16"))
-    assert hashes == [
-        hashlib.sha256(documents.tokens(i).astype("<u2").tobytes()).digest() for i in range(4)
-    ]
 
 
 def test_other_vocabularies_are_decoded_and_believed_where_that_encodes_again(tmp_path):

@@ -11,9 +11,17 @@ import pytest
 from slm.errors import UserError
 from slm.prepare.command import prepare
 from slm.prepare.export_rows import lengths
+from slm.store.documents import Documents
 from slm.store.shards import Corpus
 from slm.store.windows import IGNORE_INDEX, Windows
-from slm.train.concentrated import Texts, kept_characters, spans, write_rows, write_texts
+from slm.train.concentrated import (
+    kept_characters,
+    read,
+    spans,
+    texts_of,
+    write_rows,
+    write_texts,
+)
 from slm.train.kept import CANDIDATE, KEPT, Kept, documents_of, first_targets
 from text_helpers import write_records
 
@@ -73,18 +81,19 @@ def test_spans_go_through_prepare(tmp_path, corpus):
         name: np.concatenate([again.column(name, i) for i in range(len(again.shards))])
         for name in ("tokens", "masks", "signal")
     }
-    found, texts = documents_of(corpus, kept), Texts(corpus)
-    assert columns["tokens"].tolist() == texts.column("tokens", 0, len(kept.state)).tolist()
-    for begin, end, text in zip(found.begins, found.ends, TEXTS, strict=True):
+    documents = Documents(corpus)
+    for number, text in enumerate(TEXTS):
+        begin, end = documents.bounds[number : number + 2]
+        assert columns["tokens"][begin:end].tolist() == documents.tokens(number).tolist()
         owner = [i for i, char in enumerate(text) for _ in char.encode()]  # of each byte
-        sizes, expected, at = texts.column("bytes", begin, end).tolist(), [], 0
+        sizes, expected = documents.column("bytes", number).tolist(), []
         mine = [owner[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
         whole = {c for i, of in enumerate(mine) if kept.state[begin + i] == KEPT for c in of}
         for of in mine[:-1]:
             expected.append(2 * sum(c in whole for c in of) > len(of))
         assert columns["masks"][begin:end].tolist() == [*expected, expected[-1]]  # EOS as the last
         assert (columns["signal"][begin : end - 1] == 1).tolist() == expected
-        assert at == 0 and all(e for i, e in enumerate(expected) if kept.state[begin + i] == KEPT)
+        assert all(e for i, e in enumerate(expected) if kept.state[begin + i] == KEPT)
 
 
 def test_a_character_that_tokens_share_was_kept_if_one_of_them_was():
@@ -111,10 +120,10 @@ def test_a_corpus_that_ends_within_a_character(tmp_path, bytes_folder):
 
 def test_text_that_tokens_do_not_spell_is_refused(tmp_path, bytes_folder):
     corpus = prepared(tmp_path / "c", [{"text": "abc"}], bytes_folder)
-    texts = Texts(corpus)
-    texts.pieces[int(corpus.column("tokens", 0)[1])] = b""
-    with pytest.raises(UserError, match="token 1 is .*, of 1 bytes in the text, but b'' in the"):
-        texts.read(0, 4)
+    texts = texts_of(corpus)
+    texts.pieces[int(corpus.column("tokens", 0)[1])] = b"\xff"
+    with pytest.raises(UserError, match="document 0 .record 0 of c. is no UTF-8"):
+        read(texts, 0)
 
 
 @pytest.mark.parametrize("packing", ["concat", "documents"])

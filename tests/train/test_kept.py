@@ -6,7 +6,7 @@ import pytest
 from slm.errors import UserError
 from slm.selection import Excess, Random
 from slm.store.windows import Windows
-from slm.train.kept import CANDIDATE, KEPT, NONE, Documents, Kept, choose, documents_of
+from slm.train.kept import CANDIDATE, KEPT, NONE, Kept, Shares, choose, documents_of
 from slm.train.order import Order
 
 LENGTH = 4
@@ -94,7 +94,7 @@ def test_a_rule_that_needs_no_losses_is_asked_without(tmp_path, scored):
 
 
 NAN = np.nan
-FOUND = Documents(
+FOUND = Shares(
     begins=np.array([0, 10, 30, 35, 40]),
     ends=np.array([10, 30, 35, 40, 60]),
     source=np.zeros(5, int),
