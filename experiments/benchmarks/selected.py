@@ -3,6 +3,7 @@
     python experiments/benchmarks/selected.py            8 and 30 layers, 12 minutes on two cores
     python experiments/benchmarks/selected.py --memory   the most bytes of tensors at once, k = 0.6
     python experiments/benchmarks/selected.py --profile  where the time goes: selected_profile.csv
+    python experiments/benchmarks/selected.py --trainer  beside transformers' Trainer alone
     python experiments/benchmarks/selected.py --cpu      seconds of the process, on a busy machine
     python experiments/benchmarks/selected.py --small    toy sizes, for the test suite
 
@@ -119,6 +120,26 @@ def bench(rows: Rows, layers: int, given: argparse.Namespace) -> None:
     clock = time.process_time if given.cpu else time.perf_counter
     lm = make_lm(layers, given.small)
     batch = make_batch(lm, 2, given.small)
+    if not given.trainer:
+        bench_steps(rows, lm, batch, layers, busy, clock, given)
+    for k in BESIDE_TRAINER if layers == 30 or given.small else ():
+        with tempfile.TemporaryDirectory() as folder:
+            cases = beside_trainer(make_lm(layers, given.small), batch, k, folder)
+            found = in_turn(clock, given.repeats, cases)
+        relative = ratios(found["SelectiveTrainer"], found["Trainer"])
+        case = f"SelectiveTrainer, selected at k = {k} / Trainer, {layers} layers{busy}"
+        rows.add("step", case, "1", relative, BESIDE_TRAINER[k])
+
+
+def bench_steps(
+    rows: Rows,
+    lm: SelectiveLM,
+    batch: dict[str, Any],
+    layers: int,
+    busy: str,
+    clock: Callable[[], float],
+    given: argparse.Namespace,
+) -> None:
     for checkpointed, goals in ((False, TARGETS), (True, RECOMPUTED)):
         found = in_turn(clock, given.repeats, steps(lm, batch, checkpointed, goals))
         every = found.pop("all tokens")
@@ -127,13 +148,6 @@ def bench(rows: Rows, layers: int, given: argparse.Namespace) -> None:
             target = goal(layers, checkpointed, name)
             rows.add("step", f"{name} / all tokens, {words}", "1", ratios(seconds, every), target)
         rows.add("step", f"all tokens, {words}", "s", every, "")
-    for k in BESIDE_TRAINER if layers == 30 or given.small else ():
-        with tempfile.TemporaryDirectory() as folder:
-            cases = beside_trainer(make_lm(layers, given.small), batch, k, folder)
-            found = in_turn(clock, given.repeats, cases)
-        relative = ratios(found["SelectiveTrainer"], found["Trainer"])
-        case = f"SelectiveTrainer, selected at k = {k} / Trainer, {layers} layers{busy}"
-        rows.add("step", case, "1", relative, BESIDE_TRAINER[k])
 
 
 def beside_trainer(
@@ -259,6 +273,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--memory", action="store_true", help="bytes, not seconds")
+    parser.add_argument("--trainer", action="store_true", help="beside transformers' Trainer alone")
     parser.add_argument("--profile", action="store_true", help="seconds of groups of operations")
     parser.add_argument("--small", action="store_true", help="toy sizes; numbers mean nothing")
     parser.add_argument("--cpu", action="store_true", help="seconds of the process, one thread")
