@@ -17,8 +17,9 @@ from document_helpers import (
     score_into,
 )
 from slm.errors import UserError
-from slm.score.bind import Binder, bind_scores
+from slm.score.bind import Binder, bind_scores, whole_windows
 from slm.score.cost import references_cost
+from slm.score.texts import Documents
 from slm.store.document_scores import DocumentScores
 from slm.store.shards import Corpus, References
 from slm.store.windows import IGNORE_INDEX, Windows
@@ -256,3 +257,17 @@ def test_a_flipped_byte_is_found_where_it_is_asked_for(tmp_path, tokenizer, part
     with pytest.raises(UserError, match="logprobs-00000.npy is damaged: sha256"):
         bind_scores(corpus, tmp_path / "s", tmp_path / "r", check="full")
     assert not (tmp_path / "r").exists()
+
+
+def test_windows_without_a_missing_document_by_looking_at_each(tmp_path, tokenizer):
+    corpus = corpus_of(tmp_path, [*TEXTS, END], tokenizer, seq_len=4, shard_tokens=30)
+    documents = Documents(corpus)
+    owner = np.repeat(np.arange(len(documents)), np.diff(documents.bounds))
+    for seed in range(20):
+        places = np.random.default_rng(seed).integers(-1, 3, len(documents))
+        expected = [
+            (places[owner[start + 1 + 4 * w : start + 5 + 4 * w]] >= 0).all()
+            for start, count in zip(documents.before, corpus.windows_per_shard, strict=False)
+            for w in range(count)
+        ]
+        assert whole_windows(documents, places).tolist() == expected

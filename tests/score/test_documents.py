@@ -97,6 +97,8 @@ def test_a_store_grows_by_what_it_lacks(tmp_path, corpus, reference, tokenizer):
     assert len(found[0]) == len(expected)
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
     assert len(found) <= 2  # and the one that the end has cut
+    twice = corpus_of(tmp_path / "twice", ["again and again"] * 3 + ["filled " * 9], tokenizer)
+    assert len(documents_of(score_into(tmp_path / "u", twice, reference))) == 2
     before = {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
     assert score(more, tmp_path / "s", reference_model=reference, layout="documents", device="cpu")
     assert before == {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
