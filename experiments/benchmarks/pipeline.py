@@ -197,7 +197,7 @@ def prepare_rates(
     for index in range(repeats):
         out = folder / f"p{size_mb}-{index}"
         rates["bare"].append(actual_mb / timed(bare))
-        rates["prepare"].append(prepare_rate(source, out, corpus, actual_mb))
+        rates["prepare"].append(prepare_rate(source, out, corpus))
     return rates
 
 
@@ -208,13 +208,13 @@ def read_texts(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
-def prepare_rate(source: Path, out: Path, corpus: Path, size_mb: float) -> float:
-    """MB/s by the seconds that `slm prepare` itself prints: the start of the process left out."""
+def prepare_rate(source: Path, out: Path, corpus: Path) -> float:
+    """MB/s as `slm prepare` itself prints it: the start of the process left out."""
     words = (f"tokenizer.path='{corpus / 'tokenizer'}'", "heldout_ratio=0")
     done = subprocess.run(prepare_command(source, out, *words), check=True, capture_output=True)
-    seconds = re.search(rb"MB of text in ([0-9.]+) s", done.stdout + done.stderr)
-    assert seconds is not None, done.stderr
-    return size_mb / float(seconds[1])
+    rate = re.search(rb"MB of text in [0-9.]+ s: ([0-9.]+) MB/s", done.stdout + done.stderr)
+    assert rate is not None, done.stderr
+    return float(rate[1])
 
 
 # A forked process begins with the largest resident set of its parent: a small one starts it.

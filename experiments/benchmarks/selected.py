@@ -227,13 +227,14 @@ def group_of(operation: str) -> str:
 
 def profiled(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """What it gives, and seconds of each group of operations."""
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as found:
+        start = time.perf_counter()
         out = function()
+        took = time.perf_counter() - start
     seconds: dict[str, float] = defaultdict(float)
     for event in found.key_averages():
         seconds[group_of(event.key)] += event.self_cpu_time_total / 1e6
-    seconds["all"] = time.perf_counter() - start
+    seconds["all"] = took
     return out, seconds
 
 
@@ -242,15 +243,19 @@ def bench_profile(layers: int, given: argparse.Namespace) -> None:
     lm = make_lm(layers, given.small)
     batch, found = make_batch(lm, 2, given.small), defaultdict(list)
     lm.logits_cache_bytes = LOGITS
-    for repeat in range(1 + given.repeats):
-        for k in (1.0, *TARGETS):
-            how = "exact" if k == 1 else "selected"
-            loss, before = profiled(partial(forward, lm, batch, k, how))
-            _, after = profiled(loss.backward)
-            lm.zero_grad(set_to_none=True)
-            for phase, seconds in (("forward", before), ("backward", after)):
-                for group, value in seconds.items() if repeat else ():
-                    found[k, phase, group].append(value)
+    for name in ("", "checkpointed "):
+        if name:
+            lm.logits_cache_bytes = 0
+            enable_checkpointing(lm.model)
+        for repeat in range(1 + given.repeats):
+            for k in (1.0, *TARGETS):
+                how = "exact" if k == 1 else "selected with keys kept" if name else "selected"
+                loss, before = profiled(partial(forward, lm, batch, k, how))
+                _, after = profiled(loss.backward)
+                lm.zero_grad(set_to_none=True)
+                for phase, seconds in (("forward", before), ("backward", after)):
+                    for group, value in seconds.items() if repeat else ():
+                        found[k, name + phase, group].append(value)
     path = given.out.with_name("selected_profile.csv")
     lines = [
         {"layers": layers, "k": k, "phase": phase, "group": group}
