@@ -74,14 +74,19 @@ def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Jso
 
 
 def weight_range(corpus: Corpus) -> Json:
-    """Of all tokens, EOS included: mean, least and largest weight, how many have 0."""
-    total, zeros, ends = 0.0, 0, []
+    """Least and largest weight of all tokens, EOS included, and how many have 0; the mean over
+    targets, whose number is what a loss is divided by."""
+    total, targets, zeros, ends = 0.0, 0, 0, []
     for shard in corpus.shards:
-        weights = corpus.column("weights", shard.index)
-        total += float(weights.sum(dtype=np.float64))
-        zeros += len(weights) - int(np.count_nonzero(weights))
+        weights = np.asarray(corpus.column("weights", shard.index))
+        live = weights > 0
+        zeros += len(weights) - int(np.count_nonzero(live))
+        if corpus.has_masks:
+            live &= corpus.column("masks", shard.index)
+        targets += int(np.count_nonzero(live))
+        total += float(weights[live].sum(dtype=np.float64))
         ends += [float(weights.min()), float(weights.max())]
-    mean = total / sum(shard.num_tokens for shard in corpus.shards)
+    mean = total / max(1, targets)
     return {"mean": mean, "least": min(ends), "largest": max(ends), "tokens_of_0": zeros}
 
 
@@ -138,6 +143,8 @@ def say_weights(folder: Path, counts: Json) -> None:
     """Where losses are weighted: they are divided by a number of tokens, so the mean is a scale."""
     if "weights" in counts:
         log.info(
-            "{folder}: the tokens' weights are {least:g} to {largest:g}, in the mean {mean:.4g}; "
-            "{tokens_of_0:,} have 0 and are no targets".format(folder=folder, **counts["weights"])
+            "{folder}: the tokens' weights are {least:g} to {largest:g}, {mean:.4g} in the mean of "
+            "targets; {tokens_of_0:,} have 0 and are none".format(
+                folder=folder, **counts["weights"]
+            )
         )

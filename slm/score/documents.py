@@ -244,6 +244,11 @@ def score_documents(config: Any, corpus: Corpus) -> Path:
     if not todo.any():
         return Path(config.out)
     scoring = plan["scoring"]
+    log.info(
+        "documents are read with a context of %d tokens, every %d (context=, stride=; the model's "
+        "positions: %s)",
+        *(plan["seq_len"], scoring["stride"], position_limit(lm.model.config) or "any number"),
+    )
     sizes = scoring["first_token"], plan["seq_len"], scoring["stride"]
     model = DocumentModel(lm, *sizes, config)
     check_fits(model, reader, todo)

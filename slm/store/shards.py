@@ -189,6 +189,8 @@ def why_not(folder: Path) -> str:
     if (folder / "plan.json").exists() and not (folder / "report.json").exists():
         return "it is unfinished, run the command that makes it again"
     inside = [path.parent.name for path in sorted(folder.glob("*/manifest.json"))]
+    if inside and read_json(folder / inside[0] / "manifest.json")["kind"] == "document_scores":
+        return "it has scores of documents, which `slm bind` lays onto a corpus"
     return f"name a folder in it: {', '.join(inside)}" if inside else "manifest.json is missing"
 
 

@@ -49,6 +49,13 @@ FORMATS = {  # and the module that reads it
 }
 
 
+READ_BY = {  # the formats that look at a key
+    "dtype": ("nanogpt", "olmo", "datatrove", "mds"),
+    "column": ("mds",),
+    "masks": ("olmo", "mds"),
+}
+
+
 class TokenizerKeys(TypedDict, total=False):
     path: Folder | None
     eos: str | None
@@ -110,6 +117,12 @@ def import_corpus(
 
 def write_folder(config: Any, out: Path) -> Json:
     """Everything into a new folder; returns its report."""
+    for key, formats in READ_BY.items():
+        if vars(config)[key] is not None and config.format not in formats:
+            raise UserError(
+                f"{key} is {vars(config)[key]!r}, and format={config.format} has no such thing: "
+                f"{', '.join(formats)} {'has' if len(formats) == 1 else 'have'}"
+            )
     if config.link and config.add_eos:
         raise UserError("link=true leaves files as they are, and add_eos=true adds to them")
     if config.shard_tokens <= config.seq_len:

@@ -106,6 +106,25 @@ def test_documents_of_a_stream_go_on_in_the_next_file(run, tmp_path):
     assert corpus.manifest["sources"] == ["train-*"]
 
 
+@pytest.mark.parametrize(
+    ("format", "key", "value", "message"),
+    [
+        (
+            "nanogpt",
+            "masks",
+            "m.bin",
+            "masks is 'm.bin', and format=nanogpt has no such thing: olmo",
+        ),
+        ("litdata", "column", "x", "column is 'x', and format=litdata has no such thing: mds has"),
+        ("megatron", "dtype", "uint16", "dtype is 'uint16', and format=megatron has no such thing"),
+    ],
+)
+def test_a_key_that_the_format_does_not_look_at_is_refused(run, format, key, value, message):
+    """Or a user would believe that prompts are masked."""
+    with pytest.raises(UserError, match=f"^{message}"):
+        run(format, "any", **{key: value})
+
+
 def test_several_paths_are_sources(run, tmp_path):
     for name, ids in (("a", STREAM[:29]), ("b", STREAM[29:-1])):
         np.save(tmp_path / f"{name}.npy", np.array(ids))
