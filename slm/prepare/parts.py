@@ -26,7 +26,15 @@ from slm.prepare.units import read_unit
 from slm.prepare.work import POLL_S, Work
 from slm.prepare.workers import Result, Run, Tally, group_blocks, worker_pool
 from slm.store.claims import ClaimLost, claim, owner_of
-from slm.store.files import ArrayWriter, Json, atomic_file, map_array, read_json, write_record
+from slm.store.files import (
+    ArrayWriter,
+    Json,
+    atomic_file,
+    map_array,
+    read_json,
+    release,
+    write_record,
+)
 
 TOKENS_AT_ONCE = 2**21
 Columns = dict[str, np.ndarray]
@@ -130,6 +138,8 @@ class Part:
             last = max(first + 1, int(np.searchsorted(ends, start + TOKENS_AT_ONCE)))
             end = int(ends[last - 1])
             yield {c: a[start:end] for c, a in arrays.items()}, documents[first:last]
+            for array in arrays.values():
+                release(array, start, end)
             first, start = last, end
 
     def excluded(self) -> list[Excluded]:

@@ -9,6 +9,8 @@ import errno
 import hashlib
 import io
 import json
+import math
+import mmap
 import os
 import re
 import shutil
@@ -24,6 +26,7 @@ from slm.errors import UserError
 from slm.store.claims import process_name, remove_temporaries
 from slm.store.fields import FILES, check_fields
 
+AROUND = 1 << 22  # bytes that a page fault may map before its place, generously
 BLOCK_BYTES = 1 << 22
 SEAL = "seal"
 
@@ -225,6 +228,18 @@ def map_array(path: Path, dtype: str, length: int) -> np.ndarray:
     if expected != found:
         raise UserError(f"{path} has {found} bytes, its header says {expected}")
     return array
+
+
+def release(column: Any, first: int, last: int) -> None:
+    """Of a mapped array, rows [first, last) that were read: their pages count as this process's
+    memory until they are given back.
+
+    So do those that a fault maps around the one it needs, before `first` too.
+    """
+    size, lead = column.dtype.itemsize * math.prod(column.shape[1:]), column.offset % mmap.PAGESIZE
+    begin = max(0, lead + first * size - AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED"):
+        column.base.madvise(mmap.MADV_DONTNEED, begin, lead + last * size - begin)
 
 
 class ArrayWriter:

@@ -7,7 +7,7 @@ fill no window are left out. Every token is read once for its hash and once for 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from mmap import ALLOCATIONGRANULARITY, MADV_DONTNEED, mmap
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,10 @@ from slm.errors import UserError
 from slm.prepare.encoder import EncoderState
 from slm.prepare.imports.parts import Part
 from slm.prepare.imports.stream import Block, Stream
-from slm.store.files import write_array, write_record
+from slm.store.files import release, write_array, write_record
 from slm.store.links import RECORD, TABLE, hash_slice
 from slm.store.shards import Shard, shard_path, write_sidecar
 
-AROUND = 1 << 22  # bytes that a page fault may map before its place, generously
 HASHED_AT_ONCE = 2  # slices, a thread each
 KINDS = ("bool", "uint8", "uint16", "uint32", "int32", "int64")
 
@@ -151,13 +150,3 @@ def place_of(where: str, column: Any) -> dict[str, Any]:
         )
     path = Path(str(column.filename)).absolute()
     return {"path": str(path), "offset": column.offset, "size": path.stat().st_size}
-
-
-def release(column: Any, first: int, last: int) -> None:
-    """Pages that were read count as this process's memory until they are given back.
-
-    So do those that a fault maps around the one it needs, before `first` too.
-    """
-    size, lead = column.dtype.itemsize, column.offset % ALLOCATIONGRANULARITY
-    begin = max(0, lead + first * size - AROUND) // ALLOCATIONGRANULARITY * ALLOCATIONGRANULARITY
-    column.base.madvise(MADV_DONTNEED, begin, lead + last * size - begin)
