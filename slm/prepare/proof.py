@@ -28,7 +28,7 @@ from slm.prepare.readers import read_source
 from slm.prepare.records import read_texts
 from slm.prepare.sources import Source
 from slm.store.files import Json
-from slm.store.tokenizer import PROBE, first_line, is_panic
+from slm.store.tokenizer import PROBE, byte_characters, first_line, is_panic
 
 log = logging.getLogger("slm.prepare")
 
@@ -116,13 +116,6 @@ def edges_alone(state: Json) -> Json:
     }
     changed = {"unk_token": None, "ignore_merges": False}
     return state | {"model": state["model"] | model | changed, "added_tokens": []}
-
-
-def byte_characters() -> list[str]:
-    """The alphabet of byte-level vocabularies: a character for each byte (GPT-2)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(256 + hidden.index(b)) if b in hidden else chr(b) for b in range(256)]
 
 
 # ---- the proof ----------------------------------------------------------------------------------

@@ -13,21 +13,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from slm.store.tokenizer import byte_alphabet
-
-
-def byte_characters() -> dict[str, int]:
-    """Character -> byte of byte-level vocabularies (GPT-2): printable ones stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
+from slm.store.tokenizer import byte_alphabet, byte_characters
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
     """The bytes that each token id stands for; of special tokens their text."""
-    (byte_level, _), characters = byte_alphabet(tokenizer), byte_characters()
+    byte_level, _ = byte_alphabet(tokenizer)
+    characters = {character: byte for byte, character in enumerate(byte_characters())}
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
     found = {index: text.encode() for index, text in added.items()}
     for piece, index in tokenizer.get_vocab().items():

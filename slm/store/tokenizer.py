@@ -275,3 +275,10 @@ def byte_alphabet(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = json.dumps([state["pre_tokenizer"], state["decoder"]])
     return "ByteLevel" in parts, "ByteFallback" in parts
+
+
+def byte_characters() -> list[str]:
+    """The alphabet of byte-level vocabularies: a character for each byte (GPT-2)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(256 + hidden.index(b)) if b in hidden else chr(b) for b in range(256)]
