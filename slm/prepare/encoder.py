@@ -2,7 +2,7 @@
 
 An `EncoderState` is all that the workers of `slm prepare` get: `tokenizers` reads it, and
 `transformers`, whose import costs two seconds and 400 MB each, is not needed. Where it was proven
-(`slm.prepare.proof`), gigatoken makes the ids, twenty to a hundred times faster.
+(`slm.prepare.proof`), gigatoken makes the ids, which is many times faster.
 """
 
 from __future__ import annotations
