@@ -14,6 +14,7 @@ import torch
 
 from slm import demo
 from slm.prepare.encoder import token_bytes
+from slm.selection.registry import RULES
 from slm.store.files import write_array, write_json
 from slm.store.shards import (
     FORMAT,
@@ -43,6 +44,15 @@ TEXT = [
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def rules_of_this_test_alone() -> Iterator[None]:
+    """A module of one's own registers its rules for the process, which other tests share."""
+    before = set(RULES)
+    yield
+    for word in set(RULES) - before:
+        sys.modules.pop(RULES.pop(word).__module__, None)
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,12 @@ def run_ranks(world: int, words: list[Any], after: str = "") -> tuple[list[int],
         Popen(words, after=after, env=os.environ | {k: str(v) for k, v in mine.items()}, **said)
         for mine in (common | {"RANK": r, "LOCAL_RANK": r, "GROUP_RANK": 0} for r in range(world))
     ]
-    texts = [rank.communicate(timeout=300)[0] for rank in ranks]
+    try:
+        texts = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:  # one that hangs is not left to the tests after it
+        for rank in ranks:
+            rank.kill()
+            rank.__exit__(None, None, None)
     return [rank.returncode for rank in ranks], "\n".join(texts)
 
 

@@ -325,6 +325,7 @@ def average_over_ranks(folder: str) -> None:
         loss(wrapped, batches[rank + 2]).backward()
         found = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
         assert_same(found, expected, 1e-12)
+    del wrapped  # its reducer, last to hold the group, would wait with the GIL for a thread's end
     dist.destroy_process_group()
 
 

@@ -14,7 +14,6 @@ from run_helpers import make_run
 from slm.errors import UserError
 from slm.report import __main__ as report
 from slm.selection import Excess, Random
-from slm.selection import registry as rules_module
 from slm.selection.registry import (
     OURS,
     RULES,
@@ -53,19 +52,15 @@ def mark(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def write_rule(tmp_path, monkeypatch):
-    """write_rule(file, class) -> a module of one's own; what it leaves is taken away again."""
-    monkeypatch.setattr(rules_module, "RULES", dict(RULES))
-    files = []
+def write_rule(tmp_path):
+    """write_rule(file, class) -> a module of one's own"""
 
     def write(file: str, name: str) -> str:
         (tmp_path / file).write_text(RULE.format(name=name))
-        files.append(tmp_path / file)
         return str(tmp_path / file)
 
     yield write
-    for path in files:
-        sys.modules.pop(path.stem, None)
+    sys.modules.pop("mine_too", None)  # imported, and refused
 
 
 def trained_in_words(selection: dict[str, Any]) -> dict[str, Any]:
