@@ -14,9 +14,11 @@ from slm.cli import plain_settings
 from slm.dynamics import command as dynamics_module
 from slm.dynamics.command import dynamics
 from slm.dynamics.trajectories import TrajectoryStore
+from slm.errors import UserError
 from slm.evaluate.command import evaluate
 from slm.report.arms import arms_of, read_runs
 from slm.report.command import report
+from slm.store.files import read_json, write_record
 from slm.store.shards import Corpus, References
 from slm.store.windows import Windows
 from slm.train.sweep import sweep_rows
@@ -110,6 +112,17 @@ def test_an_interrupted_run_goes_on_and_ends_as_its_finished_twin(disk, caplog):
     train(composed("train", *train_words(disk, run, *HALF)))
     assert "continuing" in caplog.text and 0 < len(done) < len(losses(run / "train.csv"))
     same_losses(run, disk / "finished")
+
+
+def test_a_run_keeps_its_order(disk):
+    words = train_words(disk, disk / "interrupted", *HALF)
+    expected = "data.order is 'permutation' in run.json, 'keyed' now; choose another `out`"
+    with pytest.raises(UserError, match=f"holds another run: {expected}$"):
+        train(composed("train", *words, "data.order=keyed"))
+    record = read_json(disk / "interrupted" / "run.json") | {"data.order": "sorted"}
+    write_record(disk / "interrupted" / "run.json", record)
+    with pytest.raises(UserError, match=r"run\.json: data.order is .sorted., known are keyed"):
+        train(composed("train", *words))
 
 
 @pytest.fixture(scope="module")

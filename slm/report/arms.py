@@ -19,6 +19,7 @@ from slm.selection.names import ALL_TOKENS, selection_name
 from slm.selection.registry import in_words, rule_word, takes_all_tokens
 from slm.store.files import Json, nested, read_json
 from slm.train.curves import (
+    USUAL,
     Curve,
     heldout_sets,
     read_curve,
@@ -27,7 +28,7 @@ from slm.train.curves import (
 )
 
 log = logging.getLogger("slm.report")
-SEEDS = {"seed", "selection.seed"}
+SEEDS = {"seed", "selection.seed", "data.order"}  # what an order of the data is made of
 HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -51,6 +52,11 @@ class Run(NamedTuple):
         selection = self.lineage["selection"]
         ratio = selection["select_ratio"] if "select_ratio" in selection else None
         return float(ratio) if isinstance(ratio, int | float) else None
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Runs with one order of the data have one seed and one way to make the order of it."""
+        return self.lineage["seed"], (USUAL | self.identity)["data.order"]
 
     @property
     def rule(self) -> str:
@@ -148,7 +154,7 @@ def read_run(folder: Path) -> Run:
 
 def read_identity(path: Path) -> Json:
     """With what is not written where it is the usual (slm/train/identity.py)."""
-    return {"model.backward": "exact"} | in_words(read_json(path))
+    return USUAL | {"model.backward": "exact"} | in_words(read_json(path))
 
 
 def check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any]) -> None:
@@ -166,6 +172,13 @@ def check_runs(runs: Sequence[Run]) -> None:
     check_same(runs, "the corpus", lambda run: run.lineage["corpus_fingerprint"])
     check_same(runs, "tokens_seen", lambda run: run.lineage["tokens_seen"])
     check_same(runs, "the held-out sets", lambda run: sorted(run.curves))
+    others = [run for run in runs if run.order[1] != runs[0].order[1]]
+    if others:
+        log.warning(
+            "data.order of %s is %s, of %s %s: they saw other windows at the same seed, and are "
+            "not compared seed by seed",
+            *(runs[0].folder, runs[0].order[1], others[0].folder, others[0].order[1]),
+        )
 
 
 def check_heldout(runs: Sequence[Run], sets: Sequence[str]) -> None:
@@ -227,12 +240,14 @@ def arm_labels(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def check_seeds(runs: Sequence[Run]) -> None:
-    seeds: dict[int, Path] = {}
+    seeds: dict[Any, Path] = {}
     for run in runs:
-        seed = run.lineage["seed"]
-        if seed in seeds:
-            raise UserError(f"{seeds[seed]} and {run.folder} are the same run with seed {seed}")
-        seeds[seed] = run.folder
+        if run.order in seeds:
+            first = seeds[run.order]
+            raise UserError(
+                f"{first} and {run.folder} are the same run with seed {run.lineage['seed']}"
+            )
+        seeds[run.order] = run.folder
 
 
 def details(run: Run, others: Sequence[Run]) -> str:

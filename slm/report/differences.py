@@ -71,12 +71,12 @@ def student(freedom: int) -> float:
 
 
 def seed_differences(runs: Sequence[Run], controls: Sequence[Run], name: str) -> list[float]:
-    """Paired: a seed has one order of the data."""
-    theirs = {run.lineage["seed"]: run for run in controls}
+    """Paired: runs with one order of the data."""
+    theirs = {run.order: run for run in controls}
     if len(theirs) < len(controls):
         return []
     return [
-        final_loss(run, name) - final_loss(theirs[seed], name)
+        final_loss(run, name) - final_loss(theirs[run.order], name)
         for run in runs
-        if (seed := run.lineage["seed"]) in theirs
+        if run.order in theirs
     ]

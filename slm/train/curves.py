@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PREFIX, SUFFIX = "heldout/", "/loss"  # of a set's column in heldout.csv
 CURVES = ("train", "heldout", "dynamics")  # tables that a run logs, a row a logged step
 WINDOWS = "heldout_windows.csv"
+USUAL = {"data.order": "permutation"}  # in run.json of earlier builds, which do not say
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from slm.errors import UserError
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer
 from slm.store.windows import Windows, open_references
-from slm.train.order import MicroBatches, Order, Steps
+from slm.train.order import NEW, MicroBatches, Order, Steps
 
 
 class TokenData(LightningDataModule):
@@ -25,6 +25,7 @@ class TokenData(LightningDataModule):
     heldout:           name -> corpus folder, evaluated during training
     heldout_windows:   at most this many windows of each held-out set, evenly spread; what is
                        read where callbacks/costs.py plans fewer
+    order:             of the windows in each pass (slm.train.order); None: a folder's own, or keyed
     check:             "size", or "full" to compare every file's hash before training
     """
 
@@ -40,6 +41,7 @@ class TokenData(LightningDataModule):
         num_workers: int,
         check: str,
         seed: int,
+        order: str | None = None,
     ):
         super().__init__()
         self.corpus = Corpus.open(corpus, check)
@@ -49,7 +51,7 @@ class TokenData(LightningDataModule):
         self.heldout = {name: Corpus.open(folder, check) for name, folder in named.items()}
         self.heldout_windows = heldout_windows
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed, self.order = num_workers, seed, order
         self.consumed_windows = 0
         for name, held in self.heldout.items():
             named_held = f"held-out set {name} ({held.folder})"
@@ -73,7 +75,7 @@ class TokenData(LightningDataModule):
         assert self.trainer is not None
         steps = Steps(
             self.windows,
-            Order(len(self.windows.available), self.seed),
+            Order(len(self.windows.available), self.seed, self.order or NEW),
             self.batch_size,
             self.micro_batch_size,
             self.trainer.global_rank,

@@ -22,10 +22,11 @@ from slm.store.tokenizer import load_corpus_tokenizer
 from slm.train.build import accelerator, build, build_module, build_trainer, first_windows
 from slm.train.callbacks.metrics import Metrics
 from slm.train.data import TokenData
-from slm.train.identity import adopt_run, only_writer, run_identity
+from slm.train.identity import adopt_order, adopt_run, only_writer, run_identity
 from slm.train.lineage import lineage, model_card, reference_record
 from slm.train.loggers import WandbLog
 from slm.train.module import SelectiveModule
+from slm.train.order import NEW
 from slm.train.settings import check_scored
 
 log = logging.getLogger("slm.train")
@@ -39,6 +40,7 @@ def fit(settings: Json) -> None:
     seed_everything(settings["seed"], workers=True, verbose=False)
     import_modules(settings["modules"])
     data: TokenData = build("data", settings["data"])
+    adopt_order(folder, data)
     identity = run_identity(settings, data)
     check_scored(settings["max_tokens"], data)  # before a folder is made one of a longer run
     with ExitStack() as stack:
@@ -50,6 +52,7 @@ def fit(settings: Json) -> None:
         trainer = build_trainer(settings, data, check_owner)
         stack.callback(leave_process_group)
         start = tell(trainer, start)
+        data.order = start.order
         if is_over(start, folder):
             return
         words = "new run in %s" if start.checkpoint is None else "continuing %s"
@@ -137,6 +140,7 @@ class Start(NamedTuple):
     checkpoint: Path | None = None
     is_complete: bool = False
     refusal: str | None = None
+    order: str = NEW
 
 
 def begin(
@@ -154,7 +158,8 @@ def begin(
         checkpoint = adopt_run(folder, identity, settings["resume"], tokens_per_step, schedule)
     except UserError as error:
         return Start(refusal=str(error)), lambda: None
-    return Start(checkpoint, (folder / "model" / "slm.json").exists()), check_owner
+    is_complete = (folder / "model" / "slm.json").exists()
+    return Start(checkpoint, is_complete, order=identity["data.order"]), check_owner
 
 
 def was_launched() -> bool:

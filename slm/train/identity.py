@@ -15,8 +15,10 @@ from slm.store.claims import Claim, claim, owner_of, remove_temporaries
 from slm.store.fields import SIZE, check_fields, of_what
 from slm.store.files import Json, nested, read_json, write_record
 from slm.train.checkpoint import newest_checkpoint
+from slm.train.curves import USUAL
 from slm.train.data import TokenData
 from slm.train.extend import Schedule, extend
+from slm.train.order import NEW, ORDERS
 
 log = logging.getLogger("slm.train")
 
@@ -42,6 +44,7 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
         "online_reference": online_identity(settings),
         "selection_start": plain["selection_start"],
         "init_from": loaded,
+        "data.order": data.order,
         "data.batch_size": plain["data"]["batch_size"],
         "data.micro_batch_size": plain["data"]["micro_batch_size"],
         "trainer.precision": plain["trainer"]["precision"],
@@ -49,6 +52,15 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
         **flat("selection", by_word(plain["selection"])),
         **flat("optimizer", plain["optimizer"]),
     }
+
+
+def adopt_order(folder: Path, data: TokenData) -> None:
+    """Unless one is asked for, a run goes on in the order that it began in; a new one is keyed."""
+    path = folder / "run.json"
+    if data.order is None:
+        data.order = (USUAL | read_json(path))["data.order"] if path.exists() else NEW
+    if data.order not in ORDERS:
+        raise UserError(f"{path}: data.order is {data.order!r}, known are {', '.join(ORDERS)}")
 
 
 def flat(prefix: str, tree: Any) -> dict[str, Any]:
@@ -83,7 +95,7 @@ def adopt_run(
     if not path.exists() or not kept:
         write_record(path, identity)
         return None
-    before = in_words(read_json(path))
+    before = USUAL | in_words(read_json(path))
     check_fields(path, before, {"max_tokens": SIZE})
     is_longer = before["max_tokens"] < identity["max_tokens"]
     for field in [*identity, *sorted(before.keys() - identity.keys())]:

@@ -76,6 +76,7 @@ TRAIN: Table = TRAINER | {
     "data.micro_batch_size": count,
     "data.num_workers": whole(0),
     "data.seed": seed,
+    "data.order": optional(word("keyed", "permutation")),
     "model": section,
     "model.architecture": optional(section),
     "model.init_from": optional(text),

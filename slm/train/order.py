@@ -1,11 +1,18 @@
 """The order of training samples: a pure function of (seed, epoch, index).
 
+`keyed` computes where sample n of a pass lies; nothing of the corpus's size is held or made. It is
+a Feistel network over Z_a x Z_b, a * b just above the number of windows, with cycle walking (Black
+and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, method 3): a bijection whatever its round
+function. `permutation` is the order of earlier builds, whole in memory at 8 bytes a window; their
+runs go on with it. run.json says which (slm/train/identity.py).
+
 One optimizer step reads the next `batch_size` windows of the permuted corpus, whatever the number
 of ranks and of micro-batches: micro-batch a of rank r is number a * world_size + r of the step. The
 number of windows consumed is the datamodule's state, so a resumed run sees what it would have seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import isqrt
 
 import numpy as np
 import torch
@@ -14,28 +21,71 @@ from torch.utils.data import DataLoader, Dataset
 from slm.errors import UserError
 from slm.store.windows import Batch, Windows
 
+OLD, NEW = "permutation", "keyed"
+ROUNDS = 12  # of 8, the orders of six windows are not equally likely yet
+Places = Callable[[np.ndarray], np.ndarray]  # numbers of samples in a pass -> their windows
+
+
+class Keyed:
+    """A bijection of [0, size), size < 2**64: of the numbers that are asked for, and no others."""
+
+    def __init__(self, size: int, seed: int, epoch: int):
+        self.size, self.rows = size, isqrt(size - 1) + 1
+        self.columns = -(-size // self.rows)
+        # Not [seed, epoch]: a long seed's words would run into the epoch.
+        sequence = np.random.SeedSequence(seed, spawn_key=(epoch,))
+        self.keys = sequence.generate_state(ROUNDS, np.uint64).reshape(-1, 2)
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:  # (n,) -> (n,) int64
+        windows = self._network(places.astype(np.uint64))
+        # Walk on from those outside: the cycle that a place lies on leads back inside.
+        while len(outside := np.flatnonzero(windows >= self.size)):
+            windows[outside] = self._network(windows[outside])
+        return windows.astype(np.int64)
+
+    def _network(self, number: np.ndarray) -> np.ndarray:  # (n,) uint64, below rows * columns
+        row, column = np.divmod(number, np.uint64(self.columns))
+        for one, other in self.keys:
+            row = (row + mixed(column, one)) % np.uint64(self.rows)
+            column = (column + mixed(row, other)) % np.uint64(self.columns)
+        return row * np.uint64(self.columns) + column
+
+
+def mixed(number: np.ndarray, key: np.uint64) -> np.ndarray:  # (n,) uint64
+    """48 bits of the finalizer of SplitMix64 (Steele, Lea and Flood, 2014): sums do not wrap."""
+    number = number ^ key
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (number ^ (number >> np.uint64(31))) >> np.uint64(16)
+
+
+def permutation(size: int, seed: int, epoch: int) -> Places:
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    return generator.permutation(size).__getitem__
+
+
+ORDERS: dict[str, Callable[[int, int, int], Places]] = {NEW: Keyed, OLD: permutation}
+
 
 class Order:
-    """The order of training samples: sample n of the run is a window of pass n // num_windows."""
+    """Sample n of the run is a window of pass n // num_windows."""
 
-    def __init__(self, num_windows: int, seed: int):
-        self.num_windows, self.seed = num_windows, seed
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+    def __init__(self, num_windows: int, seed: int, kind: str = NEW):
+        self.num_windows, self.seed, self.kind = num_windows, seed, kind
+        self._pass: tuple[int, Places] | None = None
 
-    def _permuted(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._epoch, self._permutation = epoch, generator.permutation(self.num_windows)
-        return self._permutation
+    def _windows_of(self, epoch: int) -> Places:
+        if self._pass is None or self._pass[0] != epoch:
+            self._pass = epoch, ORDERS[self.kind](self.num_windows, self.seed, epoch)
+        return self._pass[1]
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(windows, epochs) of the samples [start, stop); a range may cross into the next pass."""
-        epochs = np.arange(start, stop) // self.num_windows
+        epochs, within = np.divmod(np.arange(start, stop), self.num_windows)
         windows = np.empty(stop - start, np.int64)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            within = np.arange(start, stop)[rows] % self.num_windows
-            windows[rows] = self._permuted(int(epoch))[within]
+            windows[rows] = self._windows_of(int(epoch))(within[rows])
         return windows, epochs
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from run_helpers import make_run
 from slm.evaluate.losses import WindowLosses
-from slm.report.arms import Run, arms_of, read_runs
+from slm.report.arms import Run, arms_of, check_runs, read_runs
 from slm.report.differences import difference, half_width, student
 from slm.report.table import against_all_tokens, control_runs, minus_text
+from slm.store.files import read_json, write_json
 from slm.train.curves import write_window_losses
 
 # 97.5th percentiles of Student's t, as tables print them.
@@ -84,6 +85,17 @@ def test_an_arm_beside_all_tokens_by_hand(tmp_path):
     assert minus_text(row, 3) == "-0.750 ± 0.020"
     assert set(against_all_tokens(whole, whole.runs, "a").values()) == {None}
     assert set(against_all_tokens(half, [], "a").values()) == {None}
+
+
+def test_one_seed_is_a_pair_in_one_order_alone(tmp_path, caplog):
+    arms(tmp_path)
+    for name, order in (("half0", "keyed"), ("half1", "keyed"), ("whole1", "keyed")):
+        path = tmp_path / name / "run.json"
+        write_json(path, read_json(path) | {"data.order": order})
+    half, whole = arms_of(read_runs([str(tmp_path)])[0])  # an order makes no arm
+    assert difference(half, whole.runs, "a").seeds == [-1.0]
+    check_runs([*half.runs, *whole.runs])
+    assert "keyed" in caplog.text and "whole0 permutation" in caplog.text
 
 
 def test_runs_that_kept_no_windows_have_a_difference_without_interval(tmp_path):

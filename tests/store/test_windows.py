@@ -156,22 +156,6 @@ def test_target_bytes_are_those_of_the_targets(tmp_path, make_corpus, tokenizer)
     assert found == len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
 
 
-def test_order_is_a_permutation_each_pass_and_differs_between_passes():
-    order = Order(10, seed=3)
-    windows, epochs = order.samples(0, 30)
-    assert epochs.tolist() == [0] * 10 + [1] * 10 + [2] * 10
-    passes = windows.reshape(3, 10)
-    assert all(sorted(row) == list(range(10)) for row in passes.tolist())
-    assert passes[0].tolist() != passes[1].tolist()
-    assert not np.array_equal(windows, Order(10, seed=4).samples(0, 30)[0])
-
-
-def test_order_is_a_pure_function_of_the_index():
-    whole, _ = Order(10, seed=0).samples(0, 40)
-    for start, stop in [(0, 3), (7, 13), (38, 40), (5, 5), (9, 31)]:
-        assert Order(10, seed=0).samples(start, stop)[0].tolist() == whole[start:stop].tolist()
-
-
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 8), (1, 2), (2, 2), (4, 2), (2, 4)])
 def test_one_step_reads_the_same_windows_however_it_is_split(text_corpus, world_size, micro):
     windows = Windows(text_corpus)
