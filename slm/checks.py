@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm.errors import UserError
+from slm.errors import UserError, shown
 
 ABSENT = object()
 CHECKS = ("size", "full")  # of hashes, where a folder is opened
@@ -119,7 +119,7 @@ def check(
 def check_value(key: str, value: Any, kind: Kind) -> None:
     """`key` is where a user has written it."""
     if not kind.fits(value):
-        raise UserError(f"{key} is {value!r}, it must be {kind.wanted}{as_whole(value, kind)}")
+        raise UserError(f"{key} is {shown(value)}, it must be {kind.wanted}{as_whole(value, kind)}")
 
 
 def select(settings: Any, key: str) -> Any:

@@ -107,7 +107,8 @@ BIND: Table = {
     "corpus": text,
     "scores": texts,
     "out": text,
-    "missing": word("refuse", "skip"),
+    "missing": word("refuse", "score", "skip"),
+    "reference_model": optional(text),
     "check": check,
 }
 EVALUATE: Table = FORWARD | {

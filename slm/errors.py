@@ -1,7 +1,11 @@
 """The two ways in which a command ends early on purpose, and how it says so."""
 
+import reprlib
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 200
 
 
 class UserError(ValueError):
@@ -13,6 +17,11 @@ class UserError(ValueError):
 
 class NonFiniteError(FloatingPointError):
     """The loss or the gradient norm is NaN or infinite; raised before the optimizer step."""
+
+
+def shown(value: Any) -> str:
+    """A value in a message, as YAML and JSON have it where there is none, and no whole table."""
+    return "null" if value is None else SHORT.repr(value)
 
 
 def reported(error: BaseException | None) -> Exception | None:

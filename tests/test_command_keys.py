@@ -78,7 +78,7 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ("prepare", "+seqlen=4", "seqlen is given, and nothing reads it, did you mean seq_len?"),
         ("prepare", "+tokenizer.name=x", "tokenizer.name is given, and nothing reads it"),
         ("import", "format=arrow", "format is 'arrow', it must be one of .*'megatron'"),
-        ("import", "tokenizer.path=null", "tokenizer.path is None, it must be a text"),
+        ("import", "tokenizer.path=null", "tokenizer.path is null, it must be a text"),
         ("score", "batch_size=true", "batch_size is True, it must be a whole number of at least 1"),
         ("score", "entropy=yes_please", "entropy is 'yes_please', it must be true or false"),
         (
@@ -89,7 +89,7 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ("score", "check=deep", "check is 'deep', it must be one of .'size', 'full'"),
         ("score", "+model.name=x", "model.name is given, and nothing reads it"),
         ("score", "layout=rows", "layout is 'rows', it must be one of .'windows', 'documents'"),
-        ("bind", "missing=score", "missing is 'score', it must be one of .'refuse', 'skip'"),
+        ("bind", "missing=no", "missing is 'no', it must be one of .'refuse', 'score', 'skip'"),
         ("evaluate", "dtype=float16", "dtype is 'float16', it must be one of .*'bf16-mixed'"),
         ("evaluate", "models={a: 3}", "models is {'a': 3}, it must be {name: folder, ...}"),
         ("evaluate", "max_windows=-1", "max_windows is -1, it must be a whole .*, or null"),

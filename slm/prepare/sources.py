@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.checks import Kind, check_value, real, several, text, whole, word
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.prepare.documents import BLANK_LINE, LINE_END, ROLES
 from slm.prepare.noise import MAX_SHARE
 from slm.prepare.scan import Scan, identify, scan_file
@@ -186,7 +186,9 @@ class Source:
 def parse_sources(entries: Any, key: str) -> list[Source]:
     """Check the entries of the config key `key` and find their files."""
     if not isinstance(entries, list):
-        raise UserError(f"{key} must be a list, as in {key}=[{{path: a.jsonl}}], found {entries!r}")
+        raise UserError(
+            f"{key} must be a list, as in {key}=[{{path: a.jsonl}}], found {shown(entries)}"
+        )
     sources = [parse_source(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
     names = [source.name for source in sources]
     for name in names:
@@ -198,7 +200,7 @@ def parse_sources(entries: Any, key: str) -> list[Source]:
 def parse_source(entry: Any, key: str) -> Source:
     entry = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict) or "path" not in entry:
-        raise UserError(f"{key} must have a path, found {entry!r}")
+        raise UserError(f"{key} must have a path, found {shown(entry)}")
     check_settings(entry, key)
     given: dict[str, Any] = {"name": None, "format": None} | entry
     files, kind = find_files(entry["path"], given["format"])

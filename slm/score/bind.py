@@ -17,7 +17,7 @@ import numpy as np
 
 from slm.command_keys import BIND
 from slm.console import progress
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.score.align import shared_logprobs
 from slm.score.cost import reference_lineage, references_cost, total
 from slm.score.scorer import Arrays, Scorer, check_space, finish, is_finished, store_bytes
@@ -26,7 +26,7 @@ from slm.stage import Folder, stage
 from slm.store.columns import DTYPE, LOGPROBS
 from slm.store.document_scores import DocumentIndex, DocumentScores, keys_of, open_parts
 from slm.store.documents import Documents
-from slm.store.files import Json, write_record
+from slm.store.files import Json, read_json, write_record
 from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
 from slm.store.tokenizer import spellings
 from slm.store.windows import Windows
@@ -196,19 +196,21 @@ def whole_windows(documents: Documents, places: np.ndarray) -> np.ndarray:  # (w
 
 
 def check_missing(
-    documents: Documents, places: np.ndarray, wanted: np.ndarray, missing: str, stores: str
+    documents: Documents, places: np.ndarray, wanted: np.ndarray, missing: str, stores: list[str]
 ) -> None:
     absent = np.flatnonzero(places < 0).tolist()
     if not absent:
         return
     said = (
-        f"{len(absent):,} of {len(documents):,} documents have no scores in {stores}, e.g. "
+        f"{len(absent):,} of {len(documents):,} documents have no scores in "
+        f"{' and '.join(stores)}, e.g. "
         f"{documents.name(absent[0])}"
     )
-    if missing == "refuse":
+    if missing != "skip":
         raise UserError(
-            f"{said}: score them into it (`slm score layout=documents corpus="
-            f"{documents.corpus.folder} out=...`), or leave their windows out with missing=skip"
+            f"{said}: score them into it (missing=score reference_model=..., or `slm score "
+            f"layout=documents corpus={documents.corpus.folder} out={stores[0]} "
+            "reference_model=...`), or leave their windows out with missing=skip"
         )
     if not wanted.any():
         raise UserError(f"{said}, and no window is left without them")
@@ -219,6 +221,43 @@ def check_missing(
 
 
 # ---- the command --------------------------------------------------------------------------------
+
+
+def check_way(missing: str, reference_model: Folder | None, stores: list[str]) -> bool:
+    """Is something to be scored first?"""
+    if (missing == "score") != (reference_model is not None):
+        raise UserError(
+            f"missing is {missing!r} and reference_model {shown(reference_model)}: missing=score "
+            "needs the model, and nothing else does"
+        )
+    if missing == "score" and len(stores) > 1:
+        raise UserError(f"missing is 'score' and scores has {len(stores)} stores: give one of them")
+    return missing == "score"
+
+
+def score_missing(corpus: Corpus, store: str, reference_model: Folder | None, check: str) -> None:
+    """Into the store, in the precision of what it has."""
+    from slm.score.command import score  # imports transformers
+
+    parts = [DocumentScores.open(path.parent) for path in Path(store).glob("*/manifest.json")]
+    scoring = {key: value for part in parts[:1] for key, value in part.manifest["scoring"].items()}
+    same = {key: scoring[key] for key in ("dtype", "store_dtype") if parts}
+    model = {"reference_model": reference_model, "layout": "documents", "check": check}
+    score(corpus, store, **model, **same)
+
+
+def adopt_grown(out: Path, plan: Json) -> None:
+    """adopt_plan, of a store that has more parts now: windows are added to those that are there.
+
+    What there was of a window comes from documents that the store still has.
+    """
+    path = out / "plan.json"
+    before = read_json(path) if path.exists() else {}
+    is_same = before.keys() == plan.keys() and before | {"scores": plan["scores"]} == plan
+    if is_same and {*before["scores"]} < {*plan["scores"]}:
+        (out / "manifest.json").unlink(missing_ok=True)
+        write_record(path, plan)
+    adopt_plan(out, plan)
 
 
 def make_plan(corpus: Corpus, parts: Sequence[DocumentScores], is_own: bool, missing: str) -> Json:
@@ -235,7 +274,7 @@ def make_plan(corpus: Corpus, parts: Sequence[DocumentScores], is_own: bool, mis
         "corpus_fingerprint": corpus.fingerprint,
         "model_sha256": first["model_sha256"],
         "scoring": scoring,
-        "missing": missing,
+        "missing": "skip" if missing == "skip" else "refuse",
         "scores": sorted(part.fingerprint for part in parts),
     }
     masks = {"masks": True} if corpus.has_masks else {}
@@ -267,6 +306,7 @@ def bind_scores(
     out: Folder,
     *,
     missing: str = "refuse",
+    reference_model: Folder | None = None,
     check: str = "size",
 ) -> References:
     """References of a corpus from scores of its documents, wherever these were scored.
@@ -275,8 +315,10 @@ def bind_scores(
         corpus: a corpus or its folder, in any order, mixture, window length and packing.
         scores: stores of `score(layout="documents")`, of one reference model.
         out: folder of the log-prob shards; any number of processes may fill one.
-        missing: documents without scores: "refuse", or "skip": windows with a token of one have no
-            scores, and only `slm train` takes such references.
+        missing: documents without scores: "refuse"; "score": `reference_model` scores them into the
+            store first; "skip": windows with a token of one have no scores, and only `slm train`
+            takes such references.
+        reference_model: folder of the model whose scores these are, for missing="score".
         check: "full" compares every file's hash first.
 
     Returns:
@@ -288,6 +330,8 @@ def bind_scores(
     """
     opened = Corpus.open(corpus, check)
     folders = [scores] if isinstance(scores, str) else [str(folder) for folder in scores]  # type: ignore[union-attr]
+    if check_way(missing, reference_model, folders):
+        score_missing(opened, folders[0], reference_model, check)
     parts = open_parts(folders, check)
     warn_of_others(parts)
     documents, index = Documents(opened), DocumentIndex(parts)
@@ -295,9 +339,9 @@ def bind_scores(
     of_documents = (OwnScores if is_own else OtherScores)(documents, index)
     places = find_documents(of_documents)
     wanted = whole_windows(documents, places)
-    check_missing(documents, places, wanted, missing, " and ".join(folders))
+    check_missing(documents, places, wanted, missing, folders)
     plan = make_plan(opened, parts, is_own, missing)
-    adopt_plan(Path(out), plan)
+    adopt_grown(Path(out), plan)
     source = BoundScores(of_documents, places, cost_of(parts))
     binder = Binder(source, Path(out), plan["scoring"]["store_dtype"], wanted)
     return write(binder, reference_lineage(parts[0].folder))

@@ -54,7 +54,13 @@ from slm.store.shards import (
     write_manifest,
     write_sidecar,
 )
-from slm.store.tokenizer import load_tokenizer, spellings, tokenizer_sha256
+from slm.store.tokenizer import (
+    load_corpus_tokenizer,
+    load_tokenizer,
+    spellings,
+    tokenizer_sha256,
+    with_eos_of,
+)
 from slm.store.windows import IGNORE_INDEX, Batch, to_device
 
 log = logging.getLogger("slm.score")
@@ -231,16 +237,17 @@ def score_documents(config: Any, corpus: Corpus) -> Path:
     """Into config.out; see slm.score.command.score."""
     part, parts = place_of_part(Path(config.out), corpus)
     check_model_folder("reference_model", config.reference_model, config.check)
-    where, tokenizer = pick_device(config.device), load_tokenizer(config.reference_model)
+    where = pick_device(config.device)
+    tokenizer, is_own = reference_tokenizer(config.reference_model, corpus)
     lm = SelectiveLM(load_model(config.reference_model)).eval()
     plan = make_plan(config, corpus, lm, tokenizer, parts)
     for other in parts:
         check_same_reference(other, part, plan)
     documents = Documents(corpus)
-    is_own = bool({*spellings(tokenizer)} & {*spellings(corpus)})
     reader = (OwnTokens if is_own else OtherTokens)(documents, tokenizer)
     todo = missing_documents(reader, parts)
     log.info(f"{todo.sum():,} of {len(documents):,} documents are not in {config.out} yet")
+    say_what_is_cut(documents, todo)
     if not todo.any():
         return Path(config.out)
     scoring = plan["scoring"]
@@ -257,6 +264,34 @@ def score_documents(config: Any, corpus: Corpus) -> Path:
     run_scorer(DocumentScorer(model, reader, todo, part, config.store_dtype))
     copy_lineage(config.reference_model, part)
     return Path(config.out)
+
+
+def reference_tokenizer(name: str, corpus: Corpus) -> tuple[Any, bool]:
+    """The reference's tokenizer, and whether it is the corpus's: then its EOS is that one's too.
+
+    An id of another vocabulary means nothing here: that tokenizer keeps its own EOS.
+    """
+    theirs = load_tokenizer(name, needs_eos=False)
+    if theirs.get_vocab() == load_corpus_tokenizer(corpus).get_vocab():
+        same = with_eos_of(name, theirs, corpus)
+        if {*spellings(same)} & {*spellings(corpus)}:
+            return same, True
+    if theirs.eos_token_id is None:
+        raise UserError(
+            f"{name}: eos_token of its tokenizer is null, which is another than that of "
+            f"{corpus.folder}: nothing ends its documents; name one in its tokenizer_config.json"
+        )
+    return theirs, False
+
+
+def say_what_is_cut(documents: Documents, todo: np.ndarray) -> None:
+    """What a corpus dropped at its end was the rest of a document."""
+    if todo[-1] and documents.tokens(len(todo) - 1)[-1] != documents.corpus.manifest["eos_id"]:
+        log.info(
+            "the last of them is a beginning, the end of %s has cut it: it is stored as a text of "
+            "its own, and the whole document counts as not scored",
+            documents.corpus.folder,
+        )
 
 
 def place_of_part(out: Path, corpus: Corpus) -> tuple[Path, list[DocumentScores]]:

@@ -8,12 +8,11 @@ one sentence with the file, the field and its value; what names a file names it 
 
 import math
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm.errors import UserError
+from slm.errors import UserError, shown
 
 COLUMN_NAME = re.compile(r"[a-z_]+")
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -132,5 +131,4 @@ def check_fields(path: Path, record: Mapping[str, Any], fields: Mapping[str, Fie
         if name not in record:
             raise UserError(f"{path} is damaged: it has no {name!r}")
         if not field.fits(record[name]):
-            found = reprlib.repr(record[name])
-            raise UserError(f"{path}: {name} is {found}, expected {field.wanted}")
+            raise UserError(f"{path}: {name} is {shown(record[name])}, expected {field.wanted}")

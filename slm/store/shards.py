@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from slm.checks import CHECKS
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.store.fields import (
     COLUMN,
     DTYPE,
@@ -147,7 +147,7 @@ def adopt_plan(
         before, now = found.get(field), plan.get(field)
         if before != now:
             raise UserError(
-                f"{folder} holds {what}: {field} is {before!r} in plan.json, {now!r} now"
+                f"{folder} holds {what}: {field} is {shown(before)} in plan.json, {shown(now)} now"
                 f"{of_what(field, before, now)}; choose {advice}"
             )
 
@@ -212,7 +212,7 @@ def read_manifest(folder: Path, kind: str) -> Json:
     for field, expected in (("format", FORMAT), ("kind", kind)):
         found = manifest.get(field)
         if found != expected:
-            raise UserError(f"{path}: {field} is {found!r}, expected {expected!r}")
+            raise UserError(f"{path}: {field} is {shown(found)}, expected {expected!r}")
     check_fields(path, manifest, STORE | MANIFESTS[kind])
     if manifest["fingerprint"] != fingerprint(manifest):
         raise UserError(f"{path}: its content does not match its fingerprint; it was edited")

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from slm.command_keys import EXPORT
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.prepare.export import export_files
 from slm.prepare.imports.command import new_folder
 from slm.selection.names import selection_name
@@ -107,7 +107,9 @@ def export_corpus(
     if out is None:
         raise UserError("out is null, it must be a folder that does not exist yet")
     if (format is None) == (form is None):
-        raise UserError(f"exactly one of format and as must be set, found {format!r}, {form!r}")
+        raise UserError(
+            f"exactly one of format and as must be set, found {shown(format)}, {shown(form)}"
+        )
     check_keys(settings)
     if format is not None:
         return export_files(corpus, format, out)
@@ -135,7 +137,9 @@ def check_keys(config: Any) -> None:
     if config.run is None and len(by_hand) < 2:
         raise UserError(f"as={config.form} needs run, or both target_model and keep")
     if config.keep is not None and not isinstance(config.keep, Mapping):
-        raise UserError(f"keep is {config.keep!r}, it must be a rule with its fields, {EXAMPLE}")
+        raise UserError(
+            f"keep is {shown(config.keep)}, it must be a rule with its fields, {EXAMPLE}"
+        )
     if config.by == "excess" and config.references is None:
         raise UserError("by=excess needs references: it is the loss above theirs")
 

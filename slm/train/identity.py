@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.model.folder import init_identity
 from slm.selection.names import selection_name
 from slm.selection.registry import by_word, in_words, trained_word
@@ -101,8 +101,8 @@ def adopt_run(
     for field in [*identity, *sorted(before.keys() - identity.keys())]:
         if identity.get(field) != before.get(field) and not (field == "max_tokens" and is_longer):
             raise UserError(
-                f"{folder} holds another run: {field} is {before.get(field)!r} in run.json, "
-                f"{identity.get(field)!r} now"
+                f"{folder} holds another run: {field} is {shown(before.get(field))} in run.json, "
+                f"{shown(identity.get(field))} now"
                 f"{of_what(field, before.get(field), identity.get(field))}; choose another `out`"
             )
     if resume == "never":

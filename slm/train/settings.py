@@ -43,8 +43,14 @@ def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
 
 
 def check_scored(max_tokens: int, data: TokenData) -> None:
-    """A run over a corpus that is scored in part reads no window twice, and none without scores."""
-    partial = [store for store in data.references if store.is_partial]
+    """A run over a corpus that is scored in part reads no window twice, and none without scores.
+
+    Where `slm bind missing=skip` left windows out there are no more to score: the others are all
+    that the run reads, as often as it likes.
+    """
+    partial = [
+        store for store in data.references if store.is_partial and "missing" not in store.manifest
+    ]
     needed = round(max_tokens / data.tokens_per_step) * data.batch_size
     have = len(data.windows.available)
     if partial and needed > have:

@@ -261,7 +261,7 @@ def test_a_record_that_says_nonsense_is_one_sentence(models, sets, lineage, mess
     ("changes", "message"),
     [
         ({"models": {}}, "models is {}, it must be {name: folder, ...}, one or more"),
-        ({"sets": None}, "sets is None, it must be {name: folder, ...}, one or more"),
+        ({"sets": None}, "sets is null, it must be {name: folder, ...}, one or more"),
         ({"models": ["m"]}, r"models is \['m'\], it must be {name: folder, ...}"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_windows": -1}, "max_windows is -1"),

@@ -20,9 +20,13 @@ from slm.errors import UserError
 from slm.score.bind import Binder, bind_scores, whole_windows
 from slm.score.cost import references_cost
 from slm.score.texts import Documents
-from slm.store.document_scores import DocumentScores
+from slm.store.document_scores import DocumentScores, open_parts
+from slm.store.files import read_json
 from slm.store.shards import Corpus, References
 from slm.store.windows import IGNORE_INDEX, Windows
+from slm.train.data import TokenData
+from slm.train.order import Order
+from slm.train.settings import check_scored
 from slm.verify import verify
 
 
@@ -271,3 +275,65 @@ def test_windows_without_a_missing_document_by_looking_at_each(tmp_path, tokeniz
             for w in range(count)
         ]
         assert whole_windows(documents, places).tolist() == expected
+
+
+def test_a_store_that_grew_is_bound_again_over_its_own_files(
+    tmp_path, tokenizer, reference, part, by_text
+):
+    """Windows are added; what there is equals what one bind of the whole store makes."""
+    shutil.copytree(part.folder, tmp_path / "s" / "first")
+    texts = [*TEXTS[:5], "nobody has scored this", *TEXTS[5:], END]
+    corpus = corpus_of(tmp_path, texts, tokenizer)
+    some = bind_scores(corpus, tmp_path / "s", tmp_path / "r", missing="skip")
+    whole = bind_scores(corpus_of(tmp_path / "o", [*TEXTS, END], tokenizer), part, tmp_path / "q")
+    assert some.is_partial and not whole.is_partial
+    added = documents_of(score_into(tmp_path / "s", corpus, reference))[0]
+    grown = bind_scores(corpus, tmp_path / "s", tmp_path / "r", missing="skip")
+    same(grown, laid_out(corpus, texts, by_text | {texts[5]: added}))
+    at_once = bind_scores(corpus, tmp_path / "s", tmp_path / "a", missing="skip")
+    assert grown.fingerprint == at_once.fingerprint and not grown.is_partial
+    manifests = [read_json(one.folder / "manifest.json") for one in (grown, at_once)]
+    assert manifests[0] == manifests[1] and len(manifests[0]["scores"]) == 2
+    again = bind_scores(tmp_path / "o" / "made" / "train", tmp_path / "s", tmp_path / "q")
+    assert again.fingerprint == whole.fingerprint
+    assert all(whole for _, whole, _ in verify(tmp_path))
+    with pytest.raises(UserError, match="r holds another run: scores is"):  # one of them is gone
+        bind_scores(corpus, part, tmp_path / "r", missing="skip")
+
+
+def test_missing_documents_are_scored_into_the_store_first(
+    tmp_path, tokenizer, reference, part, by_text
+):
+    shutil.copytree(part.folder, tmp_path / "s" / "first")
+    texts = ["nobody has scored this", *TEXTS, END]
+    corpus = corpus_of(tmp_path, texts, tokenizer)
+    made = bind_scores(
+        corpus, tmp_path / "s", tmp_path / "r", missing="score", reference_model=reference
+    )
+    (new,) = [one for one in open_parts([str(tmp_path / "s")]) if one.folder.name != "first"]
+    assert new.manifest["corpus_fingerprint"] == corpus.fingerprint
+    same(made, laid_out(corpus, texts, by_text | {texts[0]: documents_of(new)[0]}))
+    plain = bind_scores(corpus, tmp_path / "s", tmp_path / "p")
+    assert read_json(plain.folder / "plan.json") == read_json(made.folder / "plan.json")
+    given = {"missing": "score", "reference_model": reference}
+    stores = [tmp_path / "s", part.folder.parent]
+    for more, sentence in [
+        ({"missing": "score"}, "missing is 'score' and reference_model null: missing=score needs"),
+        ({"reference_model": reference}, "missing is 'refuse' and reference_model '.*model'"),
+        ({**given, "scores": stores}, "missing is 'score' and scores has 2 stores"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            bind_scores(**({"corpus": corpus, "scores": stores[0], "out": tmp_path / "x"} | more))
+
+
+def test_a_run_reads_what_is_left_as_often_as_it_likes(tmp_path, tokenizer, part):
+    texts = [*TEXTS[:5], "nobody has scored this", *TEXTS[5:], END]
+    corpus = corpus_of(tmp_path, texts, tokenizer)
+    references = bind_scores(corpus, part, tmp_path / "r", missing="skip")
+    have = int(references.scored.sum())
+    data = TokenData(str(corpus.folder), str(references.folder), None, None, 1, 2, 2, 0, "size", 0)
+    assert 0 < have < corpus.num_windows
+    check_scored(3 * corpus.num_windows * corpus.seq_len, data)
+    windows, _ = Order(len(data.windows.available), 0).samples(0, 3 * have)
+    counts = np.bincount(data.windows.available[windows], minlength=corpus.num_windows)
+    assert counts.tolist() == (3 * references.scored).tolist()

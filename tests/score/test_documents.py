@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from document_helpers import (
     TEXTS,
@@ -22,8 +24,11 @@ from slm.score import documents as module
 from slm.score.bind import bind_scores
 from slm.score.command import score
 from slm.score.documents import pieces_of
+from slm.score.readings import OtherTokens
 from slm.store.document_scores import open_parts
+from slm.store.documents import Documents
 from slm.store.shards import Corpus
+from slm.store.tokenizer import PAD
 from slm.verify import verify
 
 
@@ -190,3 +195,53 @@ def test_without_a_text_its_tokens_find_it(tmp_path):
     assert np.isnan(bound[9:]).all()  # windows of the last one, which the end has cut
     assert [one for one in verify(tmp_path / "s") if not one[1]] == []
     assert [one for one in verify(tmp_path / "r") if not one[1]] == []
+
+
+def retokenized(folder: Path, tokenizer, **special) -> Path:
+    """The model's folder with the same vocabulary under other names of special tokens."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("special", [{"eos_token": PAD}, {}])
+def test_a_reference_with_another_eos_or_none_reads_the_corpus_as_its_own(
+    tmp_path, corpus, reference, tokenizer, special
+):
+    shutil.copytree(reference, tmp_path / "model")
+    chat = retokenized(tmp_path / "model", tokenizer, **special)
+    made = score_into(tmp_path / "s", corpus, chat)
+    plain = score_into(tmp_path / "p", corpus, reference)
+    assert made.manifest["tokenizer_sha256"] == corpus.manifest["tokenizer_sha256"]
+    for found, expected in zip(documents_of(made), documents_of(plain), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_another_tokenizer_keeps_its_own_eos(tmp_path, corpus):
+    """Its token of the id that ends our documents (0) is none of its special ones."""
+    ours, other = corpus.manifest["eos_id"], byte_level()
+    model = save_reference(tmp_path / "model", other)
+    retokenized(model, other, eos_token=PAD)
+    found, is_own = module.reference_tokenizer(str(model), corpus)
+    assert not is_own and found.eos_token_id == other.convert_tokens_to_ids(PAD) != ours
+    reader = OtherTokens(Documents(corpus), found)
+    assert reader.read(0).tokens[-1] == found.eos_token_id
+    retokenized(model, other)
+    with pytest.raises(UserError, match=r"model: eos_token of its tokenizer is null, which is an"):
+        score(corpus, tmp_path / "s", reference_model=model, layout="documents", device="cpu")
+
+
+def test_what_the_end_has_cut_is_said(tmp_path, corpus, reference, tokenizer, make_corpus, caplog):
+    caplog.set_level("INFO")
+    eos = tokenizer.eos_token_id
+    tokens = Documents(corpus).tokens(len(Documents(corpus)) - 1)
+    assert tokens[-1] != eos
+    score_into(tmp_path / "s", corpus, reference)
+    assert f"the end of {corpus.folder} has cut it" in caplog.text
+    caplog.clear()
+    whole = make_corpus(tmp_path / "w", [[*tokenizer.encode("a" * 16), eos]], 8, starts=[[0]])
+    assert len(Documents(whole).tokens(0)) == 17
+    score_into(tmp_path / "t", whole, reference)
+    assert "1 of 1 documents" in caplog.text and "has cut it" not in caplog.text

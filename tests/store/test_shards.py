@@ -118,7 +118,7 @@ def test_a_field_of_a_manifest_that_is_another_thing_is_refused(text_corpus, cha
     [
         ({"index": "0"}, "index is '0', expected a whole number"),
         ({"index": 7}, r"its shards are numbered \[7, 1\]"),
-        ({"num_tokens": None}, "num_tokens is None"),
+        ({"num_tokens": None}, "num_tokens is null"),
         ({"dtype": {"tokens": "object"}}, "dtype is .*, expected an object"),
         ({"rows": {"../tokens": 3}}, "rows is .*, expected an object"),
         ({"rows": {"tokens": 3}}, "sha256, dtype and rows of a shard name other columns"),

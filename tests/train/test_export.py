@@ -133,7 +133,7 @@ EXCESS = {"rule": "excess", "select_ratio": 0.5}
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({}, "exactly one of format and as must be set, found None, None"),
+        ({}, "exactly one of format and as must be set, found null, null"),
         ({"format": "olmo", "form": "rows"}, "exactly one of format and as must be set"),
         ({"format": "olmo", "run": "x"}, "run is given, and format=olmo writes the whole corpus"),
         ({"format": "olmo", "least": 0}, "least is given, and format=olmo writes the whole corpus"),

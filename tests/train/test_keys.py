@@ -84,7 +84,7 @@ def test_every_row_is_a_key_of_the_configuration():
         ("trainer.devices=0", r"^lightning.Trainer: `Trainer\(devices=0\)`"),
         ("max_tokens=1e6", "max_tokens is 1000000.0, it must be .*, as in 1_000_000$"),
         ("max_tokens=100K", "max_tokens is '100K', it must be a whole number of at least 1"),
-        ("seed=null", "seed is None, it must be a whole number from 0 to 4294967295"),
+        ("seed=null", "seed is null, it must be a whole number from 0 to 4294967295"),
         ("seed=-1", "seed is -1, it must be a whole number"),
         ("seed=abc", "seed is 'abc', it must be a whole number"),
         ("selection_start=-1", "selection_start is -1, it must be a whole number of at least 0"),
