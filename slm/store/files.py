@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Those of folders that this process made, innermost first, in which nothing came to be."""
+    for folder in folders:
+        with suppress(OSError):  # it has files, or is gone
+            folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from slm.selection.names import selection_name
 from slm.selection.registry import by_word, in_words, trained_word
 from slm.store.claims import Claim, claim, owner_of, remove_temporaries
 from slm.store.fields import SIZE, check_fields, of_what
-from slm.store.files import Json, nested, read_json, write_record
+from slm.store.files import Json, nested, read_json, remove_empty, write_record
 from slm.train.checkpoint import newest_checkpoint
 from slm.train.curves import USUAL
 from slm.train.data import TokenData
@@ -114,13 +114,26 @@ def adopt_run(
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[Claim]:
-    """Refuse a folder that another live process trains in."""
+    """Refuse a folder that another live process trains in.
+
+    A run that is refused before its first step leaves nothing.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with claim(folder / "run.claim") as mine:
-        if mine is None:
-            owner = owner_of(folder / "run.claim")
-            raise UserError(f"another process trains in {folder} ({owner}, see run.claim)")
-        yield mine
+    is_new = not (folder / "run.json").exists()
+    try:
+        with claim(folder / "run.claim") as mine:
+            if mine is None:
+                owner = owner_of(folder / "run.claim")
+                raise UserError(f"another process trains in {folder} ({owner}, see run.claim)")
+            try:
+                yield mine
+            except UserError:
+                if is_new and {one.name for one in folder.iterdir()} <= {"run.json", "run.claim"}:
+                    (folder / "run.json").unlink(missing_ok=True)
+                raise
+    finally:
+        remove_empty(made)
 
 
 def run_title(folder: Path) -> str:

@@ -34,7 +34,7 @@ from rich.table import Table
 
 import slm.hydra_names  # noqa: F401  # the configuration's resolvers
 from slm.errors import UserError, fail, reported
-from slm.store.files import read_json, write_csv, write_record
+from slm.store.files import read_json, remove_empty, write_csv, write_record
 from slm.train.curves import final_losses
 
 log = logging.getLogger("slm.train.sweep")
@@ -58,6 +58,12 @@ class Sweep(Callback):
         self.id = uuid.uuid4().hex  # a folder may hold jobs of an earlier sweep
         self.given = given  # resolving it in the sweep's configuration is what caches it
         self.model = ""  # what this job's folder held before
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Hydra makes the folder of a run before anybody knows whether there will be one."""
+        folder = Path(config.hydra.run.dir).absolute()
+        made = [one for one in (folder, *folder.parents) if not one.exists()]
+        atexit.register(remove_empty, made)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
