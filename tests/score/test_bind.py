@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,13 +318,14 @@ def test_missing_documents_are_scored_into_the_store_first(
     assert read_json(plain.folder / "plan.json") == read_json(made.folder / "plan.json")
     given = {"missing": "score", "reference_model": reference}
     stores = [tmp_path / "s", part.folder.parent]
+    asked: dict[str, Any] = {"corpus": corpus, "scores": stores[0], "out": tmp_path / "x"}
     for more, sentence in [
         ({"missing": "score"}, "missing is 'score' and reference_model null: missing=score needs"),
         ({"reference_model": reference}, "missing is 'refuse' and reference_model '.*model'"),
         ({**given, "scores": stores}, "missing is 'score' and scores has 2 stores"),
     ]:
         with pytest.raises(UserError, match=sentence):
-            bind_scores(**({"corpus": corpus, "scores": stores[0], "out": tmp_path / "x"} | more))
+            bind_scores(**(asked | more))
 
 
 def test_a_run_reads_what_is_left_as_often_as_it_likes(tmp_path, tokenizer, part):
