@@ -316,16 +316,17 @@ def test_missing_documents_are_scored_into_the_store_first(
     same(made, laid_out(corpus, texts, by_text | {texts[0]: documents_of(new)[0]}))
     plain = bind_scores(corpus, tmp_path / "s", tmp_path / "p")
     assert read_json(plain.folder / "plan.json") == read_json(made.folder / "plan.json")
-    given = {"missing": "score", "reference_model": reference}
+    given: dict[str, Any] = {"missing": "score", "reference_model": reference}
     stores = [tmp_path / "s", part.folder.parent]
-    asked: dict[str, Any] = {"corpus": corpus, "scores": stores[0], "out": tmp_path / "x"}
-    for more, sentence in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"missing": "score"}, "missing is 'score' and reference_model null: missing=score needs"),
         ({"reference_model": reference}, "missing is 'refuse' and reference_model '.*model'"),
         ({**given, "scores": stores}, "missing is 'score' and scores has 2 stores"),
-    ]:
+    ]
+    for more, sentence in refused:
+        asked: dict[str, Any] = {"corpus": corpus, "scores": stores[0], "out": tmp_path / "x"}
         with pytest.raises(UserError, match=sentence):
-            bind_scores(**(asked | more))
+            bind_scores(**asked | more)
 
 
 def test_a_run_reads_what_is_left_as_often_as_it_likes(tmp_path, tokenizer, part):
