@@ -87,6 +87,7 @@ EXPORT: Table = {
     "least": optional(number),
     "max_tokens": optional(count),
     **{key: FORWARD[key] for key in ("batch_size", "dtype", "device", "modules")},
+    "check": check,
 }
 SCORE: Table = FORWARD | {
     "corpus": text,

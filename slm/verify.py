@@ -285,7 +285,9 @@ def verify_prepared(path: Path) -> str:
                 f"{manifest['fingerprint']}"
             )
     check_records(path, "plan.json", "report.json")
-    return "report of a preparation"
+    plan = read_json(path / "plan.json") if (path / "plan.json").exists() else {}
+    is_import = "kind" in plan and plan["kind"] == "import"
+    return "report of an import" if is_import else "report of a preparation"
 
 
 def leftovers(folder: Path) -> list[Path]:

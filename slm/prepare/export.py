@@ -32,17 +32,19 @@ from slm.store.shards import Corpus
 log = logging.getLogger("slm.prepare")
 VERSIONS = {"uint16": 1, "uint32": 7}  # of llm.c's header
 WITH_MASKS = ("olmo", "datatrove", "mds", "datasets")
+WITH_WEIGHTS = ("mds", "datasets")
 BY_EOS = ("nanogpt", "llmc", "litdata")  # who reads them knows documents by nothing else
 MEGATRON_UINT16 = 65500  # entries of a vocabulary up to which Megatron takes uint16
 
 
-def export_files(corpus: Folder, format: str, out: Folder) -> Path:
+def export_files(corpus: Folder, format: str, out: Folder, check: str = "size") -> Path:
     """The tokens of a corpus as files that another trainer reads.
 
     Args:
         corpus: folder of shards: corpus/train.
         format: nanogpt, llmc, megatron, olmo, datatrove, mds, litdata or datasets (Parquet).
         out: folder to write, which must not exist: the files, tokenizer/ and export.json.
+        check: "full" compares the hash of every file first.
 
     Returns:
         `out`.
@@ -50,18 +52,20 @@ def export_files(corpus: Folder, format: str, out: Folder) -> Path:
     Raises:
         UserError: the corpus is damaged or unfinished; `out` exists.
     """
-    store, folder = Corpus.open(corpus), Path(out).expanduser()
+    store, folder = Corpus.open(corpus, check), Path(out).expanduser()
     has_masks = store.has_masks and format in WITH_MASKS
     if store.has_masks and not has_masks:
         log.warning("%s: format=%s has no place for its masks, they are left out", corpus, format)
-    if store.has_weights:
-        log.warning("%s: the weights of its tokens are left out", corpus)
+    has_weights = store.has_weights and format in WITH_WEIGHTS
+    if store.has_weights and not has_weights:
+        log.warning("%s: format=%s has no place for its weights, they are left out", corpus, format)
     if store.manifest["packing"] == "documents" and format in BY_EOS:
         log.warning("%s: format=%s knows documents by their EOS alone", corpus, format)
     with new_folder(folder) as made:
         WRITERS[format](store, made)
         shutil.copytree(store.tokenizer_folder, made / "tokenizer")
         record = {"format": format, "corpus": store.fingerprint, "masks": has_masks}
+        record |= {"weights": True} if has_weights else {}
         write_record(made / "export.json", record | {"tokens": sum(lengths(store))})
     log.info("%s: %d tokens of %s as format=%s", folder, sum(lengths(store)), corpus, format)
     return folder

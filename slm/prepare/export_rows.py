@@ -20,7 +20,8 @@ from slm.store.shards import Corpus
 CHUNK_BYTES = 1 << 26  # of a file of rows, as both libraries' own default; their offsets are uint32
 ROWS_AT_ONCE = 1024
 IGNORED = -100  # a label of Hugging Face's: no target
-Columns = list[np.ndarray]
+WEIGHT = "token_weight"  # what doors and collators call the column
+Columns = dict[str, np.ndarray]  # tokens and, where the corpus has them, masks and weights
 
 
 def lengths(corpus: Corpus) -> list[int]:
@@ -46,19 +47,19 @@ def row_ends(corpus: Corpus) -> np.ndarray:  # (r,) int64, likewise
 
 
 def rows(corpus: Corpus, ends: np.ndarray) -> Iterator[Columns]:
-    """Tokens and, where the corpus has them, masks of each row; it may lie in several shards."""
-    names = ["tokens", "masks"] if corpus.has_masks else ["tokens"]
+    """Of each row, which may lie in several shards."""
+    names = ["tokens", *["masks"] * corpus.has_masks, *["weights"] * corpus.has_weights]
     waiting: list[Columns] = []
     offset = 0
     for index, length in enumerate(lengths(corpus)):
-        found, start = [corpus.column(name, index) for name in names], 0
+        found, start = {name: corpus.column(name, index) for name in names}, 0
         inner = slice(*np.searchsorted(ends, [offset, offset + length], side="right"))
         for stop in (ends[inner] - offset).tolist():
-            parts = [*waiting, [column[start:stop] for column in found]]
-            yield [np.concatenate(part) for part in zip(*parts, strict=True)]
+            parts = [*waiting, {name: column[start:stop] for name, column in found.items()}]
+            yield {name: np.concatenate([part[name] for part in parts]) for name in names}
             waiting, start = [], stop
         if start < length:
-            waiting.append([column[start:] for column in found])
+            waiting.append({name: column[start:] for name, column in found.items()})
         offset += length
 
 
@@ -67,7 +68,7 @@ def chunks(items: Iterator[Columns]) -> Iterator[list[Columns]]:
     chunk, size = [], 0
     for row in items:
         chunk.append(row)
-        size += sum(column.nbytes for column in row)
+        size += sum(column.nbytes for column in row.values())
         if size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -106,9 +107,11 @@ def shortened(count: float) -> str:
 
 
 def write_mds(corpus: Corpus, folder: Path) -> None:
-    """tokens and by need mask (1: a target), arrays of one axis that say their length."""
+    """tokens and by need mask (1: a target) and token_weight, arrays of one axis that say their
+    length."""
     kind = corpus.shards[0].dtype["tokens"]
     names = {"mask": "ndarray:uint8"} if corpus.has_masks else {}
+    names |= {"token_weight": "ndarray:float32"} if corpus.has_weights else {}
     names["tokens"] = f"ndarray:{kind}"  # in the order of their names, as MDSWriter sorts them
     config: Json = {
         "column_encodings": list(names.values()),
@@ -135,10 +138,10 @@ def write_mds(corpus: Corpus, folder: Path) -> None:
 
 def mds_sample(row: Columns) -> Iterator[bytes]:
     """Sizes of the columns, then each: a byte for one axis and its type, its length, the values."""
-    count = len(row[0])
+    count = len(row["tokens"])
     width = next(code for code in range(4) if count < 1 << (8 << code))
     shape = bytes([1 << 2 | width]) + count.to_bytes(1 << width, "little")
-    values = [column.tobytes() for column in reversed(row)]  # mask before tokens
+    values = [row[name].tobytes() for name in ("masks", "weights", "tokens") if name in row]
     yield np.array([len(shape) + len(value) for value in values], "<u4").tobytes()
     for value in values:
         yield shape + value
@@ -148,7 +151,7 @@ def write_litdata(corpus: Corpus, folder: Path) -> None:
     """For TokensLoader: an item a document. Its blocks do not cross the end of a chunk."""
     kind, found = corpus.shards[0].dtype["tokens"], []
     for number, chunk in enumerate(chunks(rows(corpus, document_ends(corpus)))):
-        name, tokens = f"chunk-0-{number}.bin", [row[0].tobytes() for row in chunk]
+        name, tokens = f"chunk-0-{number}.bin", [row["tokens"].tobytes() for row in chunk]
         with atomic_file(folder / name) as file:
             file.write(packed(len(tokens), [len(item) for item in tokens]))
             file.writelines(tokens)
@@ -165,10 +168,13 @@ def write_litdata(corpus: Corpus, folder: Path) -> None:
 
 
 def write_datasets(corpus: Corpus, folder: Path) -> None:
-    """input_ids and by need labels (the token, or -100), in Parquet that `datasets` loads."""
+    """input_ids and by need labels (the token, or -100) and token_weight, in Parquet that
+    `datasets` loads."""
     fields = [("input_ids", pa.list_(pa.int32()))]
     if corpus.has_masks:
         fields.append(("labels", pa.list_(pa.int32())))
+    if corpus.has_weights:
+        fields.append((WEIGHT, pa.list_(pa.float32())))
     schema, waiting = pa.schema(fields), []
     path = folder / f"{corpus.manifest['split']}.parquet"
     with atomic_file(path) as file, ParquetWriter(file, schema) as writer:
@@ -182,7 +188,11 @@ def write_datasets(corpus: Corpus, folder: Path) -> None:
 
 
 def as_table(waiting: list[Columns], schema: pa.Schema) -> pa.Table:
-    made = {"input_ids": [row[0].astype(np.int32) for row in waiting]}
+    made = {"input_ids": [row["tokens"].astype(np.int32) for row in waiting]}
     if "labels" in schema.names:
-        made["labels"] = [np.where(row[1], row[0].astype(np.int32), IGNORED) for row in waiting]
+        live = [row["masks"] for row in waiting]
+        pairs = zip(live, made["input_ids"], strict=True)
+        made["labels"] = [np.where(targets, ids, IGNORED) for targets, ids in pairs]
+    if WEIGHT in schema.names:
+        made[WEIGHT] = [row["weights"] for row in waiting]
     return pa.table(made, schema)

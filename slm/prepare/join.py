@@ -133,7 +133,9 @@ def make_report(work: Work, corpora: Corpora, written: dict[int, tuple[int, int]
         "excluded": {} if work.exclusion is None else work.exclusion.report(),
         "encoder": ", ".join(sorted(corpora.encoders)),
     }
+    has_prompts = any(source.has_prompts for source in work.job.sources)
     for side, (dropped, num_shards) in written.items():
         counts = corpora.tally.of_side(side) | {"dropped_tail_tokens": dropped}
-        report[SIDES[side]] = finish_side(work.config, work.out / SIDES[side], counts, num_shards)
+        made = (work.out / SIDES[side], counts, num_shards, has_prompts)
+        report[SIDES[side]] = finish_side(work.config, *made)
     return report

@@ -85,7 +85,7 @@ def read_files(source: Source, max_bytes: int, span: Span | None) -> Iterator[Bl
                 line += num_lines
                 record += num_lines
         if line == 0:
-            yield Block(0, 0, file, 0, record, b"", 0, count=0)
+            yield Block(0, 0, file, 0, record, b"", 0, None, count=0)
 
 
 def read_chunks(stream: IO[bytes], span: Span | None) -> Iterator[bytes]:
@@ -234,7 +234,10 @@ def read_csv(source: Source, max_bytes: int) -> Iterator[Block]:
             # What is not UTF-8 is found in its record.
             text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
             rows = csv_rows(csv.reader(text, delimiter=delimiter, strict=True), file)
-            names = next(rows, [])
+            names = next(rows, None)
+            if names is None:
+                yield Block(0, 0, file, 0, record, "is empty", 0, None, count=0)
+                continue
             if isinstance(names, str):
                 raise UserError(f"{file}: its first row {names}")
             for line, row in enumerate(rows):

@@ -104,7 +104,8 @@ def read_weight(record: Any, field: Field, is_text: bool) -> float:
     if type(value) not in (int, float):
         raise BadRecord(f"is {reprlib.repr(value)}, expected a number", field.name)
     if not 0 <= value <= LARGEST:
-        raise BadRecord(f"is {value}, expected a weight of at least 0 (and finite)", field.name)
+        wanted = f"a weight from 0 to {LARGEST:.3g}, the largest float32"
+        raise BadRecord(f"is {value}, expected {wanted}", field.name)
     return value
 
 

@@ -51,7 +51,9 @@ def show_progress(total_bytes: int | None, done: int = 0) -> Iterator[Speed]:
         log.info("%.1f MB of text in %.1f s: %s", speed.text_bytes / 1e6, speed.seconds, speed)
 
 
-def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Json:
+def finish_side(
+    config: Any, folder: Path, counts: Json, num_shards: int, has_prompts: bool = True
+) -> Json:
     """Write the manifest; returns the side's report."""
     if num_shards == 0:
         hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
@@ -66,7 +68,7 @@ def finish_side(config: Any, folder: Path, counts: Json, num_shards: int) -> Jso
     in_windows = counts["tokens"] - counts["dropped_tail_tokens"] - num_shards
     counts |= {"windows": in_windows // config.seq_len, "shards": num_shards}
     corpus = Corpus.open(folder)
-    if "targets" in counts:
+    if "targets" in counts and has_prompts:
         counts |= window_targets(corpus)
     if corpus.has_weights:
         counts["weights"] = weight_range(corpus)
@@ -117,10 +119,11 @@ def say_report(out: Path, report: Json) -> None:
 
 
 def say_targets(folder: Path, counts: Json) -> None:
-    """Where prompts are masked: how much is left to learn from."""
+    """Where some tokens are masked: how much is left to learn from, and without its prompt."""
     if "targets" in counts:
         share = counts["targets"] / counts["tokens"]
         log.info(f"{folder}: {counts['targets']:,} of the tokens are targets ({share:.1%})")
+    if "targets_without_prompt" in counts:
         cut_off, whole = counts["targets_without_prompt"], counts["targets_in_windows"]
         log.info(
             f"{folder}: {cut_off:,} of the {whole:,} targets in windows "

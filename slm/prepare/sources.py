@@ -110,8 +110,12 @@ class Source:
         return self.signal is not None or self.noise is not None
 
     @property
+    def has_prompts(self) -> bool:
+        return self.prompt is not None or self.messages is not None
+
+    @property
     def has_masks(self) -> bool:
-        return any(given is not None for given in (self.prompt, self.messages, self.mask))
+        return self.has_prompts or self.mask is not None
 
     @property
     def by_need(self) -> set[str]:

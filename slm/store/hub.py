@@ -26,8 +26,8 @@ def is_folder(key: str, name: str) -> bool:
         return True
     if Path(name).exists():
         raise UserError(
-            f"{key} {name} is a file: a model or tokenizer is a folder, a GGUF file, or a name on "
-            "the hub"
+            f"{key} {name}, which is a file: a model or tokenizer is a folder, a GGUF file, or a "
+            "name on the hub"
         )
     if not looks_like_hub_name(name):
         raise UserError(f"{key} {name}: there is no such folder")

@@ -85,6 +85,11 @@ class Links:
             )
         return file, place["offset"]
 
+    def file(self, path: Path) -> Path:
+        """Where a column lies, for messages."""
+        files = self.record["files"]
+        return Path(files[path.name]["path"]) if path.name in files else path
+
     def column(self, path: Path, dtype: str, rows: int) -> Any:  # (rows,) or (rows, n)
         """A column, mapped: from where it is linked to, else from `path`, its own file."""
         if path.name not in self.record["files"]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from slm.errors import UserError
 from slm.store.columns import COLUMNS, DTYPE, Column
-from slm.store.shards import Corpus, References, Store
+from slm.store.shards import Corpus, References, Store, shard_path
 
 IGNORE_INDEX = -100
 WEIGHT = "token_weight"
@@ -113,9 +113,12 @@ class Windows:
         shape = (len(windows), self.corpus.seq_len + 1)
         tokens = self._gather(self.corpus, "tokens", windows, np.empty(shape, np.int64))
         if tokens.max() >= self.corpus.vocab_size:
+            window = windows[tokens.max(1).argmax()]
+            shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
+            file = self.corpus.links.file(shard_path(self.corpus.folder, "tokens", shard))
             raise UserError(
-                f"{self.corpus.folder}: window {windows[tokens.max(1).argmax()]} holds token id "
-                f"{tokens.max()}, the tokenizer has {self.corpus.vocab_size}"
+                f"{file}: window {window} of {self.corpus.folder} holds token id {tokens.max()}, "
+                f"the tokenizer has {self.corpus.vocab_size}"
             )
         return tokens
 

@@ -73,6 +73,7 @@ def export_corpus(
     dtype: str = "float32",
     device: str = "auto",
     modules: Sequence[str] = (),
+    check: str = "size",
 ) -> Path:
     """A corpus as files that another trainer reads, or what a rule keeps of it.
 
@@ -95,6 +96,7 @@ def export_corpus(
         dtype: of the forward: "float32", "bfloat16" or "bf16-mixed".
         device: "auto" is cuda where there is one.
         modules: your own rules and modeling code, files or dotted names, imported first.
+        check: "full" compares the hash of every file of corpus and references first.
 
     Returns:
         `out`.
@@ -112,11 +114,11 @@ def export_corpus(
         )
     check_keys(settings)
     if format is not None:
-        return export_files(corpus, format, out)
+        return export_files(corpus, format, out, check)
     if Path(out).expanduser().exists():
         raise UserError(f"out={out} exists; choose another output folder")
     import_modules(modules)
-    return concentrate(settings, Corpus.open(corpus))
+    return concentrate(settings, Corpus.open(corpus, check))
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def check_keys(config: Any) -> None:
 def chosen_by(config: Any, corpus: Corpus) -> Chosen:
     if config.run is not None:
         return chosen_by_run(Path(config.run).expanduser(), config, corpus)
-    stores = open_references(config.references, config.combine, "size", prefix="")
+    stores = open_references(config.references, config.combine, config.check, prefix="")
     rest = (stores, config.combine, WINDOWS_TOGETHER, 0, 0)
     return Chosen(config.target_model, config.keep, *rest)
 
@@ -161,7 +163,7 @@ def chosen_by_run(run: Path, config: Any, corpus: Corpus) -> Chosen:
     counts = {name: SIZE for name in ("max_tokens", "data.micro_batch_size")}
     check_fields(path, record, counts)
     same(path, "corpus", record["corpus"], corpus.fingerprint, corpus.folder)
-    stores = open_references(config.references, record["data.combine"], "size", prefix="")
+    stores = open_references(config.references, record["data.combine"], config.check, prefix="")
     named = [store.fingerprint for store in stores]
     if record["online_reference"] is not None:
         raise UserError(

@@ -473,6 +473,8 @@ def test_masks_and_weights_by_hand(run, tmp_path, merges_folder, tokenizer, capl
     assert found["mean"] == pytest.approx(np.mean(taken))
     assert (found["least"], found["largest"], found["tokens_of_0"]) == (0, 3, len(ids[1]))
     assert "weights are 0 to 3, " in caplog.text
+    assert "of the tokens are targets" in caplog.text
+    assert "their prompt" not in caplog.text and "targets_without_prompt" not in report
 
 
 def test_a_negative_weight_is_a_bad_record(run, tmp_path):

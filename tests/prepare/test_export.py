@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -15,10 +16,13 @@ import warm
 from slm.command_keys import EXPORTS
 from slm.errors import UserError
 from slm.prepare import export_rows
+from slm.prepare.command import prepare
 from slm.prepare.export import export_files
 from slm.prepare.export_rows import document_ends
+from slm.prepare.imports import mds
 from slm.prepare.imports.command import import_corpus
 from slm.store.shards import Corpus
+from text_helpers import write_records
 
 FILES = Path(__file__).resolve().parents[1] / "fixtures" / "token_files"
 DOCUMENTS = json.loads((FILES / "documents.json").read_text())
@@ -172,3 +176,43 @@ def test_what_does_not_fit_is_said(imported, tmp_path, caplog):
     with pytest.raises(UserError, match="no is not a finished corpus: it does not exist"):
         export_files("no", "llmc", tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_weights_are_a_column_where_the_format_has_one(tmp_path, bytes_folder, packing, caplog):
+    records = [{"text": "one two", "w": 0.5}, {"text": "three", "w": 0}, {"text": "four", "w": 2}]
+    path = write_records(tmp_path / "a.jsonl", *records * 3)
+    corpus = prepare(
+        [{"path": str(path), "token_weight": "w"}],
+        tmp_path / "corpus",
+        tokenizer={"path": bytes_folder},
+        **{"seq_len": 4, "shard_tokens": 9, "packing": packing, "heldout_ratio": 0, "num_proc": 1},
+    ).train
+    assert corpus is not None and len(corpus.shards) > 3
+    weights, stream = whole(corpus, "weights"), whole(corpus, "tokens")
+    assert {0, 0.5, 2} == set(weights)
+    rows = pq.read_table(export_files(corpus, "datasets", tmp_path / "rows") / "train.parquet")
+    assert sum(rows["token_weight"].to_pylist(), []) == weights
+    sizes = [len(ids) for ids in rows["input_ids"].to_pylist()]
+    assert [len(row) for row in rows["token_weight"].to_pylist()] == sizes
+    out = export_files(corpus, "mds", tmp_path / "mds")
+    shards = json.loads((out / "index.json").read_text())["shards"]
+    assert shards[0]["column_names"] == [*["mask"] * corpus.has_masks, "token_weight", "tokens"]
+    found: dict[str, list[Any]] = {"tokens": [], "token_weight": []}
+    for shard in shards:
+        data = np.fromfile(out / shard["raw_data"]["basename"], np.uint8)
+        for sample in mds.split(out, data, shard["samples"]):
+            for name, kind in (("tokens", "uint16"), ("token_weight", "float32")):
+                names = shard["column_names"]
+                found[name] += mds_column(sample, names.index(name), len(names), kind)
+    assert found == {"tokens": stream, "token_weight": weights}
+    assert "left out" not in caplog.text
+    export_files(corpus, "olmo", tmp_path / "olmo")
+    assert "format=olmo has no place for its weights, they are left out" in caplog.text
+
+
+def mds_column(sample: np.ndarray, at: int, count: int, kind: str) -> list[Any]:
+    """One of `count` columns: their sizes come first, of each its axes and a length of one byte."""
+    sizes = sample[: 4 * count].view("<u4").tolist()
+    begin = 4 * count + sum(sizes[:at])
+    return sample[begin + 2 : begin + sizes[at]].view(kind).tolist()

@@ -92,7 +92,7 @@ def test_what_is_not_whole_is_refused(part):
     with pytest.raises(UserError, match="does not match its fingerprint"):
         open_parts([str(part.parent)])
     (part / "manifest.json").write_text(json.dumps(manifest | {"scoring": None}))
-    with pytest.raises(UserError, match="scoring is None, expected an object"):
+    with pytest.raises(UserError, match="scoring is null, expected an object"):
         open_parts([str(part.parent)])
     (part / "manifest.json").unlink()
     with pytest.raises(UserError, match="holds no scores of documents"):

@@ -131,7 +131,9 @@ def test_a_gguf_is_meant_by_its_name_and_where_a_folder_has_nothing_else(tmp_pat
     (tmp_path / "model.safetensors").touch()
     assert gguf_file(tmp_path) is None and place(tmp_path) == {FOLDER: tmp_path}
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match="notes.txt is a file: a model or tokenizer is a folder"):
+    with pytest.raises(
+        UserError, match="notes.txt, which is a file: a model or tokenizer is a folder"
+    ):
         is_folder("model", str(tmp_path / "notes.txt"))
     assert no_model(Path(tmp_path / "nowhere")) == "there is no such folder"
 

@@ -160,7 +160,7 @@ def test_loading_refuses_what_is_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no tokenizer at"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="is a file: a model or tokenizer is a folder"):
+    with pytest.raises(UserError, match="which is a file: a model or tokenizer is a folder"):
         load_tokenizer(tmp_path / "tokenizer.json")
     vocab = {"[UNK]": 0, "a": 1}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))

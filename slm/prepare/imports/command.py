@@ -100,7 +100,8 @@ def import_corpus(
         masks: what says which tokens are targets: a column (mds) or files (olmo).
         shard_tokens: most tokens of a shard.
         link: leave the tokens where they are and refer to them (plain files alone): the corpus is
-            small, made at the speed of reading, and whole as long as the files stay as they are.
+            small, made at the speed of reading, and whole as long as the files stay as they are;
+            its fingerprint is another than that of a copy.
 
     Returns:
         The corpus.
@@ -169,7 +170,7 @@ def write_corpus(config: Any, paths: list[str], folder: Path, tokenizer: Any) ->
     first = next(parts, None)
     if first is None:
         raise UserError(f"{', '.join(paths)}: there are no tokens in it")
-    show_sample(paths[0], *first, tokenizer)
+    sample = np.asarray(first[0].tokens[:SAMPLE])
     has_masks, shape = first[0].masks is not None, (config.seq_len, config.shard_tokens, state)
     made = (
         LinkWriter(folder, *shape)
@@ -189,6 +190,8 @@ def write_corpus(config: Any, paths: list[str], folder: Path, tokenizer: Any) ->
             f"{', '.join(paths)}: its {counts['tokens']} tokens are fewer than the "
             f"{config.seq_len + 1} of one window (seq_len={config.seq_len})"
         )
+    # Ids of another tokenizer are often in range: only a reader sees that the text is none.
+    log.info("%s begins with %r", paths[0], tokenizer.decode(sample.tolist()))
     return finish_side(config, folder, counts, writer.num_shards)
 
 
@@ -226,13 +229,6 @@ def all_parts(
             if len(part.tokens):
                 yield part, stream
         say_end(path, stream)
-
-
-def show_sample(path: str, part: Part, stream: Stream, tokenizer: Any) -> None:
-    """Ids of another tokenizer are often in range: only a reader sees that the text is none."""
-    ids = np.asarray(part.tokens[:SAMPLE])
-    stream.check_ids(part, 0, ids)
-    log.info("%s begins with %r", path, tokenizer.decode(ids.tolist()))
 
 
 def say_end(path: str, stream: Stream) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.prepare.imports.parts import Options, Part, check_ends, map_numbers, read_listing
 from slm.store.fields import FILE, OBJECT, SIZE, check_fields
 from slm.store.files import read_json
@@ -34,9 +34,9 @@ def read_dtype(path: Path) -> str:
     index = read_json(path)
     check_fields(path, index, {"config": OBJECT})
     kinds = index["config"].get("data_format")
-    packed = {key: index["config"].get(key) for key in ("compression", "encryption")}
-    if any(packed.values()):
-        raise UserError(f"{path}: {packed}; plain chunks are read")
+    for key in ("compression", "encryption"):
+        if found := index["config"].get(key):
+            raise UserError(f"{path}: {key} is {shown(found)}, and only plain chunks are read")
     if not isinstance(kinds, list) or len(kinds) != 1 or kinds[0] not in KINDS:
         raise UserError(
             f"{path}: data_format is {kinds}, one of {', '.join(KINDS)} is read: what `optimize` "

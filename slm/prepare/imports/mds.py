@@ -17,14 +17,9 @@ NAMES = ("tokens", "input_ids")  # of the column, where none is given
 DTYPES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32"}
 DTYPES |= {64: "uint64", 65: "int64"}  # of an ndarray that says it itself
 CODECS = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}  # theirs -> Arrow's
-COLUMNS = {"column_names": TEXT, "column_encodings": TEXT, "column_sizes": optional(INDEX)}
-SHARD = {
-    "format": one_of("mds"),
-    "samples": INDEX,
-    "raw_data": OBJECT,
-    "zip_data": optional(OBJECT),
-}
-SHARD |= {name: list_of(field) for name, field in COLUMNS.items()}
+LISTS = {"column_names": TEXT, "column_encodings": TEXT, "column_sizes": optional(INDEX)}
+SHARD = {"format": one_of("mds"), "samples": INDEX, "raw_data": OBJECT}
+SHARD |= {"zip_data": optional(OBJECT)} | {name: list_of(kind) for name, kind in LISTS.items()}
 
 
 def read_mds(given: str, options: Options) -> Iterator[Part]:
@@ -37,35 +32,33 @@ def read_mds(given: str, options: Options) -> Iterator[Part]:
             found, live = [numbers(path, shard, names, options.dtype, s) for s in some], None
             tokens, ends = np.concatenate(found), np.cumsum([len(ids) for ids in found])
             if options.masks is not None:
-                flags = [numbers(path, shard, (options.masks,), "bool", s) for s in some]
-                live = same_length(path, np.concatenate(flags).astype(bool), tokens)
+                live = [numbers(path, shard, (options.masks,), "bool", s) for s in some]
+                live = same_length(path, np.concatenate(live).astype(bool), tokens)
             yield Part(str(path), tokens, ends, live)
 
 
 def shard_bytes(folder: Path, shard: Json) -> tuple[Path, np.ndarray]:  # (b,) uint8
     """The shard itself; where only its compressed form is there, that in memory."""
-    raw, packed = shard["raw_data"], shard["zip_data"]
-    check_fields(folder / "index.json", raw, {"basename": FILE})
-    if packed is None or (folder / raw["basename"]).exists():
-        return folder / raw["basename"], map_numbers(folder / raw["basename"], "uint8")
-    codec = str(shard["compression"]).partition(":")[0]
-    record = packed | {"compression": codec}
-    check_fields(folder / "index.json", record, {"basename": FILE, "compression": one_of(*CODECS)})
+    packed, codec = shard["zip_data"], {"compression": str(shard["compression"]).partition(":")[0]}
+    check_fields(folder / "index.json", shard["raw_data"], {"basename": FILE})
+    path = folder / shard["raw_data"]["basename"]
+    if packed is None or path.exists():
+        return path, map_numbers(path, "uint8")
+    known = {"basename": FILE, "compression": one_of(*CODECS)}
+    check_fields(folder / "index.json", packed | codec, known)
     path = folder / packed["basename"]
     try:
-        with pa.input_stream(str(path), compression=CODECS[codec]) as file:
+        with pa.input_stream(str(path), compression=CODECS[codec["compression"]]) as file:
             return path, np.frombuffer(file.read(), np.uint8)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def split(path: Path, data: np.ndarray, count: int) -> Iterator[np.ndarray]:  # (b,) uint8 each
-    head = np.resize(data[: 4 * (count + 2)], 4 * (count + 2)).view("<u4").astype(np.int64)
+    head = np.resize(data[: 4 * (count + 2)], 4 * (count + 2)).view("<u4").tolist()
     if head[0] != count or head[-1] != len(data):
-        raise UserError(
-            f"{path} has {len(data)} bytes and, by index.json, {count} samples; its header says "
-            f"{head[-1]} and {head[0]}"
-        )
+        said = f"{count} samples by index.json; its header says {head[-1]} and {head[0]}"
+        raise UserError(f"{path} has {len(data)} bytes and {said}")
     yield from (data[begin:end] for begin, end in zip(head[1:-1], head[2:], strict=True))
 
 
@@ -79,9 +72,9 @@ def numbers(
         raise UserError(f"{path} has no column {' or '.join(names)}, it has {', '.join(known)}")
     start = 4 * fixed.count(None)  # sizes come first, of the columns that have no fixed one
     told = iter(sample[:start].view("<u4").tolist())
-    widths = [next(told) if size is None else size for size in fixed]
-    value = sample[start + sum(widths[:at]) : start + sum(widths[: at + 1])]
-    kind, *rest = shard["column_encodings"][at].split(":")
+    ends = np.cumsum([start, *(next(told) if size is None else size for size in fixed)])
+    value, kind = sample[slice(*ends[at : at + 2])], shard["column_encodings"][at]
+    kind, *rest = kind.split(":")
     name = rest[0] if rest else dtype or "int64"  # llm-foundry's
     if kind == "ndarray" and not rest:
         name, value = DTYPES.get(int(value[0]), "none"), value[1:]

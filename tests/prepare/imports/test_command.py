@@ -196,7 +196,7 @@ def test_a_corpus_of_the_same_text_is_the_same(run, tmp_path, bytes_folder):
     assert {key: ours[key] for key in theirs.keys() - {"sources"}} == {
         key: theirs[key] for key in theirs.keys() - {"sources"}
     }
-    assert verify_part(tmp_path / "out", lambda count: None) == "report of a preparation"
+    assert verify_part(tmp_path / "out", lambda count: None) == "report of an import"
 
 
 @pytest.mark.parametrize(("step", "shard_tokens"), [(1, 9), (2, 100), (3, 5), (7, 9)])
@@ -232,6 +232,9 @@ def test_what_was_found_is_said(run, tmp_path, caplog):
     assert f"{tmp_path / 'out' / 'train'}: 4 documents, 40 tokens" in caplog.text
     caplog.clear()
     shutil.rmtree(tmp_path / "out")
+    with pytest.raises(UserError, match="document that ends before token"):
+        run("megatron", FILES / "megatron" / "no_eod")
+    assert "begins with" not in caplog.text  # a refusal is all that is said
     np.array([5, 6, 7], np.uint16).tofile(tmp_path / "train.bin")
     run("nanogpt", tmp_path / "train.bin")
     assert "train.bin is one document: none of its tokens is EOS, 0" in caplog.text
@@ -289,7 +292,7 @@ BAD = [
         "typed",
         SHARD,
         cut(1),
-        "256 bytes and, by index.json, 0 samples; its header says 257 and 0",
+        "256 bytes and 0 samples by index.json; its header says 257 and 0",
     ),
     ("mds", "typed", "typed/shard.00001.mds", None, "shard.00001.mds is missing"),
     ("mds", "untyped", "", None, "has no column tokens or input_ids, it has ids"),

@@ -14,6 +14,7 @@ from slm.errors import UserError
 from slm.prepare.imports.command import import_corpus
 from slm.store.shards import Corpus
 from slm.store.windows import Windows
+from slm.train.export import export_corpus
 from slm.verify import verify_part
 
 FILES = Path(__file__).resolve().parents[2] / "fixtures" / "token_files"
@@ -118,3 +119,18 @@ def test_what_cannot_be_linked_is_refused_and_nothing_is_left(run, tmp_path):
     with pytest.raises(UserError, match="wide.npy: token 3 is 999, the tokenizer has 258 ids"):
         run("npy", tmp_path / "wide.npy", True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.npy", "wide.npy"]
+
+
+def test_a_file_that_changed_in_place_is_named_and_found_before_an_export(run, tmp_path):
+    """Of its old size: a bad id when it is read, any other with check=full."""
+    np.array([5, 6, 7, 0, 1], np.uint16).tofile(tmp_path / "train.bin")
+    corpus = run("nanogpt", tmp_path / "train.bin", True)
+    for ids, last in (([5, 6, 7, 0, 2], 2), ([5, 6, 7, 0, 999], 999)):
+        np.array(ids, np.uint16).tofile(tmp_path / "train.bin")
+        with pytest.raises(UserError, match=r"train.bin is damaged or was changed: 10 bytes from"):
+            export_corpus(corpus, "nanogpt", tmp_path / "out", check="full")
+        assert not (tmp_path / "out").exists()
+        if last == 2:
+            assert Windows(corpus).tokens(np.array([0])).tolist() == [ids]
+    with pytest.raises(UserError, match=r"train.bin: window 0 of .*/train holds token id 999, the"):
+        Windows(Corpus.open(corpus.folder)).tokens(np.array([0]))
