@@ -25,13 +25,15 @@ from slm.store.document_scores import DocumentScores
 from slm.store.fields import CHECKPOINT, OBJECT, TEXT, check_fields, one_of
 from slm.store.files import (
     Advance,
+    Json,
     check_files,
     check_hash,
     check_records,
     nothing,
     read_json,
 )
-from slm.store.shards import SCORED, Corpus, References, Shard, Store, make_manifest, read_sidecars
+from slm.store.shards import SCORED, Corpus, References, Store, make_manifest
+from slm.store.sidecars import Shard, read_sidecars
 from slm.store.tokenizer import load_corpus_tokenizer
 
 STORES: dict[str, type[Store]] = {
@@ -110,7 +112,7 @@ def verify_store(path: Path, advance: Advance) -> str:
     check_fields(path / "manifest.json", record, {"kind": one_of(*STORES)})
     kind = record["kind"]
     store = STORES[kind].open(path)
-    check_manifest(store, FIRST_COLUMN[kind])
+    check_manifest(store, record, FIRST_COLUMN[kind])
     store.check_hashes(advance)
     if isinstance(store, References):
         for shard in store.shards:
@@ -125,20 +127,20 @@ def verify_store(path: Path, advance: Advance) -> str:
     if not isinstance(store, Corpus):
         references_cost(path)
         check_records(path, "cost-*.json", "lineage.json")
-    tokens = sum(shard.num_tokens for shard in store.shards)
+    tokens = int(store.shards.num_tokens.sum())
     size = f"{len(store.shards)} shards, {tokens:,} tokens"
     if isinstance(store, References) and store.is_partial:
-        size += f", a part: {store.scored.sum():,} of {len(store.scored):,} windows have scores"
+        size += f", a part: {store.num_scored():,} of {len(store.scored):,} windows have scores"
     return f"{kind}, {size}, fingerprint {store.fingerprint}"
 
 
-def check_manifest(store: Store, column: str) -> None:
+def check_manifest(store: Store, manifest: Json, column: str) -> None:
     """manifest.json is a function of plan.json and the sidecars; a flipped byte in any shows."""
     if not (store.folder / "plan.json").exists():
         raise UserError(f"{store.folder / 'plan.json'} is missing")
     made = make_manifest(store.folder, read_sidecars(store.folder, column))
-    for name in sorted(made.keys() | store.manifest.keys()):
-        if name not in made or name not in store.manifest or made[name] != store.manifest[name]:
+    for name in sorted(made.keys() | manifest.keys()):
+        if name not in made or name not in manifest or made[name] != manifest[name]:
             raise UserError(
                 f"{store.folder / 'manifest.json'}: {name} is not what plan.json and the shards' "
                 "sidecars say"

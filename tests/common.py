@@ -16,15 +16,8 @@ from slm import demo
 from slm.prepare.encoder import token_bytes
 from slm.selection.registry import RULES
 from slm.store.files import write_array, write_json
-from slm.store.shards import (
-    FORMAT,
-    Corpus,
-    References,
-    Shard,
-    shard_path,
-    write_manifest,
-    write_sidecar,
-)
+from slm.store.shards import FORMAT, Corpus, References, write_manifest
+from slm.store.sidecars import Shard, shard_path, write_sidecar
 from slm.store.tokenizer import tokenizer_sha256, train_tokenizer
 
 SKETCHED = """

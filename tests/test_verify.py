@@ -22,7 +22,8 @@ from slm.model.folder import save_model
 from slm.score.cost import write_cost
 from slm.store import shards
 from slm.store.files import hash_file, write_array, write_json, write_record
-from slm.store.shards import References, Shard, write_manifest, write_sidecar
+from slm.store.shards import References, write_manifest
+from slm.store.sidecars import Shard, write_sidecar
 from slm.train.checkpoint import VerifiedCheckpointIO
 from slm.verify import verify
 

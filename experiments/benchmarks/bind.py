@@ -19,7 +19,8 @@ from slm.score.bind import bind_scores
 from slm.store.document_scores import keys_of
 from slm.store.documents import Documents
 from slm.store.files import write_array, write_json
-from slm.store.shards import FORMAT, Corpus, Shard, shard_path, write_manifest, write_sidecar
+from slm.store.shards import FORMAT, Corpus, write_manifest
+from slm.store.sidecars import Shard, shard_path, write_sidecar
 
 SEQ_LEN, SHARDS = 2048, 4
 TARGET = 50e6

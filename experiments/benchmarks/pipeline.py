@@ -284,15 +284,8 @@ def bench_data(rows: Rows, folder: Path, small: bool) -> None:
 def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, Any]:
     """A corpus of random ids with random scores; four shards."""
     from slm.store.files import write_array, write_json
-    from slm.store.shards import (
-        FORMAT,
-        Corpus,
-        References,
-        Shard,
-        shard_path,
-        write_manifest,
-        write_sidecar,
-    )
+    from slm.store.shards import FORMAT, Corpus, References, write_manifest
+    from slm.store.sidecars import Shard, shard_path, write_sidecar
 
     generator = np.random.default_rng(0)
     length = million_tokens * 250_000 // seq_len * seq_len + 1

@@ -46,7 +46,8 @@ from slm.prepare.workers import Job, check_first_records
 from slm.stage import Folder, stage
 from slm.store.claims import remove_temporaries
 from slm.store.files import Json, cannot_write, hash_json, read_json, write_error
-from slm.store.shards import Corpus, adopt_plan, read_sidecars
+from slm.store.shards import Corpus, adopt_plan
+from slm.store.sidecars import read_sidecars
 from slm.store.tokenizer import load_tokenizer, tokenizer_sha256
 
 log = logging.getLogger("slm.prepare")

@@ -9,7 +9,8 @@ import numpy as np
 
 from slm.prepare.encoder import EncoderState
 from slm.store.files import ArrayWriter, atomic_file
-from slm.store.shards import BY_NEED, Shard, shard_path, write_sidecar
+from slm.store.shards import BY_NEED
+from slm.store.sidecars import Shard, shard_path, write_sidecar
 
 
 def column_dtypes(state: EncoderState, by_need: Collection[str]) -> dict[str, str]:

@@ -27,7 +27,8 @@ from slm.store.columns import DTYPE, LOGPROBS
 from slm.store.document_scores import DocumentIndex, DocumentScores, keys_of, open_parts
 from slm.store.documents import Documents
 from slm.store.files import Json, read_json, write_record
-from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
+from slm.store.shards import FORMAT, IDENTITY, Corpus, References, adopt_plan
+from slm.store.sidecars import Shard
 from slm.store.tokenizer import spellings
 from slm.store.windows import Windows
 

@@ -48,7 +48,8 @@ from slm.stage import Folder, stage
 from slm.store.columns import Column, columns_named
 from slm.store.files import Json
 from slm.store.hub import check_model_folder
-from slm.store.shards import FORMAT, IDENTITY, Corpus, References, Shard, adopt_plan
+from slm.store.shards import FORMAT, IDENTITY, Corpus, References, adopt_plan
+from slm.store.sidecars import Shard
 from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_of
 from slm.store.windows import IGNORE_INDEX, Windows, to_device
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from slm.store.fields import NUMBER, TEXT, check_fields, optional
 from slm.store.files import Json, read_json, write_record
-from slm.store.shards import shard_path
+from slm.store.sidecars import shard_path
 
 SUMMED = ("seconds", "tokens", "flops")
 

@@ -46,14 +46,8 @@ from slm.store.document_scores import (
 from slm.store.documents import Documents
 from slm.store.files import Json, read_json, write_array
 from slm.store.hub import check_model_folder
-from slm.store.shards import (
-    FORMAT,
-    Corpus,
-    Shard,
-    adopt_plan,
-    write_manifest,
-    write_sidecar,
-)
+from slm.store.shards import FORMAT, Corpus, adopt_plan, write_manifest
+from slm.store.sidecars import Shard, write_sidecar
 from slm.store.tokenizer import (
     load_corpus_tokenizer,
     load_tokenizer,

@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,16 +20,8 @@ from slm.score.cost import write_cost
 from slm.store.claims import ClaimLost, claim, owner_of, remove_temporaries
 from slm.store.columns import COLUMNS, DTYPE, LOGPROBS, Column
 from slm.store.files import Json, check_hash, map_array, read_json, write_array
-from slm.store.shards import (
-    SCORED,
-    Corpus,
-    References,
-    Shard,
-    read_shard,
-    shard_path,
-    write_manifest,
-    write_sidecar,
-)
+from slm.store.shards import SCORED, Corpus, References, write_manifest
+from slm.store.sidecars import Shard, read_shard, shard_path, write_sidecar
 from slm.store.windows import Windows
 
 log = logging.getLogger("slm.score")
@@ -251,7 +243,7 @@ def check_space(folder: Path, needed: int) -> int:
     return free
 
 
-def store_bytes(scorer: Scorer, shards: list[Shard]) -> int:
+def store_bytes(scorer: Scorer, shards: Sequence[Shard]) -> int:
     """Of the columns of those in which something is to be scored."""
     count = sum(shard.num_tokens for shard in shards if any(True for _ in scorer.batches(shard)))
     return count * np.dtype(scorer.dtype).itemsize * len(scorer.source.columns)

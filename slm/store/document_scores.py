@@ -28,7 +28,7 @@ import numpy as np
 from slm.errors import UserError
 from slm.store.columns import LOGPROBS
 from slm.store.fields import of_what
-from slm.store.files import Json
+from slm.store.files import Json, Recent
 from slm.store.shards import Store
 
 SPECIAL = CUT = b"\xff"
@@ -137,9 +137,9 @@ class DocumentIndex:
     """The documents of several parts by their hashes. Costs 100 bytes of memory a document."""
 
     def __init__(self, parts: Sequence[DocumentScores]):
-        self._columns: dict[tuple[str, int], np.ndarray] = {}
+        self._columns = Recent()
         self.shards = [(part, shard.index) for part in parts for shard in part.shards]
-        columns = [part.column("documents", index) for part, index in self.shards]
+        columns = [np.array(part.column("documents", index)) for part, index in self.shards]
         counts = [part.shards[index].num_tokens for part, index in self.shards]
         ends = [
             np.append(rows[1:, 0], count)[: len(rows)]
@@ -154,7 +154,7 @@ class DocumentIndex:
         return len(self.first)
 
     def keys(self, column: str) -> np.ndarray:  # (d,) KEY
-        found = [np.asarray(part.column(column, index)) for part, index in self.shards]
+        found = [np.array(part.column(column, index)) for part, index in self.shards]
         return np.concatenate([*found, np.empty((0, 32), np.uint8)]).view(KEY).ravel()
 
     @cached_property
@@ -172,10 +172,8 @@ class DocumentIndex:
 
     def shard_column(self, name: str, shard: int) -> np.ndarray:  # (tokens of the shard,)
         """Mapped once: to map one takes longer than to copy a document."""
-        if (name, shard) not in self._columns:
-            part, index = self.shards[shard]
-            self._columns[name, shard] = np.asarray(part.column(name, index))
-        return self._columns[name, shard]
+        part, index = self.shards[shard]
+        return self._columns.get((name, shard), lambda: np.asarray(part.column(name, index)))
 
     def column(self, name: str, document: int) -> np.ndarray:  # (tokens,)
         first, count = self.first[document], self.count[document]

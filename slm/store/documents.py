@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from slm.store.files import Recent
 from slm.store.shards import Corpus
 
 
@@ -13,13 +14,13 @@ class Documents:
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
-        self.before = np.cumsum([0, *(shard.num_tokens for shard in corpus.shards)])
+        self.before = np.cumsum([0, *corpus.shards.num_tokens])
         rows = [self.begun_in(shard) for shard in range(len(corpus.shards))]
         begun = np.concatenate([*rows, np.empty((0, 3), np.int64)])
         ends = np.append(begun[1:, 0], self.before[-1])
         self.rows = begun[ends > begun[:, 0]]  # (d, 3): first token in the corpus, source, record
         self.bounds = np.append(self.rows[:, 0], self.before[-1])
-        self._columns: dict[str, list[np.ndarray]] = {}
+        self._columns = Recent()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,20 +37,17 @@ class Documents:
         first, last = np.searchsorted(self.rows[:, 0], self.before[shard : shard + 2])
         return range(int(first), int(last))
 
-    def columns(self, name: str) -> list[np.ndarray]:
-        """Of all shards, mapped."""
-        if name not in self._columns:
-            shards = range(len(self.corpus.shards))
-            self._columns[name] = [self.corpus.column(name, shard) for shard in shards]
-        return self._columns[name]
+    def shard_column(self, name: str, shard: int) -> np.ndarray:  # (tokens of the shard,)
+        """Mapped."""
+        return self._columns.get((name, shard), lambda: self.corpus.column(name, shard))
 
     def column(self, name: str, document: int) -> np.ndarray:  # (n,)
         start, end = self.bounds[document : document + 2]
         shard = int(np.searchsorted(self.before, start, side="right")) - 1
-        pieces, columns = [], self.columns(name)
+        pieces = []
         while start < end:
             offset, stop = self.before[shard], min(end, self.before[shard + 1])
-            pieces.append(columns[shard][start - offset : stop - offset])
+            pieces.append(self.shard_column(name, shard)[start - offset : stop - offset])
             start, shard = stop, shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -66,7 +64,8 @@ class Documents:
     def ids_sha256(self, dtype: str) -> Iterator[bytes]:
         """Of the tokens of each document; dtype: that of the tokenizer's corpora."""
         edges = self.bounds.tolist()
-        for shard, tokens in enumerate(self.columns("tokens")):
+        for shard in range(len(self.corpus.shards)):
+            tokens = self.shard_column("tokens", shard)
             offset, mine = int(self.before[shard]), self.of_shard(shard)
             whole = np.ascontiguousarray(tokens, dtype)
             view, size = whole.data.cast("B"), whole.itemsize

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -247,6 +248,29 @@ def release(column: Any, first: int, last: int) -> None:
     begin = max(0, lead + first * size - AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
     if hasattr(mmap, "MADV_DONTNEED"):
         column.base.madvise(mmap.MADV_DONTNEED, begin, lead + last * size - begin)
+
+
+class Recent:
+    """What was mapped last. A process may have so many files open (1,024 is usual) and no more, and
+    a map holds its file open: those mapped first are let go.
+    """
+
+    def __init__(self) -> None:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.most = max(32, min(files // 4, 8192))  # of 65,530 maps, Linux's own limit
+        self._kept: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, unless it is there still."""
+        if key not in self._kept:
+            while len(self._kept) >= self.most:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers map the files themselves: a pickled memory map would carry its data.
+        return self.__dict__ | {"_kept": {}}
 
 
 class ArrayWriter:

@@ -25,8 +25,10 @@ A crash leaves temporary files and files without a sidecar, never something that
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,13 @@ import numpy as np
 from slm.checks import CHECKS
 from slm.errors import UserError, shown
 from slm.store.fields import (
-    COLUMN,
-    DTYPE,
     FILES,
     INDEX,
     OBJECT,
-    SHA256,
     SIZE,
     TEXT,
     check_fields,
     list_of,
-    mapping,
     of_what,
     one_of,
     optional,
@@ -62,19 +60,14 @@ from slm.store.files import (
     write_record,
 )
 from slm.store.links import Links, TokenBytes
+from slm.store.sidecars import Shard, Shards, read_sidecars
 
 FORMAT = 1
 # Columns of a corpus beside tokens, bytes and documents, where a source asks for them.
 BY_NEED = {"masks": "bool", "signal": "int8", "weights": "float32"}
 NONE_AT = {"heldout": 0, "train": 1}  # what `slm prepare` leaves out at the ends of its range
 SCORED = "scored"  # of a reference, which windows have scores
-SHARD = {
-    "index": INDEX,
-    "num_tokens": INDEX,
-    "sha256": mapping(COLUMN, SHA256),
-    "dtype": mapping(COLUMN, DTYPE),
-    "rows": mapping(COLUMN, INDEX),
-}
+EAGERLY = 3000  # files that are looked into when a store is opened, some 100 us each
 STORE = {
     "fingerprint": TEXT,
     "tokenizer_sha256": TEXT,
@@ -91,44 +84,7 @@ MANIFESTS = {
 # Fields of a corpus that decide whether a reference score belongs to a token.
 IDENTITY = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
 
-# ---- one shard, one writer --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One sidecar: a shard's number, its length and the sha256 and dtype of each of its files."""
-
-    index: int
-    num_tokens: int
-    sha256: dict[str, str]  # column -> hex digest
-    dtype: dict[str, str]  # column -> NumPy dtype
-    rows: dict[str, int]  # column -> number of rows (num_tokens, or the number of documents)
-
-    def path(self, folder: Path, column: str) -> Path:
-        return shard_path(folder, column, self.index)
-
-
-def shard_path(folder: Path, column: str, index: int, suffix: str = ".npy") -> Path:
-    return folder / f"{column}-{index:05d}{suffix}"
-
-
-def write_sidecar(folder: Path, column: str, shard: Shard) -> None:
-    """Mark a shard as finished; `column` is the file it is named after (tokens, logprobs)."""
-    write_json(shard_path(folder, column, shard.index, ".json"), asdict(shard))
-
-
-def read_sidecars(folder: Path, column: str) -> list[Shard]:
-    """The finished shards of a folder, in order."""
-    paths = sorted(folder.glob(f"{column}-*.json"))
-    return [read_shard(path, read_json(path)) for path in paths]
-
-
-def read_shard(path: Path, record: Json) -> Shard:
-    """`path` is where the record stands."""
-    check_fields(path, record, SHARD)
-    if not record["sha256"].keys() == record["dtype"].keys() == record["rows"].keys():
-        raise UserError(f"{path}: sha256, dtype and rows of a shard name other columns")
-    return Shard(**{name: record[name] for name in SHARD})
+# ---- plan and manifest --------------------------------------------------------------------------
 
 
 def adopt_plan(
@@ -162,7 +118,7 @@ def write_manifest(folder: Path, column: str, num_shards: int) -> Json | None:
     return manifest
 
 
-def make_manifest(folder: Path, shards: list[Shard]) -> Json:
+def make_manifest(folder: Path, shards: Sequence[Shard]) -> Json:
     """A function of plan.json, the sidecars and, where there is one, the tokenizer's files."""
     body = read_json(folder / "plan.json") | {"shards": [asdict(shard) for shard in shards]}
     made = body | {"fingerprint": fingerprint(body)}
@@ -224,7 +180,8 @@ class Store:
     """A finished folder of shards, opened read-only."""
 
     folder: Path
-    manifest: Json
+    manifest: Json  # without its shards, each a kilobyte of objects
+    shards: Shards
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], check: str = "size"):
@@ -232,10 +189,10 @@ class Store:
         if check not in CHECKS:
             raise UserError(f"check must be one of {CHECKS}, found {check!r}")
         folder = Path(folder)
-        store = cls(folder, read_manifest(folder, cls.KIND))
-        for shard in store.shards:
-            for column in shard.sha256:
-                store.column(column, shard.index)
+        manifest = read_manifest(folder, cls.KIND)
+        shards = Shards(folder / "manifest.json", manifest.pop("shards"), cls.LEAST_TOKENS)
+        store = cls(folder, manifest, shards)
+        store.check_files()
         if check == "full":
             store.check_hashes()
         return store
@@ -247,16 +204,17 @@ class Store:
         """So that a store is given where its folder is asked for."""
         return str(self.folder)
 
-    @cached_property
-    def shards(self) -> list[Shard]:
-        path = self.folder / "manifest.json"
-        found = [read_shard(path, shard) for shard in self.manifest["shards"]]
-        if [shard.index for shard in found] != list(range(len(found))):
-            raise UserError(f"{path}: its shards are numbered {[s.index for s in found]}")
-        if any(shard.num_tokens < self.LEAST_TOKENS for shard in found):
-            counts = [shard.num_tokens for shard in found]
-            raise UserError(f"{path}: num_tokens of its shards is {counts}")
-        return found
+    def check_files(self) -> None:
+        """Of many files, that they are there: `column` compares sizes of those that are read."""
+        if self.shards.num_files <= EAGERLY:
+            for shard in self.shards:
+                for column in shard.sha256:
+                    self.column(column, shard.index)
+            return
+        there = {*os.listdir(self.folder), *self.links.record["files"]}
+        for name in self.shards.file_names():
+            if name not in there:
+                raise UserError(f"{self.folder / name} is missing")
 
     def check_hashes(self, advance: Advance = nothing) -> None:
         """Of every column of every shard."""
@@ -313,25 +271,25 @@ class Corpus(Store):
     @cached_property
     def has_masks(self) -> bool:
         """Some tokens (prompts) are no targets."""
-        return any("masks" in shard.sha256 for shard in self.shards)
+        return "masks" in self.shards.names
 
     @cached_property
     def has_signal(self) -> bool:
         """Some tokens are known to be signal or noise."""
-        return any("signal" in shard.sha256 for shard in self.shards)
+        return "signal" in self.shards.names
 
     @cached_property
     def has_weights(self) -> bool:
         """The losses of some tokens count more or less than those of others."""
-        return any("weights" in shard.sha256 for shard in self.shards)
+        return "weights" in self.shards.names
 
     @cached_property
-    def windows_per_shard(self) -> list[int]:
-        return [(shard.num_tokens - 1) // self.seq_len for shard in self.shards]
+    def windows_per_shard(self) -> np.ndarray:  # (shards,) int64
+        return (self.shards.num_tokens - 1) // self.seq_len
 
-    @property
+    @cached_property
     def num_windows(self) -> int:
-        return sum(self.windows_per_shard)
+        return int(self.windows_per_shard.sum())
 
     @property
     def num_targets(self) -> int:
@@ -346,12 +304,16 @@ class References(Store):
     @cached_property
     def is_partial(self) -> bool:
         """Some windows have no scores: `slm score max_tokens=...`"""
-        return any(SCORED in shard.sha256 for shard in self.shards)
+        return SCORED in self.shards.names
 
-    @cached_property
+    @property
     def scored(self) -> np.ndarray:  # (windows,) bool, over all shards
         """Which windows have scores."""
         return np.concatenate([self.scored_of(shard) for shard in self.shards])
+
+    def num_scored(self) -> int:
+        """The number of these windows."""
+        return sum(int(self.scored_of(shard).sum()) for shard in self.shards)
 
     def scored_of(self, shard: Shard) -> np.ndarray:  # (windows of the shard,) bool
         count = (shard.num_tokens - 1) // self.manifest["seq_len"]
@@ -366,7 +328,7 @@ class References(Store):
     def check_whole(self) -> None:
         if self.is_partial:
             raise UserError(
-                f"{self.folder} has scores of {self.scored.sum():,} of {len(self.scored):,} "
+                f"{self.folder} has scores of {self.num_scored():,} of {len(self.scored):,} "
                 "windows, and all are needed here: the same `slm score` without max_tokens scores "
                 "the rest, `slm bind` has those of more documents (`slm train` can do with a part)"
             )
@@ -392,9 +354,10 @@ class References(Store):
         )
 
     def check_lengths(self, corpus: Corpus) -> None:
-        theirs, ours = ([shard.num_tokens for shard in store.shards] for store in (self, corpus))
-        if theirs != ours:
-            raise UserError(
-                f"{self.folder}/manifest.json is damaged: its shards have {theirs} tokens, those "
-                f"of {corpus.folder} {ours}"
-            )
+        theirs, ours = self.shards.num_tokens.tolist(), corpus.shards.num_tokens.tolist()
+        for index, (its, wanted) in enumerate(zip_longest(theirs, ours)):
+            if its != wanted:
+                raise UserError(
+                    f"{self.folder}/manifest.json is damaged: its shard {index} has {its} tokens, "
+                    f"that of {corpus.folder} {wanted}"
+                )

@@ -18,7 +18,6 @@ Costs: reading is a gather from memory maps, about 5 ns a token on one core.
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,9 @@ from torch import Tensor
 
 from slm.errors import UserError
 from slm.store.columns import COLUMNS, DTYPE, Column
-from slm.store.shards import Corpus, References, Store, shard_path
+from slm.store.files import Recent
+from slm.store.shards import SCORED, Corpus, References, Store
+from slm.store.sidecars import shard_path
 
 IGNORE_INDEX = -100
 WEIGHT = "token_weight"
@@ -70,39 +71,41 @@ class Windows:
             raise UserError(f"{corpus.folder} holds no window of {corpus.seq_len} tokens")
         self.corpus, self.references, self.combine = corpus, tuple(references), combine
         self.first_window = np.cumsum([0, *corpus.windows_per_shard])
-        self._views: dict[tuple[Path, str, int], np.ndarray] = {}
+        self._views = Recent()
 
     def __len__(self) -> int:
         return self.corpus.num_windows
 
     @cached_property
-    def available(self) -> np.ndarray:  # (windows,) int64, ascending
+    def available(self) -> "Available":
         """The numbers of those that every reference has scores of."""
-        partial = [store.scored for store in self.references if store.is_partial]
-        if not partial:
-            return np.arange(len(self))
-        return np.flatnonzero(np.logical_and.reduce(partial))
+        return Available(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Workers map the files themselves: a pickled memory map would carry its data.
-        return self.__dict__ | {"_views": {}}
+    def shards_of(self, windows: np.ndarray) -> np.ndarray:  # (n,) -> (n,) int64
+        """In which shard each window lies."""
+        return np.searchsorted(self.first_window, windows, side="right") - 1
+
+    def scored_of(self, shard: int) -> np.ndarray:  # (windows of the shard,) bool
+        """Of which every reference has scores."""
+        scored = [store.scored_of(store.shards[shard]) for store in self.references]
+        return np.logical_and.reduce(scored)
 
     def _view(self, store: Store, column: str, shard: int) -> np.ndarray:
         """A shard's windows as rows of a strided view, (n, T) or (n, T + 1): nothing is read."""
-        key = (store.folder, column, shard)
-        if key not in self._views:
-            length = self.corpus.seq_len
+
+        def view() -> np.ndarray:
+            length, values = self.corpus.seq_len, store.column(column, shard)
             if column == "tokens":
-                rows = sliding_window_view(store.column(column, shard), length + 1)
-            else:  # entry i is about the token at i, so a window's targets start at index 1
-                rows = sliding_window_view(store.column(column, shard)[1:], length)
-            self._views[key] = rows[::length]
-        return self._views[key]
+                return sliding_window_view(values, length + 1)[::length]
+            # Entry i is about the token at i, so a window's targets start at index 1.
+            return sliding_window_view(values[1:], length)[::length]
+
+        return self._views.get((store.folder, column, shard), view)
 
     def _gather(
         self, store: Store, column: str, windows: np.ndarray, out: np.ndarray
     ) -> np.ndarray:
-        shards = np.searchsorted(self.first_window, windows, side="right") - 1
+        shards = self.shards_of(windows)
         for shard in np.unique(shards):
             rows = shards == shard
             out[rows] = self._view(store, column, shard)[windows[rows] - self.first_window[shard]]
@@ -182,11 +185,11 @@ class Windows:
             for column in self.columns
         }
 
-    @property
+    @cached_property
     def columns(self) -> tuple[Column, ...]:
         """All that one reference has; what is required of several, and none of none."""
         stores = self.references if len(self.references) == 1 else ()
-        there = {name for store in stores for shard in store.shards for name in shard.sha256}
+        there = {name for store in stores for name in store.shards.names}
         found = [c for c in COLUMNS.values() if c.required or c.name in there]
         return tuple(found) if self.references else ()
 
@@ -194,9 +197,7 @@ class Windows:
         shape = (len(self.references), len(windows), self.corpus.seq_len)
         values = np.empty(shape, DTYPE)
         for store, out in zip(self.references, values, strict=True):
-            if store.is_partial and not store.scored[windows].all():
-                number = windows[~store.scored[windows]][0]
-                raise UserError(f"{store.folder} has no scores of window {number}")
+            self._check_scored(store, windows)
             self._gather(store, column.name, windows, out)
             self._check_scores(store, column, out, targets, windows)
         return values[0] if self.combine is None else combine(values, self.combine)
@@ -205,7 +206,7 @@ class Windows:
         """Which source of the corpus every target comes from: an index into its `sources`."""
         length = self.corpus.seq_len
         found = np.empty((len(windows), length), np.int64)
-        shards = np.searchsorted(self.first_window, windows, side="right") - 1
+        shards = self.shards_of(windows)
         for row, (window, shard) in enumerate(zip(windows, shards, strict=True)):
             documents = self._document_rows(int(shard))
             begin = (window - self.first_window[shard]) * length
@@ -217,13 +218,11 @@ class Windows:
     def _document_rows(self, shard: int) -> np.ndarray:  # (documents of the shard, 4)
         """Mapped once: with packing=documents every window of every batch asks for it."""
         key = (self.corpus.folder, "documents", shard)
-        if key not in self._views:
-            self._views[key] = self.corpus.column("documents", shard)
-        return self._views[key]
+        return self._views.get(key, lambda: self.corpus.column("documents", shard))
 
     def document(self, window: int) -> tuple[int, int, int, int]:
         """(start, source, record, first token) of the document that a window begins in."""
-        shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
+        shard = int(self.shards_of(np.array(window)))
         rows = self._document_rows(shard)
         begin = (window - self.first_window[shard]) * self.corpus.seq_len
         start, source, record, first = rows[np.searchsorted(rows[:, 0], begin, side="right") - 1]
@@ -233,13 +232,21 @@ class Windows:
         """True at the first token of a document."""
         length = self.corpus.seq_len
         first = np.zeros((len(windows), length + 1), dtype=bool)
-        shards = np.searchsorted(self.first_window, windows, side="right") - 1
+        shards = self.shards_of(windows)
         for row, (window, shard) in enumerate(zip(windows, shards, strict=True)):
             starts = self._document_rows(int(shard))[:, 0]
             begin = (window - self.first_window[shard]) * length
             low, high = np.searchsorted(starts, [begin, begin + length + 1])
             first[row, starts[low:high] - begin] = True
         return first
+
+    def _check_scored(self, store: References, windows: np.ndarray) -> None:
+        shards = self.shards_of(windows)
+        for shard in np.unique(shards) if store.is_partial else ():
+            mine = windows[shards == shard]
+            lacking = ~store.scored_of(store.shards[shard])[mine - self.first_window[shard]]
+            if lacking.any():
+                raise UserError(f"{store.folder} has no scores of window {mine[lacking][0]}")
 
     def _check_scores(
         self,
@@ -260,6 +267,37 @@ class Windows:
                 f"{store.folder}: target {place} of window {windows[row]} has "
                 f"{column.refusal(scores[row, place])}"
             )
+
+
+class Available:
+    """Numbers of windows, ascending: what an array of them would give, found shard by shard.
+
+    An array would be 8 bytes a window in every process that reads the corpus.
+    """
+
+    def __init__(self, windows: Windows):
+        self.windows = windows
+        counts = windows.corpus.windows_per_shard.copy()
+        partial = [store for store in windows.references if store.is_partial]
+        for shard in {int(i) for store in partial for i in store.shards.having(SCORED)}:
+            counts[shard] = windows.scored_of(shard).sum()
+        self.before = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return int(self.before[-1])
+
+    def __getitem__(self, where: slice | np.ndarray | int) -> Any:  # (n,) int64
+        if isinstance(where, slice):
+            where = np.arange(*where.indices(len(self)))
+        where = np.asarray(where)
+        if len(self) == len(self.windows):
+            return where
+        shards, found = np.searchsorted(self.before, where, side="right") - 1, where.copy()
+        for shard in np.unique(shards):
+            mine = shards == shard
+            there = np.flatnonzero(self.windows.scored_of(shard))
+            found[mine] = self.windows.first_window[shard] + there[where[mine] - self.before[shard]]
+        return found
 
 
 def positions(first: np.ndarray) -> np.ndarray:  # (B, T) bool -> (B, T) int64

@@ -83,7 +83,7 @@ def lineage(
 
 def reference_record(store: References) -> Json:
     """Who scored the corpus, and what it cost: training that model, and the scoring itself."""
-    partial = {"scored_windows": int(store.scored.sum())} if store.is_partial else {}
+    partial = {"scored_windows": store.num_scored()} if store.is_partial else {}
     return partial | {
         "fingerprint": store.fingerprint,
         "model_sha256": store.manifest["model_sha256"],

@@ -112,8 +112,8 @@ def test_a_missing_document_is_refused_or_its_windows_are_left_out(
             np.testing.assert_array_equal(references.column("logprobs", shard.index), values)
     assert references.scored.tolist() == scored and 0 < sum(scored) < len(scored)
     windows = Windows(corpus, [references], partial=True)
-    assert windows.available.tolist() == np.flatnonzero(scored).tolist()
-    windows.batch(windows.available)
+    assert windows.available[:].tolist() == np.flatnonzero(scored).tolist()
+    windows.batch(windows.available[:])
     assert all(whole for _, whole, _ in verify(tmp_path / "r"))
 
 

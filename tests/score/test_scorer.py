@@ -214,7 +214,7 @@ def test_a_window_without_scores_is_named(grow, tmp_path, text_corpus):
     grow("refs", 200)
     windows = Windows(text_corpus, [References.open(tmp_path / "refs")], partial=True)
     assert len(windows) == 40 and windows.columns == (LOGPROBS, ENTROPY)
-    lacking = int(np.setdiff1d(np.arange(40), windows.available)[0])
+    lacking = int(np.setdiff1d(np.arange(40), windows.available[:])[0])
     with pytest.raises(UserError, match=f"refs has no scores of window {lacking}$"):
         windows.batch([int(windows.available[0]), lacking])
 

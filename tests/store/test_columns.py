@@ -21,7 +21,8 @@ from slm.score.scorer import Scorer, finish
 from slm.selection.rules import Ranked
 from slm.store.columns import COLUMNS, ENTROPY, LOGPROBS, Column, columns_named, columns_needed
 from slm.store.files import write_array, write_json
-from slm.store.shards import Corpus, References, write_manifest, write_sidecar
+from slm.store.shards import Corpus, References, write_manifest
+from slm.store.sidecars import write_sidecar
 from slm.store.windows import IGNORE_INDEX, Windows
 from slm.verify import verify
 

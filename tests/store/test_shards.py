@@ -133,7 +133,5 @@ def test_a_shard_of_a_manifest_that_is_another_thing_is_refused(text_corpus, cha
 
 def test_references_of_other_lengths_are_refused(tmp_path, text_corpus, make_references):
     short = make_references(tmp_path / "short", text_corpus, [np.r_[np.nan, -np.ones(320)]])
-    with pytest.raises(
-        UserError, match=r"its shards have \[321\] tokens, those of .* \[321, 321\]"
-    ):
+    with pytest.raises(UserError, match=r"its shard 1 has None tokens, that of .* 321$"):
         short.check_matches(text_corpus)

@@ -20,17 +20,8 @@ from slm.prepare.encoder import EncoderState, encoder_state
 from slm.prepare.imports.rows import Rows, beside, check_dataset, check_labels, read_rows
 from slm.store.columns import COLUMNS, DTYPE, LOGPROBS, Column
 from slm.store.files import ArrayWriter, Json, atomic_file, naming, write_json
-from slm.store.shards import (
-    BY_NEED,
-    FORMAT,
-    IDENTITY,
-    Shard,
-    adopt_plan,
-    fingerprint,
-    shard_path,
-    write_manifest,
-    write_sidecar,
-)
+from slm.store.shards import BY_NEED, FORMAT, IDENTITY, adopt_plan, fingerprint, write_manifest
+from slm.store.sidecars import Shard, shard_path, write_sidecar
 from slm.store.tokenizer import load_tokenizer, tokenizer_sha256
 from slm.store.windows import WEIGHT
 

@@ -19,7 +19,7 @@ from slm.prepare.imports.parts import Part
 from slm.prepare.imports.stream import Block, Stream
 from slm.store.files import release, write_array, write_record
 from slm.store.links import RECORD, TABLE, hash_slice
-from slm.store.shards import Shard, shard_path, write_sidecar
+from slm.store.sidecars import Shard, shard_path, write_sidecar
 
 HASHED_AT_ONCE = 2  # slices, a thread each
 KINDS = ("bool", "uint8", "uint16", "uint32", "int32", "int64")
