@@ -2,6 +2,8 @@
 
 import reprlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 SHORT = reprlib.Repr()
@@ -33,6 +35,17 @@ def reported(error: BaseException | None) -> Exception | None:
             return UserError(f"{error.filename}: {error.strerror}")
         error = error.__cause__
     return None
+
+
+@contextmanager
+def said_once(rank: int) -> Iterator[None]:
+    """Around what all ranks refuse alike: the first one says it, the others end."""
+    try:
+        yield
+    except UserError:
+        if rank == 0:
+            raise
+        raise SystemExit(1) from None
 
 
 def fail(name: str, error: Exception | str) -> NoReturn:

@@ -60,7 +60,7 @@ def token_losses(
 
     The module's mode is put back, and no random number is drawn.
     """
-    training, device = lm.training, next(lm.parameters()).device
+    training, device = lm.training, lm.device
     lm.eval()
     found = []
     for part in parts(numbers, batch_size):

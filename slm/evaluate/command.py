@@ -29,7 +29,7 @@ from slm.store.files import Advance, nothing, read_json, write_csv
 from slm.store.hub import check_model_folder, is_folder
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_of
-from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device
+from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device, turns
 
 log = logging.getLogger("slm.evaluate")
 
@@ -41,20 +41,25 @@ def window_losses(
     batch_size: int,
     max_windows: int | None = None,
     advance: Advance = nothing,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> WindowLosses:
     """Evaluate `lm` on the windows of `corpus` (at most `max_windows`, evenly spread).
 
     The module's mode is put back afterwards, and no random number is drawn. `advance` is told the
-    number of tokens after each batch.
+    number of tokens after each batch. One of several ranks has every so many-th batch, and calls
+    `lm` as often as the others.
     """
     windows = Windows(corpus)
     chosen = spread(len(windows), max_windows)
-    device = next(lm.parameters()).device
+    device = lm.device
     training = lm.training
     lm.eval()
     exact = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     nats, targets, num_bytes = [], [], []
-    for part in np.split(chosen, range(batch_size, len(chosen), batch_size)):
+    parts = np.split(chosen, range(batch_size, len(chosen), batch_size))
+    for turn in turns(len(parts), rank, ranks):
+        part = parts[min(turn, len(parts) - 1)]
         batch = windows.batch(part)
         live = batch["targets"] != IGNORE_INDEX
         targets.append(live.sum(1))
@@ -62,8 +67,9 @@ def window_losses(
         nats.append(lm(to_device(batch, device)).loss.to(exact).double().sum(1))
         advance(live.numel())
     lm.train(training)
-    found = (torch.cat(column).cpu().numpy() for column in (nats, targets, num_bytes))
-    return WindowLosses(chosen, *found)
+    mine = np.concatenate([chosen[:0], *parts[rank::ranks]])
+    columns = (torch.cat(column).cpu().numpy() for column in (nats, targets, num_bytes))
+    return WindowLosses(mine, *(column[: len(mine)] for column in columns))
 
 
 def corpus_loss(

@@ -36,6 +36,7 @@ from slm.model.architecture import (
 from slm.model.folder import check_savable, quiet_without_terminal
 from slm.model.head import check_documents, check_head, head_arguments, hidden_states, loss_terms
 from slm.model.selected import check_rows, selected_backward
+from slm.model.sharded import is_building, local, outline, root_gathered
 from slm.prepare.chat import end_of_turn
 from slm.store.hub import FOLDER, check_model_folder, gguf_file, is_folder, place
 from slm.store.tokenizer import check_same_tokenizer, first_line, load_tokenizer, with_eos_of
@@ -176,6 +177,8 @@ def load_model(
         if override:
             more["config"] = AutoConfig.from_pretrained(**where, trust_remote_code=False)
             override_config(more["config"], override)
+        if is_building():
+            return outline(where, attn_implementation, **more)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where,
             **more,
@@ -250,6 +253,12 @@ class SelectiveLM(nn.Module):
         self.logits_cache_bytes, self.keys_cache_bytes = logits_cache_bytes, keys_cache_bytes
         self.backward = backward
         self.model = model
+        self.computes_on: torch.device | None = None  # where its parameters wait elsewhere
+
+    @property
+    def device(self) -> torch.device:
+        """Where a batch belongs."""
+        return self.computes_on or next(self.parameters()).device
 
     def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
         return hidden_states(self.model, batch)
@@ -312,14 +321,15 @@ def check_model(lm: SelectiveLM, batch: Batch) -> None:
     few = few_tokens(batch)
     training = lm.training
     try:
-        if lm.backward == "selected":
-            check_rows(lm.train().model, few)
-        lm.eval()
-        with attention_of_torch(lm.model):
-            check_head(lm.model, few)
-            if "position_ids" in few:
-                needed_by = "packing=documents, unlike packing=concat,"
-                check_documents(lm.model, few["input_ids"], needed_by)
+        with root_gathered(lm, few):
+            if lm.backward == "selected":
+                check_rows(lm.train().model, few)
+            lm.eval()
+            with attention_of_torch(lm.model):
+                check_head(lm.model, few)
+                if "position_ids" in few:
+                    needed_by = "packing=documents, unlike packing=concat,"
+                    check_documents(lm.model, few["input_ids"], needed_by)
     except RuntimeError as error:  # fields of its config that do not go together
         raise UserError(f"{type(lm.model).__name__} computes no batch: {told(error)}") from error
     lm.train(training)
@@ -358,7 +368,7 @@ def check_trainable(lm: SelectiveLM, batch: Batch) -> None:
 
 
 def weight_sums(lm: SelectiveLM) -> dict[str, float]:
-    return {name: value.sum().item() for name, value in lm.state_dict().items()}
+    return {name: local(value).sum().item() for name, value in lm.state_dict().items()}
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def save_model(
     shutil.rmtree(temporary, ignore_errors=True)
     quiet_without_terminal()
     with naming(folder, temporary, model.get_memory_footprint(return_buffers=False)):
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, max_shard_size="5GB")
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card)
         if check is not None:

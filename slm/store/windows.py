@@ -330,5 +330,13 @@ def spread(count: int, limit: int | None) -> np.ndarray:
     return np.arange(chosen) * count // chosen
 
 
+def turns(count: int, rank: int = 0, ranks: int = 1) -> range:
+    """Which of `count` parts a rank computes in turn with the others, which compute as many.
+
+    Where they do not come out even, a rank has a number from `count` on: a turn that is not used.
+    """
+    return range(rank, -(-count // ranks) * ranks, ranks)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from transformers import PreTrainedTokenizerFast
 
 from slm.checks import anything, check_known
-from slm.errors import UserError
+from slm.errors import UserError, said_once
 from slm.model.build import SelectiveLM, check_trainable
+from slm.model.sharded import deal_out, fill_from, refused_together, weights_in, without_weights
 from slm.score.command import load_reference
 from slm.selection.rule import Selection
 from slm.store.files import Json
 from slm.store.hub import check_model_folder
-from slm.store.windows import Batch
+from slm.store.windows import Batch, to_device
 from slm.train.callbacks.base import StepProgress
 from slm.train.callbacks.checkpoints import Checkpoints, OnlyWriter, RandomStates, StopOnSignal
 from slm.train.callbacks.costs import TIMED_TOKENS, Costs
@@ -30,6 +32,7 @@ from slm.train.checkpoint import VerifiedCheckpointIO
 from slm.train.data import TokenData
 from slm.train.module import SelectiveModule
 from slm.train.settings import check_config
+from slm.train.sharded import Sharded
 
 
 def build(key: str, node: Any, **arguments: Any) -> Any:
@@ -74,15 +77,26 @@ def built(group: str, nodes: Mapping[str, Any]) -> list[Any]:
 
 
 def strategy(wanted: Any) -> Any:
-    """Gradients' norms, held-out losses and checkpoints want the whole model in every process."""
+    """Every rank trains on windows of its own and starts as a process of its own."""
     made = build("trainer.strategy", wanted) if isinstance(wanted, Mapping) else wanted
     is_ddp = type(made) is DDPStrategy and made._start_method == "popen"
-    if isinstance(made, Strategy) and not is_ddp:
+    if type(made) is ModelParallelStrategy:
+        raise UserError(
+            "trainer.strategy makes a ModelParallelStrategy, which shares every layer out over the "
+            "ranks of a machine (tensor parallelism), while each of them trains on windows of its "
+            "own: trainer=fsdp is FSDP2 over all ranks"
+        )
+    if isinstance(made, Strategy) and not (is_ddp or type(made) is Sharded):
         raise UserError(
             f"trainer.strategy makes a {type(made).__name__}, it must be a DDPStrategy that starts "
-            "its processes by itself (start_method=popen)"
+            "its processes by itself (start_method=popen), or, for FSDP2, what trainer=fsdp says"
         )
     return made
+
+
+def is_sharded(wanted: Any) -> bool:
+    """Before there is a trainer."""
+    return isinstance(wanted, Mapping) and get_object(wanted["_target_"]) is Sharded
 
 
 def accelerator(wanted: Any) -> Any:
@@ -118,7 +132,12 @@ def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], Non
         max_epochs=-1,
         logger=loggers,
         callbacks=[
-            *(OnlyWriter(check_owner), RandomStates(), Costs(timed_windows(data)), *callbacks),
+            *(
+                OnlyWriter(check_owner),
+                RandomStates(settings["seed"]),
+                Costs(timed_windows(data)),
+                *callbacks,
+            ),
             *(StopOnSignal(checkpoints), StepProgress(), *clocks),
         ],
         plugins=[VerifiedCheckpointIO(check_owner)],
@@ -128,7 +147,8 @@ def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], Non
         num_sanity_val_steps=0,
     )
     check_device(trainer.strategy.root_device)
-    trainer.accumulate_grad_batches = data.accumulate(trainer.world_size)
+    with said_once(trainer.global_rank):
+        trainer.accumulate_grad_batches = data.accumulate(trainer.world_size)
     return trainer
 
 
@@ -138,12 +158,15 @@ def build_module(
     init_from = settings["model"]["init_from"]
     if init_from is not None and Path(init_from).exists():
         check_model_folder("model.init_from", init_from, settings["data"]["check"])
-    lm: SelectiveLM = build(
-        "model", settings["model"], tokenizer=tokenizer, vocab_size=data.corpus.vocab_size
-    )
+    more = {"tokenizer": tokenizer, "vocab_size": data.corpus.vocab_size}
+    make = partial(build, "model", settings["model"], **more)
+    sharded = is_sharded(settings["trainer"]["strategy"])
+    with without_weights() if sharded else nullcontext():
+        lm: SelectiveLM = make()
     selection: Selection = build("selection", settings["selection"])
     check_config(settings, data, selection)
-    check_trainable(lm, first_windows(data))
+    if not sharded:
+        check_trainable(lm, first_windows(data))
     return SelectiveModule(
         lm,
         selection,
@@ -153,7 +176,27 @@ def build_module(
         data.tokens_per_step,
         settings["selection_start"],
         load_online(settings["online_reference"], data, settings["data"]["check"]),
+        partial(fill, make, init_from, first_windows(data)) if sharded else None,
     )
+
+
+def fill(
+    make: Callable[[], SelectiveLM], init_from: str | None, batch: Batch, lm: SelectiveLM
+) -> None:
+    """The weights of a model in shards, and the check that one process makes of a whole one.
+
+    New ones are made on rank 0, as in one process.
+    """
+    is_first, folder = torch.distributed.get_rank() == 0, Path(init_from or "")
+    with refused_together():
+        files = weights_in(folder, lm) if init_from is not None and folder.is_dir() else None
+        if files is not None:
+            fill_from(files, lm)
+        whole = make() if files is None and is_first else None
+    if files is None:
+        deal_out(lm, whole)
+    with refused_together():
+        check_trainable(lm, to_device(batch, lm.device))
 
 
 def timed_windows(data: TokenData) -> Batch:

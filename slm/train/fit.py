@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 from transformers import PreTrainedTokenizerFast
 
-from slm.errors import UserError
-from slm.model.build import check_saved
+from slm.errors import UserError, said_once
+from slm.model.build import SelectiveLM, check_saved
 from slm.model.folder import save_model
+from slm.model.sharded import assembled, gathered, is_cut
 from slm.selection.registry import import_modules, in_words
 from slm.store.files import Json, hash_file, nested, write_record
 from slm.store.tokenizer import load_corpus_tokenizer
@@ -61,9 +62,10 @@ def fit(settings: Json) -> None:
             log_inputs(trainer, settings, data, module.lm.model.config.to_diff_dict())
             trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
             check_complete(trainer)
-            if trainer.is_global_zero:
+            lm = whole_lm(module.lm)
+            if lm is not None and trainer.is_global_zero:
                 check_owner()
-                export(settings, module, tokenizer, data, identity)
+                export(settings, module, lm, tokenizer, data, identity)
             trainer.strategy.barrier()
         finally:
             for logger in trainer.loggers:
@@ -73,6 +75,7 @@ def fit(settings: Json) -> None:
 def export(
     settings: Json,
     module: SelectiveModule,
+    lm: SelectiveLM,
     tokenizer: PreTrainedTokenizerFast,
     data: TokenData,
     identity: dict[str, Any],
@@ -97,16 +100,27 @@ def export(
     tables = {path.name: hash_file(path) for path in sorted(folder.glob("*.csv"))}
 
     def complete(written: Path) -> None:
-        check_saved(module.lm, first_windows(data), written)
+        check_saved(lm, first_windows(data), written)
         write_record(folder / "lineage.json", record)
         write_record(folder / "tables.json", {"kind": "tables", "sha256": tables})
 
     card = model_card(record, results)
-    save_model(folder / "model", module.lm.model, tokenizer, card, record, complete)
+    save_model(folder / "model", lm.model, tokenizer, card, record, complete)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLog):
             written = folder / "model" / "slm.json"
             logger.log_folder(written, name=f"model-{folder.name}", kind="model", is_input=False)
+
+
+def whole_lm(lm: SelectiveLM) -> SelectiveLM | None:
+    """Itself; of one in shards, which all ranks gather, one in rank 0's host memory."""
+    if not is_cut(lm):
+        return lm
+    weights = gathered(lm)
+    if weights is None:
+        return None
+    inner = {name.removeprefix("model."): value for name, value in weights.items()}
+    return SelectiveLM(assembled(lm.model, inner))
 
 
 def check_complete(trainer: Trainer) -> None:
@@ -177,7 +191,8 @@ def tell(trainer: Trainer, start: Start) -> Start:
 
 def is_over(start: Start, folder: Path) -> bool:
     if start.refusal is not None:
-        raise UserError(start.refusal)
+        with said_once(rank_zero_only.rank):  # type: ignore[attr-defined]
+            raise UserError(start.refusal)
     if start.is_complete:
         log.info("%s is complete already", folder)
     return start.is_complete

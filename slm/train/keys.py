@@ -25,6 +25,7 @@ from slm.checks import (
     section,
     sections,
     seed,
+    select,
     several,
     text,
     texts,
@@ -37,7 +38,7 @@ from slm.store.inputs import check_inputs
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
 count, count_or_null = whole(1), optional(whole(1))
-# Every process holds the whole model: none of those that shard it, or that fork or spawn.
+# None of those that fork or spawn; trainer=fsdp has the one that shards.
 STRATEGIES = ("auto", "single_device", "ddp")
 STRATEGIES += ("ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 
@@ -49,6 +50,8 @@ TRAINER: Table = {
     "trainer.devices": anything,
     "trainer.num_nodes": count,
     "trainer.strategy": either(word(*STRATEGIES), section),
+    "trainer.strategy.cpu_offload": flag,
+    "trainer.strategy.reshard_after_forward": flag,
     "trainer.precision": word(*PRECISIONS),
     "trainer.deterministic": optional(either(flag, word("warn"))),
     "trainer.benchmark": optional(flag),
@@ -94,6 +97,8 @@ TRAIN: Table = TRAINER | {
     "optimizer.adamw.betas": each(real(0, 1, "[)"), 2),
     "optimizer.adamw.eps": real(0),
     "optimizer.adamw.weight_decay": real(0),
+    "optimizer.adamw.foreach": optional(flag),
+    "optimizer.adamw.fused": optional(flag),
     "optimizer.schedule": section,
     "optimizer.schedule.warmup_fraction": real(0, 1),
     "optimizer.schedule.warmup_steps": whole(0),
@@ -137,7 +142,14 @@ INSTEAD = {
 
 
 def check_train(settings: dict[str, Any]) -> None:
+    strategy = select(settings, "trainer.strategy")
+    if isinstance(strategy, str) and strategy.startswith("fsdp"):
+        raise UserError(
+            f"trainer.strategy is {strategy!r}, which is FSDP1: trainer=fsdp shards with FSDP2"
+        )
     check(settings, TRAIN, INSTEAD)
+    if all(select(settings, f"optimizer.adamw.{name}") is True for name in ("foreach", "fused")):
+        raise UserError("optimizer.adamw.foreach and fused are both true: one of them at most")
     for name, key in trainer_environment():
         check_known(key, TRAINER, {key: f"as {name} in the environment, where nothing may set it"})
 

@@ -26,6 +26,7 @@ from slm.selection.rule import Choice, Selection
 from slm.selection.rules import All
 from slm.store.columns import columns_needed
 from slm.store.windows import IGNORE_INDEX, Batch
+from slm.train.sharded import Sharded
 
 
 class SelectiveModule(LightningModule):
@@ -34,6 +35,8 @@ class SelectiveModule(LightningModule):
     tokens_per_step:   training tokens of one optimizer step, over all ranks
     selection_start:   tokens seen before `selection` takes over; until then every token is trained
     online_reference:  a frozen model that scores every batch as it comes
+    fill:              gives `lm` its weights when it is cut into shards (sharded.py); else it has
+                       them already
     """
 
     def __init__(
@@ -46,11 +49,12 @@ class SelectiveModule(LightningModule):
         tokens_per_step: int,
         selection_start: int = 0,
         online_reference: SelectiveLM | None = None,
+        fill: Callable[[SelectiveLM], None] | None = None,
     ):
         super().__init__()
         self.lm, self.selection = lm, selection
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.gradient_clip = gradient_clip
+        self.gradient_clip, self.fill = gradient_clip, fill
         self.tokens_per_step, self.selection_start = tokens_per_step, selection_start
         # In a tuple: a submodule would be wrapped, sharded and saved with what is trained.
         self.online = () if online_reference is None else (online_reference,)
@@ -66,6 +70,12 @@ class SelectiveModule(LightningModule):
     def rule(self) -> Selection:
         """The one in force at this step."""
         return self.selection if self.tokens_seen >= self.selection_start else All()
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if self.fill is not None and isinstance(strategy, Sharded):
+            strategy.shard(self.lm, str(self.trainer.precision))
+            self.fill(self.lm)
 
     def on_fit_start(self) -> None:
         for reference in self.online:

@@ -8,15 +8,27 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def adamw(
-    module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    module: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    foreach: bool | None = None,
+    fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """Vectors (norms, biases) get no weight decay."""
+    """Vectors (norms, biases) get no weight decay.
+
+    foreach, fused: all parameters in few kernels, at most one of them; None: as torch does
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, foreach=foreach, fused=fused
+    )
 
 
 def warmup_cosine(

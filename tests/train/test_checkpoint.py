@@ -181,11 +181,18 @@ def test_random_states_come_back_through_a_file(tmp_path):
     expected = [draw() for _ in range(3)]
     set_random_state(IO.load_checkpoint(path)["ranks"][0])
     assert [draw() for _ in range(3)] == expected
-    with_more = RandomStates()
+    with_more = RandomStates(seed=3)
     with_more.load_state_dict(IO.load_checkpoint(path))
-    for rank in (0, 1, 5):  # a state for one rank was saved
-        with_more.on_train_start(SimpleNamespace(global_rank=rank), None)  # type: ignore[arg-type]
-        assert [draw() for _ in range(3)] == expected
+
+    def begun(rank: int, step: int) -> list[tuple]:
+        trainer: Any = SimpleNamespace(global_rank=rank, global_step=step)
+        with_more.on_train_start(trainer, None)  # type: ignore[arg-type]
+        return [draw() for _ in range(3)]
+
+    assert begun(0, 1) == expected  # a state for one rank was saved
+    others = [begun(1, 1), begun(5, 1), begun(1, 2)]
+    assert len({*map(str, others), str(expected)}) == 4
+    assert others == [begun(1, 1), begun(5, 1), begun(1, 2)]
     assert random_state().keys() == {"python", "numpy", "torch", "cuda"}
 
 

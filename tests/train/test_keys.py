@@ -26,6 +26,7 @@ def settings(*overrides: str) -> Any:
 def test_every_row_is_a_key_of_the_configuration():
     words = ["callbacks=dynamics", "callbacks.dynamics.corpus=c"]
     configs = [settings(*words, f"optimizer={name}") for name in ("adamw", "wsd")]
+    configs.append(settings("trainer=fsdp"))
     absent = {key for key in TRAIN if all(select(one, key) is ABSENT for one in configs)}
     assert absent == {f"trainer.{name}" for name in OF_LIGHTNING}
     for config in configs:
@@ -54,12 +55,28 @@ def test_every_row_is_a_key_of_the_configuration():
             "kep is given, .* mean callbacks.checkpoints.keep?",
         ),
         ("+callbacks.chekpoints={keep: 3}", "callbacks.chekpoints has no _target_"),
-        ("trainer.strategy=fsdp", "trainer.strategy is 'fsdp', it must be one of .*'ddp'"),
+        (
+            "trainer.strategy=fsdp",
+            "trainer.strategy is 'fsdp', which is FSDP1: trainer=fsdp shards",
+        ),
         ("trainer.strategy=deepspeed_stage_2", "trainer.strategy is 'deepspeed_stage_2', it must"),
         ("trainer.strategy=ddp_spawn", "trainer.strategy is 'ddp_spawn', it must be one of"),
         (
             "trainer.strategy={_target_: lightning.pytorch.strategies.FSDPStrategy}",
             "trainer.strategy makes a FSDPStrategy, it must be a DDPStrategy",
+        ),
+        (
+            "trainer.strategy={_target_: lightning.pytorch.strategies.ModelParallelStrategy}",
+            "trainer.strategy makes a ModelParallelStrategy, .* trainer=fsdp is FSDP2",
+        ),
+        (
+            "trainer.strategy={_target_: slm.train.sharded.Sharded, cpu_offload: 1}",
+            "trainer.strategy.cpu_offload is 1, it must be true or false",
+        ),
+        (
+            "optimizer.adamw={_target_: slm.train.optim.adamw, _partial_: true, lr: 0.1, betas: "
+            "[0.9, 0.9], eps: 1e-8, weight_decay: 0.1, fused: true, foreach: true}",
+            "optimizer.adamw.foreach and fused are both true",
         ),
         (
             "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy, "

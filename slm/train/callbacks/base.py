@@ -3,13 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from slm.console import Progress, new_progress
 
 TOKENS_SEEN = "data/tokens_seen"
+
+
+def summed(trainer: Trainer, values: Tensor) -> Tensor:
+    """Over all ranks, in place."""
+    if trainer.world_size == 1:
+        return values
+    return torch.as_tensor(trainer.strategy.reduce(values, reduce_op="sum"))
 
 
 class RewindableLogger(Logger):

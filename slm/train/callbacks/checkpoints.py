@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from slm.store.files import hash_json
 from slm.train.callbacks.base import is_due, step_ended
 from slm.train.checkpoint import log, sidecar, verified
 
@@ -108,8 +109,9 @@ class Checkpoints(Callback):
 class RandomStates(Callback):
     """Saves and restores python's, NumPy's, torch's and CUDA's random states, of every rank."""
 
-    def __init__(self) -> None:
-        self.restored: dict[str, Any] | None = None
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.restored: dict[str, Any] = {"ranks": []}
 
     def state_dict(self) -> dict[str, Any]:
         states = [random_state()]
@@ -122,11 +124,13 @@ class RandomStates(Callback):
         self.restored = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that goes on with more ranks has states for the first ones; the others take theirs
-        in turn, as all ranks of a new run begin with one state."""
-        if self.restored is not None:
-            states = self.restored["ranks"]
-            set_random_state(states[trainer.global_rank % len(states)])
+        """A rank that was not there before begins with one of its own, so that dropout differs from
+        rank to rank; the first rank of a new run has that of one process."""
+        states, rank = self.restored["ranks"], trainer.global_rank
+        if rank < len(states):
+            set_random_state(states[rank])
+        elif rank > 0:
+            seed_all(hash_json([self.seed, rank, trainer.global_step]))
 
 
 def random_state() -> dict[str, Any]:
@@ -139,6 +143,14 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+
+def seed_all(digest: str) -> None:
+    """Python's, NumPy's, torch's and CUDA's."""
+    number = int(digest[:8], 16)
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def set_random_state(state: dict[str, Any]) -> None:

@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning import Trainer
 
 from slm.evaluate.command import num_tokens, window_losses
 from slm.evaluate.losses import WindowLosses
-from slm.train.callbacks.base import Evaluation, datamodule_of, send
+from slm.store.shards import Corpus
+from slm.store.windows import spread
+from slm.train.callbacks.base import Evaluation, datamodule_of, send, summed
 from slm.train.curves import write_window_losses
 
 
@@ -38,8 +42,13 @@ class HeldoutLoss(Evaluation):
         windows: dict[str, WindowLosses] = {}
         for name, corpus in data.heldout.items():
             with trainer.precision_plugin.forward_context():
-                found = window_losses(pl_module.lm, corpus, self.batch_size, data.heldout_windows)
-            windows[name], result = found, found.total()
+                found = window_losses(
+                    *(pl_module.lm, corpus, self.batch_size, data.heldout_windows),
+                    rank=trainer.global_rank,
+                    ranks=trainer.world_size,
+                )
+            windows[name] = found = self._together(trainer, pl_module, corpus, found)
+            result = found.total()
             pl_module.heldout_losses[name] = metrics[f"heldout/{name}/loss"] = result.loss
             metrics[f"heldout/{name}/bits_per_byte"] = result.bits_per_byte
         send(trainer, metrics)
@@ -47,7 +56,20 @@ class HeldoutLoss(Evaluation):
             seen = trainer.global_step * data.tokens_per_step
             write_window_losses(self.run_dir, seen, windows)
 
+    def _together(
+        self, trainer: Trainer, pl_module: Any, corpus: Corpus, mine: WindowLosses
+    ) -> WindowLosses:
+        """The losses of all ranks' windows, as one process has them: all others add a zero."""
+        if trainer.world_size == 1:
+            return mine
+        chosen = spread(corpus.num_windows, datamodule_of(trainer).heldout_windows)
+        grid = np.zeros((3, len(chosen)))
+        grid[:, np.searchsorted(chosen, mine.window)] = mine.nats, mine.targets, mine.bytes
+        grid = summed(trainer, torch.from_numpy(grid).to(pl_module.device)).cpu().numpy()
+        return WindowLosses(chosen, grid[0], *grid[1:].astype(np.int64))
+
     def num_tokens(self, trainer: Trainer, windows: int) -> int:
-        """Every rank evaluates all of it."""
-        sets = datamodule_of(trainer).heldout.values()
-        return trainer.world_size * sum(num_tokens(corpus, windows) for corpus in sets)
+        """The ranks share them out."""
+        return sum(
+            num_tokens(corpus, windows) for corpus in datamodule_of(trainer).heldout.values()
+        )

@@ -9,8 +9,8 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from slm.store.windows import Batch, spread, to_device
-from slm.train.callbacks.base import Evaluation, datamodule_of, send
+from slm.store.windows import Batch, spread, to_device, turns
+from slm.train.callbacks.base import Evaluation, datamodule_of, send, summed
 
 
 class MaskOverlap(Evaluation):
@@ -37,29 +37,36 @@ class MaskOverlap(Evaluation):
             send(trainer, {"slm/mask_jaccard": (torch.minimum(now, before).sum() / either).item()})
 
     def num_tokens(self, trainer: Trainer, windows: int) -> int:
-        """Every rank has all of them; rules that need no loss of the model read none."""
+        """The ranks share them out; rules that need no loss of the model read none."""
         data = datamodule_of(trainer)
         chosen = min(self.num_windows, windows, len(data.windows.available))
-        return trainer.world_size * chosen * data.corpus.seq_len
+        return chosen * data.corpus.seq_len
 
     def take_at_most(self, windows: int) -> None:
         self.num_windows = min(self.num_windows, windows)
 
     @torch.no_grad()
     def _weights(self, trainer: Trainer, pl_module: Any) -> Tensor:  # (W, T) float32, on the CPU
-        """In evaluation mode, micro-batch by micro-batch as in training; draws no random number."""
+        """In evaluation mode, micro-batch by micro-batch as in training; draws no random number.
+
+        Each rank has every so many-th, and all of them the sum.
+        """
         data = datamodule_of(trainer)
         available = data.windows.available
         chosen = available[spread(len(available), self.num_windows)]
         size, training = data.micro_batch_size, pl_module.lm.training
         pl_module.lm.eval()
+        parts = np.split(chosen, range(size, len(chosen), size))
+        found: dict[int, Tensor] = {}
         with trainer.precision_plugin.forward_context():
-            parts = [
-                probe(pl_module, data.windows.batch(part))
-                for part in np.split(chosen, range(size, len(chosen), size))
-            ]
+            for turn in turns(len(parts), trainer.global_rank, trainer.world_size):
+                batch = data.windows.batch(parts[min(turn, len(parts) - 1)])
+                found[turn] = probe(pl_module, batch)
         pl_module.lm.train(training)
-        return torch.cat(parts)
+        weights = torch.zeros(len(chosen), found[trainer.global_rank].shape[1])
+        for turn in range(trainer.global_rank, len(parts), trainer.world_size):
+            weights[turn * size :][: len(parts[turn])] = found[turn]
+        return summed(trainer, weights.to(pl_module.device)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self.before}
@@ -73,7 +80,7 @@ def probe(pl_module: Any, batch: Batch) -> Tensor:  # (B, T)
     batch = batch | {"epoch": torch.zeros_like(batch["window"])}
     batch = pl_module.scored(to_device(batch, pl_module.device))
     rule = pl_module.rule()
-    if rule.scope == "global":  # every rank has these windows: each would rank copies of them
+    if rule.scope == "global":  # ranked alike, whatever the number of ranks
         rule = replace(rule, scope="batch")
     token_loss = pl_module.lm(batch).loss if rule.needs_token_loss else None
     return rule.choose(batch, token_loss, pl_module.tokens_seen).token_weight.float().cpu()

@@ -46,6 +46,8 @@ class World:
         self.trainer: Any = SimpleNamespace(
             global_step=0,
             max_steps=4,
+            global_rank=0,
+            world_size=1,
             accumulate_grad_batches=1,
             datamodule=data,
             loggers=[self.log],

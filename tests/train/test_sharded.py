@@ -1,0 +1,149 @@
+"""trainer=fsdp: what one process computes, in shards."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import warm
+from run_helpers import TINY_MODEL
+from train_helpers import rows
+
+RANKS = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+OF_ONE_RANK = ("slm/threshold", "slm/kept_frac/test", "slm/weight_mean/test")
+OF_A_FORWARD = ("slm/mask_jaccard",)  # which has fewer windows, if not of one window each
+NEW = [*TINY_MODEL, "model.architecture.num_hidden_layers=2"]
+TRAIN = [sys.executable, "-m", "slm.train"]
+
+
+def words(out: Path, corpus: Any, *more: str) -> list[str]:
+    """6 steps of 8 windows; forwards of 4 windows over all ranks, whose number does not matter."""
+    return [
+        *(f"out='{out}'", f"data.corpus='{corpus.folder}'", "max_tokens=768"),
+        *(f"data.heldout={{held: '{corpus.folder}'}}", "data.heldout_windows=7"),
+        *("data.batch_size=8", "selection=loss", "logger=csv"),
+        *("callbacks.heldout.every_tokens=256", "callbacks.metrics.every_steps=1"),
+        *("callbacks.heldout.batch_size=2", "callbacks.mask_overlap.num_windows=6"),
+        *("data.num_workers=0", *more),
+        *(() if "model.init_from" in " ".join(more) else NEW),
+    ]
+
+
+def on_ranks(ranks: int, line: Sequence[str]) -> str:
+    more = [*RANKS, f"trainer.devices={ranks}", f"data.micro_batch_size={4 // ranks}"]
+    codes, said = warm.run_ranks(ranks, [*TRAIN, *line, *more])
+    assert codes == [0] * ranks, said
+    return said
+
+
+def in_one(line: Sequence[str]) -> None:
+    warm.run([*TRAIN, *line, "data.micro_batch_size=4"], check=True)
+
+
+def same(one: Path, other: Path, but: Sequence[str] = OF_ONE_RANK) -> None:
+    """Weights and logs, but for the rounding of sums in another order."""
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= 1e-6, name
+    for log in ("train.csv", "heldout.csv", "heldout_windows.csv"):
+        for left, right in zip(rows(one / log), rows(other / log), strict=True):
+            assert left.keys() == right.keys()
+            for key in left.keys() - {"set"}:
+                if left[key] and not ("_p" in key or key in but):
+                    assert float(left[key]) == pytest.approx(float(right[key]), rel=1e-6), key
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    pytest.param(1, "true", "global"),
+    pytest.param(2, "true", "global"),
+    pytest.param(2, "false", "sequence", marks=SLOW),
+    pytest.param(4, "true", "sequence", marks=SLOW),
+    pytest.param(4, "false", "global", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("ranks", "tied", "scope"), CASES)
+def test_losses_and_weights_are_those_of_one_process(tmp_path, text_corpus, ranks, tied, scope):
+    more = f"model.architecture.tie_word_embeddings={tied}", f"selection.scope={scope}"
+    in_one(words(tmp_path / "one", text_corpus, *more))
+    on_ranks(ranks, words(tmp_path / "ranks", text_corpus, *more))
+    of_a_forward = OF_A_FORWARD if scope == "global" else ()
+    same(tmp_path / "one", tmp_path / "ranks", (*OF_ONE_RANK, *of_a_forward))
+
+
+@pytest.fixture
+def base(tmp_path, text_corpus) -> Path:
+    """A model of some steps, and its folder."""
+    in_one(words(tmp_path / "base", text_corpus))
+    return tmp_path / "base" / "model"
+
+
+@pytest.mark.slow
+def test_a_loaded_model_trains_as_in_one_process(tmp_path, text_corpus, base):
+    """From a folder; with what else runs inside the layers, and between the steps."""
+    more = (f"model.init_from='{base}'", "model.activation_checkpointing=true")
+    more += ("model.backward=selected", "callbacks=dynamics", "selection.scope=sequence")
+    more += (f"callbacks.dynamics.corpus='{text_corpus.folder}'",)
+    more += ("callbacks.dynamics.num_targets=100", "callbacks.dynamics.batch_size=1")
+    in_one(words(tmp_path / "one", text_corpus, *more))
+    on_ranks(2, words(tmp_path / "ranks", text_corpus, *more))
+    same(tmp_path / "one", tmp_path / "ranks")
+    losses = [sorted((tmp_path / name).rglob("losses-*.npy")) for name in ("one", "ranks")]
+    assert len(losses[0]) == len(losses[1]) > 2
+    for one, other in zip(*losses, strict=True):
+        np.testing.assert_allclose(np.load(one), np.load(other), rtol=1e-5)
+
+
+def refused(ranks: int, line: Sequence[str]) -> str:
+    codes, said = warm.run_ranks(ranks, [*TRAIN, *line, *RANKS, f"trainer.devices={ranks}"])
+    assert codes == [1] * ranks, said
+    sentences = [text for text in said.splitlines() if text.startswith("slm train: ")]
+    assert len(sentences) == 1 and "Traceback" not in said, said
+    return sentences[0]
+
+
+@pytest.mark.slow
+def test_rank_0_alone_says_what_is_refused(tmp_path, text_corpus):
+    line = words(tmp_path / "run", text_corpus, "data.micro_batch_size=3")
+    expected = "data.batch_size (8) must be a multiple of data.micro_batch_size * ranks (3 * 2)"
+    assert expected in refused(2, line)
+    # What only a forward of the model tells, when it is cut already.
+    softcap = "+model.architecture.final_logit_softcapping=0.5"
+    gemma = ("model.architecture.model_type=gemma2", "+model.architecture.head_dim=8")
+    line = words(tmp_path / "run", text_corpus, "data.micro_batch_size=4", *gemma, softcap)
+    module = tmp_path / "mine.py"
+    module.write_text(UNKNOWN_SCALE)
+    line = [*line, f"modules=['{module}']"]
+    assert "its logits are not its head applied to its hidden states" in refused(2, line)
+
+
+UNKNOWN_SCALE = """
+from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
+
+own = Gemma2ForCausalLM.forward
+
+
+def forward(self, *args, **kwargs):
+    out = own(self, *args, **kwargs)
+    out.logits = out.logits * 0.5
+    return out
+
+
+Gemma2ForCausalLM.forward = forward
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_ranks(tmp_path, text_corpus):
+    line = words(
+        tmp_path / "run", text_corpus, "data.micro_batch_size=4", "optimizer.adamw.lr=1e30"
+    )
+    codes, said = warm.run_ranks(2, [*TRAIN, *line, *RANKS, "trainer.devices=2"])
+    assert codes == [1, 1], said
+    assert "stopped before the update" in said and not (tmp_path / "run" / "model").exists()
