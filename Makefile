@@ -12,7 +12,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal --tx "$(WORK
 TRITON ?= 3.6.0
 RESULTS ?= gpu-results
 
-.PHONY: demo test test-fast lint types bench compile-gate gpu-check clean
+.PHONY: demo test test-fast lint types bench compile-gate gpu-check cluster-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/slm demo
@@ -44,6 +44,13 @@ gpu-check:
 	mkdir -p $(RESULTS)
 	PYTHONPATH=kernels:. $(PYTHON) -m pytest tests/kernels -m "not slow" -n 8 --junitxml=$(RESULTS)/tests.xml
 	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/bench.py --out $(RESULTS)/bench.csv
+
+# As root in a container of Debian: a Slurm of two nodes on this machine, and what runs under it.
+CLUSTER ?= /tmp/slm-cluster
+cluster-check: $(INSTALLED)
+	tests/cluster/slurm.sh start $(CLUSTER)
+	SLURM_CONF=$(CLUSTER)/slurm.conf $(BIN)/python -m pytest tests/cluster; \
+		code=$$?; tests/cluster/slurm.sh stop $(CLUSTER); exit $$code
 
 $(INSTALLED): pyproject.toml constraints.txt tests/doors.txt tests/readers.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python >= 3.11 is needed, $(PYTHON) is {v.major}.{v.minor}")'

@@ -8,6 +8,7 @@ then imports the stage: a mistyped key does not wait for PyTorch.
 
 import difflib
 import gc
+import logging
 import os
 import re
 import sys
@@ -66,6 +67,7 @@ COMMANDS = {  # name: (what it does, an example)
 SHOWS_ONLY = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c"}
 HELP = {"--help", "-h"}
 FULL_ERROR = "HYDRA_FULL_ERROR"
+log = logging.getLogger("slm")
 
 
 def usage() -> str:
@@ -169,6 +171,8 @@ def command(
         def job(config: Any) -> Any:
             try:
                 settings = plain_settings(config)
+                if settings.pop("task", None) is not None:  # of an array, whose jobs are all alike
+                    log.info("slm %s: task %s", name, config.task)
                 if check is not None:
                     check(settings)
                     say_loading(name)

@@ -108,7 +108,7 @@ def test_help_into_a_closed_pipe_is_silent():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in conf_folder().glob("*.yaml")))
 def test_help_of_every_root_shows_its_keys(call, name):
-    if name == "base":
+    if name in ("base", "array"):
         return
     code, out, err = call(cli.main, name, "--help")
     assert (code, err) == (0, "")

@@ -15,7 +15,9 @@ from run_helpers import TINY_MODEL, composed, train
 from slm.cli import COMMANDS, conf_folder
 from slm.train.settings import FROM_SCRATCH
 
-ROOTS = sorted(path.stem for path in conf_folder().glob("*.yaml") if path.stem != "base")
+ROOTS = sorted(
+    path.stem for path in conf_folder().glob("*.yaml") if path.stem not in ("base", "array")
+)
 GROUPS = {
     group: sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
     for group in ("model", "selection", "optimizer", "callbacks", "logger", "experiment")

@@ -1,6 +1,7 @@
 """What a run computes with, from its settings: the model and its rule, the trainer."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from transformers import PreTrainedTokenizerFast
@@ -126,6 +128,7 @@ def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], Non
     trainer: Trainer = build(
         "trainer",
         settings["trainer"],
+        **ranks(settings["trainer"]),
         accelerator=accelerator(settings["trainer"]["accelerator"]),
         strategy=strategy(settings["trainer"]["strategy"]),
         max_steps=round(settings["max_tokens"] / data.tokens_per_step),
@@ -140,7 +143,7 @@ def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], Non
             ),
             *(StopOnSignal(checkpoints), StepProgress(), *clocks),
         ],
-        plugins=[VerifiedCheckpointIO(check_owner)],
+        plugins=[VerifiedCheckpointIO(check_owner), *slurm()],
         enable_checkpointing=False,  # Checkpoints saves, and it alone
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -150,6 +153,35 @@ def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], Non
     with said_once(trainer.global_rank):
         trainer.accumulate_grad_batches = data.accumulate(trainer.world_size)
     return trainer
+
+
+def is_torchrun() -> bool:
+    return TorchElasticEnvironment.detect()
+
+
+def is_srun() -> bool:
+    is_job = "SLURM_NTASKS" in os.environ  # elsewhere detect() warns of an srun that is not used
+    return is_job and SLURMEnvironment.detect() and not is_torchrun()
+
+
+def slurm() -> list[SLURMEnvironment]:
+    """Where Lightning would choose it; its own handler of a time limit saves in the current folder
+    a checkpoint that every later run there would load in place of its own."""
+    return [SLURMEnvironment(auto_requeue=False)] if is_srun() else []
+
+
+def ranks(trainer: Json) -> Json:
+    """devices and num_nodes; `auto` is what torchrun or srun started, which an elastic torchrun
+    changes while the run goes on."""
+    wanted = {name: trainer[name] for name in ("devices", "num_nodes")}
+    there: Json = {"devices": "auto", "num_nodes": 1}
+    if is_torchrun():
+        local, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        there = {"devices": local, "num_nodes": world // local}
+    elif is_srun():
+        nodes, world = (int(os.environ[name]) for name in ("SLURM_NNODES", "SLURM_NTASKS"))
+        there = {"devices": world // nodes, "num_nodes": nodes}
+    return {name: there[name] if value == "auto" else value for name, value in wanted.items()}
 
 
 def build_module(

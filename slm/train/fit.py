@@ -14,6 +14,7 @@ from torch import distributed
 from transformers import PreTrainedTokenizerFast
 
 from slm.errors import UserError, said_once
+from slm.jobs import check_launcher
 from slm.model.build import SelectiveLM, check_saved
 from slm.model.folder import save_model
 from slm.model.sharded import assembled, gathered, is_cut
@@ -37,6 +38,7 @@ RANK_NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lig
 def fit(settings: Json) -> None:
     """Run or continue one training: its folder is complete afterwards."""
     folder = Path(settings["run_dir"])
+    check_launcher()
     accelerator(settings["trainer"]["accelerator"])  # before anything is read
     seed_everything(settings["seed"], workers=True, verbose=False)
     import_modules(settings["modules"])

@@ -48,7 +48,7 @@ TRAINER: Table = {
     "trainer._target_": anything,
     "trainer.accelerator": word("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
     "trainer.devices": anything,
-    "trainer.num_nodes": count,
+    "trainer.num_nodes": either(count, word("auto")),
     "trainer.strategy": either(word(*STRATEGIES), section),
     "trainer.strategy.cpu_offload": flag,
     "trainer.strategy.reshard_after_forward": flag,

@@ -227,8 +227,18 @@ class SelectiveModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count_batches(checkpoint, self.trainer.accumulate_grad_batches)
         for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
             setattr(self, name, checkpoint[name])
+
+
+def count_batches(checkpoint: dict[str, Any], per_step: int) -> None:
+    """In place: Lightning counts a rank's batches, of which another number of ranks makes more or
+    fewer a step. Those of the steps so far, as checkpoints are made at a step's end."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    more = checkpoint["global_step"] * per_step - progress["total"]["ready"]
+    for counts in (progress["current"], progress["total"]):
+        counts |= {name: count + more for name, count in counts.items()}
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:  # ()

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
@@ -34,6 +33,7 @@ from rich.table import Table
 
 import slm.hydra_names  # noqa: F401  # the configuration's resolvers
 from slm.errors import UserError, fail, reported
+from slm.jobs import ExitCode
 from slm.store.files import read_json, remove_empty, write_csv, write_record
 from slm.train.curves import final_losses
 
@@ -47,7 +47,7 @@ WIDTH = 160  # of a table that goes to a file
 # ---- states -------------------------------------------------------------------------------------
 
 
-class Sweep(Callback):
+class Sweep(ExitCode):
     """Hydra calls it around every job, in the job's process, and at the sweep's end.
 
     A failed job is written down and then told to Hydra as completed: else the sweep would stop at
@@ -55,6 +55,7 @@ class Sweep(Callback):
     """
 
     def __init__(self, given: Sequence[str]):
+        super().__init__()
         self.id = uuid.uuid4().hex  # a folder may hold jobs of an earlier sweep
         self.given = given  # resolving it in the sweep's configuration is what caches it
         self.model = ""  # what this job's folder held before
@@ -66,6 +67,7 @@ class Sweep(Callback):
         atexit.register(remove_empty, made)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        super().on_job_start(config)
         if config.hydra.mode == RunMode.MULTIRUN:
             import_module(
                 "slm.train.command"
@@ -76,6 +78,7 @@ class Sweep(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
             return
+        super().on_job_end(config, job_return)
         is_old = self.model != "" and model_record(config) == self.model
         if job_return.status == JobStatus.FAILED:
             error, status = sentence(job_return._return_value), "refused" if is_old else "failed"

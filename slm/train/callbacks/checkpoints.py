@@ -1,4 +1,4 @@
-"""When a run is saved and ended: checkpoints on optimizer steps, random states, SIGTERM, NaN."""
+"""When a run is saved and ended: checkpoints on optimizer steps, random states, signals, NaN."""
 
 import random
 import signal
@@ -162,15 +162,26 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(cuda, device)
 
 
+BEFORE_THE_LIMIT = (signal.SIGUSR1, signal.SIGUSR2)  # sbatch --signal, submitit
+
+
 class StopOnSignal(Callback):
-    """SIGTERM and the first Ctrl-C save a checkpoint at the next step and exit with 143 or 130."""
+    """SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C save a checkpoint at the next step and end the
+    run with 128 + their number.
+
+    Who handled SIGUSR1 or SIGUSR2 when this was made, such as submitit, which puts the job into the
+    queue again, is called once the checkpoint is there.
+    """
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints, self.received = checkpoints, 0
         self.previous: dict[int, Any] = {}
+        self.schedulers: dict[int, Any] = {
+            number: signal.getsignal(number) for number in BEFORE_THE_LIMIT
+        }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, *BEFORE_THE_LIMIT):
             self.previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -185,7 +196,11 @@ class StopOnSignal(Callback):
         received = trainer.strategy.reduce_boolean_decision(self.received != 0, all=False)
         if received:
             self.checkpoints.save(trainer)
-            log.warning("stopped at step %d, saved; the same command goes on", trainer.global_step)
+            if trainer.is_global_zero:
+                step = trainer.global_step
+                log.warning("stopped at step %d, saved; the same command goes on", step)
+            if self.received in self.schedulers and callable(self.schedulers[self.received]):
+                self.schedulers[self.received](self.received, None)
             raise SystemExit(128 + (self.received or signal.SIGTERM))
 
     # Before Lightning takes its own handlers back. In teardown, which comes later, they would be
