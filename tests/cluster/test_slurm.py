@@ -153,7 +153,8 @@ def variable(pid: int, name: str) -> str:
         text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
     except OSError:
         return ""
-    return dict(word.partition("=")[::2] for word in text.split("\0"))[name] if name in text else ""
+    found = re.search(rf"(?:^|\0){name}=([^\0]*)", text)
+    return "" if found is None else found[1]
 
 
 # ---- arrays by Hydra ----------------------------------------------------------------------------
