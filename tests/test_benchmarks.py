@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import os
 import subprocess
 import sys
 from functools import partial
@@ -46,6 +47,21 @@ def test_benchmark_of_binding_at_toy_size(tmp_path, monkeypatch):
         for path in (out, BENCHMARKS / "results" / "bind.csv")
     )
     assert len(found) == 2 and {*found} <= {*committed}
+
+
+@pytest.mark.slow
+def test_benchmark_of_prepare_at_toy_size(tmp_path, monkeypatch):
+    def run(line: list[str], place: Path, **more: str) -> None:
+        done = warm.run(line, cwd=place, env=os.environ | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    prepare = importlib.import_module("prepare")
+    monkeypatch.setattr(prepare, "run", run)
+    prepare.compare(tmp_path, None, tmp_path / "rows.csv")
+    found = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert [row["unit"] for row in found] == ["s", "s", "1"]
+    assert len(list(tmp_path.glob("out1/*.arrow"))) == 1
 
 
 @pytest.mark.slow

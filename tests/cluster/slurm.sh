@@ -42,7 +42,7 @@ JobCompType=jobcomp/filetxt
 JobCompLoc=$folder/ended.txt
 SchedulerParameters=sched_min_interval=0
 KillWait=10
-AuthInfo=cred_expire=2
+AuthInfo=cred_expire=5
 OverTimeLimit=0
 NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17001 CPUs=2 RealMemory=4000 State=UNKNOWN
 NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=4000 State=UNKNOWN

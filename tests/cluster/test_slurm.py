@@ -110,7 +110,7 @@ def test_a_job_whose_time_is_over_goes_on(tmp_path, corpus, whole, script):
     options = (*LIMITED[script], f"--output={said}")
     job = sbatch(script, *words, options=options)
     wait_until(lambda: (out / "train.csv").exists(), 60)
-    record_of = ended(job, 400)
+    record_of = ended(job, 600)
     assert (record_of["JobState"], record_of["ExitCode"]) == ("COMPLETED", "0:0"), said.read_text()
     assert int(record_of["Restarts"]) >= 1
     assert said.read_text().count("saved; the same command goes on") == int(record_of["Restarts"])
