@@ -103,8 +103,8 @@ def compare(folder: Path, older: str | None, out: Path) -> None:
         run([sys.executable, "-c", PEER, *line], folder, **cache)
 
     ways = {"slm prepare": ours, "datasets.map": datasets}
+    tree = folder / "older"
     if older is not None:
-        tree = folder / "older"
         subprocess.run(
             ["git", "worktree", "add", "--detach", str(tree), older], cwd=ROOT, check=True
         )
