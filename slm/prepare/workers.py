@@ -11,8 +11,10 @@ transformers.
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +40,7 @@ from slm.prepare.readers import BLOCK_BYTES, out_of_memory, read_source
 from slm.prepare.records import read_texts
 from slm.prepare.scan import BadText
 from slm.prepare.sources import Source
-from slm.store.files import Json
+from slm.store.files import Json, naming
 
 BATCHES_PER_WORKER = 3  # in flight
 MAX_FAULTS_SHOWN = 10
@@ -280,10 +283,25 @@ def undisturbed() -> Iterator[None]:
 _worker: Worker
 
 
-def start_worker(job: Job) -> None:
+def start_worker(job: str) -> None:
+    """job: the file with it"""
     global _worker
     threading.Thread(target=die_with_parent, daemon=True).start()
-    _worker = Worker(job)
+    _worker = Worker(pickle.loads(Path(job).read_bytes()))
+
+
+@contextmanager
+def written(job: Job) -> Iterator[str]:
+    """Where workers read their job.
+
+    As an argument of a process it is more than a pipe holds, and multiprocessing keeps the pipe's
+    reading end open as it writes: a worker that died before it had read would be waited for for ever.
+    """
+    with tempfile.NamedTemporaryFile(prefix="slm-job-") as file:
+        with naming(Path(file.name)):
+            pickle.dump(job, file)
+            file.flush()
+        yield file.name
 
 
 def die_with_parent() -> None:
@@ -304,9 +322,16 @@ def worker_pool(job: Job, num_proc: int) -> Iterator[Run]:
         yield partial(map, Worker(job).run)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_proc, context, start_worker, (job,))
+    with written(job) as file:
+        pool = ProcessPoolExecutor(num_proc, context, start_worker, (file,))
+        with ending(pool):
+            yield partial(run_batches, pool, num_proc)
+
+
+@contextmanager
+def ending(pool: ProcessPoolExecutor) -> Iterator[None]:
     try:
-        yield partial(run_batches, pool, num_proc)
+        yield
     except BrokenProcessPool:
         unblock(pool)
         raise UserError(

@@ -1,11 +1,13 @@
 """Shards of one side by hand; results in order; what the hash of a document decides."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import warm
 from slm.prepare.documents import Block
 from slm.prepare.encoder import EncoderState, encoder_state
 from slm.prepare.readers import BLOCK_BYTES, read_blocks
@@ -116,3 +118,31 @@ def test_results_come_in_order_and_are_counted(tmp_path, state, num_proc):
     faults = tally.of_faults()
     assert (faults["skipped"], faults["sources"]) == (1, {"a": 1})  # of the first copy only
     assert faults["first"] == [f"{tmp_path}/a.txt, line 2: field 'text' contains NUL"]
+
+
+DIES = """
+import multiprocessing, sys
+from slm.errors import UserError
+from slm.prepare.encoder import encoder_state
+from slm.prepare.readers import read_blocks
+from slm.prepare.sources import parse_sources
+from slm.prepare.workers import Job, group_blocks, worker_pool
+from slm.store.tokenizer import train_tokenizer
+
+multiprocessing.set_executable("/bin/false")  # a worker that ends before it reads anything
+sources = parse_sources([{"path": sys.argv[1], "name": "n" * 10**6}], "sources")
+job = Job(sources, encoder_state(train_tokenizer(["a"], 258)), None, 0.0, False, 2**20)
+try:
+    with worker_pool(job, 2) as run:
+        list(run(group_blocks(read_blocks(sources, 2**20))))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_worker_that_dies_before_it_has_its_job_is_reported(tmp_path):
+    """The job is larger than a pipe."""
+    (tmp_path / "a.txt").write_text("some text")
+    command = [sys.executable, "-c", DIES, tmp_path / "a.txt"]
+    done = warm.run(command, capture_output=True, text=True, timeout=60)
+    assert "a worker process died" in done.stdout, done.stderr
