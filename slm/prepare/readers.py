@@ -6,8 +6,8 @@ A .json file that holds a list, or objects over several lines, becomes lines fir
 `slm.prepare.records` finds out in the workers.
 
 JSON, CSV and text files are read here and not by `datasets`, which cannot name the line of a
-broken record; Parquet, Arrow and hub names stream through `datasets`. Memory is a few blocks, or
-the longest record (`max_document_mb`).
+broken record; Parquet by row groups (parquet.py); Arrow and hub names stream through `datasets`.
+Memory is a few blocks, or the longest record (`max_document_mb`).
 """
 
 import bz2
@@ -28,10 +28,11 @@ from typing import IO, Any, NamedTuple, cast
 
 from slm.errors import UserError
 from slm.prepare.documents import Block
-from slm.prepare.sources import Source, bare_suffix
+from slm.prepare.parquet import read_rows
+from slm.prepare.places import bare_suffix, is_url, open_bytes, reaching
+from slm.prepare.sources import Source
 
 BLOCK_BYTES = 2**19
-ROWS_AT_ONCE = 256  # what a table reader holds in memory
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 CODECS = {".zst": "zstd", ".lz4": "lz4"}  # of Arrow
 # JSON without parsing it: what ends a text, and what nests or separates outside of texts.
@@ -63,14 +64,14 @@ def read_source(source: Source, max_bytes: int, span: Span | None = None) -> Ite
         return read_files(source, max_bytes, span)
     if source.format == "csv":
         return read_csv(source, max_bytes)
-    return read_tables(source)
+    return read_tables(source, span)
 
 
 def read_files(source: Source, max_bytes: int, span: Span | None) -> Iterator[Block]:
     record = 0
     for file in source.files:
         line = 0 if span is None else span.line
-        with open_stream(Path(file)) as stream:
+        with open_stream(file) as stream:
             if source.separator is None:
                 data = stream.read(max_bytes + 1)
                 kept = data if len(data) <= max_bytes else None
@@ -98,25 +99,28 @@ def read_chunks(stream: IO[bytes], span: Span | None) -> Iterator[bytes]:
 
 
 @contextmanager
-def open_stream(file: Path) -> Iterator[IO[bytes]]:
+def open_stream(file: str) -> Iterator[IO[bytes]]:
     """The decompressed bytes of a file."""
     try:
-        if file.suffix in OPENERS:
-            stream = OPENERS[file.suffix](file)
-        elif file.suffix in CODECS:
-            import pyarrow  # here, not above: 0.3 s, and only these suffixes need it
-
-            stream = pyarrow.input_stream(str(file), compression=CODECS[file.suffix])
-        else:
-            stream = open(file, "rb")
-        with stream:
-            yield cast(IO[bytes], stream)
+        with reaching(file), open_bytes(file) as raw:
+            with decompressed(Path(file).suffix, raw) as stream:
+                yield stream
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{file} is truncated or damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
     except MemoryError:
-        raise out_of_memory(str(file)) from None
+        raise out_of_memory(file) from None
+
+
+def decompressed(suffix: str, raw: IO[bytes]) -> IO[bytes]:
+    if suffix in OPENERS:
+        return cast(IO[bytes], OPENERS[suffix](raw))
+    if suffix in CODECS:
+        import pyarrow  # here, not above: 0.3 s, and only these suffixes need it
+
+        return cast(IO[bytes], pyarrow.input_stream(raw, compression=CODECS[suffix]))
+    return raw
 
 
 def out_of_memory(where: str) -> UserError:
@@ -230,7 +234,7 @@ def read_csv(source: Source, max_bytes: int) -> Iterator[Block]:
     record = 0
     for file in source.files:
         delimiter = "\t" if bare_suffix(Path(file)) == ".tsv" else ","
-        with open_stream(Path(file)) as stream:
+        with open_stream(file) as stream:
             # What is not UTF-8 is found in its record.
             text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
             rows = csv_rows(csv.reader(text, delimiter=delimiter, strict=True), file)
@@ -272,18 +276,27 @@ def to_record(names: list[str], row: list[str] | str, source: Source) -> dict[st
     return {name: record[name] for name in source.columns} if known else record
 
 
-def read_tables(source: Source) -> Iterator[Block]:
-    """Rows through `datasets`, a file at a time so that a bad row's file has a name."""
+def read_tables(source: Source, span: Span | None) -> Iterator[Block]:
+    """Rows a file at a time, so that a bad row's file has a name."""
     record = 0
     for file in source.files or (source.path,):
-        try:
-            for line, row in enumerate(open_table(source, file)):
-                yield Block(0, 0, file, line, record, row, row_size(row), "row")
-                record += 1
-        # Whatever Arrow, fsspec or the hub's client raise, the user needs the name and the reason.
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{file} cannot be read as {source.format}: {reason}") from None
+        before = 0 if span is None else span.line
+        for line, row in enumerate(table_rows(source, file, span), before):
+            yield Block(0, 0, file, line, record, row, row_size(row), "row")
+            record += 1
+
+
+def table_rows(source: Source, file: str, span: Span | None) -> Iterator[dict[str, Any]]:
+    if source.format == "parquet":
+        whole = (0, None) if span is None else (span.first, span.last)
+        yield from read_rows(file, source.columns, *whole)
+        return
+    try:
+        yield from open_table(source, file)
+    # Whatever Arrow, fsspec or the hub's client raise, the user needs the name and the reason.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} cannot be read as {source.format}: {reason}") from None
 
 
 def open_table(source: Source, file: str) -> Any:
@@ -294,12 +307,8 @@ def open_table(source: Source, file: str) -> Any:
             source.path, source.subset, split=source.split, revision=source.revision, streaming=True
         )
     else:
-        settings: dict[str, Any] = {}
-        if source.format == "parquet":
-            settings["batch_size"] = ROWS_AT_ONCE
-        table = datasets.load_dataset(
-            source.format, data_files=glob.escape(file), split="train", streaming=True, **settings
-        )
+        name = file if is_url(file) else glob.escape(file)
+        table = datasets.load_dataset("arrow", data_files=name, split="train", streaming=True)
     if table.column_names is not None and set(source.columns) <= set(table.column_names):
         table = table.select_columns(source.columns)
     return table

@@ -5,12 +5,10 @@
 """
 
 import difflib
-import glob
-import json
 import logging
 import math
 import re
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -20,24 +18,21 @@ from slm.checks import Kind, check_value, real, several, text, whole, word
 from slm.errors import UserError, shown
 from slm.prepare.documents import BLANK_LINE, LINE_END, ROLES
 from slm.prepare.noise import MAX_SHARE
-from slm.prepare.scan import Scan, identify, scan_file
+from slm.prepare.parquet import row_groups
+from slm.prepare.places import (
+    COMPRESSED,
+    FORMATS,
+    SUFFIXES,
+    find_files,
+    find_urls,
+    is_url,
+    state_of,
+)
+from slm.prepare.scan import Cut, Scan, identify, scan_file
 from slm.prepare.template import Field, Join, Template, parse_field, unescape
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".txt": "text",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-FORMATS = ("jsonl", "text", "csv", "parquet", "arrow", "hub")
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4")
-ARCHIVES = (".zip", ".tgz", ".tbz2", ".txz", ".7z", ".rar")  # and .tar, compressed or not
 DOCUMENTS = ("file", "paragraph", "line")
 STRING = Kind("a text", lambda v: isinstance(v, str))
 COPIES = Kind("a number above 0 (token_weight names a field with weights)", real(0, ends="()").fits)
@@ -150,7 +145,7 @@ class Source:
             f.endswith(COMPRESSED) for f in self.files
         ):
             return None
-        return self.num_copies * sum(Path(file).stat().st_size for file in self.files)
+        return self.num_copies * sum(state_of(file).size for file in self.files)
 
     @property
     def separator(self) -> re.Pattern[bytes] | None:
@@ -164,10 +159,14 @@ class Source:
         """What was seen of each file, once, before any is read."""
         return {file: scan_file(file, self.cut_at(file)) for file in self.files}
 
-    def cut_at(self, file: str) -> re.Pattern[bytes] | None:
-        """Where a long file may be cut."""
+    def cut_at(self, file: str) -> re.Pattern[bytes] | Callable[[str], list[Cut]] | None:
+        """Where a long file may be cut; noise is drawn by a record's number in the source."""
+        if self.noise is not None:
+            return None
+        if self.format == "parquet":
+            return row_groups
         lines = self.format in ("jsonl", "text") and not file.endswith((*COMPRESSED, ".json"))
-        return self.separator if lines and self.noise is None else None
+        return self.separator if lines else None
 
     def plan(self) -> dict[str, Any]:
         """What must be the same for a second run to be the same run."""
@@ -207,7 +206,8 @@ def parse_source(entry: Any, key: str) -> Source:
         raise UserError(f"{key} must have a path, found {shown(entry)}")
     check_settings(entry, key)
     given: dict[str, Any] = {"name": None, "format": None} | entry
-    files, kind = find_files(entry["path"], given["format"])
+    find = find_urls if is_url(entry["path"]) else find_files
+    files, kind = find(entry["path"], given["format"])
     path = Path(files[0] if len(files) == 1 else entry["path"])
     given["name"] = given["name"] or (entry["path"] if kind == "hub" else name_of(path))
     if "roles" in entry:
@@ -290,107 +290,3 @@ def check_spans(entry: dict[str, Any], name: str, field: str, key: str) -> None:
             f"{name} counts the characters of one field, and {key}.text is "
             f"{entry['text']!r}; it must be a field alone, as in {{text}}"
         )
-
-
-def bare_suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-
-
-def format_of(path: Path) -> str | None:
-    suffix = bare_suffix(path)
-    return SUFFIXES[suffix] if suffix in SUFFIXES else None
-
-
-def find_files(given: str, kind: str | None) -> tuple[list[Path], str]:
-    """The files of a path, sorted, and their format."""
-    path = Path(given).expanduser()
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        inside = (p for p in path.rglob("*") if not is_hidden(p.relative_to(path)))
-        here = sorted(p for p in inside if p.is_file())
-        found = without_leftovers([p for p in here if format_of(p) is not None])
-        say_archives([p for p in here if is_archive(p)])
-        files = [p for p in found if kind in (None, format_of(p))]
-        say_unknown(
-            given, kind, [p for p in here if format_of(p) is None and not is_archive(p)], files
-        )
-    elif kind == "hub" or (kind is None and looks_like_hub(given)):
-        return [], "hub"
-    else:
-        matches = map(Path, glob.glob(str(path), recursive=True))
-        files = without_leftovers([p for p in matches if p.is_file()])
-    if archives := sorted(file for file in files if is_archive(file)):
-        raise UserError(f"{archives[0]} is an archive, its files are not read: unpack it")
-    if not files:
-        wanted = "" if kind is None else f" of format {kind}"
-        raise UserError(f"{given}: there is no such file, folder or glob with files{wanted}")
-    kinds = sorted({str(format_of(file)) for file in files}) if kind is None else [kind]
-    if kinds == ["None"]:
-        raise UserError(
-            f"{files[0]}: its suffix tells no format; set format ({', '.join(FORMATS)})"
-        )
-    if len(kinds) > 1:
-        raise UserError(f"{given} holds files of several formats ({', '.join(kinds)}); set format")
-    return files, kinds[0]
-
-
-def is_archive(path: Path) -> bool:
-    return path.suffix in ARCHIVES or bare_suffix(path) == ".tar"
-
-
-def say_archives(archives: list[Path]) -> None:
-    if archives:
-        more = f" and {len(archives) - 1} more archives are" if archives[1:] else " is"
-        log.warning("%s%s not read: unpack what belongs to the data", archives[0], more)
-
-
-def say_unknown(given: str, kind: str | None, unknown: list[Path], files: list[Path]) -> None:
-    """A folder of notes.md is no empty folder."""
-    if not unknown:
-        return
-    suffixes = Counter(p.suffix for p in unknown)
-    most = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))[:3]
-    counts = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in most)
-    how = f"{given}/**/*{most[0][0]}"
-    words = (
-        f"{given}: {len(unknown)} files are not read, their suffix tells no format ({counts}); "
-        f"a glob with a format reads them: {{path: {how!r}, format: text}}"
-    )
-    if not files and kind in (None, "text"):
-        raise UserError(words)
-    log.warning("%s", words)
-
-
-def is_hidden(path: Path) -> bool:
-    """Below the folder that was named: .ipynb_checkpoints, .git, ._a.jsonl of a Mac's archive."""
-    return any(part.startswith(".") for part in path.parts)
-
-
-def without_leftovers(files: list[Path]) -> list[Path]:
-    """Sorted, of what `datasets` wrote the data alone: a cache holds the same documents again."""
-    own = {folder: dataset_files(folder) for folder in {file.parent for file in files}}
-    dicts = {folder.parent / "dataset_dict.json" for folder, data in own.items() if data}
-    meant = (f for f in files if f not in dicts)
-    return sorted(f for f in meant if (data := own[f.parent]) is None or f in data)
-
-
-def dataset_files(folder: Path) -> set[Path] | None:
-    """The data of a folder that `datasets` has saved or cached; None where it is neither."""
-    arrow = set(folder.glob("*.arrow"))
-    if not arrow or not (folder / "dataset_info.json").is_file():
-        return None
-    if not (folder / "state.json").is_file():
-        return {file for file in arrow if not file.name.startswith("cache-")}
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        named = {folder / row["filename"] for row in state["_data_files"]}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(f"{folder / 'state.json'} names no _data_files: it is damaged") from None
-    if lost := sorted(named - arrow):
-        raise UserError(f"{folder / 'state.json'} names {lost[0].name}, which is not there")
-    return named
-
-
-def looks_like_hub(path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and format_of(Path(path)) is None

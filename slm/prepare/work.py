@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.prepare import scan
 from slm.prepare.encoder import EncoderState
 from slm.prepare.overlap import Exclusion
@@ -115,7 +115,8 @@ def adopt_inputs(parts: Path, sources: list[Source]) -> None:
         for source in sources
         for seen in source.scans.values()
     ]
-    now: Json = {"unit_bytes": scan.UNIT_BYTES, "files": files}
+    cuts = sum(len(seen.cuts) for source in sources for seen in source.scans.values())
+    now: Json = {"unit_bytes": scan.UNIT_BYTES, "cuts": cuts, "files": files}
     if not path.exists():
         parts.mkdir(exist_ok=True)
         write_record(path, now)
@@ -125,11 +126,12 @@ def adopt_inputs(parts: Path, sources: list[Source]) -> None:
     for name, before, after in zip(names, found["files"], files, strict=False):
         if before[:2] == after[:2] and before != after:
             raise UserError(scan.changed(name, before[2:], after[2:]))
-    if found["unit_bytes"] != now["unit_bytes"]:
-        raise UserError(
-            f"{parts}: its parts are of {found['unit_bytes']:,} bytes, this release makes them of "
-            f"{now['unit_bytes']:,}; remove the folder"
-        )
+    for key in ("unit_bytes", "cuts"):
+        if key not in found or found[key] != now[key]:
+            raise UserError(
+                f"{parts}/inputs.json: {key} is {shown(found.get(key))}, this release cuts "
+                f"the input otherwise, {now[key]}; remove the folder"
+            )
 
 
 def remove_corpora(out: Path) -> None:

@@ -294,8 +294,8 @@ def start_worker(job: str) -> None:
 def written(job: Job) -> Iterator[str]:
     """Where workers read their job.
 
-    As an argument of a process it is more than a pipe holds, and multiprocessing keeps the pipe's
-    reading end open as it writes: a worker that died before it had read would be waited for for ever.
+    As an argument of a process it is more than a pipe holds, and multiprocessing keeps the reading
+    end open as it writes: a worker that died before it had read would be waited for for ever.
     """
     with tempfile.NamedTemporaryFile(prefix="slm-job-") as file:
         with naming(Path(file.name)):

@@ -28,7 +28,7 @@ def test_blocks_do_not_change_records(tmp_path, monkeypatch, block_bytes, docume
     expected = texts(path, document=document)
     monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
     assert texts(path, document=document) == expected
-    with open_stream(path) as stream:
+    with open_stream(str(path)) as stream:
         pieces = list(cut(iter(lambda: stream.read(block_bytes), b""), LINE_END, LIMIT))
     assert b"".join(data or b"" for data, _ in pieces) == path.read_bytes()
     assert sum(lines for _, lines in pieces) == 11

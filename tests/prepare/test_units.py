@@ -6,6 +6,8 @@ import os
 from collections import Counter
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from slm.prepare import scan
@@ -57,6 +59,8 @@ def many_sources(folder):
     (folder / "rows.csv").write_text("text\n" + "".join(f'"a\n{i}"\n' for i in range(300)))
     (folder / "prose.txt").write_text("\n \nword\nline \t\r\n\n\n" * 200)
     (folder / "empty.jsonl").write_text("")
+    table = pa.table({"text": [f"row {i} " + "y" * (i % 70) for i in range(300)]})
+    pq.write_table(table, folder / "rows.parquet", row_group_size=20)
     for i in range(30):
         (folder / "many" / f"{i:02}.txt").parent.mkdir(exist_ok=True)
         (folder / "many" / f"{i:02}.txt").write_text(f"file {i} " * (i * 3 + 1))
@@ -70,6 +74,8 @@ def many_sources(folder):
         source(folder / "prose.txt", document="line", name="lines of prose"),
         source(folder / "many", weight=1.5),
         source(lines, name="noisy", noise=0.2),
+        source(folder / "rows.parquet", weight=1.5),
+        source(folder / "rows.parquet", name="noisy rows", noise=0.2),
     ]
 
 
@@ -78,8 +84,8 @@ def test_units_are_the_input_in_its_order(tmp_path):
     units = list_units(sources)
     assert len(units) > 30
     cut = [piece for unit in units for piece in unit if piece.span is not None]
-    assert {piece.source for piece in cut} == {0, 5, 6}  # plain files of lines, without noise
-    assert max(piece.size for piece in cut) < 1300
+    assert {piece.source for piece in cut} == {0, 5, 6, 9}  # lines and row groups without noise
+    assert max(piece.size for piece in cut if piece.source != 9) < 1300
     for unit in units:
         copies = {(piece.source, piece.copy) for piece in unit}
         assert len(copies) == len({index for index, _ in copies})  # one reading of each source
