@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ from slm.prepare.sources import Source
 from slm.store.files import Json, naming
 
 BATCHES_PER_WORKER = 3  # in flight
+LOOK_S = 1.0  # where no result comes, whether all workers are there
 MAX_FAULTS_SHOWN = 10
 LABELLED = ("signal", "noise")  # tokens of
 COUNTS = ("documents", "tokens", "bytes", "targets", *LABELLED)
@@ -333,16 +334,13 @@ def ending(pool: ProcessPoolExecutor) -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
-        unblock(pool)
+        end_workers(pool)
         raise UserError(
             "a worker process died (out of memory? fewer workers need less, num_proc, and shorter "
             "documents, max_document_mb)"
         ) from None
     except BaseException:
-        # Nobody wants the rest, and a second Ctrl-C must find no worker to wait for.
-        for process in list((pool._processes or {}).values()):
-            process.kill()
-        unblock(pool)
+        end_workers(pool)  # nobody wants the rest
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -352,19 +350,34 @@ def run_batches(
     pool: ProcessPoolExecutor, num_proc: int, batches: Iterable[list[Block]]
 ) -> Iterator[Result]:
     """Results in the order of the batches, a bounded number of them in flight."""
-    pending: deque[Any] = deque()
+    pending: deque[Future[Result]] = deque()
     for batch in batches:
         with undisturbed():  # a call may start a worker
             pending.append(pool.submit(run_in_worker, batch))
         if len(pending) >= BATCHES_PER_WORKER * num_proc:
-            yield pending.popleft().result()
+            yield result_of(pending.popleft(), pool)
     while pending:
-        yield pending.popleft().result()
+        yield result_of(pending.popleft(), pool)
 
 
-def unblock(pool: Any) -> None:
-    """Early releases of Python 3.11 wait forever for a write that nobody reads (gh-94777)."""
-    if sys.version_info < (3, 11, 5):
+def result_of(future: Future[Result], pool: ProcessPoolExecutor) -> Result:
+    """The pool itself waits for ever for the rest of a result whose worker died as it sent it."""
+    while True:
+        try:
+            return future.result(LOOK_S)
+        except TimeoutError:
+            if future.done():
+                continue
+            if not all(process.is_alive() for process in [*(pool._processes or {}).values()]):
+                raise BrokenProcessPool from None
+
+
+def end_workers(pool: Any) -> None:
+    """A second Ctrl-C must find none to wait for; and what waits for one of them must end."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool._result_queue._writer.close()  # of a result that was begun comes no end
+    if sys.version_info < (3, 11, 5):  # a write that nobody reads is waited for (gh-94777)
         pool._call_queue._reader.close()
 
 

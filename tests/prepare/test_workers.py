@@ -122,6 +122,7 @@ def test_results_come_in_order_and_are_counted(tmp_path, state, num_proc):
 
 DIES = """
 import multiprocessing, sys
+from dataclasses import replace
 from slm.errors import UserError
 from slm.prepare.encoder import encoder_state
 from slm.prepare.readers import read_blocks
@@ -129,9 +130,24 @@ from slm.prepare.sources import parse_sources
 from slm.prepare.workers import Job, group_blocks, worker_pool
 from slm.store.tokenizer import train_tokenizer
 
-multiprocessing.set_executable("/bin/false")  # a worker that ends before it reads anything
+class Chat:
+    "What a worker reads of its job ends it within a result that it sends."
+    def __reduce__(self):
+        return exec, (code,)
+
+code = '''
+import gc, os
+(queue,) = [one for one in gc.get_objects() if type(one).__name__ == "SimpleQueue"]
+queue._wlock.acquire()
+os.write(queue._writer.fileno(), bytes([0, 0, 16, 0]) + bytes(100))
+os._exit(9)
+'''
 sources = parse_sources([{"path": sys.argv[1], "name": "n" * 10**6}], "sources")
 job = Job(sources, encoder_state(train_tokenizer(["a"], 258)), None, 0.0, False, 2**20)
+if sys.argv[2] == "early":
+    multiprocessing.set_executable("/bin/false")  # ends before it reads anything
+else:
+    job = replace(job, chat=Chat())
 try:
     with worker_pool(job, 2) as run:
         list(run(group_blocks(read_blocks(sources, 2**20))))
@@ -140,9 +156,10 @@ except UserError as error:
 """
 
 
-def test_a_worker_that_dies_before_it_has_its_job_is_reported(tmp_path):
-    """The job is larger than a pipe."""
+@pytest.mark.parametrize("when", ["early", "as it sends"])
+def test_a_worker_that_dies_at_any_time_is_reported(tmp_path, when):
+    """Before it has its job, which is larger than a pipe; with half a result in another."""
     (tmp_path / "a.txt").write_text("some text")
-    command = [sys.executable, "-c", DIES, tmp_path / "a.txt"]
+    command = [sys.executable, "-c", DIES, tmp_path / "a.txt", when]
     done = warm.run(command, capture_output=True, text=True, timeout=60)
     assert "a worker process died" in done.stdout, done.stderr
