@@ -4,8 +4,8 @@
     from slm import Corpus, References, Windows, SelectiveLM
 
 Each is imported when it is first asked for. A stage is a function and the folder of its modules
-(`import_corpus`, `export_corpus` and `bind_scores`, which are `slm import`, `slm export` and
-`slm bind`, functions alone).
+(`import_corpus`, `export_corpus`, `bind_scores` and `consolidate_checkpoint` are functions alone:
+the commands `slm import`, `export`, `bind` and `consolidate`).
 """
 
 import os
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from slm.store.shards import Corpus, References
     from slm.store.windows import Windows
     from slm.train.command import train
+    from slm.train.consolidate import consolidate_checkpoint
     from slm.train.export import export_corpus
 
 HOMES = {
@@ -36,6 +37,7 @@ HOMES = {
     "SelectiveLM": "slm.model.build",
     "import_corpus": "slm.prepare.imports.command",
     "bind_scores": "slm.score.bind",
+    "consolidate_checkpoint": "slm.train.consolidate",
     "export_corpus": "slm.train.export",
 }
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Windows",
     "__version__",
     "bind_scores",
+    "consolidate_checkpoint",
     "dynamics",
     "evaluate",
     "export_corpus",

@@ -61,6 +61,10 @@ COMMANDS = {  # name: (what it does, an example)
     ),
     "report": ("runs of a sweep -> tables and figures", "runs=runs/sweep out=report"),
     "dashboard": ("runs -> a W&B workspace", "runs=runs/sweep group=runs-sweep"),
+    "consolidate": (
+        "a checkpoint in shards -> one file",
+        "checkpoint=run/checkpoints/step-00000400.ckpt out=step-00000400.ckpt",
+    ),
     "verify": ("is a corpus, reference, run, checkpoint or model whole?", "FOLDER ..."),
     "demo": ("the whole pipeline on the installed Python standard library, in minutes", ""),
 }

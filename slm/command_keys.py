@@ -104,6 +104,7 @@ SCORE: Table = FORWARD | {
     "columns": several(text, least=0),
     "store_dtype": word("float32", "float16"),
 }
+CONSOLIDATE: Table = {"checkpoint": text, "out": text}
 BIND: Table = {
     "corpus": text,
     "scores": texts,

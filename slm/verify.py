@@ -26,6 +26,7 @@ from slm.store.fields import CHECKPOINT, OBJECT, TEXT, check_fields, one_of
 from slm.store.files import (
     Advance,
     Json,
+    check_content,
     check_files,
     check_hash,
     check_records,
@@ -53,7 +54,7 @@ BLOCK = 1 << 22
 
 def parts(path: Path) -> list[Path]:
     """The stores, runs, checkpoints and models at and below `path`."""
-    if path.is_file():
+    if path.is_file() or is_checkpoint(path):
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
@@ -71,8 +72,13 @@ def walk(folder: Path) -> Iterator[Path]:
         yield folder
     yield from sorted(folder.glob("*.ckpt"))
     for item in sorted(folder.iterdir()):
-        if item.is_dir() and not item.is_symlink() and not item.name.startswith("."):
+        skipped = item.is_symlink() or item.name.startswith(".")
+        if item.is_dir() and not skipped and not is_checkpoint(item):
             yield from walk(item)
+
+
+def is_checkpoint(path: Path) -> bool:
+    return path.suffix == ".ckpt"
 
 
 def is_prepared(path: Path) -> bool:
@@ -219,9 +225,9 @@ def verify_checkpoint(path: Path, advance: Advance) -> str:
         raise UserError(f"{path} is unfinished: {record.name} is missing")
     said = read_json(record)
     check_fields(record, said, CHECKPOINT)
-    check_hash(path, said["sha256"], record.name, advance)
+    check_content(path, said, record.name, advance)
     check_records(path.parent, record.name)
-    return "checkpoint"
+    return f"checkpoint, {len(said['files'])} files" if "files" in said else "checkpoint"
 
 
 def verify_run(path: Path, advance: Advance) -> str:
@@ -261,7 +267,7 @@ def verify_dynamics(path: Path, advance: Advance) -> str:
 
 
 def verify_part(path: Path, advance: Advance) -> str:
-    if path.is_file():
+    if path.is_file() or is_checkpoint(path):
         return verify_checkpoint(path, advance)
     if is_dynamics(path):
         return verify_dynamics(path, advance)

@@ -30,6 +30,7 @@ from slm.score.command import score
 from slm.stage import complete
 from slm.store.shards import Corpus, References
 from slm.store.tokenizer import load_corpus_tokenizer
+from slm.train.consolidate import consolidate_checkpoint
 from slm.train.export import export_corpus
 
 STAGES: dict[str, Callable[..., Any]] = {
@@ -38,6 +39,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "export": export_corpus,
     "score": score,
     "bind": bind_scores,
+    "consolidate": consolidate_checkpoint,
     "evaluate": evaluate,
     "harness": harness,
     "dynamics": dynamics,

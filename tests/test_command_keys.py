@@ -30,6 +30,7 @@ GIVEN = {  # what must be given; nothing of it is there
     "report": ["runs=no", "out=x"],
     "dashboard": ["out=x"],
     "demo": ["out=x"],
+    "consolidate": ["checkpoint=no", "out=x.ckpt"],
 }
 
 NO_CORPUS = "no is not a finished corpus: it does not exist"

@@ -24,6 +24,7 @@ UNTESTED = {
     "slm.import",
     "slm.export",
     "slm.bind",
+    "slm.consolidate",
 }  # empty classes; doors of three lines
 # What the tests of a command, `tests/<stage>/test_command.py`, go through.
 UNTESTED |= {"slm.train.fit", "slm.train.identity", "slm.dynamics.stores", "slm.score.reference"}
@@ -44,6 +45,7 @@ GROUND = {
 # In the order of the data: a folder imports what stands before it, and the ground.
 FLOORS = "store prepare model selection score evaluate train dynamics report".split()
 TOP = {"integrations", "verify", "demo", "harness", "dashboard", "import", "export", "bind"}
+TOP |= {"consolidate"}
 # Tests of more than one module.
 WHOLE = {"api", "layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
 WHOLE |= {"documents", "notebook", "warm", "experiments"}

@@ -325,6 +325,18 @@ def check_hash(path: Path, expected: str, source: str, advance: Advance = nothin
         )
 
 
+def check_content(path: Path, record: Json, source: str, advance: Advance = nothing) -> None:
+    """Compare a file with what its record says, or a folder, whose `files` are in it."""
+    if "files" not in record:
+        check_hash(path, record["sha256"], source, advance)
+        return
+    check_fields(path.with_name(source), record, {"files": FILES})
+    if hash_json(record["files"]) != record["sha256"]:
+        raise UserError(f"{source} is damaged: its sha256 is not that of its files' hashes")
+    for name, expected in record["files"].items():
+        check_hash(path / name, expected, source, advance)
+
+
 def check_files(path: Path, record: Json, advance: Advance = nothing) -> dict[str, str]:
     """Compare what the record in `path` says of files beside it; returns their hashes."""
     check_fields(path, record, {"sha256": FILES})

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000400.ckpt        Lightning checkpoint: weights, optimizer, schedule, order
     checkpoints/step-00000400.ckpt.json   its sha256, written last; without it: unfinished
+    checkpoints/step-00000400.ckpt/       with trainer=fsdp, a folder (sharded_checkpoint.py)
     checkpoints/step-00000400.ckpt.damaged  did not verify when a run went on; nothing reads it
     checkpoints/best-00000300.ckpt        the one of lowest held-out loss
 
@@ -13,7 +14,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,16 @@ from torch.utils._pytree import tree_leaves
 
 from slm.errors import UserError
 from slm.store.fields import CHECKPOINT, check_fields
-from slm.store.files import Json, atomic_file, check_hash, hash_file, read_json, write_record
+from slm.store.files import (
+    Json,
+    atomic_file,
+    check_content,
+    hash_file,
+    read_json,
+    remove,
+    write_record,
+)
+from slm.train.sharded_checkpoint import read_whole
 
 log = logging.getLogger("slm.train.checkpoint")
 
@@ -46,17 +56,11 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         sidecar(path).unlink(missing_ok=True)
+        if path.is_dir():
+            remove(path)
         with atomic_file(path, tensor_bytes(checkpoint)) as file:
             torch.save(checkpoint, file)
-        record = {
-            "kind": "checkpoint",
-            "sha256": hash_file(path),
-            "step": checkpoint["global_step"],
-            "tokens_seen": checkpoint["about"]["tokens_seen"],
-        }
-        write_record(sidecar(path), record)
-
-        aside(path).unlink(missing_ok=True)  # there is a whole one of this step again
+        vouch(path, checkpoint, {"sha256": hash_file(path)})
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True):
         return read_checkpoint(Path(path), map_location)
@@ -65,9 +69,20 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         remove_checkpoint(Path(path))
 
 
+def vouch(path: Path, checkpoint: Mapping[str, Any], hashes: Json) -> None:
+    """The record of what is there, whole."""
+    record = {
+        "kind": "checkpoint",
+        "step": checkpoint["global_step"],
+        "tokens_seen": checkpoint["about"]["tokens_seen"],
+    }
+    write_record(sidecar(path), record | hashes)
+    remove(aside(path))  # there is a whole one of this step again
+
+
 def remove_checkpoint(path: Path) -> None:
     sidecar(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    remove(path)
 
 
 def step_of(path: Path) -> int:
@@ -79,11 +94,13 @@ def tensor_bytes(checkpoint: dict[str, Any]) -> int:
     return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Plain types and tensors of a file that verifies; nothing else that it may hold is made."""
     check_checkpoint(path)
+    if path.is_dir():
+        return read_whole(path)
     try:
-        saved = torch.load(path, map_location=map_location, weights_only=True)
+        saved = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
             f"{path} is no checkpoint of slm train, though its hash is the one beside it "
@@ -99,7 +116,7 @@ def check_checkpoint(path: Path) -> None:
         raise UserError(f"{path} does not exist")
     if not sidecar(path).exists():
         raise UserError(f"{path} is unfinished: {sidecar(path).name} is missing")
-    check_hash(path, read_sidecar(path)["sha256"], sidecar(path).name)
+    check_content(path, read_sidecar(path), sidecar(path).name)
 
 
 def read_sidecar(path: Path) -> Json:
@@ -115,6 +132,7 @@ def aside(path: Path) -> Path:
 
 def set_aside(path: Path) -> None:
     """Rename what does not verify, so that its step is made again and nothing counts it."""
+    remove(aside(path))
     os.replace(path, aside(path))
     sidecar(path).unlink(missing_ok=True)
 

@@ -5,19 +5,26 @@ would make tensor parallelism of the ranks of a machine, which then all train on
 a checkpoint holds is what DDP's does, but in shards, so that runs may go from one to the other.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from slm.errors import UserError, said_once
 from slm.model.build import SelectiveLM
-from slm.model.sharded import Cut, shard, whole_on_first
+from slm.model.sharded import Cut, refused_together, shard
+from slm.store.claims import process_name, remove_temporaries
+from slm.store.files import hash_file, hash_json, naming, sync_folder
+from slm.train.checkpoint import VerifiedCheckpointIO, read_checkpoint, remove_checkpoint, vouch
+from slm.train.sharded_checkpoint import own_files, read_shards, write_shards
 
 
 class Sharded(ModelParallelStrategy):
@@ -76,18 +83,38 @@ class Sharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        whole = tree_map(lambda v: whole_on_first(v) if isinstance(v, DTensor) else v, checkpoint)
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(whole, filepath)
+        assert self.lightning_module is not None and isinstance(
+            self.checkpoint_io, VerifiedCheckpointIO
+        )
+        save_sharded(
+            Path(filepath), checkpoint, ties(self.lightning_module), self.checkpoint_io.check_owner
+        )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+        """A file of one process, whole and not yet in memory; a folder, in shards. Rank 0 has
+        verified it."""
+        path = Path(checkpoint_path)
+        with said_once(self.global_rank):
+            if path.is_dir():
+                return read_shards(path, self._own)
+            return read_checkpoint(path, mmap=True)
+
+    def _own(self, place: tuple[Any, ...]) -> Tensor | None:
+        """The parameter that the value at a place of a checkpoint belongs to."""
+        if place[0] == "state_dict":
+            state = self.lightning_module_state_dict()
+            return state[place[1]] if place[1] in state else None
+        _, number, _, parameter, _ = place
+        own = dict(numbered(self.optimizers[number])) if number < len(self.optimizers) else {}
+        return own[parameter] if parameter in own else None
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        mine = self.lightning_module.state_dict()
-        state = {name: like(mine[name], value) for name, value in checkpoint["state_dict"].items()}
+        mine, state = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        with said_once(self.global_rank):
+            check_same_model(mine, state)
+        state = {name: like(mine[name], value) for name, value in state.items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -98,6 +125,59 @@ class Sharded(ModelParallelStrategy):
                 if number in saved["state"]
             }
             optimizer.load_state_dict({**saved, "state": state})
+
+
+def ties(module: torch.nn.Module) -> dict[str, str]:
+    """Second names of parameters, and their first."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    pairs = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: other for name, other in pairs.items() if name != other}
+
+
+def check_same_model(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    shapes, theirs = ({k: tuple(v.shape) for k, v in part.items()} for part in (mine, saved))
+    for name in [*shapes, *theirs]:
+        found = [part[name] if name in part else "not there" for part in (theirs, shapes)]
+        if found[0] != found[1]:
+            raise UserError(
+                f"the checkpoint is of another model: the shape of {name} is {found[0]} in it, "
+                f"{found[1]} in this run"
+            )
+
+
+def save_sharded(
+    path: Path,
+    checkpoint: Mapping[str, Any],
+    second_names: Mapping[str, str],
+    check_owner: Callable[[], None],
+) -> None:
+    """Every rank writes its shards and hashes them; rank 0 renames the folder, its record last."""
+    is_first = dist.get_rank() == 0
+    new = together(path.with_name(f".{path.name}.{process_name()}.tmp"))[0]
+    with refused_together(), naming(path):
+        if is_first:
+            check_owner()
+            remove_temporaries(path.parent, path.name)
+            new.mkdir(parents=True)
+    with refused_together(), naming(path, new if is_first else None):
+        write_shards(new, checkpoint, second_names)
+        mine = {file.name: hash_file(file) for file in own_files(new)}
+    files = {name: digest for part in together(mine) for name, digest in part.items()}
+    with refused_together(), naming(path):
+        if is_first:
+            sync_folder(new)
+            remove_checkpoint(path)
+            os.replace(new, path)
+            sync_folder(path.parent)
+            vouch(path, checkpoint, {"sha256": hash_json(files), "files": files})
+
+
+def together(value: Any) -> list[Any]:
+    """Of every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
