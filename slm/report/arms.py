@@ -219,11 +219,15 @@ def grouped(runs: Sequence[Run]) -> list[Arm]:
     for run in runs:
         fields = {key: value for key, value in run.identity.items() if key not in SEEDS}
         groups[json.dumps(fields, sort_keys=True)].append(run)
-    firsts = [group[0] for group in groups.values()]
+    alike: dict[str, list[Run]] = defaultdict(list)
+    for group in groups.values():
+        alike[group[0].name].append(group[0])
+    keys = {name: differing_keys(firsts) for name, firsts in alike.items()}
     arms = []
     for group in groups.values():
-        detail = details(group[0], [run for run in firsts if run.name == group[0].name])
-        arms.append(Arm(group[0].name + detail, group[0].line + detail, group))
+        name = group[0].name
+        detail = details(group[0], keys[name])
+        arms.append(Arm(name + detail, group[0].line + detail, group))
     return sorted(arms, key=lambda arm: (arm.line, arm.select_ratio or 0, arm.label))
 
 
@@ -250,12 +254,11 @@ def check_seeds(runs: Sequence[Run]) -> None:
         seeds[run.order] = run.folder
 
 
-def details(run: Run, others: Sequence[Run]) -> str:
-    """The fields in which arms of one name differ: `, scope=sequence`
+def details(run: Run, keys: Sequence[str]) -> str:
+    """The fields in which arms of one name differ, `keys`: `, scope=sequence`
 
     What is empty (no references, no online reference) is named only where nothing else is.
     """
-    keys = differing_keys(others)
     names = short_names(keys)
     empty = [key for key in keys if is_empty(run, key)]
     stated = [key for key in keys if key not in empty]

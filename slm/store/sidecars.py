@@ -1,7 +1,7 @@
 """Shards: a sidecar each on disk, a row each of a table in memory.
 
 A manifest may list 100,000 of them. As Python objects they are 300 MB in every process that opens
-the store, and a pickle of that to each of its workers; as arrays 150 bytes a file.
+the store, and a pickle of that to each of its workers; as arrays 120 bytes a file.
 """
 
 import reprlib
