@@ -120,7 +120,8 @@ def shard(lm: nn.Module, model: PreTrainedModel, cut: Cut) -> None:
     # The batch has numbers of its own, which are not rounded: only layers cast what they are given.
     inner = MixedPrecisionPolicy(cut.dtype, reduce_dtype=cut.dtype and torch.float32)
     outer = MixedPrecisionPolicy(inner.param_dtype, inner.reduce_dtype, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy() if cut.cpu_offload else OffloadPolicy()
+    pinned = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    offload = pinned if cut.cpu_offload else OffloadPolicy()
     same: dict[str, Any] = {"mesh": cut.mesh, "offload_policy": offload}
     for layer in layers_of(model):
         fully_shard(layer, **same, mp_policy=inner, reshard_after_forward=cut.reshard)
@@ -160,10 +161,15 @@ def refused_together() -> Iterator[None]:
         yield
     except UserError as error:
         refusal = str(error)
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, refusal)
-    for text in filter(None, said):
+    for text in filter(None, together(refusal)):
         raise UserError(text) if dist.get_rank() == 0 else SystemExit(1)
+
+
+def together(value: Any) -> list[Any]:
+    """Of every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def shards_of(lm: nn.Module) -> Iterator[tuple[str, Any]]:

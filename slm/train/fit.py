@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,12 +14,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 from transformers import PreTrainedTokenizerFast
 
-from slm.errors import UserError, said_once
+from slm.errors import UserError, said_once, shown
 from slm.jobs import check_launcher
 from slm.model.build import SelectiveLM, check_saved
 from slm.model.folder import save_model
-from slm.model.sharded import assembled, gathered, is_cut
+from slm.model.sharded import assembled, gathered, is_cut, together
 from slm.selection.registry import import_modules, in_words
+from slm.store.fields import of_what
 from slm.store.files import Json, hash_file, nested, write_record
 from slm.store.tokenizer import load_corpus_tokenizer
 from slm.train.build import accelerator, build, build_module, build_trainer, first_windows
@@ -58,6 +60,7 @@ def fit(settings: Json) -> None:
         data.order = start.order
         if is_over(start, folder):
             return
+        check_same_everywhere(trainer, identity)
         words = "new run in %s" if start.checkpoint is None else "continuing %s"
         log.info(words, start.checkpoint or folder)
         try:
@@ -189,6 +192,22 @@ def tell(trainer: Trainer, start: Start) -> Start:
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.launch(trainer.strategy.setup_environment)
     return trainer.strategy.broadcast(start)
+
+
+def check_same_everywhere(trainer: Trainer, identity: dict[str, Any]) -> None:
+    """Another machine may have other files under the same names."""
+    if trainer.world_size == 1:
+        return
+    (_, mine), *others = together((socket.gethostname(), identity))
+    for rank, (host, theirs) in enumerate(others, 1):
+        for field in sorted(mine.keys() - {"data.order"}):  # rank 0 has said which
+            if theirs[field] != mine[field]:
+                with said_once(trainer.global_rank):
+                    raise UserError(
+                        f"rank {rank} on {host} has another {field} than rank 0: "
+                        f"{shown(theirs[field])} there, {shown(mine[field])} here"
+                        f"{of_what(field, theirs[field], mine[field])}"
+                    )
 
 
 def is_over(start: Start, folder: Path) -> bool:

@@ -7,7 +7,7 @@ its summed loss; before the update the whole gradient is divided once, by what t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from slm.errors import NonFiniteError, UserError
+from slm.errors import NonFiniteError, UserError, said_once
 from slm.model.build import SelectiveLM
 from slm.model.predict import predicted
 from slm.selection.books import StepResult, TokenRecord, mean_threshold, named, no_sums, step_sums
@@ -165,7 +165,7 @@ class SelectiveModule(LightningModule):
             )
         gradients = [p.grad for p in self.lm.parameters() if p.grad is not None]
         norm, totals = norm_of(gradients), self._sum_over_ranks(self._sums)
-        *values, norm_value = torch.cat([totals, norm.to(totals.dtype)[None]]).tolist()
+        *values, norm_value = torch.cat([totals, norm.to(totals)[None]]).tolist()
         self._totals = named(values)
         self._divided_by = max(1.0, self._totals[f"num_{self.rule().divides_by}"])
         # Data-parallel wrappers average over the ranks what is to be summed.
@@ -227,9 +227,22 @@ class SelectiveModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        with said_once(self.trainer.global_rank):
+            check_same_model(self.state_dict(), checkpoint["state_dict"])
         count_batches(checkpoint, self.trainer.accumulate_grad_batches)
         for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
             setattr(self, name, checkpoint[name])
+
+
+def check_same_model(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    shapes, theirs = ({k: tuple(v.shape) for k, v in part.items()} for part in (mine, saved))
+    for name in [*shapes, *theirs]:
+        found = [part[name] if name in part else "not there" for part in (theirs, shapes)]
+        if found[0] != found[1]:
+            raise UserError(
+                f"the checkpoint is of another model: the shape of {name} is {found[0]} in it, "
+                f"{found[1]} in this run"
+            )
 
 
 def count_batches(checkpoint: dict[str, Any], per_step: int) -> None:

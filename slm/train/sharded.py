@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from slm.errors import UserError, said_once
+from slm.errors import said_once
 from slm.model.build import SelectiveLM
-from slm.model.sharded import Cut, refused_together, shard
+from slm.model.sharded import Cut, refused_together, shard, together
 from slm.store.claims import process_name, remove_temporaries
 from slm.store.files import hash_file, hash_json, naming, sync_folder
 from slm.train.checkpoint import VerifiedCheckpointIO, read_checkpoint, remove_checkpoint, vouch
@@ -36,9 +36,8 @@ class Sharded(ModelParallelStrategy):
     """
 
     def __init__(self, cpu_offload: bool = False, reshard_after_forward: bool = True):
-        # Both backends: tensors in host memory are exchanged too.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
-        super().__init__(process_group_backend=backend)
+        on_both = cpu_offload and torch.cuda.is_available()  # shards in host memory are summed too
+        super().__init__(process_group_backend="cpu:gloo,cuda:nccl" if on_both else None)
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
 
     def _configure_launcher(self) -> None:
@@ -112,8 +111,6 @@ class Sharded(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         mine, state = self.lightning_module.state_dict(), checkpoint["state_dict"]
-        with said_once(self.global_rank):
-            check_same_model(mine, state)
         state = {name: like(mine[name], value) for name, value in state.items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
@@ -133,17 +130,6 @@ def ties(module: torch.nn.Module) -> dict[str, str]:
     named = module.named_parameters(remove_duplicate=False)
     pairs = {name: first.setdefault(id(parameter), name) for name, parameter in named}
     return {name: other for name, other in pairs.items() if name != other}
-
-
-def check_same_model(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    shapes, theirs = ({k: tuple(v.shape) for k, v in part.items()} for part in (mine, saved))
-    for name in [*shapes, *theirs]:
-        found = [part[name] if name in part else "not there" for part in (theirs, shapes)]
-        if found[0] != found[1]:
-            raise UserError(
-                f"the checkpoint is of another model: the shape of {name} is {found[0]} in it, "
-                f"{found[1]} in this run"
-            )
 
 
 def save_sharded(
@@ -171,13 +157,6 @@ def save_sharded(
             os.replace(new, path)
             sync_folder(path.parent)
             vouch(path, checkpoint, {"sha256": hash_json(files), "files": files})
-
-
-def together(value: Any) -> list[Any]:
-    """Of every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -547,11 +548,17 @@ def test_bf16_mixed_step_keeps_float32_weights_and_scores():
 def test_count_of_selected_tokens_goes_through_a_checkpoint(monkeypatch):
     monkeypatch.setattr(SelectiveModule, "_about", dict)  # asks the corpus, there is none here
     module, record = fit(make_lm(), Excess(0.4), [micro_batches(make_rows(), 2)])
-    checkpoint: dict[str, Any] = {}
+    batches = {"total": {"ready": 2}, "current": {"ready": 2}}
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 1}
+    checkpoint["loops"] = {"fit_loop": {"epoch_loop.batch_progress": batches}}
     module.on_save_checkpoint(checkpoint)
     other = SelectiveModule(make_lm(), Excess(0.4), sgd, constant, None, STEP_TOKENS)
+    other._trainer = SimpleNamespace(global_rank=0, accumulate_grad_batches=2)  # type: ignore
     other.on_load_checkpoint(checkpoint)
     assert other.tokens_selected == record.selected[0] > 0
+    del checkpoint["state_dict"]["lm.model.lm_head.weight"]
+    with pytest.raises(UserError, match="of another model: the shape of lm.model.lm_head"):
+        other.on_load_checkpoint(checkpoint)
 
 
 # ---- two processes --------------------------------------------------------------------------

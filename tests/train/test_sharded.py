@@ -1,5 +1,6 @@
 """trainer=fsdp: what one process computes, in shards."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,16 @@ def forward(self, *args, **kwargs):
 
 Gemma2ForCausalLM.forward = forward
 """
+
+
+@pytest.mark.slow
+def test_ranks_with_other_files_are_refused(tmp_path, made_corpus, make_corpus):
+    shutil.copytree(made_corpus.folder, tmp_path / "corpus0")
+    make_corpus(tmp_path / "corpus1", [np.arange(16 * 40 + 1) % 250], 16)
+    line = words(tmp_path / "run", made_corpus, "data.micro_batch_size=4", "data.heldout=null")
+    line += [f"data.corpus='{tmp_path}/corpus${{oc.env:LOCAL_RANK}}'"]
+    said = refused(2, line)
+    assert "has another corpus than rank 0: " in said and "rank 1 on " in said
 
 
 @pytest.mark.slow
