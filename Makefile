@@ -12,7 +12,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal --tx "$(WORK
 TRITON ?= 3.6.0
 RESULTS ?= gpu-results
 
-.PHONY: demo test test-fast lint types bench compile-gate gpu-check cluster-check clean
+.PHONY: demo test test-fast lint types bench compile-gate gpu-check cluster-check machines-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/slm demo
@@ -47,10 +47,18 @@ gpu-check:
 
 # As root in a container of Debian: a Slurm of two nodes on this machine, and what runs under it.
 CLUSTER ?= /tmp/slm-cluster
-cluster-check: $(INSTALLED)
+cluster-check: $(INSTALLED) $(VENV)/machines
 	tests/cluster/slurm.sh start $(CLUSTER)
 	SLURM_CONF=$(CLUSTER)/slurm.conf $(BIN)/python -m pytest tests/cluster; \
 		code=$$?; tests/cluster/slurm.sh stop $(CLUSTER); exit $$code
+
+# slm prepare as a step of datatrove and on actors of Ray, on this machine.
+machines-check: $(INSTALLED) $(VENV)/machines
+	$(BIN)/python -m pytest tests/cluster/test_machines.py
+
+$(VENV)/machines: tests/cluster/machines.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ -r $<
+	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt tests/doors.txt tests/readers.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python >= 3.11 is needed, $(PYTHON) is {v.major}.{v.minor}")'
