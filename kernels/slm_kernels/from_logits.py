@@ -28,21 +28,26 @@ def _block_rows(logits: Tensor) -> int:
 
 
 @custom_op("slm_kernels::logits_stats", mutates_args=())
-def _logits_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _logits_stats(
+    logits: Tensor, targets: Tensor, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits)
-    stats = empty_stats(targets, dtype)
+    stats = empty_stats(targets, dtype, want_entropy)
     valid = (targets >= 0).nonzero().squeeze(1)
     for mine in row_blocks(len(valid), _block_rows(logits)):
         rows = valid[mine]
         z = logits.index_select(0, rows).to(dtype)
-        write_rows(stats, rows, stats_of_tiles([(0, z, torch.empty_like(z))], targets[rows], dtype))
-    return stats.loss, stats.row_max, stats.sum_exp
+        tiles = [(0, z, torch.empty_like(z))]
+        write_rows(stats, rows, stats_of_tiles(tiles, targets[rows], dtype, want_entropy))
+    entropy = stats.loss.new_empty(0) if stats.entropy is None else stats.entropy
+    return stats.loss, stats.row_max, stats.sum_exp, entropy
 
 
 @_logits_stats.register_fake
-def _(logits, targets):
+def _(logits, targets, want_entropy):
     column = logits.new_empty(len(targets), dtype=compute_dtype(logits))
-    return column, torch.empty_like(column), torch.empty_like(column)
+    entropy = torch.empty_like(column) if want_entropy else column.new_empty(0)
+    return column, torch.empty_like(column), torch.empty_like(column), entropy
 
 
 @custom_op("slm_kernels::logits_gradient", mutates_args=())
@@ -102,8 +107,10 @@ _logits_weighted_sum.register_autograd(_backward, setup_context=_save)
 def token_stats(
     logits: Tensor,  # (N, V)
     targets: Tensor,  # (N,), -1 where ignored
+    want_entropy: bool,
 ) -> TokenStats:
-    return TokenStats(*_logits_stats(logits, targets), entropy=None, correct=None)
+    *stats, entropy = _logits_stats(logits, targets, want_entropy)
+    return TokenStats(*stats, entropy=entropy if want_entropy else None, correct=None)
 
 
 def weighted_sum(

@@ -50,6 +50,7 @@ class WeightedCrossEntropy(NamedTuple):
     loss: Tensor  # ()
     token_loss: Tensor  # (...), nats; 0 where the target is ignored
     token_weight: Tensor  # (...), in the dtype of token_loss; 0 where the target is ignored
+    entropy: Tensor | None = None  # (...), of the predicted distribution, nats; None unless wanted
 
 
 class _Pass(NamedTuple):
@@ -111,8 +112,9 @@ def weighted_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (...), int64, already shifted
-    token_weight: Tensor | Callable[[Tensor], Tensor],  # (...), bool or floating point
+    token_weight: Tensor | Callable[..., Tensor],  # (...), bool or floating point
     *,
+    want_entropy: bool = False,
     denominator: float | Tensor | None = None,
     max_rows: int | None = None,
     logits_cache_bytes: int = 0,
@@ -125,7 +127,8 @@ def weighted_cross_entropy(
     """Sum of token_weight * token_loss over `denominator`, by default the weights' own sum.
 
     `token_weight` is a tensor, or a function that makes it of the token losses (...) between the
-    forward and the backward pass: the door for selection rules of one's own. Weights may be
+    forward and the backward pass: the door for selection rules of one's own. With `want_entropy`
+    it is given the entropies of the predictions as well, a second argument. Weights may be
     negative; those of ignored tokens count for nothing, in the sum as well. They get no gradient.
     A token with weight 0 costs no backward arithmetic; give it the target `ignore_index` to skip
     its forward pass too. With no weight at all the loss is 0. A non-finite token_loss makes the
@@ -145,24 +148,26 @@ def weighted_cross_entropy(
     if not callable(token_weight):
         known = _row_weight(token_weight, targets, valid, max_rows, compute_dtype(hidden))
     done = _forward(
-        hidden, head, targets, valid, implementation, known, cache_bytes=logits_cache_bytes
-    )
-    token_loss = done.stats.loss.view(targets.shape)
+        hidden, head, targets, valid, implementation, None if want_entropy else known,
+        want_entropy=want_entropy, cache_bytes=logits_cache_bytes,
+    )  # fmt: skip
+    seen = _seen(done.stats, targets.shape)
     if known is None:
         assert not isinstance(token_weight, Tensor), "a tensor is not callable"
         with torch.no_grad():
-            made = token_weight(token_loss)
+            made = token_weight(*seen)
         known = _row_weight(made, targets, valid, max_rows, compute_dtype(hidden))
     with _without_autocast(hidden):
         local_sum = done.weighted_sum(known, max_rows)
-    return _weighted(local_sum, token_loss, known, denominator)
+    return _weighted(local_sum, seen, known, denominator)
 
 
 def weighted_cross_entropy_from_logits(
     logits: Tensor,  # (..., V)
     targets: Tensor,  # (...), int64, already shifted
-    token_weight: Tensor | Callable[[Tensor], Tensor],  # (...), bool or floating point
+    token_weight: Tensor | Callable[..., Tensor],  # (...), bool or floating point
     *,
+    want_entropy: bool = False,
     denominator: float | Tensor | None = None,
     ignore_index: int = -100,
 ) -> WeightedCrossEntropy:
@@ -175,24 +180,31 @@ def weighted_cross_entropy_from_logits(
     valid = _valid(targets, logits.shape[:-1], logits.shape[-1], ignore_index, logits.device)
     rows, row_targets = _flatten(logits, targets, valid)
     with torch.no_grad():
-        stats = from_logits.token_stats(rows, row_targets)
-        token_loss = stats.loss.view(targets.shape)
-        made = token_weight(token_loss) if callable(token_weight) else token_weight
+        stats = from_logits.token_stats(rows, row_targets, want_entropy)
+        seen = _seen(stats, targets.shape)
+        made = token_weight(*seen) if callable(token_weight) else token_weight
     known = _row_weight(made, targets, valid, None, stats.loss.dtype)
     local_sum = from_logits.weighted_sum(rows, row_targets, known, stats)
-    return _weighted(local_sum, token_loss, known, denominator)
+    return _weighted(local_sum, seen, known, denominator)
+
+
+def _seen(stats: TokenStats, shape: torch.Size) -> list[Tensor]:  # (...) each
+    """Token losses, and where they were wanted the entropies."""
+    wanted = (stats.loss,) if stats.entropy is None else (stats.loss, stats.entropy)
+    return [column.view(shape) for column in wanted]
 
 
 def _weighted(
     local_sum: Tensor,  # ()
-    token_loss: Tensor,  # (...)
+    seen: list[Tensor],  # (...) each
     token_weight: Tensor,  # (N,)
     denominator: float | Tensor | None,
 ) -> WeightedCrossEntropy:
     if denominator is None:
         denominator = token_weight.sum()
     loss = _divide(local_sum, denominator, ~token_weight.any())
-    return WeightedCrossEntropy(loss, token_loss, token_weight.view(token_loss.shape))
+    token_loss, *entropy = seen
+    return WeightedCrossEntropy(loss, token_loss, token_weight.view(token_loss.shape), *entropy)
 
 
 @torch.no_grad()
@@ -287,7 +299,7 @@ def selective_cross_entropy_from_logits(
     valid = checks.check_reference_loss(reference_loss, targets, valid)
     rows, row_targets = _flatten(logits, targets, valid)
     with torch.no_grad():
-        stats = from_logits.token_stats(rows, row_targets)
+        stats = from_logits.token_stats(rows, row_targets, want_entropy=False)
         chosen = _choose(stats.loss, reference_loss, valid, select_ratio, scope, group)
     row_weight = chosen.selected.reshape(-1).to(stats.loss.dtype)
     local_sum = from_logits.weighted_sum(rows, row_targets, row_weight, stats)

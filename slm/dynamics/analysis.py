@@ -61,6 +61,10 @@ class Chooser:
         self.rule: Any = replace(rule, scope="batch") if rule.scope == "global" else rule  # type: ignore[type-var]
         self.batch = as_batch(tokens)
         self.order = np.random.Generator(np.random.PCG64(0)).permutation(len(tokens.windows))
+        if rule.needs_entropy:
+            raise UserError(
+                "it needs the entropy of the model's predictions, which trajectories do not have"
+            )
         missing = [column for column in rule.needs if column not in self.batch]
         if missing:
             raise UserError(

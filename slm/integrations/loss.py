@@ -141,6 +141,8 @@ class SelectiveLoss:
         """The same by `loss(targets=, token_weight=, denominator=)`, as slm_kernels has it."""
         batch = self.batch(targets, columns)
         weight, made = self.rule.deferred(batch, tokens_seen)
+        if self.rule.needs_entropy:
+            loss = partial(loss, want_entropy=True)
         out = loss(targets=targets, token_weight=weight, denominator=denominator)
         (choice,) = made
         by_choice = self.rule.divides_by == "selected"

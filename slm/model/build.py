@@ -293,6 +293,7 @@ class SelectiveLM(nn.Module):
             token_weight=token_weight,
             denominator=denominator,
             max_rows=max_rows,
+            want_entropy=want_entropy,
             logits_cache_bytes=self.logits_cache_bytes,
             **head,
         )

@@ -3,26 +3,31 @@
 from slm.selection.rule import Choice, Ranked, Selection
 from slm.selection.rules import (
     All,
+    Entropy,
     Excess,
     Intersection,
     Loss,
     Middle,
     Mixture,
+    Overconfident,
     Random,
     ReferenceEntropy,
     ReferenceLoss,
     Union,
 )
-from slm.selection.soft import Relu, Sigmoid, Soft, Softmax
+from slm.selection.soft import Probability, Relu, Sigmoid, Soft, Softmax
 
 __all__ = [
     "All",
     "Choice",
+    "Entropy",
     "Excess",
     "Intersection",
     "Loss",
     "Middle",
     "Mixture",
+    "Overconfident",
+    "Probability",
     "Random",
     "Ranked",
     "ReferenceEntropy",

@@ -9,12 +9,18 @@ ALL_TOKENS = "all tokens"
 
 
 def selection_name(selection: Mapping[str, Any]) -> str:
-    """all tokens, softmax, excess k = 0.6, or excess k = 1 → 0.6 (linear)"""
+    """all tokens, softmax, excess k = 0.6, excess k = 1 → 0.6 (linear), loss min_loss = 2"""
     record = by_word(selection)
     if record["rule"] == "all":
         return ALL_TOKENS
-    ratio = [ratio_name(record["select_ratio"])] if "select_ratio" in record else []
-    return " ".join([record["rule"], *ratio])
+    bounds = [f"{key} = {value}" for key, value in record.items() if is_bound(key, value)]
+    has_ratio = "select_ratio" in record and record["select_ratio"] is not None
+    ratio = [ratio_name(record["select_ratio"])] if has_ratio else []
+    return " ".join([record["rule"], *ratio, *bounds])
+
+
+def is_bound(key: str, value: Any) -> bool:
+    return key.startswith(("min_", "max_")) and value is not None
 
 
 def ratio_name(ratio: Any) -> str:

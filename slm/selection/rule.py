@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slm.checks import check_value, word
+from slm.checks import check_value, number, word
 from slm.errors import UserError
 from slm.selection.schedules import RatioSchedule, ratio_schedule
 from slm.store.windows import IGNORE_INDEX, WEIGHT, Batch
@@ -17,7 +17,10 @@ from slm_kernels import max_selected, select_count, select_top_k
 
 SCOPES = ("sequence", "batch", "global")
 SCOPE = word(*SCOPES)
-TokenWeight = Tensor | Callable[[Tensor], Tensor]  # (B, T), or what makes it of the token losses
+TokenWeight = Tensor | Callable[..., Tensor]  # (B, T), or what makes it of the token losses
+ENTROPY = (
+    "entropy"  # of the model's own prediction: of batches of a rule that needs it, (B, T) nats
+)
 
 
 class Choice(NamedTuple):
@@ -35,6 +38,7 @@ class Selection:
 
     needs:             columns of the batch beyond ids and targets
     needs_token_loss:  False: the choice can be made before the forward pass
+    needs_entropy:     whether `choose` wants the entropy of the model's predictions, in the batch
     reads_window:      whether it looks at the columns `window` and `epoch`
     divides_by:        the loss's denominator over the whole optimizer step: the number of
                        "selected" or of "valid" tokens
@@ -44,6 +48,7 @@ class Selection:
 
     needs: ClassVar[tuple[str, ...]] = ()
     needs_token_loss: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False
     reads_window: ClassVar[bool] = False
     divides_by: ClassVar[str] = "selected"
     picks_tokens: ClassVar[bool] = True
@@ -56,12 +61,14 @@ class Selection:
         """The token weights as the loss takes them, and where the choice is once it is made.
 
         What the rule gives a token, times the `token_weight` that the batch has of it: the rule
-        chooses as without, and what the loss is divided by stays a number of tokens.
+        chooses as without, and what the loss is divided by stays a number of tokens. The loss
+        calls what it is given with the token losses, and with the entropies of `needs_entropy`.
         """
         made: list[Choice] = []
 
-        def choose(token_loss: Tensor | None) -> Tensor:
-            made.append(self.choose(batch, token_loss, tokens_seen))
+        def choose(token_loss: Tensor | None, entropy: Tensor | None = None) -> Tensor:
+            seen = batch if entropy is None else batch | {ENTROPY: entropy}
+            made.append(self.choose(seen, token_loss, tokens_seen))
             return times_weight(made[-1].token_weight, batch)
 
         return choose if self.needs_token_loss else choose(None), made
@@ -105,17 +112,35 @@ class Selection:
 
 @dataclass(frozen=True)
 class Ranked(Selection):
-    """Exactly K = select_ratio of the targets, those of the highest `score`, ties to the first.
+    """Exactly K = select_ratio of the targets, those of the highest `score`, ties to the first; or,
+    with the rule's own bound in its place, all that pass it, however many they are.
 
     select_ratio: the paper's k, in (0, 1], or a schedule over tokens (schedules.py)
+    bound:        the field with the absolute threshold, max_... or min_..., in nats; empty: none
     """
 
-    select_ratio: Any
+    bound: ClassVar[str] = ""
+    select_ratio: Any = None
     scope: str = "batch"  # type: ignore  # frozen here, and never set on the class above
 
     def __post_init__(self) -> None:
         check_value("selection.scope", self.scope, SCOPE)
-        self.schedule.at(0)
+        if self.limit is None:
+            self.schedule.at(0)
+        elif self.select_ratio is not None:
+            raise UserError(
+                f"selection.select_ratio is {self.select_ratio} and selection.{self.bound} is "
+                f"{getattr(self, self.bound)}: a share or a bound, so one of them must be null"
+            )
+
+    @cached_property
+    def limit(self) -> float | None:
+        """The lowest score that passes; None where a share is taken."""
+        value = getattr(self, self.bound) if self.bound else None
+        if value is None:
+            return None
+        check_value(f"selection.{self.bound}", value, number)
+        return -value if self.bound.startswith("max") else value
 
     @cached_property
     def schedule(self) -> RatioSchedule:
@@ -123,23 +148,30 @@ class Ranked(Selection):
 
     @cached_property
     def schedules(self) -> tuple[RatioSchedule, ...]:
-        return (self.schedule,)
+        return (self.schedule,) if self.limit is None else ()
 
     def ratio(self, tokens_seen: int) -> float | None:
-        return self.schedule.at(tokens_seen)
+        return self.schedule.at(tokens_seen) if self.limit is None else None
 
     def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T), high: kept
         raise NotImplementedError
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
-        score = self.score(batch, token_loss)
-        selected = top_k(score, self.candidates(batch), self.schedule.at(tokens_seen), self.scope)
+        score, candidates = self.score(batch, token_loss), self.candidates(batch)
+        if self.limit is None:
+            selected = top_k(score, candidates, self.schedule.at(tokens_seen), self.scope)
+        else:
+            selected = candidates & (score >= self.limit)
         return Choice(selected, selected, lowest(score, selected, self.scope))
 
     def divisor(self, num_candidates: Tensor, tokens_seen: int) -> Tensor:
+        if self.limit is not None:
+            return super().divisor(num_candidates, tokens_seen)
         return select_count(num_candidates, self.schedule.at(tokens_seen))
 
     def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        if self.limit is not None:
+            return None
         return max_selected(batch["targets"].shape, self.schedule.at(tokens_seen), self.scope)
 
 

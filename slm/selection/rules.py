@@ -11,8 +11,14 @@ tokens seen. What a rule keeps, and from where:
     ReferenceEntropy    LOW entropy of the reference's prediction           Rho-1, Eq 8
     Intersection, Union of the two before                                   Rho-1, appendix H
     Middle              the middle of the token losses, both tails dropped
+    Entropy             HIGH entropy of the model's own prediction          SE-KD, arXiv 2602.01395
+    Overconfident       HIGH excess loss where that entropy is LOW          TIP, arXiv 2604.14084
+    Probability         weights p^power of the model itself, no reference   DFT, arXiv 2508.05629
     Sigmoid, Softmax, Relu   weights that grow with the excess loss         soft selection
     Mixture             clm_weight * All + (1 - clm_weight) * Excess        Rho-1, appendix C
+
+Excess, Loss, ReferenceLoss, ReferenceEntropy and Entropy take a bound in nats in place of a share:
+ReferenceLoss(max_loss=0.916) keeps what the reference finds likely (STM, arXiv 2501.14315).
 
 `scope` says among which tokens a ranking is made: "sequence" (each window), "batch" (the windows
 of one forward on one rank) or "global" (those of all ranks). Only "sequence" chooses the same
@@ -27,7 +33,9 @@ import torch
 from torch import Tensor
 
 from slm.checks import Kind, check_value, real, whole
+from slm.errors import UserError
 from slm.selection.rule import (
+    ENTROPY,
     SCOPE,
     Choice,
     Ranked,
@@ -69,6 +77,8 @@ class Excess(Ranked):
 
     needs = ("reference_logprob",)
     needs_token_loss = True
+    bound = "min_excess"
+    min_excess: float | None = field(default=None, kw_only=True)
 
     def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
         return excess_loss(batch, token_loss)
@@ -79,6 +89,8 @@ class Loss(Ranked):
     """The highest token loss of the model itself; no reference."""
 
     needs_token_loss = True
+    bound = "min_loss"
+    min_loss: float | None = field(default=None, kw_only=True)
 
     def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
         return given(token_loss)
@@ -86,9 +98,15 @@ class Loss(Ranked):
 
 @dataclass(frozen=True)
 class ReferenceLoss(Ranked):
-    """The LOWEST reference loss: what the reference expects (Rho-1, section 3.4)."""
+    """The LOWEST reference loss: what the reference expects (Rho-1, section 3.4).
+
+    With max_loss 0.916, a perplexity of 2.5, the rule of STM (arXiv 2501.14315), whose reference is
+    the model that training starts from.
+    """
 
     needs = ("reference_logprob",)
+    bound = "max_loss"
+    max_loss: float | None = field(default=None, kw_only=True)
 
     def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
         return batch["reference_logprob"]
@@ -99,9 +117,71 @@ class ReferenceEntropy(Ranked):
     """The LOWEST entropy of the reference's prediction: where it is sure (Rho-1, Eq 8)."""
 
     needs = ("reference_entropy",)
+    bound = "max_entropy"
+    max_entropy: float | None = field(default=None, kw_only=True)
 
     def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
         return -batch["reference_entropy"]
+
+
+@dataclass(frozen=True)
+class Entropy(Ranked):
+    """The HIGHEST entropy of the model's own prediction, where it is unsure; no reference.
+
+    SE-KD (arXiv 2602.01395) selects positions of distillation so, with scope "sequence".
+    """
+
+    needs_token_loss = True
+    needs_entropy = True
+    bound = "min_entropy"
+    min_entropy: float | None = field(default=None, kw_only=True)
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
+        return batch[ENTROPY]
+
+
+@dataclass(frozen=True)
+class Overconfident(Ranked):
+    """The highest excess loss among the share `low_entropy` of the lowest entropy: sure and wrong.
+
+    TIP (arXiv 2604.14084) has the teacher's divergence where this has the excess loss. select_ratio
+    is a share of all candidates, like that of other rules, so at most `low_entropy`.
+    """
+
+    needs = ("reference_logprob",)
+    needs_token_loss = True
+    needs_entropy = True
+    low_entropy: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_value("selection.low_entropy", self.low_entropy, real(0, 1, "(]"))
+        if (most := max(ratio for _, ratio in self.schedule.points)) > self.low_entropy:
+            raise UserError(
+                f"selection.select_ratio is {most:g} and selection.low_entropy is "
+                f"{self.low_entropy:g}: no more can be taken of all tokens than have low entropy"
+            )
+
+    def within(self, tokens_seen: int) -> float:
+        """The share of the tokens of low entropy."""
+        return self.schedule.at(tokens_seen) / self.low_entropy
+
+    def takes_all(self, tokens_seen: int) -> bool:
+        return self.ratio(tokens_seen) == self.low_entropy == 1
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        sure = top_k(-batch[ENTROPY], self.candidates(batch), self.low_entropy, self.scope)
+        excess = excess_loss(batch, token_loss)
+        selected = top_k(excess, sure, self.within(tokens_seen), self.scope)
+        return Choice(selected, selected, lowest(excess, selected, self.scope))
+
+    def divisor(self, num_candidates: Tensor, tokens_seen: int) -> Tensor:
+        sure = select_count(num_candidates, self.low_entropy)
+        return select_count(sure, self.within(tokens_seen))
+
+    def max_rows(self, batch: Batch, tokens_seen: int) -> int | None:
+        limit = super().max_rows(batch, tokens_seen)
+        return None if limit is None else limit + len(batch["targets"])  # one more a ranking
 
 
 @dataclass(frozen=True)
@@ -210,18 +290,23 @@ class Union(Intersection):
 
 
 @dataclass(frozen=True)
-class Mixture(Excess):
+class Mixture(Ranked):
     """clm_weight * CLM + (1 - clm_weight) * SLM, against the drift of what is not selected.
 
     The paper suggests it in appendix C. The CLM term is weighted by the paper's own normaliser
     N * k, which differs from K by rounding; the denominator is the number selected.
     """
 
+    needs = ("reference_logprob",)
+    needs_token_loss = True
     clm_weight: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_value("selection.clm_weight", self.clm_weight, real(0, 1, "()"))
+
+    def score(self, batch: Batch, token_loss: Tensor | None) -> Tensor:
+        return excess_loss(batch, token_loss)
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         choice = super().choose(batch, token_loss, tokens_seen)

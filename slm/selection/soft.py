@@ -1,4 +1,4 @@
-"""Soft selection: a weight for every token that grows with its excess loss, instead of a choice."""
+"""Soft selection: a weight for every token instead of a choice."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slm.checks import check_value, optional, real
-from slm.selection.rule import SCOPE, Choice, Selection, excess_loss, group
+from slm.selection.rule import SCOPE, Choice, Selection, excess_loss, given, group
 from slm.store.windows import Batch
 
 POSITIVE = real(0, ends="()")
@@ -83,6 +83,28 @@ class Softmax(Soft):
         rows = (len(scaled), -1) if self.scope == "sequence" else (1, -1)
         weight = softmax_sums_to_count(scaled.reshape(rows), valid.reshape(rows), group(self.scope))
         return weight.reshape(shape).clamp(max=self.cap) if self.cap else weight.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Probability(Selection):
+    """p^power of the model itself, which the gradient does not pass; no reference.
+
+    Dynamic fine-tuning (DFT, arXiv 2508.05629, Eq 9) with a power of 1: what the model finds
+    unlikely, and would move it most, counts least. The loss is divided by the number of targets.
+    """
+
+    needs_token_loss = True
+    divides_by = "valid"
+    picks_tokens = False
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_value("selection.power", self.power, POSITIVE)
+
+    def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
+        valid = self.candidates(batch)
+        token_weight = (-self.power * given(token_loss)).exp().masked_fill(~valid, 0.0)
+        return Choice(token_weight, valid, None)
 
 
 def softmax_sums_to_count(scaled: Tensor, valid: Tensor, ranks: Any) -> Tensor:  # (R, N)

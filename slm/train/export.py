@@ -226,7 +226,7 @@ def concentrate(config: Any, corpus: Corpus) -> Path:
         )
     losses = None
     if rule.needs_token_loss or chosen.references:
-        losses = Windows(corpus, [model_scores(config, chosen, corpus, out)])
+        losses = Windows(corpus, [model_scores(config, chosen, corpus, out, rule.needs_entropy)])
     with new_folder(out) as made:
         work = made / "work"
         work.mkdir()
@@ -257,14 +257,16 @@ def concentrate(config: Any, corpus: Corpus) -> Path:
     return out
 
 
-def model_scores(config: Any, chosen: Chosen, corpus: Corpus, out: Path) -> References:
+def model_scores(
+    config: Any, chosen: Chosen, corpus: Corpus, out: Path, entropy: bool
+) -> References:
     """The log-probs of the model, from a store that is there, whole or in part, or new."""
     from slm.score.command import score
 
     folder = config.scores or out.with_name(f"{out.name}.scores")
     log.info("scores of %s: %s", chosen.model, folder)
     keys = {"batch_size": config.batch_size, "dtype": config.dtype, "device": config.device}
-    found = score(corpus.folder, folder, reference_model=chosen.model, **keys)
+    found = score(corpus.folder, folder, reference_model=chosen.model, entropy=entropy, **keys)
     assert isinstance(found, References), "no requests were asked for"
     return found
 

@@ -19,6 +19,7 @@ from slm.jobs import check_launcher
 from slm.model.build import SelectiveLM, check_saved
 from slm.model.folder import save_model
 from slm.model.sharded import assembled, gathered, is_cut, together
+from slm.selection.names import selection_name
 from slm.selection.registry import import_modules, in_words
 from slm.store.fields import of_what
 from slm.store.files import Json, hash_file, nested, write_record
@@ -67,6 +68,8 @@ def fit(settings: Json) -> None:
             log_inputs(trainer, settings, data, module.lm.model.config.to_diff_dict())
             trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
             check_complete(trainer)
+            name = selection_name(nested(identity, "selection."))
+            check_trained(name, module.empty_steps, trainer.global_step)
             lm = whole_lm(module.lm)
             if lm is not None and trainer.is_global_zero:
                 check_owner()
@@ -135,6 +138,16 @@ def check_complete(trainer: Trainer) -> None:
             f"the run was ended at step {trainer.global_step} of {trainer.max_steps}, so no model "
             "is written; the same command goes on from its last checkpoint"
         )
+
+
+def check_trained(selection: str, empty: int, steps: int) -> None:
+    """A bound may lie so that nothing passes it: in some steps, or in the whole run."""
+    if empty == steps:
+        raise UserError(
+            f"selection {selection} kept no token in {steps} steps, so no model is written"
+        )
+    if empty and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        log.warning("selection %s kept no token in %d of %d steps", selection, empty, steps)
 
 
 def training_cost(module: SelectiveModule) -> dict[str, float | None]:

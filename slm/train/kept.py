@@ -17,7 +17,7 @@ import torch
 from slm.console import progress
 from slm.errors import UserError
 from slm.prepare.export_rows import lengths
-from slm.selection.rule import Selection
+from slm.selection.rule import ENTROPY, Selection
 from slm.store.documents import Documents
 from slm.store.shards import Corpus
 from slm.store.windows import IGNORE_INDEX, Batch, Windows
@@ -63,7 +63,10 @@ class Kept:
             for start in range(0, len(windows), together):
                 numbers, epochs = order.samples(start, min(start + together, len(windows)))
                 batch = windows.batch(numbers) | {"epoch": torch.from_numpy(epochs)}
-                loss = None if losses is None else -losses.batch(numbers)["reference_logprob"]
+                seen = {} if losses is None else losses.batch(numbers)
+                loss = -seen["reference_logprob"] if seen else None
+                if rule.needs_entropy:
+                    batch[ENTROPY] = seen["reference_entropy"]
                 state, excess = asked(rule, batch, loss, tokens_seen)
                 at = places[numbers][:, None] + np.arange(windows.corpus.seq_len)
                 kept.state[at] = state

@@ -91,7 +91,8 @@ TRAIN: Table = TRAINER | {
     "model.keys_cache_bytes": whole(0),
     "model.override": optional(section),
     "selection": section,
-    "selection.select_ratio": either(real(0, 1, "(]"), section),  # a schedule has its own check
+    # A schedule has its own check; null: the rule's bound says what is kept.
+    "selection.select_ratio": optional(either(real(0, 1, "(]"), section)),
     "optimizer.adamw": section,
     "optimizer.adamw.lr": real(0),
     "optimizer.adamw.betas": each(real(0, 1, "[)"), 2),

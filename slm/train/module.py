@@ -28,6 +28,8 @@ from slm.store.columns import columns_needed
 from slm.store.windows import IGNORE_INDEX, Batch
 from slm.train.sharded import Sharded
 
+SAVED = {"tokens_selected", "tokens_trained", "empty_steps", "heldout_losses"}
+
 
 class SelectiveModule(LightningModule):
     """`lm` trained on the tokens that `selection` chooses.
@@ -59,6 +61,7 @@ class SelectiveModule(LightningModule):
         # In a tuple: a submodule would be wrapped, sharded and saved with what is trained.
         self.online = () if online_reference is None else (online_reference,)
         self.tokens_selected = self.tokens_trained = 0  # over the whole run and all ranks
+        self.empty_steps = 0  # in which nothing passed the rule's bound
         self.grad_norm = 0.0
         self.heldout_losses: dict[str, float] = {}  # of the step that just ended, if evaluated
 
@@ -107,6 +110,7 @@ class SelectiveModule(LightningModule):
             token_weight,
             denominator=self._provisional,
             max_rows=None if on_cpu else rule.max_rows(batch, self.tokens_seen),
+            want_entropy=rule.needs_entropy,
             takes_all=rule.takes_all(self.tokens_seen),
         )
         self._add(batch, output, made[-1])
@@ -177,6 +181,7 @@ class SelectiveModule(LightningModule):
         scale_gradients(gradients, factor)
         self.tokens_selected += round(self._totals["num_selected"])
         self.tokens_trained += round(self._totals["num_trained"])
+        self.empty_steps += self._totals["num_trained"] == 0
 
     def _check_finite(self) -> None:
         """Every target's loss, not only the selected ones': a broken model is not passed over."""
@@ -211,7 +216,7 @@ class SelectiveModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
+        for name in SAVED:
             checkpoint[name] = getattr(self, name)
         checkpoint["about"] = self._about()
 
@@ -230,7 +235,7 @@ class SelectiveModule(LightningModule):
         with said_once(self.trainer.global_rank):
             check_same_model(self.state_dict(), checkpoint["state_dict"])
         count_batches(checkpoint, self.trainer.accumulate_grad_batches)
-        for name in ("tokens_selected", "tokens_trained", "heldout_losses"):
+        for name in SAVED & checkpoint.keys():  # earlier builds counted no empty steps
             setattr(self, name, checkpoint[name])
 
 

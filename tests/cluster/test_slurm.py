@@ -21,10 +21,10 @@ from slm.store.files import hash_file, read_json
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = ROOT / "experiments" / "slurm"
 TINY = [
-    *("selection=random", "data.batch_size=8", "data.micro_batch_size=4", "max_tokens=409_600"),
+    *("selection=random", "data.batch_size=8", "data.micro_batch_size=4", "max_tokens=1_228_800"),
     *("callbacks.metrics.every_steps=1", "callbacks.checkpoints.every_tokens=100_000_000"),
 ]
-STEPS = 800
+STEPS = 2400
 
 
 def slm(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -97,8 +97,8 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 LIMITED = {
-    "train_srun.sbatch": ("--ntasks-per-node=1", "--time=1", "--signal=USR1@15"),
-    "train_torchrun.sbatch": ("--time=1", "--signal=B:USR1@15"),
+    "train_srun.sbatch": ("--ntasks-per-node=1", "--time=2", "--signal=USR1@75"),
+    "train_torchrun.sbatch": ("--time=2", "--signal=B:USR1@75"),
 }
 
 
@@ -110,7 +110,7 @@ def test_a_job_whose_time_is_over_goes_on(tmp_path, corpus, whole, script):
     options = (*LIMITED[script], f"--output={said}")
     job = sbatch(script, *words, options=options)
     wait_until(lambda: (out / "train.csv").exists(), 60)
-    record_of = ended(job, 600)
+    record_of = ended(job, 900)
     assert (record_of["JobState"], record_of["ExitCode"]) == ("COMPLETED", "0:0"), said.read_text()
     assert int(record_of["Restarts"]) >= 1
     assert said.read_text().count("saved; the same command goes on") == int(record_of["Restarts"])

@@ -16,11 +16,14 @@ from slm.integrations.loss import SelectiveLoss, shifted
 from slm.model.head import head_arguments
 from slm.selection import (
     All,
+    Entropy,
     Excess,
     Intersection,
     Loss,
     Middle,
     Mixture,
+    Overconfident,
+    Probability,
     Random,
     ReferenceEntropy,
     ReferenceLoss,
@@ -138,12 +141,19 @@ def middle(losses: list[float], ratio: float) -> list[bool]:
     return kept(rest, 2 * ratio / (1 + ratio))
 
 
+def overconfident(losses: list[float], reference: list[float], own: list[float]) -> list[bool]:
+    sure = kept([-value for value in own], 0.6)
+    excess = excesses(losses, reference)
+    return kept([one if is_sure else NAN for one, is_sure in zip(excess, sure, strict=True)], 0.5)
+
+
 def softmax(excess: list[float], cap: float) -> list[float]:
     exps = [math.exp(value / TEMPERATURE) for value in excess]
     return [min(cap, len(exps) * value / sum(exps)) for value in exps]
 
 
-# Of the candidates of one ranking: losses, reference losses, entropies -> weights.
+# Of the candidates of one ranking: losses, reference losses, entropies (the model's own where the
+# rule wants those, else the reference's) -> weights.
 Weights = Callable[[list[float], list[float], list[float]], Sequence[float]]
 
 
@@ -161,12 +171,18 @@ DEFINITIONS: dict[str, tuple[Selection, Weights]] = {
     "rows": (Excess(0.4, "sequence"), lambda loss, ref, ent: kept(excesses(loss, ref), 0.4)),
     "loss": (Loss(0.4), lambda loss, ref, ent: kept(loss, 0.4)),
     "reference_loss": (ReferenceLoss(0.4), lambda loss, ref, ent: kept([-v for v in ref], 0.4)),
-    "entropy": (ReferenceEntropy(0.4), lambda loss, ref, ent: kept([-v for v in ent], 0.4)),
+    "reference_entropy": (
+        ReferenceEntropy(0.4),
+        lambda loss, ref, ent: kept([-v for v in ent], 0.4),
+    ),
     "middle": (Middle(0.4), lambda loss, ref, ent: middle(loss, 0.4)),
     "mixture": (
         Mixture(0.4, clm_weight=0.3),
         lambda loss, ref, ent: [0.12 + 0.7 * one for one in kept(excesses(loss, ref), 0.4)],
     ),
+    "entropy": (Entropy(0.4), lambda loss, ref, ent: kept(ent, 0.4)),
+    "overconfident": (Overconfident(0.3, low_entropy=0.6), overconfident),
+    "probability": (Probability(0.7), lambda loss, ref, ent: [math.exp(-0.7 * v) for v in loss]),
     "sigmoid": (
         Sigmoid(TEMPERATURE),
         lambda loss, ref, ent: over(excesses(loss, ref), lambda x: 1 / (1 + math.exp(-x))),
@@ -200,6 +216,8 @@ def fp64_loss(model: Any, step: list[Any], rule: Selection, weights: Weights) ->
         logits = model(batch["input_ids"]).logits
         losses = F.cross_entropy(logits.mT, batch["targets"], reduction="none")
         live = (batch["targets"] != -100) & ~batch["reference_logprob"].isnan()
+        own = torch.special.entr(logits.softmax(-1)).sum(-1)
+        entropies = own if rule.needs_entropy else batch["reference_entropy"]
         times = (
             batch["token_weight"].double() if "token_weight" in batch else torch.ones(live.shape)
         )
@@ -209,7 +227,7 @@ def fp64_loss(model: Any, step: list[Any], rule: Selection, weights: Weights) ->
             mine = live[ranking]
             given = losses[ranking][mine]
             reference = -batch["reference_logprob"][ranking][mine].double()
-            entropy = batch["reference_entropy"][ranking][mine].double()
+            entropy = entropies[ranking][mine].double()
             weight = weights(given.tolist(), reference.tolist(), entropy.tolist())
             weighted = torch.tensor(weight, dtype=torch.float64) * times[ranking][mine]
             total = total + (weighted * given).sum()
@@ -295,7 +313,8 @@ def test_a_rule_is_given_one_way():
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"select_ratio": 0.6, "selection": Sigmoid(1.0)}, "select_ratio is 0.6, but Sigmoid"),
         ({"scope": "batch", "selection": Excess(0.6)}, "scope is 'batch', but Excess"),
-        ({}, "select_ratio is None"),
+        ({}, "select_ratio is null"),
+        ({"select_ratio": 0.6, "selection": ReferenceLoss(max_loss=1.0)}, "but ReferenceLoss"),
     ]
     for fields, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -329,14 +348,17 @@ def test_the_readme_says_which_rule_reaches_which_door():
     lines = (INTEGRATIONS / "README.md").read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     head = next(i for i, row in enumerate(cells) if row[0] == "rule")
-    doors, known, last, schedule = cells[head][1:], *cells[head + 2 : head + 5]
+    doors, known, last, bound, schedule = cells[head][1:], *cells[head + 2 : head + 6]
     assert {*known[0].split(", "), *last[0].split(", ")} == set(RULES) and schedule[0][0] == "s"
+    bounded = ReferenceLoss(max_loss=0.916)
     examples = {word_of(type(rule).__name__): rule for rule, _ in DEFINITIONS.values()}
     examples |= {"random": Random(0.4, seed=0), "union": Union(0.5, 0.5)}
     examples["intersection"] = Intersection(0.5, 0.5)
     for door, moves in zip(doors, schedule[1:], strict=True):
         given = calls_of_check_step(door)
         assert moves == ("yes" if len(given) > 1 else "no"), door
+        says = refuses(bounded, divides=len(given) > 2)
+        assert bound[1 + doors.index(door)] == ("no" if says else "yes"), door
         for row in (known, last):
             for word in row[0].split(", "):
                 says = refuses(examples[word], divides=len(given) > 2)

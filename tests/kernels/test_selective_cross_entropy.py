@@ -14,6 +14,7 @@ from slm_kernels import (
     selective_cross_entropy_from_logits,
     token_cross_entropy,
     weighted_cross_entropy,
+    weighted_cross_entropy_from_logits,
 )
 from slm_kernels.ops import say_once
 
@@ -536,3 +537,31 @@ def loss_on_a_rank(rank, world, folder):
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_group_is_one_process_on_everything(world, tmp_path, run_on_ranks):
     run_on_ranks(loss_on_a_rank, world, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["reference", "chunked", "from_logits"])
+def test_weights_made_of_the_entropies(make_problem, way):
+    p, given = make_problem(), []
+
+    def make(token_loss, entropy):
+        given.append((token_loss, entropy))
+        return entropy
+
+    z = (p.hidden @ p.weight.T).detach()
+    if way == "from_logits":
+        out = weighted_cross_entropy_from_logits(z, p.targets, make, want_entropy=True)
+    else:
+        operands = (p.hidden, p.weight, p.targets)
+        out = weighted_cross_entropy(*operands, make, want_entropy=True, implementation=way)
+    valid = p.targets != -100
+    entropy = torch.special.entr(z.softmax(-1)).sum(-1) * valid
+    token_loss = F.cross_entropy(z, p.targets, reduction="none")
+    torch.testing.assert_close(given, [(token_loss, entropy)])
+    torch.testing.assert_close(out.entropy, entropy)
+    torch.testing.assert_close(out.loss, (entropy * token_loss).sum() / entropy.sum())
+    ones = torch.ones(37)  # known before the forward pass, which still gives them
+    again = weighted_cross_entropy(p.hidden, p.weight, p.targets, ones, want_entropy=True)
+    torch.testing.assert_close(again.entropy, entropy)
+    torch.testing.assert_close(again.loss, token_loss.sum() / valid.sum())
+    plain = weighted_cross_entropy(p.hidden, p.weight, p.targets, ones)
+    assert plain.entropy is None and torch.equal(plain.loss, again.loss)

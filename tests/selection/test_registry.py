@@ -144,7 +144,8 @@ def test_what_rules_have_words():
         ({"_target_": 3}, "_target_ is 3, it must be a class path"),
         ({"select_ratio": 0.5}, r"must name its rule, found \['select_ratio'\]"),
         ({"rule": "excess", "_target_": "slm.selection.All"}, "are both given"),
-        ({"rule": "excess"}, "rule excess cannot have the fields .*'select_ratio'"),
+        ({"rule": "excess"}, r"selection.select_ratio is null, it must be a number in \(0, 1\]"),
+        ({"rule": "sigmoid"}, "rule sigmoid cannot have the fields .*'temperature'"),
         (
             {"rule": "excess", "select_ratio": 2},
             r"select_ratio is 2, .*a number in \(0, 1\]",

@@ -14,11 +14,13 @@ from slm.errors import UserError
 from slm.selection.rule import SCOPES, Selection
 from slm.selection.rules import (
     All,
+    Entropy,
     Excess,
     Intersection,
     Loss,
     Middle,
     Mixture,
+    Overconfident,
     Random,
     ReferenceEntropy,
     ReferenceLoss,
@@ -26,7 +28,7 @@ from slm.selection.rules import (
     hashed_scores,
     mix,
 )
-from slm.selection.soft import Relu, Sigmoid, Softmax
+from slm.selection.soft import Probability, Relu, Sigmoid, Softmax
 from slm.store.windows import IGNORE_INDEX, Batch, Windows
 from slm.train.order import Order, Steps
 
@@ -140,7 +142,8 @@ def test_a_rule_without_its_scores_in_the_batch_fails(rule):
 #   token_loss          5.0  4.0  3.0  1.0  2.0   -
 #   reference_loss      5.0  1.0  0.5  2.0  1.5   -
 #   excess              0.0  3.0  2.5 -1.0  0.5   -
-#   entropy             0.1  3.0  2.0  0.2  1.0   -
+#   reference's entropy 0.1  3.0  2.0  0.2  1.0   -
+#   own entropy         0.3  2.5  0.1  0.2  1.0   -
 LOSSES = torch.tensor([[5.0, 4.0, 3.0, 1.0, 2.0, 9.0]])
 POLARITY = [
     (All(), "111110"),
@@ -156,6 +159,16 @@ POLARITY = [
     (Sigmoid(1.0), "111110"),
     (Softmax(1.0), "111110"),
     (Mixture(0.4), "011000"),
+    (Entropy(0.4), "010010"),  # HIGH entropy of its own: 2.5 and 1.0
+    (Overconfident(0.2, low_entropy=0.6), "001000"),  # of 0.1, 0.2 and 0.3 the highest excess
+    (Overconfident(0.4, low_entropy=0.6), "101000"),
+    (Probability(1.0), "111110"),
+    (Excess(min_excess=0.5), "011010"),  # bounds: as many as pass, ties included
+    (Loss(min_loss=3.0), "111000"),
+    (ReferenceLoss(max_loss=1.0), "011000"),
+    (ReferenceEntropy(max_entropy=0.2), "100100"),
+    (Entropy(min_entropy=1.0), "010010"),
+    (Excess(min_excess=3.5), "000000"),
 ]
 
 
@@ -165,6 +178,7 @@ def six_tokens() -> Batch:
         "targets": torch.tensor([[1, 1, 1, 1, 1, IGNORE_INDEX]]),
         "reference_logprob": -torch.tensor([[5.0, 1.0, 0.5, 2.0, 1.5, nan]]),
         "reference_entropy": torch.tensor([[0.1, 3.0, 2.0, 0.2, 1.0, nan]]),
+        "entropy": torch.tensor([[0.3, 2.5, 0.1, 0.2, 1.0, 0.0]]),
         "window": torch.zeros(1, dtype=torch.int64),
         "epoch": torch.zeros(1, dtype=torch.int64),
     }
@@ -213,6 +227,8 @@ def test_soft_weights_are_their_formula():
     softmax = [5 * x / sum(exps) for x in exps]
     assert weights(Softmax(2.0)) == pytest.approx([*softmax, 0])
     assert sum(weights(Softmax(0.1))) == pytest.approx(5)
+    power = [math.exp(-2 * x) for x in LOSSES[0, :5].tolist()]  # p^2
+    assert weights(Probability(2.0)) == pytest.approx([*power, 0])
     assert weights(Softmax(2.0, cap=1.0)) == pytest.approx([*(min(x, 1.0) for x in softmax), 0])
 
 
@@ -259,6 +275,17 @@ def test_soft_weights_carry_no_gradient_and_are_finite_for_any_excess():
         ),
         (lambda: Union(0, 0.5), r"selection.loss_ratio is 0, .*a number in \(0, 1\]"),
         (lambda: Softmax(1.0, scope="row"), "selection.scope is 'row'"),
+        (lambda: Probability(0), "selection.power is 0, it must be a number above 0"),
+        (lambda: Excess(), r"selection.select_ratio is null, .*a number in \(0, 1\]"),
+        (
+            lambda: Loss(0.5, min_loss=2),
+            "select_ratio is 0.5 and selection.min_loss is 2: a share or a bound",
+        ),
+        (lambda: ReferenceLoss(max_loss=math.nan), "selection.max_loss is nan, it must be a num"),
+        (
+            lambda: Overconfident({"shape": "step", "points": [[0, 0.5], [9, 0.6]]}),
+            "select_ratio is 0.6 and selection.low_entropy is 0.5: no more can be taken",
+        ),
     ],
 )
 def test_mistakes_are_named(make, message):
@@ -283,11 +310,13 @@ def test_the_ratio_follows_its_schedule():
 @pytest.mark.parametrize("ratio", [0.01, 0.3, 0.5, 0.77, 1.0])
 def test_no_rule_gives_more_weights_than_it_announces(ratio, scope):
     batch = make_batch(5, 13, seed=3, ignored=0.3)
-    batch["reference_entropy"] = torch.rand(5, 13)
+    batch["reference_entropy"] = batch["entropy"] = torch.rand(5, 13)
     token_loss = torch.rand(5, 13)
     rules = [
         *(kind(ratio, scope) for kind in (Excess, Loss, ReferenceLoss, ReferenceEntropy, Middle)),
         Random(ratio, scope, seed=0),
+        Entropy(ratio, scope),
+        Overconfident(ratio / 2, scope, low_entropy=max(ratio / 2, 0.37)),
         Mixture(ratio, scope),
         Intersection(ratio, 0.5, scope),
         Union(ratio, 0.5, scope),

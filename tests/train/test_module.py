@@ -23,7 +23,18 @@ from slm.errors import NonFiniteError, UserError
 from slm.model.architecture import new_model
 from slm.model.build import SelectiveLM
 from slm.model.head import head_arguments
-from slm.selection import All, Excess, Mixture, Random, Relu, Selection, Sigmoid, Softmax
+from slm.selection import (
+    All,
+    Entropy,
+    Excess,
+    Mixture,
+    Probability,
+    Random,
+    Relu,
+    Selection,
+    Sigmoid,
+    Softmax,
+)
 from slm.selection.books import SUMS, StepResult
 from slm.store.windows import IGNORE_INDEX, Batch
 from slm.train.module import SelectiveModule
@@ -570,6 +581,9 @@ RULES: dict[str, Selection] = {
     "sigmoid": Sigmoid(0.7),
     "softmax": Softmax(0.7, scope="sequence"),
     "mixture": Mixture(0.4, "sequence"),
+    "entropy": Entropy(0.4, "sequence"),
+    "probability": Probability(1.0),
+    "bound": Excess(min_excess=0.1),
     "all": All(),
 }
 

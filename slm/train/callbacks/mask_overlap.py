@@ -9,6 +9,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from slm.selection.rule import ENTROPY
 from slm.store.windows import Batch, spread, to_device, turns
 from slm.train.callbacks.base import Evaluation, datamodule_of, send, summed
 
@@ -82,5 +83,10 @@ def probe(pl_module: Any, batch: Batch) -> Tensor:  # (B, T)
     rule = pl_module.rule()
     if rule.scope == "global":  # ranked alike, whatever the number of ranks
         rule = replace(rule, scope="batch")
-    token_loss = pl_module.lm(batch).loss if rule.needs_token_loss else None
+    token_loss = None
+    if rule.needs_entropy:
+        output = pl_module.lm(batch, want_entropy=True)
+        token_loss, batch = output.loss, batch | {ENTROPY: output.entropy}
+    elif rule.needs_token_loss:
+        token_loss = pl_module.lm(batch).loss
     return rule.choose(batch, token_loss, pl_module.tokens_seen).token_weight.float().cpu()
