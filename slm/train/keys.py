@@ -52,6 +52,7 @@ TRAINER: Table = {
     "trainer.strategy": either(word(*STRATEGIES), section),
     "trainer.strategy.cpu_offload": flag,
     "trainer.strategy.reshard_after_forward": flag,
+    "trainer.strategy.async_checkpoints": flag,
     "trainer.precision": word(*PRECISIONS),
     "trainer.deterministic": optional(either(flag, word("warn"))),
     "trainer.benchmark": optional(flag),

@@ -7,8 +7,9 @@ a checkpoint holds is what DDP's does, but in shards, so that runs may go from o
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from slm.model.sharded import Cut, refused_together, shard, together
 from slm.store.claims import process_name, remove_temporaries
 from slm.store.files import hash_file, hash_json, naming, sync_folder
 from slm.train.checkpoint import VerifiedCheckpointIO, read_checkpoint, remove_checkpoint, vouch
-from slm.train.sharded_checkpoint import own_files, read_shards, write_shards
+from slm.train.sharded_checkpoint import own_files, read_shards, snapshot, write_shards
 
 
 class Sharded(ModelParallelStrategy):
@@ -33,12 +34,22 @@ class Sharded(ModelParallelStrategy):
     cpu_offload:            shards and the optimizer in host memory
     reshard_after_forward:  a layer's weights are gathered once more for its backward pass; else
                             they stay in between, which is faster and takes more memory
+    async_checkpoints:      copied to host memory, then written beside the training
     """
 
-    def __init__(self, cpu_offload: bool = False, reshard_after_forward: bool = True):
+    def __init__(
+        self,
+        cpu_offload: bool = False,
+        reshard_after_forward: bool = True,
+        async_checkpoints: bool = False,
+    ):
         on_both = cpu_offload and torch.cuda.is_available()  # shards in host memory are summed too
         super().__init__(process_group_backend="cpu:gloo,cuda:nccl" if on_both else None)
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
+        self.async_checkpoints = async_checkpoints
+        self.saving: Saving | None = None
+        self.group: Any = None
+        self.background = ThreadPoolExecutor(1)
 
     def _configure_launcher(self) -> None:
         """As DDP's: also a process that another launcher started is told here when to begin."""
@@ -82,12 +93,36 @@ class Sharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        assert self.lightning_module is not None and isinstance(
-            self.checkpoint_io, VerifiedCheckpointIO
-        )
-        save_sharded(
-            Path(filepath), checkpoint, ties(self.lightning_module), self.checkpoint_io.check_owner
-        )
+        io, module, path = self.checkpoint_io, self.lightning_module, Path(filepath)
+        assert module is not None and isinstance(io, VerifiedCheckpointIO)
+        self.settle(wait=True)
+        beside, names = self.async_checkpoints, ties(module)
+        group, content = None, checkpoint
+        if beside:
+            group, content = self._own_group(), snapshot(checkpoint)
+        new = begin_saving(path, io.check_owner)
+
+        def write() -> dict[str, str]:
+            write_shards(new, content, names, group)
+            return {file.name: hash_file(file) for file in own_files(new)}
+
+        run = self.background.submit if beside else at_once
+        self.saving = Saving(path, new, content, run(write))
+        self.settle(wait=not beside)
+
+    def settle(self, wait: bool) -> None:
+        """Make a checkpoint of what was written in the background; by all ranks."""
+        if self.saving is None:
+            return
+        written = wait or self.reduce_boolean_decision(self.saving.hashes.done())
+        if written:
+            saving, self.saving = self.saving, None
+            end_saving(saving)
+
+    def _own_group(self) -> Any:
+        """Beside the training, whose exchanges come in another order."""
+        self.group = self.group or dist.new_group(backend="gloo")
+        return self.group
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """A file of one process, whole and not yet in memory; a folder, in shards. Rank 0 has
@@ -132,23 +167,42 @@ def ties(module: torch.nn.Module) -> dict[str, str]:
     return {name: other for name, other in pairs.items() if name != other}
 
 
-def save_sharded(
-    path: Path,
-    checkpoint: Mapping[str, Any],
-    second_names: Mapping[str, str],
-    check_owner: Callable[[], None],
-) -> None:
-    """Every rank writes its shards and hashes them; rank 0 renames the folder, its record last."""
-    is_first = dist.get_rank() == 0
+class Saving(NamedTuple):
+    """A checkpoint that is being written."""
+
+    path: Path
+    new: Path  # the folder that is to become it
+    about: Mapping[str, Any]  # what its record says
+    hashes: Future[dict[str, str]]  # of this rank's files, when they are written
+
+
+def begin_saving(path: Path, check_owner: Callable[[], None]) -> Path:
+    """By all ranks: the folder that is to become `path`."""
     new = together(path.with_name(f".{path.name}.{process_name()}.tmp"))[0]
     with refused_together(), naming(path):
-        if is_first:
+        if dist.get_rank() == 0:
             check_owner()
             remove_temporaries(path.parent, path.name)
             new.mkdir(parents=True)
+    return new
+
+
+def at_once(write: Callable[[], dict[str, str]]) -> Future[dict[str, str]]:
+    """In this thread, whose device is this rank's."""
+    done: Future[dict[str, str]] = Future()
+    try:
+        done.set_result(write())
+    except BaseException as error:
+        done.set_exception(error)
+    return done
+
+
+def end_saving(saving: Saving) -> None:
+    """By all ranks, when all have written: rank 0 renames the folder, its record comes last."""
+    path, new, about, hashes = saving
+    is_first = dist.get_rank() == 0
     with refused_together(), naming(path, new if is_first else None):
-        write_shards(new, checkpoint, second_names)
-        mine = {file.name: hash_file(file) for file in own_files(new)}
+        mine = hashes.result()
     files = {name: digest for part in together(mine) for name, digest in part.items()}
     with refused_together(), naming(path):
         if is_first:
@@ -156,7 +210,7 @@ def save_sharded(
             remove_checkpoint(path)
             os.replace(new, path)
             sync_folder(path.parent)
-            vouch(path, checkpoint, {"sha256": hash_json(files), "files": files})
+            vouch(path, about, {"sha256": hash_json(files), "files": files})
 
 
 def numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from slm.errors import UserError
 from slm.store.files import Json, atomic_file, cannot_write, read_json, write_json
@@ -121,10 +122,20 @@ def read_index(folder: Path) -> Json:
 # ---- written -------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path, checkpoint: Mapping[str, Any], ties: Mapping[str, str]) -> None:
+def snapshot(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in host memory, while the training goes on."""
+    return tree_map(
+        lambda v: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v, dict(checkpoint)
+    )
+
+
+def write_shards(
+    folder: Path, checkpoint: Mapping[str, Any], ties: Mapping[str, str], group: Any = None
+) -> None:
     """By all ranks, into a folder that is there.
 
-    ties: names in the state_dict of weights that have another name, too; they are written once
+    ties:  names in the state_dict of weights that have another name, too; they are written once
+    group: of the ranks, where others than torch's own are to exchange what is where
     """
     shards: dict[Place, DTensor] = {}
     state = {k: v for k, v in checkpoint["state_dict"].items() if k not in ties}
@@ -132,7 +143,7 @@ def write_shards(folder: Path, checkpoint: Mapping[str, Any], ties: Mapping[str,
     sharded = {name: taken_apart(checkpoint[name], shards, (name,)) for name in SHARDED}
     values: dict[str, Any] = {key_of(place): shard for place, shard in shards.items()}
     try:
-        save(values, storage_writer=Writer(folder))
+        save(values, storage_writer=Writer(folder), process_group=group)
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         if isinstance(first, OSError):

@@ -40,6 +40,22 @@ def test_a_run_in_shards_goes_on_bit_for_bit(tmp_path, text_corpus, sharded):
 
 
 @pytest.mark.slow
+def test_written_beside_the_training_they_are_the_same(tmp_path, text_corpus, sharded):
+    more = ("trainer.strategy.async_checkpoints=true", "callbacks.checkpoints.best_of=held")
+    on_ranks(2, words(tmp_path / "run", text_corpus, *KEPT, *more))
+    same_results(sharded, tmp_path / "run")
+    found = list(verify(tmp_path / "run" / "checkpoints"))
+    assert [good for _, good, _ in found] == [True] * 5
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    for path, _, _ in found[1:]:
+        one, other = path / "__1_0.distcp", sharded / "checkpoints" / path.name / "__1_0.distcp"
+        assert one.read_bytes() == other.read_bytes()
+    again = cut(tmp_path / "run", tmp_path / "again")
+    on_ranks(2, words(again, text_corpus, *KEPT))
+    same_results(sharded, again)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_and_strategies(tmp_path, text_corpus, sharded):
     """From two ranks in shards to four, to one, to DDP; from one process to two ranks in shards."""
     on_ranks(4, words(cut(sharded, tmp_path / "four"), text_corpus, *KEPT))

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from slm.errors import NonFiniteError
 from slm.store.files import hash_json
 from slm.train.callbacks.base import is_due, step_ended
 from slm.train.checkpoint import log, sidecar, verified
+from slm.train.sharded import Sharded
 
 
 class OnlyWriter(Callback):
@@ -59,9 +61,21 @@ class Checkpoints(Callback):
     ) -> None:
         if not step_ended(trainer, batch_idx):
             return
+        settle(trainer, wait=False)
         self._save_best(trainer, pl_module.heldout_losses)
         if is_due(trainer, self.every_tokens, self.parts):
             self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if isinstance(trainer.strategy, Sharded) and trainer.strategy.saving is not None:
+            settle(trainer, wait=True)
+            for kind, keep in (("step", self.keep), ("best", 1)):
+                if keep is not None:
+                    self._prune(trainer, kind, keep)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, SystemExit | NonFiniteError):  # all ranks end at this step
+            settle(trainer, wait=True)
 
     def save(self, trainer: Trainer) -> None:
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
@@ -89,7 +103,7 @@ class Checkpoints(Callback):
             return
         paths = sorted(self.folder.glob(f"{kind}-*.ckpt"), reverse=True)
         kept = list(islice(self._whole(paths), keep))
-        for path in paths[paths.index(kept[-1]) + 1 :]:
+        for path in paths[paths.index(kept[-1]) + 1 :] if kept else ():
             trainer.strategy.remove_checkpoint(path)
 
     def _whole(self, paths: list[Path]) -> Iterator[Path]:
@@ -104,6 +118,11 @@ class Checkpoints(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_loss = state_dict["best_loss"]
+
+
+def settle(trainer: Trainer, wait: bool) -> None:
+    if isinstance(trainer.strategy, Sharded):
+        trainer.strategy.settle(wait)
 
 
 class RandomStates(Callback):
