@@ -50,6 +50,17 @@ def test_benchmark_of_binding_at_toy_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_benchmark_of_tasks_at_toy_size(tmp_path, monkeypatch):
+    out = tmp_path / "rows.csv"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    words = [str(BENCHMARKS / "tasks.py"), "--small", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    importlib.import_module("tasks").main()
+    rows = [row["case"] for row in csv.DictReader(out.read_text().splitlines())]
+    assert len(rows) == 3 and rows[2] == "slm prepare, 1 task / 2 tasks"
+
+
+@pytest.mark.slow
 def test_benchmark_of_prepare_at_toy_size(tmp_path, monkeypatch):
     def run(line: list[str], place: Path, **more: str) -> None:
         done = warm.run(line, cwd=place, env=os.environ | more, capture_output=True, text=True)
