@@ -118,12 +118,13 @@ class Part:
     def read(cls, parts: Path, index: int) -> "Part":
         return cls(parts, index, read_json(part_path(parts, index, ".json")))
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(rows["tokens"] for rows in self.record["rows"].values())
+    def num_tokens(self, side: int) -> int:
+        rows = self.record["rows"]
+        return rows[SIDES[side]]["tokens"] if SIDES[side] in rows else 0
 
-    def pieces(self, side: int) -> Iterator[tuple[Columns, np.ndarray]]:
-        """Columns and documents (d, 3) as `ShardWriter.add` takes them, a few MB at once."""
+    def pieces(self, side: int, start: int = 0) -> Iterator[tuple[Columns, np.ndarray, int]]:
+        """Columns, documents (d, 3) and tokens that are carried, as `ShardWriter.add` takes them, a
+        few MB at once: from the token `start` on, and the document that it is of."""
         rows, arrays = self.record["rows"][SIDES[side]], {}
         for column, dtype in self.record["dtypes"].items():
             path = part_path(self.parts, self.index, ".npy", f"{SIDES[side]}-{column}")
@@ -133,11 +134,16 @@ class Part:
             return
         documents = np.array(arrays.pop("documents"))
         ends = np.cumsum(documents[:, 0])
-        first, start = 0, 0
+        first = int(np.searchsorted(ends, start, side="right"))
         while first < len(documents):
             last = max(first + 1, int(np.searchsorted(ends, start + TOKENS_AT_ONCE)))
             end = int(ends[last - 1])
-            yield {c: a[start:end] for c, a in arrays.items()}, documents[first:last]
+            begun = ends[first] - documents[first, 0]  # before the piece, where it is the first
+            yield (
+                {c: a[start:end] for c, a in arrays.items()},
+                documents[first:last],
+                int(begun) - start,
+            )
             for array in arrays.values():
                 release(array, start, end)
             first, start = last, end
@@ -176,7 +182,8 @@ def make_parts(work: Work) -> None:
             before, missing = missing, missing_parts(work)
             speed.show(unit_bytes(work, before - mine - missing), str(speed))
             if missing and not mine:
-                said = say_what_is_waited_for(work, missing, said)
+                claims = [part_path(work.parts, index, ".claim") for index in sorted(missing)]
+                said = say_waiting(work, claims, said)
                 time.sleep(POLL_S)
 
 
@@ -196,9 +203,8 @@ def take(work: Work, index: int, run: Run, speed: Speed) -> bool:
     return True
 
 
-def say_what_is_waited_for(work: Work, missing: set[int], said: str) -> str:
+def say_waiting(work: Work, claims: list[Path], said: str) -> str:
     """Once, and again where it is another."""
-    claims = [part_path(work.parts, index, ".claim") for index in sorted(missing)]
     now = ", ".join(f"{path.stem} ({owner_of(path)})" for path in claims if path.exists())
     if now and now != said:
         log.info("%s: waiting for %s", work.out, now)

@@ -43,7 +43,13 @@ class ShardWriter:
         self.last_row = self.rows  # the last one written
         self.position = 0  # of the first token that is not written, in the side
         self.shard_start, self.num_shards = 0, 0
+        self.end: int | None = None  # no shard of this number or above
         self.stack, self.writers = ExitStack(), {}
+
+    def begin_at(self, number: int, start: int) -> None:
+        """Write that shard alone, whose first token is `start` of the side: the first one added."""
+        self.num_shards, self.end = number, number + 1
+        self.position = self.shard_start = start
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -59,7 +65,8 @@ class ShardWriter:
     def add(self, columns: dict[str, np.ndarray], documents: np.ndarray, carried: int = 0) -> None:
         """documents (d, 3): number of tokens, source, record; no columns: nothing.
 
-        carried: so many of the tokens, the first ones, are of the document before.
+        carried: so many of the tokens, the first ones, are of the document before; -n: the first
+            document has n tokens more, before these.
         """
         if not columns:
             return
@@ -73,6 +80,8 @@ class ShardWriter:
 
     def write_windows(self) -> bool:
         """Write as many whole windows as there are into the present shard; False if none."""
+        if self.num_shards == self.end:
+            return False
         written = self.position - self.shard_start
         available = min(self.capacity, written + self.num_pending)
         target = (available - 1) // self.seq_len * self.seq_len + 1

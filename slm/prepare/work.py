@@ -5,7 +5,8 @@
                  tokenizer/          what was trained, by one of them (slm.prepare.vocabulary)
                  part-00000.json     a unit's part, written last; .npy beside it (slm.prepare.parts)
                  part-00000.claim    of who makes it
-                 join.claim          of who writes the corpora (slm.prepare.join)
+                 train-00000.claim   of who writes a shard (slm.prepare.join)
+                 join.claim          of who begins the corpora, and who ends them
 
 The folder goes when report.json is there.
 """

@@ -131,7 +131,7 @@ def test_an_interrupted_run_goes_on(tmp_path, settings, whole, made, monkeypatch
     assert files(tmp_path / "out") == whole
 
 
-def test_a_kill_while_parts_are_joined_costs_the_joining(
+def test_a_kill_while_parts_are_joined_costs_the_shards_that_were_begun(
     tmp_path, settings, whole, made, monkeypatch
 ):
     def stop(*_):
@@ -140,10 +140,21 @@ def test_a_kill_while_parts_are_joined_costs_the_joining(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(join, "make_report", stop)
         prepare(out=tmp_path / "out", **settings)
-    count = len(made)
-    assert (tmp_path / "out" / "train" / "tokens-00000.npy").exists()
+    count, train = len(made), tmp_path / "out" / "train"
+    last = len([*train.glob("tokens-*.json")]) - 1
+    for number in (1, last):
+        (train / f"tokens-{number:05d}.json").unlink()
+        (train / f"documents-{number:05d}.npy").unlink()
+    written, write_shard = [], join.Joined.write_shard
+
+    def note(self, side, number, advance):
+        written.append((side, number))
+        write_shard(self, side, number, advance)
+
+    monkeypatch.setattr(join.Joined, "write_shard", note)
     prepare(out=tmp_path / "out", **settings)
-    assert len(made) == count
+    assert len(made) == count and last > 2
+    assert written == [(0, 1), (0, last)]  # each by itself, as it is among all
     assert files(tmp_path / "out") == whole
 
 
