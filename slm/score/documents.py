@@ -34,6 +34,7 @@ from slm.score.readings import OtherTokens, OwnTokens, Reading
 from slm.score.reference import forward_cost, how_it_computes
 from slm.score.scorer import Arrays, Scorer, check_space, remove_leftovers, stored
 from slm.score.texts import Unreadable
+from slm.store.claims import Claim
 from slm.store.columns import LOGPROBS, columns_named
 from slm.store.document_scores import (
     COLUMNS,
@@ -44,7 +45,7 @@ from slm.store.document_scores import (
     prefix_checks,
 )
 from slm.store.documents import Documents
-from slm.store.files import Json, read_json, write_array
+from slm.store.files import Json, Publish, read_json, write_array
 from slm.store.hub import check_model_folder
 from slm.store.shards import FORMAT, Corpus, adopt_plan, write_manifest
 from slm.store.sidecars import Shard, write_sidecar
@@ -155,9 +156,7 @@ class DocumentScorer(Scorer):
         sizes = np.diff(self.documents.bounds)
         return sum(int(sizes[self.chosen_in(shard)].sum()) for shard in shards)
 
-    def score_shard(
-        self, shard: Shard, advance: Callable[[int], None], check: Callable[[], None]
-    ) -> None:
+    def score_shard(self, shard: Shard, advance: Callable[[int], None], mine: Claim) -> None:
         start, readings = time.perf_counter(), self.readings(shard)
         expected, own = self.num_tokens([shard]), sum(len(one.tokens) for one in readings)
         pace = expected / max(1, own)  # of another tokenizer's tokens in those of the corpus
@@ -172,8 +171,8 @@ class DocumentScorer(Scorer):
                     f"shard {shard.index} {LOGPROBS.refusal(values[place])}"
                 )
         cost = forward_cost(self.model.lm, time.perf_counter() - start, own, self.model.flops)
-        check()
-        self.write_part(shard, columns_of(readings, scores, self.dtype, self.token_dtype), cost)
+        arrays = columns_of(readings, scores, self.dtype, self.token_dtype)
+        self.write_part(shard, arrays, cost, mine.publish)
 
     @property
     def token_dtype(self) -> str:
@@ -193,16 +192,16 @@ class DocumentScorer(Scorer):
                     log.warning("left out: %s", error)
         return found
 
-    def write_part(self, shard: Shard, arrays: Arrays, cost: Json) -> None:
+    def write_part(self, shard: Shard, arrays: Arrays, cost: Json, publish: Publish) -> None:
         hashes = {
-            name: write_array(self.path(shard, ".npy", name), array)
+            name: write_array(self.path(shard, ".npy", name), array, publish)
             for name, array in arrays.items()
         }
         write_cost(self.out, shard.index, cost)
         dtypes = {name: str(array.dtype) for name, array in arrays.items()}
         rows = {name: len(array) for name, array in arrays.items()}
         done = Shard(shard.index, rows[LOGPROBS.name], hashes, dtypes, rows)
-        write_sidecar(self.out, LOGPROBS.name, done)
+        write_sidecar(self.out, LOGPROBS.name, done, publish)
 
 
 def columns_of(

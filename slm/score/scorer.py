@@ -17,9 +17,9 @@ import numpy as np
 
 from slm.errors import UserError
 from slm.score.cost import write_cost
-from slm.store.claims import ClaimLost, claim, owner_of, remove_temporaries
+from slm.store.claims import Claim, ClaimLost, claim, owner_of, remove_temporaries
 from slm.store.columns import COLUMNS, DTYPE, LOGPROBS, Column
-from slm.store.files import Json, check_hash, map_array, read_json, write_array
+from slm.store.files import Json, Publish, check_hash, map_array, read_json, write_array
 from slm.store.shards import SCORED, Corpus, References, write_manifest
 from slm.store.sidecars import Shard, read_shard, shard_path, write_sidecar
 from slm.store.windows import Windows
@@ -123,10 +123,8 @@ class Scorer:
         sizes = (numbers.size for shard in shards for numbers in self.batches(shard))
         return sum(sizes) * self.corpus.seq_len
 
-    def score_shard(
-        self, shard: Shard, advance: Callable[[int], None], check: Callable[[], None]
-    ) -> None:
-        """`check` is asked before anything is written."""
+    def score_shard(self, shard: Shard, advance: Callable[[int], None], mine: Claim) -> None:
+        """`mine` publishes: a process that wakes up too late overwrites nothing."""
         start, length, tokens = time.perf_counter(), self.corpus.seq_len, 0
         scored, first = self.scored(shard), self.of_shard(shard).start
         scores = self.arrays(shard, bool(scored.any()))
@@ -141,8 +139,8 @@ class Scorer:
             tokens += numbers.size * length
             advance(numbers.size * length)
         cost = self.source.cost(time.perf_counter() - start, tokens)
-        check()
-        self.write(shard, scores, scored, cost)
+        mine.check()
+        self.write(shard, scores, scored, cost, mine.publish)
 
     def arrays(self, shard: Shard, goes_on: bool) -> Arrays:
         """What the shard has of each column, else NaN."""
@@ -157,7 +155,14 @@ class Scorer:
                 found[column.name][:] = map_array(path, self.dtype, shard.num_tokens)
         return found
 
-    def write(self, shard: Shard, scores: Arrays, scored: np.ndarray, cost: Json | None) -> None:
+    def write(
+        self,
+        shard: Shard,
+        scores: Arrays,
+        scored: np.ndarray,
+        cost: Json | None,
+        publish: Publish,
+    ) -> None:
         """The sidecar last, and that of fewer windows goes first."""
         arrays = {column: stored(column, values, self.dtype) for column, values in scores.items()}
         if not scored.any():
@@ -169,13 +174,13 @@ class Scorer:
             path.unlink(missing_ok=True)
         hashes = {}
         for column, array in arrays.items():
-            hashes[column] = write_array(self.path(shard, ".npy", column), array)
+            hashes[column] = write_array(self.path(shard, ".npy", column), array, publish)
         if cost is not None:
             write_cost(self.out, shard.index, cost, adds=before)
         dtypes = {column: str(array.dtype) for column, array in arrays.items()}
         rows = {column: len(array) for column, array in arrays.items()}
         done = Shard(shard.index, shard.num_tokens, hashes, dtypes, rows)
-        write_sidecar(self.out, LOGPROBS.name, done)
+        write_sidecar(self.out, LOGPROBS.name, done, publish)
 
     def take(self, shard: Shard, advance: Callable[[int], None]) -> bool:
         """Score a shard unless somebody else has done it or is at it."""
@@ -185,7 +190,7 @@ class Scorer:
             if mine is None or self.is_done(shard):
                 return False
             try:
-                self.score_shard(shard, advance, mine.check)
+                self.score_shard(shard, advance, mine)
             except ClaimLost as error:
                 log.warning("%s; going on with another shard", error)
                 return False

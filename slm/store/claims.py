@@ -1,11 +1,24 @@
 """One writer of a file or a folder: a claim that others see, and that its owner looks at.
 
-A claim is a file with host, pid, start of the process and a token. Where the file system has them
-it is held under a kernel lock, which ends with its process and with nothing else: a suspended owner
-keeps it, a killed one does not, and a restarted container knows its predecessor to be dead although
-both are pid 1 of one host. Between hosts it counts as held as long as its owner touches it: after
-STALE_S seconds of silence it may be taken over. So an owner asks `check` before whatever must be
-written once; it raises ClaimLost where the token is another's.
+A claim is a file with host, pid, start of the process and a token: linked under its name with all
+of it inside, so that of several one makes it, and removed by a rename that is looked at, so that
+no other's goes. Its owner touches it; between hosts it may be taken after STALE_S seconds of
+silence, by the file server's clock: that of a file that was touched beside it just now.
+
+What holds, and what cannot:
+
+* Where the file system has kernel locks that all hosts share, a claim is one: a suspended owner
+  keeps it, a killed one loses it at once, two are never inside. On one host this holds without
+  locks too, since the others see whether the owner's process (pid and start) lives.
+* Between hosts without shared locks nobody can tell a paused owner from a dead one. It may wake
+  inside after its claim was taken, so that execution is not exclusive, whatever is written there.
+  What it publishes is: `check` raises ClaimLost before, and `publish` gives a file its name by a
+  link, which never overwrites. An owner that finds a predecessor's file there replaces it. So of
+  two that publish one file, the successor's stays; a set of files is whole where one of them,
+  published last, has the hashes of the others.
+* What remains: a process that is paused over STALE_S between a `check` and the next system call
+  can remove a file, its successor's claim or what it was about to replace; never put one in its
+  place. Whoever owned that claim finds it gone at its next `check`.
 """
 
 import errno
@@ -17,7 +30,6 @@ import re
 import shutil
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +40,7 @@ from slm.errors import UserError
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0
-SETTLE_S = 0.5  # without locks: for another who took the same stale claim to show
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -117,13 +129,24 @@ class Claim:
             if not self._is_mine():
                 return
             with suppress(OSError):
-                os.utime(self.path)
+                os.utime(self._descriptor)  # this file, and none that has taken its place since
+
+    def publish(self, temporary: Path, path: Path) -> None:
+        """Give a file its name: in place of a predecessor's, never of a successor's."""
+        while True:
+            self.check()
+            try:
+                return move(temporary, path)
+            except FileExistsError:
+                self.check()
+                path.unlink(missing_ok=True)
 
     def release(self) -> None:
         self._released.set()
         self._thread.join()
-        if self._is_mine():
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if self._is_mine():
+                remove(self.path, self.token)
         close(self._descriptor)
 
 
@@ -147,53 +170,115 @@ def owner_of(path: Path) -> str:
 def read_owner(path: Path) -> dict[str, Any] | None:
     """None where the file is gone or says nothing that a claim says."""
     try:
-        owner = json.loads(path.read_bytes())
+        return parse_owner(path.read_bytes())
+    except OSError:
+        return None
+
+
+def parse_owner(content: bytes) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(content)
         if isinstance(owner["host"], str) and type(owner["pid"]) is int and owner["pid"] > 0:
             return owner
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 
 
 def take(path: Path) -> Claim | None:
+    token = new_token()
     while True:
-        descriptor, is_new = open_claim(path)
+        descriptor, now = create(path, token)
+        if descriptor is not None:
+            return Claim(path, descriptor, token)
         try:
-            locked = lock(descriptor)
-            if locked and not is_same(path, descriptor):  # its owner removed it meanwhile
-                close(descriptor)
-                continue
-            if locked is False or not (is_new or is_free(path, bool(locked))):
-                close(descriptor)
+            there = os.open(path, os.O_RDWR)
+            _open.add(there)
+        except FileNotFoundError:  # its owner removed it meanwhile
+            continue
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        try:
+            if not remove_free(path, there, now):
                 return None
-            token = new_token()
-            if locked or is_new:
-                write_over(path, descriptor, token)
-                return Claim(path, descriptor, token)
-            return Claim(path, descriptor, token) if replace(path, token) else close(descriptor)
+        finally:
+            close(there)
+
+
+def create(path: Path, token: bytes) -> tuple[int | None, float]:
+    """A descriptor that no child keeps of a new claim, locked where there are locks; None: there is
+    one already. And the file server's time.
+    """
+    temporary, now = temporary_of(path), 0.0
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        _open.add(descriptor)
+        try:
+            os.pwrite(descriptor, token, 0)
+            os.utime(descriptor)
+            now = os.fstat(descriptor).st_mtime
+            lock(descriptor)
+            move(temporary, path)
         except BaseException:
             close(descriptor)
+            temporary.unlink(missing_ok=True)
             raise
-
-
-def open_claim(path: Path) -> tuple[int, bool]:
-    """A descriptor that no child keeps, and whether the file is new."""
-    flags = os.O_RDWR | os.O_CREAT
-    try:
-        try:
-            found = os.open(path, flags | os.O_EXCL, 0o644), True
-        except FileExistsError:
-            found = os.open(path, flags, 0o644), False
+    except FileExistsError:
+        return None, now
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    _open.add(found[0])
-    return found
+    return descriptor, now
 
 
-# A worker that was forked would keep the lock of an owner that was killed.
+def remove_free(path: Path, descriptor: int, now: float) -> bool:
+    """Remove a claim that nobody holds. True too where it went by itself: try again."""
+    locked = lock(descriptor)
+    if locked is False:
+        return False
+    if not is_same(path, descriptor):
+        return True
+    found = os.pread(descriptor, 1 << 16, 0)  # opened just now: no older than the server's
+    if not is_free(found, now - os.fstat(descriptor).st_mtime, bool(locked)):
+        return False
+    remove(path, found)
+    return True
+
+
+def temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{process_name()}.tmp")
+
+
+def move(temporary: Path, path: Path) -> None:
+    """Raises FileExistsError where there is a file: a rename would take its place."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if path.exists():  # the best that can be had there
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(temporary, path)
+        return
+    temporary.unlink()
+
+
+def remove(path: Path, content: bytes) -> None:
+    """Remove the claim that says `content`. Another's, made since that was read, is put back."""
+    grave = temporary_of(path)
+    with suppress(FileNotFoundError):
+        os.rename(path, grave)
+        if grave.read_bytes() == content:
+            grave.unlink()
+        else:
+            with suppress(FileExistsError):
+                move(grave, path)
+            grave.unlink(missing_ok=True)
+
+
 _open: set[int] = set()
 
 
+# A worker that was forked would keep the lock of an owner that was killed.
 def close(descriptor: int) -> None:
     if descriptor in _open:
         _open.remove(descriptor)
@@ -223,42 +308,17 @@ def is_same(path: Path, descriptor: int) -> bool:
         return False
 
 
-def is_free(path: Path, locked: bool) -> bool:
-    """May a claim that was there be taken? `locked`: this process has its lock."""
-    owner = read_owner(path)
-    if owner is None:  # without a lock it may be one that is being written
-        return locked or age_s(path) > HEARTBEAT_S
+def is_free(found: bytes, age_s: float, locked: bool) -> bool:
+    """May a claim that says `found` be taken? `locked`: this process has its lock."""
+    owner = parse_owner(found)
+    if owner is None:
+        return locked or age_s > HEARTBEAT_S
     if owner["host"] != socket.gethostname():
-        return age_s(path) > STALE_S
+        return age_s > STALE_S
     began = owner["began"] if "began" in owner else start_of(owner["pid"])
     return locked or not began or start_of(owner["pid"]) != began
-
-
-def age_s(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0  # it is given back right now
 
 
 def new_token() -> bytes:
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "began": start_of(os.getpid())}
     return json.dumps(owner | {"token": uuid.uuid4().hex}).encode()
-
-
-def write_over(path: Path, descriptor: int, token: bytes) -> None:
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, token, 0)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def replace(path: Path, token: bytes) -> bool:
-    """Take a stale claim where there are no locks: of several that do, the last one has it."""
-    temporary = path.with_name(f".{path.name}.{process_name()}.tmp")
-    temporary.write_bytes(token)
-    os.replace(temporary, path)
-    time.sleep(SETTLE_S)
-    return path.read_bytes() == token

@@ -33,14 +33,18 @@ SEAL = "seal"
 
 Json = dict[str, Any]
 Advance = Callable[[int], None]
+Publish = Callable[[Path, Path], None]  # temporary file, its place
 
 
 @contextmanager
-def atomic_file(path: Path, needed: int = 0) -> Iterator[BufferedRandom]:
+def atomic_file(
+    path: Path, needed: int = 0, publish: Publish | None = None
+) -> Iterator[BufferedRandom]:
     """An open temporary file in the folder of `path`; synced and renamed to it on success.
 
     What a killed process has left of the same file is removed.
     needed: the bytes that it will have at least, where that is known
+    publish: gives it its name; that of a Claim never overwrites another owner's
     """
     temporary = path.with_name(f".{path.name}.{process_name()}.tmp")
     remove_temporaries(path.parent, path.name)
@@ -49,7 +53,7 @@ def atomic_file(path: Path, needed: int = 0) -> Iterator[BufferedRandom]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        (publish or os.replace)(temporary, path)
     sync_folder(path.parent)
 
 
@@ -144,8 +148,8 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    with atomic_file(path) as file:
+def write_json(path: Path, value: Any, publish: Publish | None = None) -> None:
+    with atomic_file(path, publish=publish) as file:
         file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -207,9 +211,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         file.write(text.getvalue().encode())
 
 
-def write_array(path: Path, array: np.ndarray) -> str:
+def write_array(path: Path, array: np.ndarray, publish: Publish | None = None) -> str:
     """Write one ``.npy`` atomically; returns the sha256 of the file as read back."""
-    with atomic_file(path) as file:
+    with atomic_file(path, publish=publish) as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
         file.flush()
         file.seek(0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from slm.errors import UserError
 from slm.store.fields import COLUMN, DTYPE, DTYPES, INDEX, SHA256, check_fields, mapping
-from slm.store.files import Json, read_json, write_json
+from slm.store.files import Json, Publish, read_json, write_json
 
 SHARD = {
     "index": INDEX,
@@ -47,9 +47,9 @@ def shard_name(column: str, index: int, suffix: str = ".npy") -> str:
     return f"{column}-{index:05d}{suffix}"
 
 
-def write_sidecar(folder: Path, column: str, shard: Shard) -> None:
+def write_sidecar(folder: Path, column: str, shard: Shard, publish: Publish | None = None) -> None:
     """Mark a shard as finished; `column` is the file it is named after (tokens, logprobs)."""
-    write_json(shard_path(folder, column, shard.index, ".json"), asdict(shard))
+    write_json(shard_path(folder, column, shard.index, ".json"), asdict(shard), publish)
 
 
 def read_sidecars(folder: Path, column: str) -> list[Shard]:

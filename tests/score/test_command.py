@@ -404,14 +404,14 @@ def test_a_disk_too_small_is_refused_before_scoring(config, monkeypatch):
 
 @pytest.mark.parametrize("failing", ["logprobs-00001.npy", "logprobs-00001.json"])
 def test_a_full_disk_names_the_file_and_leaves_no_finished_shard(config, monkeypatch, failing):
-    replace = os.replace
+    link = os.link
 
     def full(source: Path, target: Path) -> None:
         if Path(target).name == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
-        replace(source, target)
+        link(source, target)
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "link", full)
     with pytest.raises(UserError, match=rf"{failing} cannot be written: No space left"):
         made(config)
     names = contents(Path(config.out)).keys() - {"logprobs-00001.npy"}

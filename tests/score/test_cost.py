@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +77,14 @@ def test_a_scored_shard_leaves_its_seconds_tokens_and_flops(tmp_path, text_corpu
 def test_a_shard_is_not_done_before_its_cost_is_written(tmp_path, text_corpus, monkeypatch):
     """Else a process that was killed in between would leave a store of unknown cost."""
     written: list[str] = []
-    replace = os.replace
 
-    def noting(source: Path, target: Path) -> None:
-        written.append(Path(target).name)
-        replace(source, target)
+    def noting(own: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+        if Path(target).suffix in (".npy", ".json"):
+            written.append(Path(target).name)
+        own(source, target)
 
-    monkeypatch.setattr(os, "replace", noting)
+    for name in ("replace", "link"):
+        monkeypatch.setattr(os, name, partial(noting, getattr(os, name)))
     config = LlamaConfig(vocab_size=300, hidden_size=8, num_hidden_layers=0, num_attention_heads=1)
     source = ModelScores(SelectiveLM(LlamaForCausalLM(config)), Windows(text_corpus), ["entropy"])
     Scorer(source, text_corpus, tmp_path, 10, "float32").run(lambda count: None)

@@ -114,11 +114,11 @@ def test_killed_and_run_again_the_bytes_are_the_same(tmp_path, corpus, reference
     whole = score_into(tmp_path / "whole", corpus, reference)
     own, calls = module.DocumentScorer.write_part, []
 
-    def killed(self, shard, arrays, cost):
+    def killed(self, shard, arrays, cost, publish):
         calls.append(shard.index)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        own(self, shard, arrays, cost)
+        own(self, shard, arrays, cost, publish)
 
     monkeypatch.setattr(module.DocumentScorer, "write_part", killed)
     with pytest.raises(KeyboardInterrupt):

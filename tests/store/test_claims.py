@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ OWNER = textwrap.dedent(
     from slm.store import claims
 
     path = Path(sys.argv[1])
-    claims.HEARTBEAT_S, claims.STALE_S, claims.SETTLE_S = 0.05, 0.3, 0.2
+    claims.HEARTBEAT_S, claims.STALE_S = 0.05, 0.3
     if "nolocks" in sys.argv:
         claims.lock = lambda descriptor: None
     with claims.claim(path) as mine:
@@ -63,7 +64,6 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(claims, "SETTLE_S", 0.05)
 
 
 def silence(path: Path, seconds: float) -> None:
@@ -205,7 +205,6 @@ def test_of_several_that_find_a_stale_claim_one_has_it(tmp_path, kind_):
         from slm.store import claims
 
         folder, kind, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-        claims.SETTLE_S = 0.1
         if kind == "nolocks":
             claims.lock = lambda descriptor: None
         for number in range(rounds):
@@ -232,6 +231,156 @@ def test_of_several_that_find_a_stale_claim_one_has_it(tmp_path, kind_):
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     for number in range(rounds):
         assert len(list(tmp_path.glob(f"{number}-*.won"))) == 1, number
+
+
+# Each of three processes takes the claim again and again, and has a probe's kernel lock inside,
+# which ends with its process: whoever finds it locked is the second inside.
+WORKER = textwrap.dedent(
+    """
+    import fcntl, os, socket, sys, time
+    from pathlib import Path
+    from slm.store import claims
+
+    folder, words = Path(sys.argv[1]), sys.argv[2:]
+    claims.HEARTBEAT_S, claims.STALE_S = 0.02, 0.15
+    if "nolocks" in words:
+        claims.lock = lambda descriptor: None
+    if "hosts" in words:
+        socket.gethostname = lambda: f"host-{os.getpid()}"
+    probe = os.open(folder / "probe", os.O_RDWR | os.O_CREAT)
+    for number in range(1_000_000):
+        with claims.claim(folder / "a.claim") as mine:
+            if mine is None:
+                time.sleep(0.001)
+                continue
+            name = f"{os.getpid()}-{number}"
+            if "hosts" not in words:
+                try:
+                    fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    (folder / f"{name}.second").touch()
+            time.sleep(0.002)
+            slot = len([*folder.glob("*.slot")])
+            new = folder / f".{name}.new"
+            new.write_text(name)
+            try:
+                mine.publish(new, folder / f"{slot}.slot")
+                (folder / f"{name}.published").touch()
+            except claims.ClaimLost:
+                (folder / f"{name}.lost").touch()
+            fcntl.flock(probe, fcntl.LOCK_UN)
+    """
+)
+
+
+@contextmanager
+def working(folder: Path, *words: str) -> Iterator[list[subprocess.Popen]]:
+    line = [sys.executable, "-c", WORKER, str(folder), *words]
+    processes = [subprocess.Popen(line) for _ in range(3)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def wait_for(folder: Path, count: int) -> None:
+    end = time.monotonic() + 30
+    while len([*folder.glob("*.slot")]) < count:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("words", [("locks",), ("nolocks",), ("nolocks", "hosts")], ids="-".join)
+def test_twenty_kills_and_pauses(tmp_path, words):
+    """On one host no two are inside; between hosts, none that woke up too late publishes."""
+    draw = random.Random(0)
+    with working(tmp_path, *words) as processes:
+        wait_for(tmp_path, 3)
+        for event in range(20):
+            chosen = draw.randrange(3)
+            if event % 2:
+                processes[chosen].send_signal(signal.SIGSTOP)
+                time.sleep(draw.choice([0.02, 0.3]))
+                processes[chosen].send_signal(signal.SIGCONT)
+            else:
+                processes[chosen].kill()
+                processes[chosen].wait()
+                processes[chosen] = subprocess.Popen(processes[chosen].args)
+            wait_for(tmp_path, len([*tmp_path.glob("*.slot")]) + 1)  # somebody gets on
+    assert [*tmp_path.glob("*.second")] == []
+    slots = {path.read_text() for path in tmp_path.glob("*.slot")}
+    published = {path.stem for path in tmp_path.glob("*.published")}
+    assert len(slots) == len([*tmp_path.glob("*.slot")]) > 20
+    assert published <= slots and len(slots - published) <= 20  # a kill came in between
+
+
+def test_a_paused_owner_that_wakes_up_publishes_nothing(tmp_path, monkeypatch):
+    """Of another host, silent for too long: its successor's file stays, and its claim."""
+    path, place = tmp_path / "a.claim", tmp_path / "done.json"
+    monkeypatch.setattr(socket, "gethostname", lambda: "first")
+    first = claims.take(path)
+    assert first is not None
+    monkeypatch.setattr(claims, "lock", lambda descriptor: None)
+    monkeypatch.setattr(socket, "gethostname", lambda: "second")
+    silence(path, 2 * claims.STALE_S)
+    with claim(path) as second:
+        assert second is not None
+        for name in ("first", "second"):
+            (tmp_path / name).write_text(name)
+        (tmp_path / "done.json").write_text("of a predecessor")
+        second.publish(tmp_path / "second", place)
+        assert place.read_text() == "second"
+        with pytest.raises(ClaimLost, match="to pid"):
+            first.publish(tmp_path / "first", place)
+        check, calls = first.check, []
+        # Paused between its look at the claim and the next system call.
+        monkeypatch.setattr(first, "check", lambda: calls.append(1) or len(calls) == 1 or check())
+        with pytest.raises(ClaimLost, match="to pid"):
+            first.publish(tmp_path / "first", place)
+        assert place.read_text() == "second"
+        first.release()
+        second.check()
+    assert not path.exists()
+
+
+def test_age_is_by_the_file_server_s_clock(tmp_path, kind, monkeypatch):
+    """This machine's may be an hour ahead, or behind."""
+    path = tmp_path / "a.claim"
+    for hours in (-3600, 3600):
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda off=hours, now=now: now() + off)
+        path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        with claim(path) as mine:
+            assert mine is None
+        os.utime(path, ns=(0, path.stat().st_mtime_ns - int(2e9 * claims.STALE_S)))
+        with claim(path) as mine:
+            assert mine is not None
+
+
+def test_a_claim_that_was_made_meanwhile_is_put_back(tmp_path):
+    path = tmp_path / "a.claim"
+    with claim(path) as mine:
+        assert mine is not None
+        claims.remove(path, b"what was read before")
+        mine.check()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_without_hard_links_it_is_as_exclusive_as_can_be(tmp_path, monkeypatch, kind):
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with claim(tmp_path / "a.claim") as mine:
+        assert mine is not None
+        with claim(tmp_path / "a.claim") as second:
+            assert second is None
+        (tmp_path / "new").write_text("new")
+        (tmp_path / "there").write_text("old")
+        mine.publish(tmp_path / "new", tmp_path / "there")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_temporary_files_of_the_dead_are_removed_and_no_others(tmp_path):
