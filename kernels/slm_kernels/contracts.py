@@ -1,6 +1,6 @@
 """What implementations take and return: N tokens, K with a weight, D width, V vocabulary."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    part: Any = None  # vocabulary.Part where the weight's rows are cut over ranks
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.weight) if self.part is None else self.part.vocab_size
 
 
 class TokenCrossEntropy(NamedTuple):

@@ -9,9 +9,13 @@ nats and float32 (float64 for float64 operands). Every function takes the head i
     softcap         then z = softcap * tanh(z / softcap), unless None
     implementation  "auto", "reference" (plain torch, all logits at once), "chunked" (torch, any
                     device) or "triton" (CUDA); auto takes triton where it can run, else chunked
+    vocab_group     the ranks over which the rows of `weight` and `bias` are cut, in their order:
+                    each passes its own, or a DTensor of them, and all pass the same `hidden` and
+                    `targets`, as tensor-parallel models do. Logits are made of a rank's rows alone
+                    ("chunked"); losses, choice and gradient are those of the whole head
 
-`weight` and `bias` may be sharded DTensors of a data-parallel model: they are gathered, and their
-gradient returns sharded in the same way, averaged over the ranks as such wrappers do.
+Without it, `weight` and `bias` may be sharded DTensors of a data-parallel model: they are gathered,
+and their gradient returns sharded in the same way, averaged over the ranks as such wrappers do.
 """
 
 from collections.abc import Callable
@@ -23,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from slm_kernels import checks, from_logits, ops, reference
+from slm_kernels import checks, from_logits, ops, reference, vocabulary
 from slm_kernels.contracts import Head, TokenCrossEntropy, TokenStats, compute_dtype
 from slm_kernels.implementation import pick_implementation
 from slm_kernels.selection import check_scope, check_select_ratio, max_selected, select_top_k
@@ -88,14 +92,15 @@ def token_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     implementation: str = "auto",
+    vocab_group: ProcessGroup | None = None,
 ) -> TokenCrossEntropy:
     """Score tokens: -log p(target), lse, correctness and by wish entropy, without gradient.
 
     The loss is L_RM or L_theta of Rho-1 (arXiv 2404.07965, Eq 1). Ignored tokens have zeros and
     False; their forward pass is skipped. Raises ValueError as `selective_cross_entropy` does.
     """
-    hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
-    valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
+    hidden, head = _operands(hidden, weight, bias, logit_scale, softcap, vocab_group)
+    valid = _valid(targets, hidden.shape[:-1], head.vocab_size, ignore_index, hidden.device)
     stats = _forward(
         hidden, head, targets, valid, implementation, want_entropy=want_entropy, want_correct=True
     ).stats
@@ -123,6 +128,7 @@ def weighted_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     implementation: str = "auto",
+    vocab_group: ProcessGroup | None = None,
 ) -> WeightedCrossEntropy:
     """Sum of token_weight * token_loss over `denominator`, by default the weights' own sum.
 
@@ -142,8 +148,8 @@ def weighted_cross_entropy(
     """
     checks.check_denominator(denominator)
     checks.check_count("logits_cache_bytes", logits_cache_bytes)
-    hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
-    valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
+    hidden, head = _operands(hidden, weight, bias, logit_scale, softcap, vocab_group)
+    valid = _valid(targets, hidden.shape[:-1], head.vocab_size, ignore_index, hidden.device)
     known = None
     if not callable(token_weight):
         known = _row_weight(token_weight, targets, valid, max_rows, compute_dtype(hidden))
@@ -235,6 +241,7 @@ def selective_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     implementation: str = "auto",
+    vocab_group: ProcessGroup | None = None,
 ) -> SelectiveCrossEntropy:
     """Cross-entropy of the `select_ratio` of tokens furthest above the reference (Rho-1, Eq 3-5).
 
@@ -260,8 +267,8 @@ def selective_cross_entropy(
     """
     _check_selection(select_ratio, scope, group, denominator)
     checks.check_count("logits_cache_bytes", logits_cache_bytes)
-    hidden, head = _operands(hidden, weight, bias, logit_scale, softcap)
-    valid = _valid(targets, hidden.shape[:-1], weight.shape[0], ignore_index, hidden.device)
+    hidden, head = _operands(hidden, weight, bias, logit_scale, softcap, vocab_group)
+    valid = _valid(targets, hidden.shape[:-1], head.vocab_size, ignore_index, hidden.device)
     valid = checks.check_reference_loss(reference_loss, targets, valid)
     everything = None
     if select_ratio == 1:
@@ -319,6 +326,10 @@ def _forward(
 ) -> _Pass:
     name = pick_implementation(implementation, hidden)
     rows, row_targets = _flatten(hidden, targets, valid)
+    if head.part is not None:
+        if implementation not in ("auto", "chunked"):
+            raise ValueError(f"with vocab_group implementation is chunked, got {implementation!r}")
+        name, known_weight, row_targets = "chunked", None, head.part.local(row_targets)
     nothing = (hidden.new_empty(0, 0), hidden.new_empty(0, 0))
     trains = _trains(rows, head)
     with _without_autocast(hidden):
@@ -333,6 +344,8 @@ def _forward(
             stats, *cache = ops.token_stats(
                 rows, head, row_targets, want_entropy, want_correct, budget, name
             )
+            if head.part is not None:
+                stats = head.part.together(stats, row_targets)
     return _Pass(name, rows, head, row_targets, stats, (cache[0], cache[1]), None)
 
 
@@ -374,13 +387,21 @@ def _operands(
     bias: Tensor | None,  # (V,)
     logit_scale: float,
     softcap: float | None,
+    vocab_group: ProcessGroup | None,
 ) -> tuple[Tensor, Head]:
     """Checked; under autocast cast as a linear layer would be, which leaves float64 alone."""
     if _is_autocast(hidden) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    head = Head(gathered(weight), gathered(bias), logit_scale, softcap)
+    if vocab_group is None:
+        head = Head(gathered(weight), gathered(bias), logit_scale, softcap)
+    else:
+        rows, biases = vocabulary.rows_here(weight), vocabulary.rows_here(bias)
+        assert rows is not None, "a head has a weight"
+        part = vocabulary.part_of(rows, vocab_group)
+        head = Head(rows, biases, logit_scale, softcap, part)
+        hidden = vocabulary.summed_gradient(hidden, vocab_group)
     checks.check_head(hidden, head)
     return hidden, head
 
