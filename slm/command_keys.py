@@ -103,6 +103,7 @@ SCORE: Table = FORWARD | {
     "entropy": flag,
     "columns": several(text, least=0),
     "store_dtype": word("float32", "float16"),
+    "direct": flag,
 }
 CONSOLIDATE: Table = {"checkpoint": text, "out": text}
 BIND: Table = {

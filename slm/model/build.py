@@ -164,13 +164,15 @@ def load_model(
     folder: str | Path,
     attn_implementation: str | None = None,
     override: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The causal LM of a Hugging Face folder, a GGUF or a hub name in float32, for evaluation."""
+    """The causal LM of a folder, GGUF or hub name; device: where weights go as they are read."""
     quiet_without_terminal()
     where = place(folder)
     check_no_code(where[FOLDER])
     # A GGUF's weights as floats, else they count as quantized and are not saved again.
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {} if device is None else {"device_map": {"": device}}
     if "gguf_file" in where:
         more["quantization_config"] = GgufConfig(dequantize=True)
     try:
@@ -182,7 +184,7 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where,
             **more,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
             trust_remote_code=False,
@@ -194,8 +196,7 @@ def load_model(
         how += f" with model.override={dict(override)}" if override else ""
         raise UserError(f"no causal LM at {folder}{how}: {told(error)}") from None
     model, report = loaded
-    if report["missing_keys"]:  # transformers would go on with random ones
-        missing = sorted(report["missing_keys"])
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
         raise UserError(
             f"{folder} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}"
         )

@@ -5,7 +5,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,13 @@ from slm.store.files import (
     read_json,
     sealed,
     sync_folder,
+    write_record,
 )
 from slm.store.hub import check_model_folder, gguf_file, is_folder
+
+HASHES = ".sha256.json"  # name -> [size, time in ns, sha256]
+LARGE = 1 << 28
+SETTLED_S = 2.0
 
 
 def quiet_without_terminal() -> None:
@@ -63,7 +70,32 @@ def model_sha256(folder: str | Path) -> str:
             f"{folder} holds no *.safetensors: transformers' from_pretrained and save_pretrained "
             "write them from other weights"
         )
-    return hash_json({"config": config, "weights": [hash_file(path) for path in weights]})
+    return hash_json({"config": config, "weights": hashes_of(weights)})
+
+
+def hashes_of(paths: Sequence[Path]) -> list[str]:
+    """sha256 of files of one folder. Of large ones it is read from HASHES there, while size and
+    time are those of the file: a dozen processes need not read 14 GB each to name a model.
+    """
+    record = paths[0].parent / HASHES
+    try:
+        known = read_json(record) if record.exists() else {}
+    except UserError:  # hashed anew
+        known = {}
+    found, before = [], dict(known)
+    for path in paths:
+        state = path.stat()
+        key = [state.st_size, state.st_mtime_ns]
+        if path.name not in known or known[path.name][:2] != key:
+            known[path.name] = [*key, hash_file(path)]
+        found.append(known[path.name][2])
+        # A change within the clock's tick would not show.
+        if state.st_size < LARGE or time.time() - state.st_mtime < SETTLED_S:
+            del known[path.name]
+    if known != before:
+        with suppress(UserError, OSError):  # somebody else's folder
+            write_record(record, known)
+    return found
 
 
 def init_identity(key: str, name: str) -> str:

@@ -20,7 +20,7 @@ from slm.console import progress
 from slm.errors import UserError, shown
 from slm.score.align import shared_logprobs
 from slm.score.cost import reference_lineage, references_cost, total
-from slm.score.scorer import Arrays, Scorer, check_space, finish, is_finished, store_bytes
+from slm.score.scorer import Arrays, Scorer, Source, check_space, finish, is_finished, store_bytes
 from slm.score.texts import Texts, Unreadable
 from slm.stage import Folder, stage
 from slm.store.columns import DTYPE, LOGPROBS
@@ -100,7 +100,7 @@ class OtherScores:
         return np.append(body, logprobs[-1])  # EOS to EOS
 
 
-class BoundScores:
+class BoundScores(Source):
     """Where the scores of windows come from: `Source` of scorer.py."""
 
     columns = (LOGPROBS,)

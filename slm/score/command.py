@@ -11,12 +11,12 @@ did cost.
 A model that only a server has is asked through files: see served.py.
 """
 
+import importlib.util
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +27,12 @@ from slm.command_keys import SCORE
 from slm.console import duration, progress
 from slm.errors import UserError
 from slm.model.build import SelectiveLM, check_length, check_model, load_model
-from slm.model.device import DTYPES, computing, pick_device
-from slm.model.flops import forward_flops_per_token
+from slm.model.device import DTYPES, pick_device
 from slm.model.folder import model_sha256
-from slm.model.predict import predicted
 from slm.score.cost import copy_lineage
 from slm.score.documents import score_documents
-from slm.score.reference import forward_cost, how_it_computes
+from slm.score.reference import ModelScores, how_it_computes, window_scores
 from slm.score.scorer import (
-    Arrays,
     Scorer,
     check_space,
     finish,
@@ -45,13 +42,13 @@ from slm.score.scorer import (
 from slm.score.served import Responses, check_packing, response_files, write_requests
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
-from slm.store.columns import Column, columns_named
+from slm.store.columns import columns_named
 from slm.store.files import Json
 from slm.store.hub import check_model_folder
 from slm.store.shards import FORMAT, IDENTITY, Corpus, References, adopt_plan
 from slm.store.sidecars import Shard
 from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_of
-from slm.store.windows import IGNORE_INDEX, Windows, to_device
+from slm.store.windows import Windows
 
 log = logging.getLogger("slm.score")
 OF_DOCUMENTS = ("context", "stride")  # what layout=documents alone reads
@@ -80,6 +77,8 @@ def check_way(settings: Mapping[str, Any]) -> None:
         check_documents(settings, way)
     elif given := [key for key in OF_DOCUMENTS if settings[key] is not None]:
         raise UserError(f"{given[0]} is {settings[given[0]]}, but layout=windows does not use it")
+    if settings["direct"] and (way != "reference_model" or settings["layout"] == "documents"):
+        raise UserError("direct is true, but it is for windows that a reference_model scores here")
     if settings["more"] and way != "reference_model":
         more = ", ".join(settings["more"])
         raise UserError(f"{more} cannot be had with {way}: servers return log-probs alone")
@@ -115,12 +114,23 @@ def check_fits(lm: SelectiveLM, corpus: Corpus) -> None:
 
 
 def load_reference(
-    folder: str, corpus: Corpus, device: str, dtype: str, check: str = "size"
+    folder: str,
+    corpus: Corpus,
+    device: str,
+    dtype: str,
+    check: str = "size",
+    direct: bool = False,
 ) -> SelectiveLM:
     check_model_folder("reference_model", folder, check)
     tokenizer = with_eos_of(folder, load_tokenizer(folder, needs_eos=False), corpus)
     check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
     where = pick_device(device)
+    if direct:
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError("direct=true needs accelerate: pip install accelerate")
+        lm = SelectiveLM(load_model(folder, dtype=DTYPES[dtype], device=where)).eval()
+        check_fits(lm, corpus)
+        return lm
     lm = SelectiveLM(load_model(folder)).eval()
     check_fits(lm, corpus)  # in float32: bfloat16 logits would differ by their rounding
     return lm.to(where, DTYPES[dtype])
@@ -144,6 +154,8 @@ def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
     scoring = how_it_computes(config, lm)
     # Named only where asked for: the plans of stores without them stay what they were.
     more = {name: True for name in config.more}
+    if config.direct:  # what a model keeps in float32 (positions) is not rounded to its weights'
+        more["direct"] = True
     return make_plan(corpus, model_sha256(config.reference_model), scoring | more)
 
 
@@ -157,51 +169,6 @@ def responses_plan(corpus: Corpus, config: Any) -> Json:
         "served_model": config.served_model,
     }
     return make_plan(corpus, None, scoring)
-
-
-# ---- scoring ------------------------------------------------------------------------------------
-
-
-def window_scores(
-    lm: SelectiveLM, windows: Windows, numbers: np.ndarray, columns: Sequence[Column]
-) -> Arrays:  # (B, T) float32 each
-    """What the columns hold of every target of these windows; NaN where there is none."""
-    batch = windows.batch(numbers)
-    live = batch["targets"].numpy() != IGNORE_INDEX
-    scores = predicted(lm, to_device(batch, lm.model.device), columns)
-    found = {column.name: scores[column.key].float().cpu().numpy() for column in columns}
-    for column in columns:
-        values = found[column.name]
-        wrong = column.is_wrong(values) & live
-        if wrong.any():
-            row, place = np.argwhere(wrong)[0]
-            raise UserError(
-                f"the model gives target {place} of window {numbers[row]} "
-                f"{column.refusal(values[row, place])}"
-            )
-    return found
-
-
-@dataclass
-class ModelScores:
-    """The reference model, on this machine."""
-
-    lm: SelectiveLM
-    windows: Windows
-    more: Sequence[str] = ()  # columns beside those that every store has
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        self.lm.eval()
-        self.columns = columns_named(self.more)
-        self.flops = forward_flops_per_token(self.lm.model, self.windows.corpus.seq_len)
-
-    def scores(self, numbers: np.ndarray) -> Arrays:
-        with computing(self.lm.model.device, self.dtype):
-            return window_scores(self.lm, self.windows, numbers, self.columns)
-
-    def cost(self, seconds: float, tokens: int) -> Json:
-        return forward_cost(self.lm, seconds, tokens, self.flops)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -236,7 +203,8 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
 
 def score_with_model(config: Any, corpus: Corpus) -> References:
     out = Path(config.out)
-    lm = load_reference(config.reference_model, corpus, config.device, config.dtype, config.check)
+    way = (config.device, config.dtype, config.check, config.direct)
+    lm = load_reference(config.reference_model, corpus, *way)
     adopt_plan(out, model_plan(corpus, config, lm))
     source = ModelScores(lm, Windows(corpus), config.more, config.dtype)
     size = (config.batch_size, config.store_dtype, config.max_tokens)
@@ -296,6 +264,7 @@ def score(
     dtype: str = "float32",
     store_dtype: str = "float32",
     device: str = "auto",
+    direct: bool = False,
     modules: Sequence[str] = (),
     check: str = "size",
 ) -> References | Path:
@@ -322,7 +291,10 @@ def score(
         batch_size: windows per forward.
         dtype: of the forward: "float32", "bfloat16" or "bf16-mixed".
         store_dtype: on disk: "float32" or "float16".
-        device: "auto" is cuda where there is one.
+        device: "auto" is cuda where there is one: of several processes that torchrun or srun has
+            started on a machine, each has its own.
+        direct: weights go to the device in `dtype` as they are read, without a copy in float32
+            that the model is checked in.
         modules: your own modeling code, files or dotted names, imported first.
         check: "full" compares every file's hash first.
 

@@ -1,10 +1,26 @@
-"""What is written down of a reference model: how it computes, and what that costs."""
+"""A reference model on this machine: its scores, how it computes them, and what that costs."""
 
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from slm.errors import UserError
 from slm.model.build import SelectiveLM
-from slm.model.device import device_name
+from slm.model.device import computing, device_name
+from slm.model.flops import forward_flops_per_token
+from slm.model.predict import predicted
+from slm.score.scorer import Arrays, Source
+from slm.store.columns import Column, columns_named
 from slm.store.files import Json
+from slm.store.windows import IGNORE_INDEX, Batch, Windows, to_device
+
+READ_AHEAD = 2  # batches
 
 
 def how_it_computes(config: Any, lm: SelectiveLM) -> Json:
@@ -24,3 +40,68 @@ def forward_cost(lm: SelectiveLM, seconds: float, tokens: int, flops: float | No
         "flops": None if flops is None else tokens * flops,
         "device": device_name(lm.model.device),
     }
+
+
+def window_scores(
+    lm: SelectiveLM, windows: Windows, numbers: np.ndarray, columns: Sequence[Column]
+) -> Arrays:  # (B, T) float32 each
+    """What the columns hold of every target of these windows; NaN where there is none."""
+    batch = windows.batch(numbers)
+    return checked(batch, predicted(lm, to_device(batch, lm.model.device), columns), columns)
+
+
+def checked(batch: Batch, scores: Mapping[str, Tensor], columns: Sequence[Column]) -> Arrays:
+    """Waits for the device."""
+    live, numbers = batch["targets"].numpy() != IGNORE_INDEX, batch["window"].numpy()
+    found = {column.name: scores[column.key].float().cpu().numpy() for column in columns}
+    for column in columns:
+        values = found[column.name]
+        wrong = column.is_wrong(values) & live
+        if wrong.any():
+            row, place = np.argwhere(wrong)[0]
+            raise UserError(
+                f"the model gives target {place} of window {numbers[row]} "
+                f"{column.refusal(values[row, place])}"
+            )
+    return found
+
+
+@dataclass
+class ModelScores(Source):
+    """The reference model, on this machine."""
+
+    lm: SelectiveLM
+    windows: Windows
+    more: Sequence[str] = ()  # columns beside those that every store has
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        self.lm.eval()
+        self.columns = columns_named(self.more)
+        self.flops = forward_flops_per_token(self.lm.model, self.windows.corpus.seq_len)
+
+    def scores(self, numbers: np.ndarray) -> Arrays:
+        return next(self.stream(iter([numbers])))[1]
+
+    def stream(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Arrays]]:
+        """Of one batch after the other. While the device computes one, the next two are read by a
+        thread, and the scores of the one before are checked and written into their shard.
+        """
+        device, waiting = self.lm.model.device, None
+        with ThreadPoolExecutor(1) as reader:
+            numbers = [*islice(batches, READ_AHEAD)]
+            reads = deque((each, reader.submit(self.windows.batch, each)) for each in numbers)
+            while reads:
+                each, read = reads.popleft()
+                reads.extend((n, reader.submit(self.windows.batch, n)) for n in islice(batches, 1))
+                batch = read.result()
+                with computing(device, self.dtype):
+                    scores = predicted(self.lm, to_device(batch, device), self.columns)
+                if waiting is not None:
+                    yield waiting[0], checked(*waiting[1:], self.columns)
+                waiting = each, batch, scores
+        if waiting is not None:
+            yield waiting[0], checked(*waiting[1:], self.columns)
+
+    def cost(self, seconds: float, tokens: int) -> Json:
+        return forward_cost(self.lm, seconds, tokens, self.flops)

@@ -32,10 +32,15 @@ POLL_S = 1.0
 class Source(Protocol):
     """Where the columns of windows come from: a model here, or a server's responses."""
 
-    @property
-    def columns(self) -> tuple[Column, ...]: ...
+    columns: tuple[Column, ...]
 
     def scores(self, numbers: np.ndarray) -> Arrays: ...
+
+    def stream(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Arrays]]:
+        """Of one batch after the other, in their order."""
+        for numbers in batches:
+            yield numbers, self.scores(numbers)
+
     def cost(self, seconds: float, tokens: int) -> Json | None: ...
 
 
@@ -128,8 +133,7 @@ class Scorer:
         start, length, tokens = time.perf_counter(), self.corpus.seq_len, 0
         scored, first = self.scored(shard), self.of_shard(shard).start
         scores = self.arrays(shard, bool(scored.any()))
-        for numbers in self.batches(shard):
-            found = self.source.scores(numbers)
+        for numbers, found in self.source.stream(self.batches(shard)):
             places = numbers - first
             # The shard's first token has no score.
             target = slice(1 + int(places[0]) * length, 1 + (int(places[-1]) + 1) * length)

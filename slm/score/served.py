@@ -38,7 +38,7 @@ import numpy as np
 
 from slm.console import progress
 from slm.errors import UserError
-from slm.score.scorer import Arrays
+from slm.score.scorer import Arrays, Source
 from slm.score.token_texts import TokenTexts
 from slm.store.columns import LOGPROBS
 from slm.store.files import Json, atomic_file, naming
@@ -196,7 +196,7 @@ def response_files(given: Any) -> list[Path]:
     return paths
 
 
-class Responses:
+class Responses(Source):
     """The scores of every window, as answered: a `Source` of `slm score` once they are read.
 
     Answers come in any order and may exceed the memory, so `file` holds a row of float32 for each

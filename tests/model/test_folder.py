@@ -132,6 +132,28 @@ def test_weights_of_pytorch_and_a_gguf_have_an_identity(saved, tmp_path):
     assert len(found) == 4
 
 
+def test_large_files_are_hashed_once(saved, monkeypatch):
+    read: list[str] = []
+    own = model_folder.hash_file
+    monkeypatch.setattr(model_folder, "hash_file", lambda path: read.append(path.name) or own(path))
+    monkeypatch.setattr(model_folder, "LARGE", 1000)
+    weights, record = saved / "model.safetensors", saved / ".sha256.json"
+    identity = model_sha256(saved)
+    assert not record.exists()  # it was written just now, and may still change within a tick
+    os.utime(weights, (1_000_000_000, 1_000_000_000))
+    read.clear()
+    assert [model_sha256(saved) for _ in range(3)] == [identity] * 3
+    assert read == ["model.safetensors"] and record.exists()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, (1_000_000_001, 1_000_000_001))
+    changed = model_sha256(saved)
+    assert changed != identity == model_sha256(saved).replace(changed, identity)
+    record.write_text("{")
+    assert model_sha256(saved) == changed
+
+
 def test_identity_needs_weights(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no \*.safetensors"):

@@ -305,7 +305,8 @@ def test_another_run_in_the_same_folder_is_refused(config, tmp_path, tokenizer, 
         ({"reference_model": str(tmp_path / "wider")}, "model_sha256 is '.*', '.*' now"),
         ({"dtype": "bfloat16"}, "scoring is .*'dtype': 'float32'.*'dtype': 'bfloat16'.* now"),
         ({"store_dtype": "float16"}, "'store_dtype': 'float32'.*'store_dtype': 'float16'.* now"),
-        ({"entropy": True}, "'store_dtype': 'float32'} in plan.json, .*'entropy': True} now"),
+        ({"entropy": True}, "'store_dtype': 'float32'} in plan.json, .*'entropy': True.* now"),
+        ({"direct": True}, "'store_dtype': 'float32'} in plan.json, .*'direct': True.* now"),
     ]:
         with pytest.raises(UserError, match=message.replace("is '.*'", "is '.*' in plan.json")):
             made(OmegaConf.merge(config, change))
@@ -521,21 +522,21 @@ WORKERS = textwrap.dedent(
     """
     import os, random, resource, shutil, signal, sys, time
     from omegaconf import OmegaConf
-    from slm.score import command as score, scorer
+    from slm.score import command as score, reference, scorer
     from slm.errors import UserError
     from slm.model.build import load_model
 
-    EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "sync")
+    EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "sync")
     config, slow_s = OmegaConf.create(sys.argv[1]), float(sys.argv[2])
     load_model(config.reference_model)  # the first call takes a second
-    compute = score.window_scores
+    compute = reference.checked
     scorer.POLL_S = 0.02
 
     def slowed(*arguments):
         time.sleep(slow_s)
         return compute(*arguments)
 
-    score.window_scores = slowed
+    reference.checked = slowed
 
     def kill_at(moment):
         # Before this process's so manieth call that opens, names, removes or syncs a file.

@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slm.model.build import SelectiveLM
 from slm.model.device import device_name
 from slm.model.folder import save_model
-from slm.score.command import ModelScores
+from slm.score import reference
 from slm.score.cost import copy_lineage, reference_lineage, references_cost, write_cost
+from slm.score.reference import ModelScores
 from slm.score.scorer import Scorer
 from slm.store.shards import References
 from slm.store.windows import Windows
@@ -55,14 +56,14 @@ def test_a_scored_shard_leaves_its_seconds_tokens_and_flops(tmp_path, text_corpu
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes, **heads))
     source = ModelScores(SelectiveLM(model), Windows(text_corpus))
-    scores, out = source.scores, tmp_path / "out"
+    checked, out = reference.checked, tmp_path / "out"
     out.mkdir()
 
-    def slow(numbers: np.ndarray) -> Any:
+    def slow(*batch: Any) -> Any:
         time.sleep(0.05)
-        return scores(numbers)
+        return checked(*batch)
 
-    monkeypatch.setattr(source, "scores", slow)
+    monkeypatch.setattr(reference, "checked", slow)
     Scorer(source, text_corpus, out, 10, "float32").run(lambda count: None)
     # Per layer q 8x8, k and v 8x4, o 8x8, three MLP matrices 8x12, two norms; the last norm.
     body = 2 * (64 + 2 * 32 + 64 + 3 * 96 + 2 * 8) + 8

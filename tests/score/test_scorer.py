@@ -15,7 +15,7 @@ from slm.errors import UserError
 from slm.integrations.datasets import to_hf_dataset
 from slm.score.command import make_plan, score
 from slm.score.cost import references_cost
-from slm.score.scorer import Arrays, Scorer, finish, is_finished, store_bytes, stored
+from slm.score.scorer import Arrays, Scorer, Source, finish, is_finished, store_bytes, stored
 from slm.store.columns import ENTROPY, LOGPROBS
 from slm.store.files import write_json
 from slm.store.shards import Corpus, References
@@ -26,7 +26,7 @@ from train_helpers import compose_train, rows
 T = 16
 
 
-class Counted:
+class Counted(Source):
     """The log-prob of target t of window w is -(w * T + t), the entropy the negative."""
 
     columns = (LOGPROBS, ENTROPY)
@@ -79,7 +79,7 @@ def test_a_score_that_float16_cannot_hold_is_refused():
 # ---- a part of a corpus ------------------------------------------------------------------------
 
 
-class Noted:
+class Noted(Source):
     """The log-prob of target t of window w is -(w * T + t) / 100; it notes what it was asked."""
 
     columns = (LOGPROBS, ENTROPY)
