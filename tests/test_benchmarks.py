@@ -61,6 +61,17 @@ def test_benchmark_of_tasks_at_toy_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_benchmark_of_shards_at_toy_size(tmp_path, monkeypatch):
+    out = tmp_path / "rows.csv"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "sharded.py"), "--small", "--out", str(out)])
+    importlib.import_module("sharded").main()
+    found = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["benchmark"] for row in found] == ["memory", *["save"] * 3, *["heldout"] * 2]
+    assert float(found[0]["median"]) < 0.55
+
+
+@pytest.mark.slow
 def test_benchmark_of_prepare_at_toy_size(tmp_path, monkeypatch):
     def run(line: list[str], place: Path, **more: str) -> None:
         done = warm.run(line, cwd=place, env=os.environ | more, capture_output=True, text=True)
