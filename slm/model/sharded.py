@@ -177,6 +177,13 @@ def shards_of(lm: nn.Module) -> Iterator[tuple[str, Any]]:
     return lm.named_parameters()
 
 
+def saved_values(lm: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Its parameters, those that are tied once, and the buffers that a file of it has."""
+    yield from lm.named_parameters()
+    names = lm.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in lm.named_buffers() if name in names)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -205,14 +212,14 @@ def deal_out(lm: nn.Module, whole: nn.Module | None) -> None:
 
 
 def weights_in(folder: Path, lm: nn.Module) -> dict[str, Path] | None:
-    """The file of each parameter of `lm`, where the folder's safetensors have them all, by their
-    own names and in their own shapes; else None: transformers must read it."""
+    """The file of each parameter and saved buffer of `lm`, where the folder's safetensors have them
+    all, by their own names and in their own shapes; else None: transformers must read it."""
     found: dict[str, tuple[Path, list[int]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
             found |= {name: (path, shape) for name, shape in shapes.items()}
-    named = {name.removeprefix("model."): p for name, p in lm.named_parameters()}
+    named = {name.removeprefix("model."): value for name, value in saved_values(lm)}
     fits = all(name in found and found[name][1] == list(p.shape) for name, p in named.items())
     return {name: found[name][0] for name in named} if fits else None
 
@@ -222,9 +229,11 @@ def fill_from(files: Mapping[str, Path], lm: nn.Module) -> None:
     """Each rank reads its own rows of every tensor, and no more of the file."""
     for path in sorted(set(files.values())):
         with safe_open(path, "pt") as file:
-            for name, mine in shards_of(lm):
+            for name, mine in saved_values(lm):
                 if files[short := name.removeprefix("model.")] == path:
-                    mine.to_local().copy_(rows_of(file.get_slice(short), mine))
+                    is_whole = not isinstance(mine, DTensor)
+                    saved = file.get_tensor if is_whole else file.get_slice
+                    local(mine).copy_(saved(short) if is_whole else rows_of(saved(short), mine))
 
 
 def rows_of(saved: Any, mine: Any) -> Tensor:
