@@ -104,6 +104,7 @@ SCORE: Table = FORWARD | {
     "columns": several(text, least=0),
     "store_dtype": word("float32", "float16"),
     "direct": flag,
+    "tp_size": count,
 }
 CONSOLIDATE: Table = {"checkpoint": text, "out": text}
 BIND: Table = {

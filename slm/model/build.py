@@ -165,14 +165,14 @@ def load_model(
     attn_implementation: str | None = None,
     override: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
+    placed: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The causal LM of a folder, GGUF or hub name; device: where weights go as they are read."""
+    """The causal LM of a folder, GGUF or hub name; placed: device_map, distributed_config."""
     quiet_without_terminal()
     where = place(folder)
     check_no_code(where[FOLDER])
     # A GGUF's weights as floats, else they count as quantized and are not saved again.
-    more: dict[str, Any] = {} if device is None else {"device_map": {"": device}}
+    more: dict[str, Any] = {**(placed or {})}
     if "gguf_file" in where:
         more["quantization_config"] = GgufConfig(dequantize=True)
     try:

@@ -31,7 +31,13 @@ from slm.model.device import DTYPES, pick_device
 from slm.model.folder import model_sha256
 from slm.score.cost import copy_lineage
 from slm.score.documents import score_documents
-from slm.score.reference import ModelScores, how_it_computes, window_scores
+from slm.score.reference import (
+    ModelScores,
+    TensorParallelScores,
+    how_it_computes,
+    join_others,
+    window_scores,
+)
 from slm.score.scorer import (
     Scorer,
     check_space,
@@ -48,7 +54,7 @@ from slm.store.hub import check_model_folder
 from slm.store.shards import FORMAT, IDENTITY, Corpus, References, adopt_plan
 from slm.store.sidecars import Shard
 from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_of
-from slm.store.windows import Windows
+from slm.store.windows import Windows, to_device
 
 log = logging.getLogger("slm.score")
 OF_DOCUMENTS = ("context", "stride")  # what layout=documents alone reads
@@ -77,8 +83,11 @@ def check_way(settings: Mapping[str, Any]) -> None:
         check_documents(settings, way)
     elif given := [key for key in OF_DOCUMENTS if settings[key] is not None]:
         raise UserError(f"{given[0]} is {settings[given[0]]}, but layout=windows does not use it")
-    if settings["direct"] and (way != "reference_model" or settings["layout"] == "documents"):
-        raise UserError("direct is true, but it is for windows that a reference_model scores here")
+    if (settings["direct"] or settings["tp_size"] > 1) and (
+        way != "reference_model" or settings["layout"] == "documents"
+    ):
+        given = "direct is true" if settings["direct"] else f"tp_size is {settings['tp_size']}"
+        raise UserError(f"{given}, but it is for windows that a reference_model scores here")
     if settings["more"] and way != "reference_model":
         more = ", ".join(settings["more"])
         raise UserError(f"{more} cannot be had with {way}: servers return log-probs alone")
@@ -110,7 +119,7 @@ def check_fits(lm: SelectiveLM, corpus: Corpus) -> None:
     windows = Windows(corpus)
     numbers = np.arange(min(2, len(windows)))
     window_scores(lm, windows, numbers, columns_named([]))
-    check_model(lm, windows.batch(numbers))
+    check_model(lm, to_device(windows.batch(numbers), lm.model.device))
 
 
 def load_reference(
@@ -120,15 +129,17 @@ def load_reference(
     dtype: str,
     check: str = "size",
     direct: bool = False,
+    tp_size: int = 1,
 ) -> SelectiveLM:
     check_model_folder("reference_model", folder, check)
     tokenizer = with_eos_of(folder, load_tokenizer(folder, needs_eos=False), corpus)
     check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
     where = pick_device(device)
-    if direct:
+    if direct or tp_size > 1:
         if importlib.util.find_spec("accelerate") is None:
             raise UserError("direct=true needs accelerate: pip install accelerate")
-        lm = SelectiveLM(load_model(folder, dtype=DTYPES[dtype], device=where)).eval()
+        placed = join_others(tp_size, where) if tp_size > 1 else {"device_map": {"": where}}
+        lm = SelectiveLM(load_model(folder, dtype=DTYPES[dtype], placed=placed)).eval()
         check_fits(lm, corpus)
         return lm
     lm = SelectiveLM(load_model(folder)).eval()
@@ -156,6 +167,8 @@ def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
     more = {name: True for name in config.more}
     if config.direct:  # what a model keeps in float32 (positions) is not rounded to its weights'
         more["direct"] = True
+    if config.tp_size > 1:  # sums are rounded in parts
+        more["tp_size"] = config.tp_size
     return make_plan(corpus, model_sha256(config.reference_model), scoring | more)
 
 
@@ -202,11 +215,19 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
 
 
 def score_with_model(config: Any, corpus: Corpus) -> References:
-    out = Path(config.out)
-    way = (config.device, config.dtype, config.check, config.direct)
+    way = (config.device, config.dtype, config.check, config.direct, config.tp_size)
     lm = load_reference(config.reference_model, corpus, *way)
-    adopt_plan(out, model_plan(corpus, config, lm))
-    source = ModelScores(lm, Windows(corpus), config.more, config.dtype)
+    kind = TensorParallelScores if config.tp_size > 1 else ModelScores
+    source = kind(lm, Windows(corpus), config.more, config.dtype)
+    with source.leading() as leads:
+        if leads:
+            return fill(config, corpus, source)
+    return References.open(config.out)
+
+
+def fill(config: Any, corpus: Corpus, source: ModelScores) -> References:
+    out = Path(config.out)
+    adopt_plan(out, model_plan(corpus, config, source.lm))
     size = (config.batch_size, config.store_dtype, config.max_tokens)
     scorer = Scorer(source, corpus, out, *size)
     if is_finished(scorer):
@@ -265,6 +286,7 @@ def score(
     store_dtype: str = "float32",
     device: str = "auto",
     direct: bool = False,
+    tp_size: int = 1,
     modules: Sequence[str] = (),
     check: str = "size",
 ) -> References | Path:
@@ -295,6 +317,8 @@ def score(
             started on a machine, each has its own.
         direct: weights go to the device in `dtype` as they are read, without a copy in float32
             that the model is checked in.
+        tp_size: so many processes of one torchrun hold the model together (transformers' tensor
+            parallel plan of it), its weights read as with `direct`.
         modules: your own modeling code, files or dotted names, imported first.
         check: "full" compares every file's hash first.
 
