@@ -1,6 +1,6 @@
 """`slm prepare` by one task and by two, a core each, in one folder: rows in results/tasks.csv.
 
-    python experiments/benchmarks/tasks.py             512 MB in four files, three rounds: minutes
+    python experiments/benchmarks/tasks.py             2 GB in sixteen files, three rounds: minutes
     python experiments/benchmarks/tasks.py --small     toy sizes: for the tests
 
 Each task is the whole command, from its start to its end; two share the units by claims, and one of
@@ -20,7 +20,7 @@ from pipeline import Rows, in_turn, prepare_command, ratios  # type: ignore
 from prepare import SEQ_LEN, VOCAB_SIZE, run, write_text  # type: ignore
 
 RESULTS = Path(__file__).parent / "results" / "tasks.csv"
-FILES = 4  # a unit each
+FILES = 16  # a unit each
 
 
 def main() -> None:
