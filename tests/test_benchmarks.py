@@ -57,7 +57,7 @@ def test_benchmark_of_tasks_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     importlib.import_module("tasks").main()
     rows = [row["case"] for row in csv.DictReader(out.read_text().splitlines())]
-    assert len(rows) == 3 and rows[2] == "slm prepare, 1 task / 2 tasks"
+    assert len(rows) == 3 and rows[2] == "tokenizers, 1 task / 2 tasks"
 
 
 @pytest.mark.slow
