@@ -105,6 +105,7 @@ SCORE: Table = FORWARD | {
     "store_dtype": word("float32", "float16"),
     "direct": flag,
     "tp_size": count,
+    "scores": word("transformers", "vllm"),
 }
 CONSOLIDATE: Table = {"checkpoint": text, "out": text}
 BIND: Table = {

@@ -80,6 +80,8 @@ def check_way(settings: Mapping[str, Any]) -> None:
     if settings["max_tokens"] is not None and way != "reference_model":
         raise UserError(f"max_tokens is {settings['max_tokens']}, but {way} goes by whole corpora")
     if settings["layout"] == "documents":
+        if settings["scores"] == "vllm":
+            raise UserError("scores is 'vllm', but layout=documents is scored by transformers")
         check_documents(settings, way)
     elif given := [key for key in OF_DOCUMENTS if settings[key] is not None]:
         raise UserError(f"{given[0]} is {settings[given[0]]}, but layout=windows does not use it")
@@ -88,6 +90,13 @@ def check_way(settings: Mapping[str, Any]) -> None:
     ):
         given = "direct is true" if settings["direct"] else f"tp_size is {settings['tp_size']}"
         raise UserError(f"{given}, but it is for windows that a reference_model scores here")
+    if settings["scores"] == "vllm" and (
+        way != "reference_model" or settings["more"] or settings["direct"]
+    ):
+        raise UserError(
+            "scores is 'vllm', which gives log-probs alone of a reference_model, and reads its "
+            "weights in its own way: no columns, entropy, direct, requests or responses"
+        )
     if settings["more"] and way != "reference_model":
         more = ", ".join(settings["more"])
         raise UserError(f"{more} cannot be had with {way}: servers return log-probs alone")
@@ -238,6 +247,22 @@ def fill(config: Any, corpus: Corpus, source: ModelScores) -> References:
     return finish(scorer)
 
 
+def score_with_engine(config: Any, corpus: Corpus) -> References:
+    from slm.score.engine import EngineScores, check_engine, engine_scoring
+
+    check_packing(corpus)
+    check_engine(config, corpus)
+    out = Path(config.out)
+    plan = make_plan(corpus, model_sha256(config.reference_model), engine_scoring(config))
+    adopt_plan(out, plan)
+    source = EngineScores(corpus, config)
+    scorer = Scorer(source, corpus, out, config.batch_size, config.store_dtype, config.max_tokens)
+    if todo := scorer.missing():
+        score_missing(scorer, todo)
+    copy_lineage(config.reference_model, out)
+    return finish(scorer)
+
+
 def score_from_responses(config: Any, corpus: Corpus) -> References:
     """Every response is read and checked before the folder is made."""
     out, plan = Path(config.out), responses_plan(corpus, config)
@@ -287,6 +312,7 @@ def score(
     device: str = "auto",
     direct: bool = False,
     tp_size: int = 1,
+    scores: str = "transformers",
     modules: Sequence[str] = (),
     check: str = "size",
 ) -> References | Path:
@@ -319,6 +345,7 @@ def score(
             that the model is checked in.
         tp_size: so many processes of one torchrun hold the model together (transformers' tensor
             parallel plan of it), its weights read as with `direct`.
+        scores: "transformers", or "vllm": its engine, where it is installed, on `tp_size` GPUs.
         modules: your own modeling code, files or dotted names, imported first.
         check: "full" compares every file's hash first.
 
@@ -337,7 +364,8 @@ def score(
     if layout == "documents":
         return score_documents(settings, opened)
     if reference_model is not None:
-        return score_with_model(settings, opened)
+        way = score_with_engine if scores == "vllm" else score_with_model
+        return way(settings, opened)
     check_packing(opened)
     if requests is not None:
         return write_requests(opened, Path(requests), settings.served_model)

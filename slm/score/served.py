@@ -205,7 +205,7 @@ class Responses(Source):
 
     columns = (LOGPROBS,)
 
-    def __init__(self, corpus: Corpus, served_model: str, file: IO[bytes]):
+    def __init__(self, corpus: Corpus, served_model: str, file: IO[bytes] | Any):
         self.corpus, self.served_model, self.file = corpus, served_model, file
         self.windows = Windows(corpus)
         self.texts = TokenTexts(load_corpus_tokenizer(corpus))
