@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -40,6 +40,7 @@ from slm.prepare.readers import BLOCK_BYTES, out_of_memory, read_source
 from slm.prepare.records import read_texts
 from slm.prepare.scan import BadText
 from slm.prepare.sources import Source
+from slm.store.claims import process_name, remove_temporaries
 from slm.store.files import Json, naming
 
 BATCHES_PER_WORKER = 3  # in flight
@@ -298,7 +299,9 @@ def written(job: Job) -> Iterator[str]:
     As an argument of a process it is more than a pipe holds, and multiprocessing keeps the reading
     end open as it writes: a worker that died before it had read would be waited for for ever.
     """
-    with tempfile.NamedTemporaryFile(prefix="slm-job-") as file:
+    with suppress(OSError):  # of a process that was killed; another user's stays
+        remove_temporaries(Path(tempfile.gettempdir()), "slm-job")
+    with tempfile.NamedTemporaryFile(prefix=".slm-job.", suffix=f".{process_name()}.tmp") as file:
         with naming(Path(file.name)):
             pickle.dump(job, file)
             file.flush()

@@ -1,7 +1,10 @@
 """Shards of one side by hand; results in order; what the hash of a document decides."""
 
 import json
+import pickle
+import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from slm.prepare.encoder import EncoderState, encoder_state
 from slm.prepare.readers import BLOCK_BYTES, read_blocks
 from slm.prepare.shard_writer import ShardWriter
 from slm.prepare.sources import parse_sources
-from slm.prepare.workers import Job, Tally, group_blocks, is_kept, side_of, worker_pool
+from slm.prepare.workers import Job, Tally, group_blocks, is_kept, side_of, worker_pool, written
 from slm.store.shards import BY_NEED
 from slm.store.sidecars import read_sidecars
 from slm.store.tokenizer import train_tokenizer
@@ -123,6 +126,7 @@ def test_results_come_in_order_and_are_counted(tmp_path, state, num_proc):
 DIES = """
 import multiprocessing, sys
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from slm.errors import UserError
 from slm.prepare.encoder import encoder_state
 from slm.prepare.readers import read_blocks
@@ -145,6 +149,7 @@ os._exit(9)
 sources = parse_sources([{"path": sys.argv[1], "name": "n" * 10**6}], "sources")
 job = Job(sources, encoder_state(train_tokenizer(["a"], 258)), None, 0.0, False, 2**20)
 if sys.argv[2] == "early":
+    resource_tracker.ensure_running()  # which is started like a worker
     multiprocessing.set_executable("/bin/false")  # ends before it reads anything
 else:
     job = replace(job, chat=Chat())
@@ -163,3 +168,17 @@ def test_a_worker_that_dies_at_any_time_is_reported(tmp_path, when):
     command = [sys.executable, "-c", DIES, tmp_path / "a.txt", when]
     done = warm.run(command, capture_output=True, text=True, timeout=60)
     assert "a worker process died" in done.stdout, done.stderr
+
+
+def test_the_job_of_a_process_that_was_killed_goes_with_the_next_one(tmp_path, monkeypatch, state):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    dead = tmp_path / "tmp" / f".slm-job.x.{socket.gethostname()}-{2**22 + 1}-1.tmp"
+    dead.write_bytes(b"left")
+    job = make_job(state, tmp_path / "a.txt", "abc")
+    with written(job) as file:
+        assert [path for path in (tmp_path / "tmp").iterdir()] == [Path(file)]
+        assert pickle.loads(Path(file).read_bytes()).sources == job.sources
+        with written(job) as other:
+            assert Path(file).exists() and other != file
+    assert not list((tmp_path / "tmp").iterdir())
