@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
         masks: list[list[bool]] | None = None,
         signal: list[list[int]] | None = None,
         weights: list[list[float]] | None = None,
+        sources: Sequence[str] = ("test",),  # of a shard's documents in turn
     ) -> Corpus:
         folder.mkdir(parents=True)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -79,7 +80,7 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
             "seq_len": seq_len,
             "packing": packing,
             "split": folder.name,
-            "sources": ["test"],
+            "sources": list(sources),
         }
         write_json(folder / "plan.json", plan)
         sizes = token_bytes(tokenizer)
@@ -88,7 +89,9 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
             first = [0] if starts is None else starts[index]
             columns: dict[str, np.ndarray] = {
                 "tokens": tokens,
-                "documents": np.array([[s, 0, i, 0] for i, s in enumerate(first)], np.int64),
+                "documents": np.array(
+                    [[s, i % len(sources), i, 0] for i, s in enumerate(first)], np.int64
+                ),
                 "bytes": sizes[np.minimum(tokens, len(sizes) - 1)].astype(np.uint8),
             }
             if masks is not None:

@@ -24,7 +24,7 @@ from slm.model.flops import flops_per_token
 from slm.selection.rules import Excess
 from slm.store.files import write_csv
 from slm.store.shards import Corpus
-from slm.store.windows import Batch, Windows, open_references, spread
+from slm.store.windows import Batch, Windows, open_windows, spread
 
 RATIOS, WINDOWS, REPEATS = (0.6, 0.4, 0.2), 32, 9
 
@@ -85,7 +85,7 @@ def ratio_of(one: np.ndarray, other: np.ndarray) -> float:
 
 def main() -> None:
     model, corpus, references, tokens = sys.argv[1:]
-    windows = Windows(Corpus.open(corpus, "size"), open_references(references, None, "size"))
+    windows = open_windows(Corpus.open(corpus, "size"), references, None)
     lm = SelectiveLM(load_model(model)).train()
     torch.manual_seed(0)
     found = seconds(lm, windows.batch(spread(len(windows), WINDOWS)))

@@ -25,7 +25,7 @@ from slm.selection.rule import Selection
 from slm.selection.rules import Excess
 from slm.store.files import write_csv
 from slm.store.shards import Corpus
-from slm.store.windows import Batch, Windows, open_references, spread
+from slm.store.windows import Batch, Windows, open_windows, spread
 
 BATCHES, SIZE = 4, 32
 MEASURES = {
@@ -104,7 +104,7 @@ def lines(rows: list[dict[str, Any]], name: str) -> list[Series]:
 
 def main() -> None:
     runs, corpus, references, out = sys.argv[1:]
-    windows = Windows(Corpus.open(corpus, "size"), open_references(references, None, "size"))
+    windows = open_windows(Corpus.open(corpus, "size"), references, None)
     chosen = spread(len(windows), BATCHES * SIZE).reshape(SIZE, BATCHES).T  # each from all sources
     batches = [windows.batch(one) for one in chosen]
     found, _ = read_runs([runs])

@@ -4,7 +4,7 @@ Costs one forward pass over the token set each time.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from slm.dynamics.classes import MIN_CHECKPOINTS, RunningFit
 from slm.dynamics.stores import (
     classify_run,
     draw,
-    open_windows,
     run_record,
     store_folder,
     warn_of_training_text,
@@ -29,6 +28,7 @@ from slm.errors import NonFiniteError
 from slm.model.build import check_length
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer
+from slm.store.windows import open_windows
 from slm.train.callbacks.base import Evaluation, is_due, num_due, send
 from slm.train.loggers import WandbLog
 
@@ -55,7 +55,7 @@ class TokenDynamics(Evaluation):
         run_dir: str,
         name: str,
         corpus: str,
-        references: str | Sequence[str] | None,
+        references: str | Sequence[str] | Mapping[str, str] | None,
         combine: str | None,
         num_targets: int,
         seed: int,
@@ -67,7 +67,8 @@ class TokenDynamics(Evaluation):
     ):
         self.run_dir = Path(run_dir)
         self.folder = store_folder(self.run_dir, name, "callbacks.dynamics.")
-        self.windows = open_windows(corpus, references, combine, "size", "callbacks.dynamics.")
+        prefix = "callbacks.dynamics."
+        self.windows = open_windows(Corpus.open(corpus), references, combine, prefix=prefix)
         self.tokens = draw(self.windows, num_targets, seed, by_source)
         super().__init__(every_tokens)
         self.batch_size = batch_size

@@ -8,7 +8,7 @@ what selection takes of them. Costs one forward pass over the token set for each
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ from slm.dynamics.stores import (
     class_rows,
     classify_run,
     draw,
-    open_windows,
     run_record,
     store_folder,
     warn_of_training_text,
@@ -43,7 +42,7 @@ from slm.store.files import Json, read_json
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer
 from slm.store.trust import refuse_code
-from slm.store.windows import Windows
+from slm.store.windows import Windows, open_windows
 from slm.train.checkpoint import read_checkpoint, read_sidecar, sidecar
 from slm.train.curves import folders_of, run_folders
 
@@ -203,7 +202,7 @@ def dynamics(
     runs: Folder | Sequence[Folder],
     corpus: Folder,
     *,
-    references: Folder | Sequence[Folder] | None = None,
+    references: Folder | Sequence[Folder] | Mapping[str, Folder] | None = None,
     name: str = "checkpoints",
     combine: str | None = None,
     num_targets: int = 320_000,
@@ -245,8 +244,8 @@ def dynamics(
     where = pick_device(device)
     import_modules(modules)
     folders = run_folders(folders_of(runs))
-    scored = folders_of(references or [])
-    windows = open_windows(str(corpus), scored, combine, check, "")
+    held: Any = references
+    windows = open_windows(Corpus.open(str(corpus), check), held, combine, check, prefix="")
     tokens = draw(windows, num_targets, seed, by_source)
     stores = [open_store(run, windows, tokens, name, dtype, check) for run in folders]
     fill(folders, stores, windows, tokens, where, dtype, batch_size)

@@ -1,7 +1,6 @@
 """What the two ways to token dynamics share: the tokens, a run's store, its classes."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,9 @@ from slm.names import path_component
 from slm.store.files import Json, hash_json, nested, read_json
 from slm.store.shards import Corpus
 from slm.store.tokenizer import load_corpus_tokenizer
-from slm.store.windows import Windows, open_references
+from slm.store.windows import Windows
 
 log = logging.getLogger("slm.dynamics")
-
-
-def open_windows(
-    corpus: str,
-    references: str | Sequence[str] | None,
-    combine: str | None,
-    check: str,
-    prefix: str,
-) -> Windows:
-    stores = open_references(references, combine, check, prefix)
-    return Windows(Corpus.open(corpus, check), stores, combine)
 
 
 def draw(windows: Windows, num_targets: int, seed: int, by_source: bool) -> TokenSet:

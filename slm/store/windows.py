@@ -16,7 +16,7 @@ Nothing here imports Lightning: reading a corpus must not take seconds to start.
 Costs: reading is a gather from memory maps, about 5 ns a token on one core.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ from slm.store.sidecars import shard_path
 IGNORE_INDEX = -100
 WEIGHT = "token_weight"
 COMBINE = ("mean", "min", "max", "mixture")
+SOURCE = "source"  # instead of these: every target has the score of its own source's reference
 Batch = dict[str, Tensor]
 
 
@@ -52,7 +53,8 @@ def combine(logprobs: np.ndarray, how: str) -> np.ndarray:  # (R, B, T) -> (B, T
 class Windows:
     """Random access to the windows of a corpus and, with `references`, to their scores.
 
-    combine:  how several references become one (see above); None for one or none
+    combine:  how several references become one (see above); None for one or none; "source": there
+              is one for each source of the corpus, in their order
     partial:  references may have scores of some windows alone, `available`
     """
 
@@ -200,6 +202,8 @@ class Windows:
             self._check_scored(store, windows)
             self._gather(store, column.name, windows, out)
             self._check_scores(store, column, out, targets, windows)
+        if self.combine == SOURCE:
+            return np.take_along_axis(values, self.sources(windows)[None], axis=0)[0]
         return values[0] if self.combine is None else combine(values, self.combine)
 
     def sources(self, windows: np.ndarray) -> np.ndarray:  # (B,) -> (B, T) int64
@@ -306,10 +310,51 @@ def positions(first: np.ndarray) -> np.ndarray:  # (B, T) bool -> (B, T) int64
     return index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
 
 
+def open_windows(
+    corpus: Corpus,
+    folders: str | Sequence[str] | Mapping[str, str] | None,
+    combine: str | None,
+    check: str = "size",
+    prefix: str = "data.",
+    partial: bool = False,
+) -> Windows:
+    """With references: one, several to combine, or by name one for each source.
+
+    prefix: what stands before the keys in messages
+    """
+    if isinstance(folders, Mapping):
+        folders, combine = of_sources(corpus, folders, combine, prefix), SOURCE
+        opened = {folder: References.open(folder, check) for folder in dict.fromkeys(folders)}
+        return Windows(corpus, [opened[folder] for folder in folders], combine, partial)
+    if combine == SOURCE:
+        raise UserError(
+            f"{prefix}references is {folders!r}, and each source of the corpus has one of its own: "
+            f"it must be {{{': ..., '.join(corpus.manifest['sources'])}: ...}}"
+        )
+    return Windows(corpus, open_references(folders, combine, check, prefix), combine, partial)
+
+
+def of_sources(
+    corpus: Corpus, folders: Mapping[str, str], combine: str | None, prefix: str
+) -> list[str]:
+    """In the order of the corpus's sources."""
+    sources = corpus.manifest["sources"]
+    if combine not in (None, SOURCE):
+        raise UserError(
+            f"{prefix}combine is {combine!r}, and {prefix}references names one of each source: "
+            "leave the former null"
+        )
+    if set(folders) != set(sources):
+        raise UserError(
+            f"{prefix}references names the sources {sorted(folders)}, those of {corpus.folder} "
+            f"are {sorted(set(sources))}"
+        )
+    return [folders[name] for name in sources]
+
+
 def open_references(
-    folders: str | Sequence[str] | None, combine: str | None, check: str, prefix: str = "data."
+    folders: str | Sequence[str] | None, combine: str | None, check: str, prefix: str
 ) -> list[References]:
-    """`prefix` stands before the keys in messages."""
     named = [folders] if isinstance(folders, str) else list(folders or [])
     if combine is None and len(named) > 1:
         raise UserError(

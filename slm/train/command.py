@@ -44,7 +44,7 @@ def train(
     out: Folder,
     max_tokens: int,
     *,
-    references: Folder | Sequence[Folder] | None = None,
+    references: Folder | Sequence[Folder] | Mapping[str, Folder] | None = None,
     heldout: Mapping[str, Folder] | None = None,
     selection: Selection | Group = "excess",
     model: Group = "llama_600k",
@@ -69,7 +69,7 @@ def train(
         corpus: what is trained on, made by `prepare`.
         out: folder of the run. The same call again goes on with an interrupted run.
         max_tokens: training tokens, unselected ones included; rounded to optimizer steps.
-        references: scores of this corpus, made by `score`; or a list of them.
+        references: scores of this corpus, made by `score`; a list of them; or {source: scores}.
         heldout: {name: corpus}, evaluated during training.
         selection: a rule, `Excess(0.6)`, or its word, "all".
         model: architecture, init_from (a model folder to start from), ...: conf/model.

@@ -9,14 +9,15 @@ from lightning import LightningDataModule
 from slm.errors import UserError
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer
-from slm.store.windows import Windows, open_references
+from slm.store.windows import open_windows
 from slm.train.order import NEW, MicroBatches, Order, Steps
 
 
 class TokenData(LightningDataModule):
     """Training windows (`corpus`, `references`) and named held-out sets.
 
-    references:        none, a folder, or a list of folders; of a corpus that is scored in part,
+    references:        none, a folder, a list of folders, or {source: folder}, for each source of
+                       the corpus its own; of a corpus that is scored in part,
                        the scored windows are what there is to read, whatever the rule
     combine:           what becomes of several references: mean, min or max of their losses, or
                        mixture (the mean of their probabilities)
@@ -32,7 +33,7 @@ class TokenData(LightningDataModule):
     def __init__(
         self,
         corpus: str,
-        references: str | Sequence[str] | None,
+        references: str | Sequence[str] | Mapping[str, str] | None,
         combine: str | None,
         heldout: Mapping[str, str] | None,
         heldout_windows: int,
@@ -45,8 +46,8 @@ class TokenData(LightningDataModule):
     ):
         super().__init__()
         self.corpus = Corpus.open(corpus, check)
-        self.references = open_references(references, combine, check)
-        self.windows = Windows(self.corpus, self.references, combine, partial=True)
+        self.windows = open_windows(self.corpus, references, combine, check, partial=True)
+        self.references = list(self.windows.references)
         named = {} if heldout is None else heldout
         self.heldout = {name: Corpus.open(folder, check) for name, folder in named.items()}
         self.heldout_windows = heldout_windows

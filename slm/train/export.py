@@ -31,7 +31,7 @@ from slm.stage import Folder, stage
 from slm.store.fields import SIZE, check_fields, of_what
 from slm.store.files import Json, nested, read_json, write_record
 from slm.store.shards import Corpus, References
-from slm.store.windows import Windows, open_references
+from slm.store.windows import Windows, open_windows
 
 log = logging.getLogger("slm.train")
 TABLE = {"form" if key == "as" else key: kind for key, kind in EXPORT.items()}
@@ -46,8 +46,7 @@ class Chosen(NamedTuple):
 
     model: str
     selection: Json
-    references: list[References]
-    combine: str | None
+    windows: Windows  # with the references
     together: int  # windows that are ranked together with scope=batch
     seed: int
     tokens_seen: int
@@ -61,7 +60,7 @@ def export_corpus(
     *,
     form: str | None = None,
     run: Folder | None = None,
-    references: Folder | Sequence[Folder] | None = None,
+    references: Folder | Sequence[Folder] | Mapping[str, Folder] | None = None,
     combine: str | None = None,
     target_model: Folder | None = None,
     keep: Mapping[str, Any] | None = None,
@@ -149,8 +148,8 @@ def check_keys(config: Any) -> None:
 def chosen_by(config: Any, corpus: Corpus) -> Chosen:
     if config.run is not None:
         return chosen_by_run(Path(config.run).expanduser(), config, corpus)
-    stores = open_references(config.references, config.combine, config.check, prefix="")
-    rest = (stores, config.combine, WINDOWS_TOGETHER, 0, 0)
+    windows = open_windows(corpus, config.references, config.combine, config.check, prefix="")
+    rest = (windows, WINDOWS_TOGETHER, 0, 0)
     return Chosen(config.target_model, config.keep, *rest)
 
 
@@ -163,8 +162,9 @@ def chosen_by_run(run: Path, config: Any, corpus: Corpus) -> Chosen:
     counts = {name: SIZE for name in ("max_tokens", "data.micro_batch_size")}
     check_fields(path, record, counts)
     same(path, "corpus", record["corpus"], corpus.fingerprint, corpus.folder)
-    stores = open_references(config.references, record["data.combine"], config.check, prefix="")
-    named = [store.fingerprint for store in stores]
+    combine = record["data.combine"]
+    windows = open_windows(corpus, config.references, combine, config.check, prefix="")
+    named = [store.fingerprint for store in windows.references]
     if record["online_reference"] is not None:
         raise UserError(
             f"{path}: the run's reference scored every batch (online_reference): score the corpus "
@@ -174,8 +174,7 @@ def chosen_by_run(run: Path, config: Any, corpus: Corpus) -> Chosen:
     return Chosen(
         str(run / "model"),
         nested(record, "selection."),
-        stores,
-        record["data.combine"],
+        windows,
         record["data.micro_batch_size"],
         record["seed"],
         record["max_tokens"],
@@ -217,7 +216,7 @@ def concentrate(config: Any, corpus: Corpus) -> Path:
 
     out, chosen = Path(config.out).expanduser(), chosen_by(config, corpus)
     rule = checked_rule(config, chosen.selection)
-    windows = Windows(corpus, chosen.references, chosen.combine)
+    windows = chosen.windows
     lacking = [column for column in rule.needs if column not in {c.key for c in windows.columns}]
     if lacking:
         raise UserError(
@@ -225,7 +224,7 @@ def concentrate(config: Any, corpus: Corpus) -> Path:
             f"{config.references} has none"
         )
     losses = None
-    if rule.needs_token_loss or chosen.references:
+    if rule.needs_token_loss or windows.references:
         losses = Windows(corpus, [model_scores(config, chosen, corpus, out, rule.needs_entropy)])
     with new_folder(out) as made:
         work = made / "work"
@@ -251,7 +250,7 @@ def concentrate(config: Any, corpus: Corpus) -> Path:
         record: Json = {"as": config.form, "corpus": corpus.fingerprint}
         record |= {"selection": chosen.selection, "by": config.by or "share"}
         record |= {"least": config.least, "max_tokens": config.max_tokens}
-        record["references"] = [store.fingerprint for store in chosen.references]
+        record["references"] = [store.fingerprint for store in chosen.windows.references]
         write_record(made / "export.json", record | counts)
     say(out, config, counts)
     return out

@@ -34,13 +34,15 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
     plain["model"].pop("keys_cache_bytes", None)  # changes no number
     if "override" in plain["model"] and not plain["model"]["override"]:
         del plain["model"]["override"]  # as of builds that did not know it
+    rule = by_word(plain["selection"])
+    rule = {k: v for k, v in rule.items() if v is not None or k == "cap"}  # no bound: as before
     loaded = None if init_from is None else init_identity("model.init_from", init_from)
     return {
         "seed": plain["seed"],
         "max_tokens": plain["max_tokens"],
         "corpus": data.corpus.fingerprint,
         "references": [store.fingerprint for store in data.references],
-        "data.combine": plain["data"]["combine"],
+        "data.combine": data.windows.combine,
         "online_reference": online_identity(settings),
         "selection_start": plain["selection_start"],
         "init_from": loaded,
@@ -49,7 +51,7 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
         "data.micro_batch_size": plain["data"]["micro_batch_size"],
         "trainer.precision": plain["trainer"]["precision"],
         **flat("model", plain["model"]),
-        **flat("selection", by_word(plain["selection"])),
+        **flat("selection", rule),
         **flat("optimizer", plain["optimizer"]),
     }
 

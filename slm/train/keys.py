@@ -72,7 +72,7 @@ TRAIN: Table = TRAINER | {
     "modules": several(text, least=0),
     "data": section,
     "data.corpus": text,
-    "data.references": optional(texts),
+    "data.references": optional(either(texts, folders)),
     "data.heldout": optional(either(folders, Kind("{}", lambda v: v == {}))),
     "data.check": word(*CHECKS),
     "data.heldout_windows": count,

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from run_helpers import train
-from slm.dynamics.stores import open_windows
 from slm.errors import UserError
 from slm.integrations.datasets import to_hf_dataset
 from slm.score.command import make_plan, score
@@ -19,7 +18,7 @@ from slm.score.scorer import Arrays, Scorer, Source, finish, is_finished, store_
 from slm.store.columns import ENTROPY, LOGPROBS
 from slm.store.files import write_json
 from slm.store.shards import Corpus, References
-from slm.store.windows import Windows
+from slm.store.windows import Windows, open_windows
 from slm.verify import check_scores, verify
 from train_helpers import compose_train, rows
 
@@ -203,7 +202,7 @@ def test_who_needs_all_of_them_says_so(grow, tmp_path, text_corpus, user):
     corpus, refs = text_corpus.folder, tmp_path / "refs"
     openers = {
         "windows": lambda: Windows(text_corpus, [References.open(refs)]),
-        "dynamics": lambda: open_windows(str(corpus), [str(refs)], None, "size", ""),
+        "dynamics": lambda: open_windows(Corpus.open(corpus), [str(refs)], None),
         "dataset": lambda: to_hf_dataset(corpus, refs),
     }
     with pytest.raises(UserError, match=r"has scores of 1\d of 40 windows, and all are needed"):

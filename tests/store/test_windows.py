@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from slm.errors import UserError
-from slm.store.windows import COMBINE, IGNORE_INDEX, Windows, combine, positions, spread
+from slm.store.windows import (
+    COMBINE,
+    IGNORE_INDEX,
+    Windows,
+    combine,
+    open_windows,
+    positions,
+    spread,
+)
 from slm.train.order import MicroBatches, Order, Steps
 
 
@@ -217,6 +225,33 @@ def test_several_references_become_one(tmp_path, make_corpus, make_references):
     for how, values in expected.items():
         batch = Windows(corpus, references, how).batch(np.array([0]))
         assert batch["reference_logprob"][0].tolist() == pytest.approx(values, rel=1e-6)
+
+
+def test_each_source_has_a_reference_of_its_own(tmp_path, make_corpus, make_references):
+    corpus = make_corpus(
+        tmp_path / "c", [np.arange(9)], 4, starts=[[0, 3, 7]], sources=["math", "code"]
+    )
+    stored = {"code": np.r_[np.nan, -np.arange(1.0, 9)], "math": np.r_[np.nan, -np.full(8, 0.5)]}
+    folders = {
+        name: str(make_references(tmp_path / name, corpus, [scores]).folder)
+        for name, scores in stored.items()
+    }
+    windows = open_windows(corpus, folders, None)
+    found = windows.batch(np.array([0, 1]))["reference_logprob"]  # tokens 1, 2, 7 and 8 are math's
+    assert found.tolist() == [[-0.5, -0.5, -3, -4], [-5, -6, -0.5, -0.5]]
+    assert (windows.combine, len(windows.references)) == ("source", 2)
+    for given, how, message in [
+        (folders, "mean", "data.combine is 'mean', and data.references names one of each source"),
+        (
+            {"math": folders["math"]},
+            None,
+            r"names the sources \['math'\], those of .* \['code', 'm",
+        ),
+        (folders | {"x": "y"}, None, r"the sources \['code', 'math', 'x'\]"),
+        ([*folders.values()], "source", "it must be {math: ..., code: ...}"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_windows(corpus, given, how)
 
 
 def test_entropies_stand_beside_their_targets(tmp_path, make_corpus, make_references):

@@ -10,7 +10,7 @@ A row is not shifted: `labels[i]` and `reference_logprob[i]` are about the token
 the lengths of the documents in a row, which neither attend to nor predict each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,19 @@ from slm.errors import UserError
 from slm.integrations.datasets.corpus import from_hf_dataset
 from slm.integrations.datasets.scores import score_dataset
 from slm.integrations.datasets.windows import WindowRows
+from slm.stage import plain
 from slm.store.files import hash_json
 from slm.store.shards import Corpus
-from slm.store.windows import WEIGHT, Windows, open_references
+from slm.store.windows import WEIGHT, Windows, open_windows
 
 __all__ = ["WindowDataset", "from_hf_dataset", "score_dataset", "to_hf_dataset"]
 
-Folders = str | Path | Sequence[str | Path]
+Folders = str | Path | Sequence[str | Path] | Mapping[str, str | Path]  # the last by source
 
 
-def open_windows(corpus: str | Path, references: Folders | None, combine: str | None) -> Windows:
+def windows_of(corpus: str | Path, references: Folders | None, combine: str | None) -> Windows:
     """combine: what becomes of several references: mean, min, max or mixture."""
-    named = [references] if isinstance(references, str | Path) else references or []
-    stores = open_references([str(folder) for folder in named], combine, "size", prefix="")
-    return Windows(Corpus.open(corpus), stores, combine)
+    return open_windows(Corpus.open(corpus), plain(references), combine, prefix="")
 
 
 class WindowDataset(torch.utils.data.Dataset):
@@ -57,7 +56,7 @@ class WindowDataset(torch.utils.data.Dataset):
     def __init__(
         self, corpus: str | Path, references: Folders | None = None, combine: str | None = None
     ):
-        self.windows = open_windows(corpus, references, combine)
+        self.windows = windows_of(corpus, references, combine)
         scores = [column.key for column in self.windows.columns]
         self.names = ("input_ids", "targets", *scores, WEIGHT, "position_ids")
 
@@ -83,7 +82,7 @@ def to_hf_dataset(
     token_weight       of a corpus with weights: what the tokens' losses are multiplied by
     seq_lengths        with packing=documents: lengths of the documents in the row
     """
-    windows = open_windows(corpus, references, combine)
+    windows = windows_of(corpus, references, combine)
     builder = WindowRows(config_id=identity(windows), windows=windows)
     try:
         builder.download_and_prepare()
