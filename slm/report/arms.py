@@ -217,7 +217,9 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
 def grouped(runs: Sequence[Run]) -> list[Arm]:
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        fields = {key: value for key, value in run.identity.items() if key not in SEEDS}
+        # A field that is null is one that an earlier build did not know, as in adopt_run.
+        stated = {key: value for key, value in run.identity.items() if value is not None}
+        fields = {key: value for key, value in stated.items() if key not in SEEDS}
         groups[json.dumps(fields, sort_keys=True)].append(run)
     alike: dict[str, list[Run]] = defaultdict(list)
     for group in groups.values():
