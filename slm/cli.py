@@ -76,7 +76,7 @@ log = logging.getLogger("slm")
 
 def usage() -> str:
     rows = [
-        f"  {name:10}{what}\n            slm {name} {example}".rstrip()
+        f"  {name:12}{what}\n            slm {name} {example}".rstrip()
         for name, (what, example) in COMMANDS.items()
     ]
     return "\n".join(
@@ -175,8 +175,6 @@ def command(
         def job(config: Any) -> Any:
             try:
                 settings = plain_settings(config)
-                if settings.pop("task", None) is not None:  # of an array, whose jobs are all alike
-                    log.info("slm %s: task %s", name, config.task)
                 if check is not None:
                     check(settings)
                     say_loading(name)
@@ -223,6 +221,8 @@ def plain_settings(config: Any) -> dict[str, Any]:
         examples = " ".join(f"{key}=..." for key in missing)
         raise UserError(f"{', '.join(missing)} must be given: {examples}")
     settings: Any = OmegaConf.to_container(config, resolve=True)
+    if settings.pop("task", None) is not None:  # of an array, whose jobs are all alike
+        log.info("task %s", config.task)
     return settings
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from slm.cli import conf_folder, plain_settings
 
@@ -43,6 +43,8 @@ def composed(root: str, *words: str) -> Any:
     for word, choice in zip(parsed, is_choice, strict=True):
         if not choice:
             OmegaConf.update(config, word.key_or_group, word.value(), force_add=word.is_add())
+    with open_dict(config):
+        config.pop("task", None)  # of an array: the command's alone
     return config
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -62,6 +62,8 @@ class Sweep(ExitCode):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Hydra makes the folder of a run before anybody knows whether there will be one."""
+        if OmegaConf.is_missing(config, "out"):  # which the command says
+            return
         folder = Path(config.hydra.run.dir).absolute()
         made = [one for one in (folder, *folder.parents) if not one.exists()]
         atexit.register(remove_empty, made)

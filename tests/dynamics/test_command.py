@@ -143,10 +143,11 @@ def test_a_run_that_starts_anew_forgets_all(tmp_path, text_corpus, monkeypatch):
 
 def test_a_name_that_leads_out_of_the_folder_is_refused_and_removes_nothing(tmp_path, text_corpus):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text("{}")
     words = [*during(text_corpus), "callbacks.dynamics.name=.."]
     with pytest.raises(UserError, match=r"callbacks.dynamics.name is '\.\.', it must be one name"):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
-    assert (tmp_path / "run" / "run.json").exists()
+    assert (tmp_path / "run" / "status.json").exists()
 
 
 def test_a_broken_model_stops_the_training(tmp_path, text_corpus, monkeypatch):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dynamics_helpers import make_lm
 from slm.dynamics.token_set import read_windows
 from slm.dynamics.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.store.files import write_record
 from slm.store.windows import IGNORE_INDEX, Windows
 
@@ -123,5 +123,5 @@ def test_a_plan_of_another_type_is_refused(tmp_path, text_corpus, tokenizer, nam
     path = tmp_path / "d" / "plan.json"
     plan = make_store(path.parent, text_corpus, np.array([0]), tokenizer).plan
     write_record(path, plan | {"run": plan["run"] | {name: value}})
-    with pytest.raises(UserError, match=f"plan.json: {name} is {value!r}, expected "):
+    with pytest.raises(UserError, match=f"plan.json: {name} is {shown(value)}, expected "):
         TrajectoryStore(path.parent)

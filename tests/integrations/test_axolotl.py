@@ -185,7 +185,7 @@ def tagged(lengths: list[int]) -> list[Row]:
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no ratio": (
         {"slm_select_ratio": "absent"},
-        "select_ratio is None, it must be a number in (0, 1]",
+        "select_ratio is null, it must be a number in (0, 1]",
     ),
     "ratio": ({"slm_select_ratio": 1.5}, "select_ratio is 1.5, it must be a number in (0, 1]"),
     "scope": ({"slm_scope": "rank"}, "scope is 'rank', it must be one of"),

@@ -162,7 +162,10 @@ def test_objects_stand_beside_what_conf_has_and_the_run_is_read_back(tmp_path, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"selection": "exces"}, r"^selection is 'exces', conf/selection has all, excess, "),
+        (
+            {"selection": "exces"},
+            r"^selection is 'exces', conf/selection has all, entropy, excess, ",
+        ),
         ({"selection": 0.6}, r"^selection is 0.6, it must be a section of keys$"),
         ({"data": {"corpus": "c"}}, r"^data.corpus is given: corpus is an argument of its own$"),
         ({"model": {"architecture": TINY, "init_from": "m"}}, "model.architecture is given with"),
@@ -173,7 +176,7 @@ def test_objects_stand_beside_what_conf_has_and_the_run_is_read_back(tmp_path, t
             {"selection": "all", "callbacks": {"checkpoints": {"kep": 3}}},
             "^callbacks.checkpoints.kep is given, and nothing reads it, did you mean .*keep?",
         ),
-        ({"trainer": {"strategy": "fsdp"}}, "^trainer.strategy is 'fsdp', it must be one of"),
+        ({"trainer": {"strategy": "fsdp"}}, "^trainer.strategy is 'fsdp', which is FSDP1"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(tmp_path, text_corpus, settings, message):
