@@ -21,10 +21,10 @@ from slm.store.files import hash_file, read_json
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = ROOT / "experiments" / "slurm"
 TINY = [
-    *("selection=random", "data.batch_size=8", "data.micro_batch_size=4", "max_tokens=1_228_800"),
+    *("selection=random", "data.batch_size=8", "data.micro_batch_size=4", "max_tokens=819_200"),
     *("callbacks.metrics.every_steps=1", "callbacks.checkpoints.every_tokens=100_000_000"),
 ]
-STEPS = 2400
+STEPS = 1600
 
 
 def slm(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
