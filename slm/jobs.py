@@ -50,6 +50,6 @@ def check_launcher() -> None:
     size = next((int(os.environ[name]) for name in MPI_SIZES if name in os.environ), 1)
     if size > 1 and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
         raise UserError(
-            f"started by mpirun as {size} processes, and none of RANK, LOCAL_RANK and MASTER_ADDR "
-            "is set: start the ranks with torchrun or srun (slm train --help)"
+            f"started by mpirun as {size} processes, and RANK is not set: start the ranks with "
+            "torchrun or srun (slm train --help)"
         )

@@ -18,9 +18,7 @@ from slm_kernels import max_selected, select_count, select_top_k
 SCOPES = ("sequence", "batch", "global")
 SCOPE = word(*SCOPES)
 TokenWeight = Tensor | Callable[..., Tensor]  # (B, T), or what makes it of the token losses
-ENTROPY = (
-    "entropy"  # of the model's own prediction: of batches of a rule that needs it, (B, T) nats
-)
+ENTROPY = "entropy"  # in the batch of a rule with needs_entropy: (B, T) nats
 
 
 class Choice(NamedTuple):

@@ -35,7 +35,8 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
     if "override" in plain["model"] and not plain["model"]["override"]:
         del plain["model"]["override"]  # as of builds that did not know it
     rule = by_word(plain["selection"])
-    rule = {k: v for k, v in rule.items() if v is not None or k == "cap"}  # no bound: as before
+    bounds = ("min_", "max_", "select_ratio")  # null: as in builds that knew none
+    rule = {k: v for k, v in rule.items() if v is not None or not k.startswith(bounds)}
     loaded = None if init_from is None else init_identity("model.init_from", init_from)
     return {
         "seed": plain["seed"],
