@@ -169,14 +169,19 @@ def test_a_tokenizer_is_trained_once(tmp_path, settings, made, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-# Counts the parts that each process makes, in one file.
+# Counts the parts that each process makes, in one file. Neither ends its first part before the
+# other has one in hand: a process that began sooner would else make all of them alone.
 COUNTING = f"""
-import os
+import os, time
 from slm.prepare import parts, scan
 scan.UNIT_BYTES, write_part = {UNIT_BYTES}, parts.write_part
 def count(work, index, *rest):
+    folder, end = work.out.parent, time.monotonic() + 50
+    (folder / f"begun-{{os.getpid()}}").touch()
+    while len([*folder.glob("begun-*")]) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
     write_part(work, index, *rest)
-    with open(work.out.parent / "made", "a") as file:
+    with open(folder / "made", "a") as file:
         print(index, os.getpid(), file=file)
 parts.write_part = count
 """
