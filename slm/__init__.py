@@ -1,6 +1,6 @@
 """Selective language modeling, from Python: what is named here is public.
 
-    from slm import prepare, import_corpus, score, train, evaluate, dynamics, report
+    from slm import prepare, import_corpus, score, train, evaluate, dynamics, report, pilot
     from slm import Corpus, References, Windows, SelectiveLM
 
 Each is imported when it is first asked for. A stage is a function and the folder of its modules
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slm.dynamics.command import dynamics
     from slm.evaluate.command import evaluate
     from slm.model.build import SelectiveLM
+    from slm.pilot.command import pilot
     from slm.prepare.command import prepare
     from slm.prepare.imports.command import import_corpus
     from slm.report.command import report
@@ -52,6 +53,7 @@ __all__ = [
     "evaluate",
     "export_corpus",
     "import_corpus",
+    "pilot",
     "prepare",
     "report",
     "score",

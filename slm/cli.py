@@ -60,6 +60,10 @@ COMMANDS = {  # name: (what it does, an example)
         "runs=runs/slm corpus=corpus/heldout references=refs",
     ),
     "report": ("runs of a sweep -> tables and figures", "runs=runs/sweep out=report"),
+    "pilot": (
+        "corpus + reference + base -> will selection pay?",
+        "corpus=corpus/train reference_model=a model.init_from=b 'heldout={c: d}' out=pilot",
+    ),
     "dashboard": ("runs -> a W&B workspace", "runs=runs/sweep group=runs-sweep"),
     "consolidate": (
         "a checkpoint in shards -> one file",

@@ -3,6 +3,8 @@
 `anything` is left to its reader, whose sentence says more.
 """
 
+import re
+
 from slm.checks import (
     CHECKS,
     Kind,
@@ -15,6 +17,7 @@ from slm.checks import (
     number,
     optional,
     real,
+    section,
     seed,
     several,
     text,
@@ -36,6 +39,14 @@ FORWARD: Table = {
     "modules": modules,
     "check": check,
 }
+
+
+def is_budget(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"\d+(\.\d+)?%", value)) and 0 < float(value[:-1]) <= 100
+    return type(value) is int and value > 0
+
+
 PREPARE: Table = {
     "out": text,
     "sources": anything,
@@ -157,6 +168,39 @@ REPORT: Table = {
     "max_dynamics": count,
     "modules": modules,
     "check": check,
+}
+PILOT: Table = {
+    "corpus": text,
+    "out": text,
+    "reference_model": text,
+    "heldout": folders,
+    "elsewhere": optional(folders),
+    "curated": optional(text),
+    "curated_share": optional(real(0, 1, "()")),
+    "budget": Kind(
+        "a share of the corpus such as 1%, or a whole number of tokens of at least 1", is_budget
+    ),
+    "select_ratios": several(
+        Kind(
+            "a number in (0, 1): at 0 nothing is trained on, and 1 is all tokens, an arm of every "
+            "pilot",
+            real(0, 1, "()").fits,
+        )
+    ),
+    "target_tokens": optional(count),
+    "seeds": count,
+    "max_seeds": count,
+    "level": real(0, 1, "()"),
+    "margin": rate,
+    "heldout_windows": count,
+    "model": either(section, text),
+    "data": section,
+    "data.batch_size": count,
+    "data.micro_batch_size": count,
+    "optimizer": either(section, text),
+    "trainer": either(section, text),
+    "seed": seed,
+    "modules": modules,
 }
 DASHBOARD: Table = {
     "project": optional(text),

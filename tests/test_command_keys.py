@@ -28,13 +28,16 @@ GIVEN = {  # what must be given; nothing of it is there
     "harness": ["models={a: no}", "problems=no"],
     "dynamics": ["runs=no", "corpus=no"],
     "report": ["runs=no", "out=x"],
+    "pilot": [
+        *("corpus=no", "out=x", "reference_model=no", "model.init_from=no", "heldout={a: no}"),
+    ],
     "dashboard": ["out=x"],
     "demo": ["out=x"],
     "consolidate": ["checkpoint=no", "out=x.ckpt"],
 }
 
 NO_CORPUS = "no is not a finished corpus: it does not exist"
-NOT_THERE = dict.fromkeys(["score", "bind", "evaluate", "dynamics", "train"], NO_CORPUS)
+NOT_THERE = dict.fromkeys(["score", "bind", "evaluate", "dynamics", "train", "pilot"], NO_CORPUS)
 NOT_THERE |= {"harness": "models no: there is no such folder", "report": "no is no folder"}
 NOT_THERE |= {"prepare": "no tokenizer at no: there is no such folder"}
 
@@ -102,6 +105,9 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ("report", "sets=math", "sets is 'math', it must be a list of at least 1"),
         ("report", "max_dynamics=few", "max_dynamics is 'few', it must be a whole number"),
         ("report", "baselines=[a]", r"baselines is \['a'\], it must be {name: folder, ...}"),
+        ("pilot", "budget=0.01", "budget is 0.01, it must be a share of the corpus such as 1%"),
+        ("pilot", "select_ratios=[0]", r"select_ratios is \[0\], .* at 0 nothing is trained on"),
+        ("pilot", "select_ratios=[0.5,1]", "select_ratios is .*, and 1 is all tokens, an arm of"),
         ("dashboard", "save=1", "save is 1, it must be auto, true or false"),
         ("dashboard", "runs=[a]", r"runs is \['a'\], it must be a text"),
         ("demo", "seeds=0", "seeds is 0, it must be a whole number of at least 1"),

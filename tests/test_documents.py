@@ -30,6 +30,7 @@ STAGES = [
     "train",
     "dynamics",
     "report",
+    "pilot",
 ]
 
 

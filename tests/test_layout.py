@@ -43,7 +43,7 @@ GROUND = {
     "version",
 }
 # In the order of the data: a folder imports what stands before it, and the ground.
-FLOORS = "store prepare model selection score evaluate train dynamics report".split()
+FLOORS = "store prepare model selection score evaluate train dynamics report pilot".split()
 TOP = {"integrations", "verify", "demo", "harness", "dashboard", "import", "export", "bind"}
 TOP |= {"consolidate"}
 # Tests of more than one module.

@@ -6,7 +6,7 @@ Costs one forward pass; no logits are kept.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ from slm.store.windows import IGNORE_INDEX, Windows, spread, to_device, turns
 log = logging.getLogger("slm.evaluate")
 
 
+def unwatched(token_loss: torch.Tensor) -> None:
+    """Nobody asks for the losses of single tokens."""
+
+
 @torch.no_grad()
 def window_losses(
     lm: SelectiveLM,
@@ -43,12 +47,13 @@ def window_losses(
     advance: Advance = nothing,
     rank: int = 0,
     ranks: int = 1,
+    watch: Callable[[torch.Tensor], None] = unwatched,
 ) -> WindowLosses:
     """Evaluate `lm` on the windows of `corpus` (at most `max_windows`, evenly spread).
 
     The module's mode is put back afterwards, and no random number is drawn. `advance` is told the
-    number of tokens after each batch. One of several ranks has every so many-th batch, and calls
-    `lm` as often as the others.
+    number of tokens after each batch, `watch` gets its token losses (B, T). One of several ranks
+    has every so many-th batch, and calls `lm` as often as the others.
     """
     windows = Windows(corpus)
     chosen = spread(len(windows), max_windows)
@@ -64,7 +69,9 @@ def window_losses(
         live = batch["targets"] != IGNORE_INDEX
         targets.append(live.sum(1))
         num_bytes.append((windows.target_bytes(part) * live).sum(1))
-        nats.append(lm(to_device(batch, device)).loss.to(exact).double().sum(1))
+        loss = lm(to_device(batch, device)).loss
+        watch(loss)
+        nats.append(loss.to(exact).double().sum(1))
         advance(live.numel())
     lm.train(training)
     mine = np.concatenate([chosen[:0], *parts[rank::ranks]])

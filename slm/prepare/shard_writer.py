@@ -3,17 +3,26 @@
 from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from slm.prepare.encoder import EncoderState
 from slm.store.files import ArrayWriter, atomic_file
 from slm.store.shards import BY_NEED
 from slm.store.sidecars import Shard, shard_path, write_sidecar
 
 
-def column_dtypes(state: EncoderState, by_need: Collection[str]) -> dict[str, str]:
+class Dtypes(Protocol):
+    """Of tokens and of their bytes: an encoder's, or those of a corpus that is copied."""
+
+    @property
+    def token_dtype(self) -> str: ...
+
+    @property
+    def bytes_dtype(self) -> str: ...
+
+
+def column_dtypes(state: Dtypes, by_need: Collection[str]) -> dict[str, str]:
     """Of the columns of tokens; by_need: columns of slm.store.shards.BY_NEED"""
     dtypes = {"tokens": state.token_dtype, "bytes": state.bytes_dtype}
     return dtypes | {name: dtype for name, dtype in BY_NEED.items() if name in by_need}
@@ -30,7 +39,7 @@ class ShardWriter:
         folder: Path,
         seq_len: int,
         shard_tokens: int,
-        state: EncoderState,
+        state: Dtypes,
         by_need: Collection[str] = (),
     ):
         self.folder, self.seq_len = folder, seq_len

@@ -62,9 +62,10 @@ def half_width(one: WindowLosses, other: WindowLosses) -> float | None:
     return float(student(count - 1) * error)
 
 
-def student(freedom: int) -> float:
-    """97.5th percentile of Student's t, within 2% (Abramowitz and Stegun, 26.7.5)."""
-    z = NormalDist().inv_cdf(0.975)
+def student(freedom: int, level: float = 0.05) -> float:
+    """What Student's t is beyond, to either side, with the chance `level`; from 3 degrees of
+    freedom on within 2% at the usual one (Abramowitz and Stegun, 26.7.5)."""
+    z = NormalDist().inv_cdf(1 - level / 2)
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3

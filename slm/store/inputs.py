@@ -10,7 +10,7 @@ from typing import Any
 from slm.checks import ABSENT, Table, check, select
 from slm.errors import UserError
 
-CORPORA = ("corpus", "data.corpus", "sets", "heldout", "data.heldout")
+CORPORA = ("corpus", "data.corpus", "sets", "heldout", "data.heldout", "elsewhere", "curated")
 SCORES = {"references": "corpus", "data.references": "data.corpus"}  # and of which corpus they are
 MODELS = ("reference_model", "models", "model.init_from", "online_reference")
 

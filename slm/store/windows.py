@@ -208,15 +208,19 @@ class Windows:
 
     def sources(self, windows: np.ndarray) -> np.ndarray:  # (B,) -> (B, T) int64
         """Which source of the corpus every target comes from: an index into its `sources`."""
+        return self.origins(windows)[..., 0]
+
+    def origins(self, windows: np.ndarray) -> np.ndarray:  # (B,) -> (B, T, 2) int64
+        """Source and record of every target: one pair a document, whatever shards it lies in."""
         length = self.corpus.seq_len
-        found = np.empty((len(windows), length), np.int64)
+        found = np.empty((len(windows), length, 2), np.int64)
         shards = self.shards_of(windows)
         for row, (window, shard) in enumerate(zip(windows, shards, strict=True)):
             documents = self._document_rows(int(shard))
             begin = (window - self.first_window[shard]) * length
             targets = np.arange(begin + 1, begin + length + 1)
             at = np.searchsorted(documents[:, 0], targets, side="right") - 1
-            found[row] = documents[at, 1]
+            found[row] = documents[at, 1:3]
         return found
 
     def _document_rows(self, shard: int) -> np.ndarray:  # (documents of the shard, 4)

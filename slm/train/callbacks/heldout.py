@@ -1,11 +1,13 @@
 """The held-out losses of a run, while it trains."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Trainer
+from torch import Tensor
 
 from slm.evaluate.command import num_tokens, window_losses
 from slm.evaluate.losses import WindowLosses
@@ -40,12 +42,13 @@ class HeldoutLoss(Evaluation):
         data = datamodule_of(trainer)
         metrics: dict[str, float] = {}
         windows: dict[str, WindowLosses] = {}
-        for name, corpus in data.heldout.items():
+        for name, corpus in self.sets(trainer).items():
             with trainer.precision_plugin.forward_context():
                 found = window_losses(
                     *(pl_module.lm, corpus, self.batch_size, data.heldout_windows),
                     rank=trainer.global_rank,
                     ranks=trainer.world_size,
+                    watch=partial(self.watch, name),
                 )
             windows[name] = found = self._together(trainer, pl_module, corpus, found)
             result = found.total()
@@ -55,6 +58,13 @@ class HeldoutLoss(Evaluation):
         if trainer.is_global_zero:
             seen = trainer.global_step * data.tokens_per_step
             write_window_losses(self.run_dir, seen, windows)
+
+    def sets(self, trainer: Trainer) -> dict[str, Corpus]:
+        """Those that are read now."""
+        return datamodule_of(trainer).heldout
+
+    def watch(self, name: str, token_loss: Tensor) -> None:
+        """The losses (B, T) of one batch of a set: for those who keep them."""
 
     def _together(
         self, trainer: Trainer, pl_module: Any, corpus: Corpus, mine: WindowLosses
