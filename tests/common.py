@@ -112,13 +112,17 @@ def make_corpus(tokenizer) -> Callable[..., Corpus]:
 
 @pytest.fixture(scope="session")
 def make_references() -> Callable[..., References]:
-    """make_references(folder, corpus, log-probs of each shard, entropies) -> References"""
+    """make_references(folder, corpus, log-probs of each shard, entropies) -> References
+
+    more: fields of its plan
+    """
 
     def make(
         folder: Path,
         corpus: Corpus,
         logprobs: list[np.ndarray],
         entropy: list[np.ndarray] | None = None,
+        **more: Any,
     ) -> References:
         folder.mkdir(parents=True)
         fields = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
@@ -129,7 +133,7 @@ def make_references() -> Callable[..., References]:
             "model_sha256": "by hand",
             "scoring": {"dtype": "float32", "attn_implementation": "sdpa", "device": "cpu"},
         } | {field: corpus.manifest[field] for field in fields}
-        write_json(folder / "plan.json", plan)
+        write_json(folder / "plan.json", plan | more)
         for index, scores in enumerate(logprobs):
             columns = {"logprobs": np.asarray(scores, np.float32)}
             if entropy is not None:

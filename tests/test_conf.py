@@ -58,7 +58,8 @@ def pretrained(folder: Path, corpus: Any) -> str:
 def references(tmp_path, text_corpus, make_references) -> Any:
     scores = [np.full(shard.num_tokens, -2.0) for shard in text_corpus.shards]
     entropies = [np.full(shard.num_tokens, 1.5) for shard in text_corpus.shards]
-    return make_references(tmp_path / "references", text_corpus, scores, entropies)
+    more = {"context": 8, "stride": 4}  # for long_gain; nothing else minds
+    return make_references(tmp_path / "references", text_corpus, scores, entropies, **more)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,9 @@ def test_every_choice_takes_a_step(tmp_path, text_corpus, references, caplog, gr
         words += ["model=llama_600k", "model.init_from=null"]
     if group == "experiment":
         words += ["trainer=default"]  # some want a GPU
+    if choice == "forget":
+        folder = references.folder
+        words += [f"data.references=['{folder}','{folder}']", "data.combine=domain"]
     if choice == "dynamics":
         words += [f"callbacks.dynamics.corpus='{text_corpus.folder}'"]
     loads = choice in (*PRETRAINED, "pretrained")

@@ -77,6 +77,11 @@ class SelectiveLoss:
         selection: Selection | Mapping[str, Any] | str = "excess",
     ):
         self.rule = rule_of(select_ratio, scope, selection)
+        if self.rule.replaces:
+            raise ValueError(
+                f"{self.rule} replaces inputs before the forward pass, and a loss comes after it: "
+                "mode='mask' is for doors, `slm train` has both"
+            )
 
     def check_step(self, framework: str, knows_tokens: bool = False, divides: str = "") -> None:
         """Refuse a rule that this framework cannot serve.

@@ -51,6 +51,15 @@ def new_model(
         raise UserError(f"model.architecture makes no causal LM{how}: {told(error)}") from None
 
 
+def add_row(model: PreTrainedModel, vocab_size: int) -> None:
+    """So that token `vocab_size`, the first that the tokenizer has not, has an embedding: a new row
+    of random numbers where the model has no spare one. The head has one more, which no target is.
+    """
+    embedding: Any = model.get_input_embeddings()
+    if len(embedding.weight) == vocab_size:
+        model.resize_token_embeddings(vocab_size + 1, mean_resizing=False)
+
+
 def with_attention(name: str | None) -> str:
     return "" if name is None else f" with attn_implementation={name}"
 

@@ -20,4 +20,5 @@ def predicted(
     return {
         column.key: column.produce(output, batch, lm).masked_fill(dead, torch.nan)
         for column in columns
+        if column.produce is not None
     }

@@ -31,6 +31,7 @@ from slm.model.device import DTYPES, pick_device
 from slm.model.folder import model_sha256
 from slm.score.cost import copy_lineage
 from slm.score.documents import score_documents
+from slm.score.pieces import check_short, short_context
 from slm.score.reference import (
     ModelScores,
     TensorParallelScores,
@@ -51,13 +52,12 @@ from slm.stage import Folder, stage
 from slm.store.columns import columns_named
 from slm.store.files import Json
 from slm.store.hub import check_model_folder
-from slm.store.shards import FORMAT, IDENTITY, Corpus, References, adopt_plan
+from slm.store.shards import FORMAT, IDENTITY, SHORT, Corpus, References, adopt_plan
 from slm.store.sidecars import Shard
 from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_of
 from slm.store.windows import Windows, to_device
 
 log = logging.getLogger("slm.score")
-OF_DOCUMENTS = ("context", "stride")  # what layout=documents alone reads
 WAYS = {  # what says where the scores come from: what it needs beside the corpus
     "reference_model": ("out",),
     "requests": ("served_model",),
@@ -83,8 +83,8 @@ def check_way(settings: Mapping[str, Any]) -> None:
         if settings["scores"] == "vllm":
             raise UserError("scores is 'vllm', but layout=documents is scored by transformers")
         check_documents(settings, way)
-    elif given := [key for key in OF_DOCUMENTS if settings[key] is not None]:
-        raise UserError(f"{given[0]} is {settings[given[0]]}, but layout=windows does not use it")
+    elif settings["context"] is not None or settings["stride"] is not None:
+        check_short(settings, way)
     if (settings["direct"] or settings["tp_size"] > 1) and (
         way != "reference_model" or settings["layout"] == "documents"
     ):
@@ -178,7 +178,10 @@ def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
         more["direct"] = True
     if config.tp_size > 1:  # sums are rounded in parts
         more["tp_size"] = config.tp_size
-    return make_plan(corpus, model_sha256(config.reference_model), scoring | more)
+    plan = make_plan(corpus, model_sha256(config.reference_model), scoring | more)
+    if short := short_context(config, corpus):
+        plan |= dict(zip(SHORT, short, strict=True))
+    return plan
 
 
 def responses_plan(corpus: Corpus, config: Any) -> Json:
@@ -224,10 +227,11 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
 
 
 def score_with_model(config: Any, corpus: Corpus) -> References:
+    short = short_context(config, corpus)
     way = (config.device, config.dtype, config.check, config.direct, config.tp_size)
     lm = load_reference(config.reference_model, corpus, *way)
     kind = TensorParallelScores if config.tp_size > 1 else ModelScores
-    source = kind(lm, Windows(corpus), config.more, config.dtype)
+    source = kind(lm, Windows(corpus), config.more, config.dtype, short)
     with source.leading() as leads:
         if leads:
             return fill(config, corpus, source)
@@ -329,9 +333,10 @@ def score(
         served_model: with requests and responses: the server's name of the model.
         layout: "windows" scores the windows of this corpus; "documents" each document by itself,
             into a store that `bind_scores` lays onto any corpus.
-        context: with layout="documents": tokens that a forward sees at most; the corpus's window
-            length where neither this nor the store says another.
-        stride: likewise, how far the windows of a longer document are apart; half the context.
+        context: tokens that a forward sees at most. With layout="documents" the corpus's window
+            length where neither this nor the store says another; of windows all, or with fewer
+            a short context, for the rule long_gain (slm.score.pieces says which tokens see what).
+        stride: after so many tokens the context is refreshed; half the context.
         max_tokens: score whole batches until there are so many tokens, from all over the
             corpus, for a shorter run. The same call with more of them, or without, adds the rest.
         entropy: also the entropy of the model's prediction at every token.

@@ -13,9 +13,9 @@ unit of work, as in scorer.py.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from slm.model.folder import model_sha256
 from slm.model.predict import predicted
 from slm.prepare.encoder import encoder_state
 from slm.score.cost import copy_lineage, write_cost
+from slm.score.pieces import Piece, pieces_of, stride_of
 from slm.score.readings import OtherTokens, OwnTokens, Reading
 from slm.score.reference import forward_cost, how_it_computes
 from slm.score.scorer import Arrays, Scorer, check_space, remove_leftovers, stored
@@ -63,24 +64,6 @@ SAID = 3  # documents that cannot be read are named, so many of them
 
 
 # ---- scores of documents ------------------------------------------------------------------------
-
-
-class Piece(NamedTuple):
-    """A window of a document: the inputs [begin, begin + length) of its first token and tokens."""
-
-    document: int
-    begin: int
-    length: int
-    skip: int  # targets at its start that the window before has
-
-
-def pieces_of(document: int, count: int, context: int, stride: int) -> Iterator[Piece]:
-    """Windows of a document of `count` tokens: each token is in the first that reaches it."""
-    begin, reached = 0, 0
-    while reached < count:
-        length = min(context, count - begin)
-        yield Piece(document, begin, length, reached - begin)
-        reached, begin = begin + length, begin + stride
 
 
 class DocumentModel:
@@ -320,9 +303,7 @@ def make_plan(
     context = config.context or (before["seq_len"] if before else own)
     if limit is not None and context > limit:
         raise UserError(f"context is {context}, model max_position_embeddings is {limit}")
-    stride = config.stride or (before["scoring"]["stride"] if before else max(1, context // 2))
-    if stride > context:
-        raise UserError(f"stride is {stride}, context is {context}: tokens between would be lost")
+    stride = stride_of(config, context, before["scoring"]["stride"] if before else None)
     bos = tokenizer.bos_token_id
     more = {"stride": stride, "first_token": tokenizer.eos_token_id if bos is None else bos}
     return {

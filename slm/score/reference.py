@@ -18,6 +18,7 @@ from slm.model.build import SelectiveLM
 from slm.model.device import computing, device_name
 from slm.model.flops import forward_flops_per_token
 from slm.model.predict import predicted
+from slm.score.pieces import in_pieces, pieces_of
 from slm.score.scorer import Arrays, Source
 from slm.store.columns import Column, columns_named
 from slm.store.files import Json
@@ -71,23 +72,35 @@ def checked(batch: Batch, scores: Mapping[str, Tensor], columns: Sequence[Column
 
 @dataclass
 class ModelScores(Source):
-    """The reference model, on this machine."""
+    """The reference model, on this machine.
+
+    short:  context and stride, in tokens, where each is predicted from fewer than its window has
+    """
 
     lm: SelectiveLM
     windows: Windows
     more: Sequence[str] = ()  # columns beside those that every store has
     dtype: str = "float32"
+    short: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         self.lm.eval()
         self.columns = columns_named(self.more)
-        self.flops = forward_flops_per_token(self.lm.model, self.windows.corpus.seq_len)
+        length = self.windows.corpus.seq_len
+        context, stride = self.short or (length, length)
+        read = sum(piece.length for piece in pieces_of(0, length, context, stride))
+        self.flops = forward_flops_per_token(self.lm.model, context)
+        if self.flops is not None:
+            self.flops *= read / length
 
     def scores(self, numbers: np.ndarray) -> Arrays:
         return next(self.stream(iter([numbers])))[1]
 
     def compute(self, batch: Batch) -> Mapping[str, Tensor]:
         """(B, T) by the columns' keys; the device may still be at it."""
+        return in_pieces(batch, *self.short, self.forward) if self.short else self.forward(batch)
+
+    def forward(self, batch: Batch) -> Mapping[str, Tensor]:
         with computing(self.lm.model.device, self.dtype):
             return predicted(self.lm, to_device(batch, self.lm.model.device), self.columns)
 
@@ -124,9 +137,9 @@ class TensorParallelScores(ModelScores):
     others compute what it computes.
     """
 
-    def compute(self, batch: Batch) -> Mapping[str, Tensor]:
+    def forward(self, batch: Batch) -> Mapping[str, Tensor]:
         distributed.broadcast_object_list([batch], 0)
-        return super().compute(batch)
+        return super().forward(batch)
 
     @contextmanager
     def leading(self) -> Iterator[bool]:
@@ -150,7 +163,7 @@ class TensorParallelScores(ModelScores):
                 if not asked[0]:
                     raise SystemExit(1)
                 return
-            super().compute(asked[0])
+            super().forward(asked[0])
 
 
 def join_others(tp_size: int, device: torch.device) -> Json:

@@ -1,5 +1,6 @@
 """Which tokens are trained on: the rules, their schedules, their words."""
 
+from slm.selection.purposes import Forget, LongGain
 from slm.selection.rule import Choice, Ranked, Selection
 from slm.selection.rules import (
     All,
@@ -22,7 +23,9 @@ __all__ = [
     "Choice",
     "Entropy",
     "Excess",
+    "Forget",
     "Intersection",
+    "LongGain",
     "Loss",
     "Middle",
     "Mixture",

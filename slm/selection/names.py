@@ -9,14 +9,18 @@ ALL_TOKENS = "all tokens"
 
 
 def selection_name(selection: Mapping[str, Any]) -> str:
-    """all tokens, softmax, excess k = 0.6, excess k = 1 → 0.6 (linear), loss min_loss = 2"""
+    """all tokens, softmax, excess k = 1 → 0.6 (linear), loss min_loss = 2, forget replace k = 0.9
+
+    What does not fit into it (temperatures, smoothing) stands in the run's record.
+    """
     record = by_word(selection)
     if record["rule"] == "all":
         return ALL_TOKENS
     bounds = [f"{key} = {value}" for key, value in record.items() if is_bound(key, value)]
     has_ratio = "select_ratio" in record and record["select_ratio"] is not None
     ratio = [ratio_name(record["select_ratio"])] if has_ratio else []
-    return " ".join([record["rule"], *ratio, *bounds])
+    mode = [record["mode"]] if "mode" in record and record["mode"] != "mask" else []
+    return " ".join([record["rule"], *mode, *ratio, *bounds])
 
 
 def is_bound(key: str, value: Any) -> bool:

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from slm.errors import UserError
-from slm.selection import rules, soft
+from slm.selection import purposes, rules, soft
 from slm.selection.rule import Selection
 from slm.store.files import Json
 
@@ -37,7 +37,7 @@ def word_of(name: str) -> str:
 
 BUILT_IN: tuple[type[Selection], ...] = tuple(
     kind
-    for module in (rules, soft)
+    for module in (rules, soft, purposes)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Selection)
     if kind.__module__ == module.__name__ and kind is not soft.Soft  # what its rules share

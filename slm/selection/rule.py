@@ -42,6 +42,8 @@ class Selection:
                        "selected" or of "valid" tokens
     picks_tokens:      False: what it selects says nothing of a token, for it takes all, any by
                        chance, or weighs them
+    short_context:     its reference must be the corpus scored with a short context
+    replaces:          what it does not select is no input either: the model reads an added token
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -50,10 +52,24 @@ class Selection:
     reads_window: ClassVar[bool] = False
     divides_by: ClassVar[str] = "selected"
     picks_tokens: ClassVar[bool] = True
+    short_context: ClassVar[bool] = False
     scope: str = "batch"
+
+    @property
+    def replaces(self) -> bool:
+        return False
 
     def choose(self, batch: Batch, token_loss: Tensor | None, tokens_seen: int) -> Choice:
         raise NotImplementedError
+
+    def read(self, batch: Batch, choice: Choice, added_id: int) -> Batch:
+        """The batch as the model reads it in training, of a rule that replaces inputs.
+
+        A window's first input is no target of it, and goes as the first target does.
+        """
+        gone = self.candidates(batch) & ~choice.selected
+        gone = torch.cat([gone[:, :1], gone[:, :-1]], dim=1)  # from targets to the inputs
+        return batch | {"input_ids": batch["input_ids"].masked_fill(gone, added_id)}
 
     def deferred(self, batch: Batch, tokens_seen: int) -> tuple[TokenWeight, list[Choice]]:
         """The token weights as the loss takes them, and where the choice is once it is made.

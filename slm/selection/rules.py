@@ -13,11 +13,14 @@ tokens seen. What a rule keeps, and from where:
     Middle              the middle of the token losses, both tails dropped
     Entropy             HIGH entropy of the model's own prediction          SE-KD, arXiv 2602.01395
     Overconfident       HIGH excess loss where that entropy is LOW          TIP, arXiv 2604.14084
+    LongGain            HIGH loss of a short context - token_loss           LongCE, arXiv 2410.23771
+    Forget              LOW log p_domain - log p_general                    arXiv 2601.21571
     Probability         weights p^power of the model itself, no reference   DFT, arXiv 2508.05629
     Sigmoid, Softmax, Relu   weights that grow with the excess loss         soft selection
     Mixture             clm_weight * All + (1 - clm_weight) * Excess        Rho-1, appendix C
 
-Excess, Loss, ReferenceLoss, ReferenceEntropy and Entropy take a bound in nats in place of a share:
+Excess, Loss, ReferenceLoss, ReferenceEntropy, Entropy, LongGain and Forget take a bound in nats in
+place of a share:
 ReferenceLoss(max_loss=0.916) keeps what the reference finds likely (STM, arXiv 2501.14315).
 
 `scope` says among which tokens a ranking is made: "sequence" (each window), "batch" (the windows

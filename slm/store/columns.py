@@ -35,7 +35,8 @@ class Column:
     key:       in batches, in rows of datasets, and in what a rule needs
     noun:      what a value is, for messages
     sign:      -1: no value is above 0, 1: none is below, 0: any will do
-    produce:   what the loss says of a batch, the batch, and the SelectiveLM -> (B, T)
+    produce:   what the loss says of a batch, the batch, and the SelectiveLM -> (B, T); None: it is
+               another reference's
     asks:      options of the loss that `produce` needs
     negated:   the name of the negative, which a token set holds in place of the value
     required:  every store has it; of several references it is combined, the others are left out
@@ -45,7 +46,7 @@ class Column:
     key: str
     noun: str
     sign: int
-    produce: Callable[[TokenCrossEntropy, dict[str, Tensor], Any], Tensor]
+    produce: Callable[[TokenCrossEntropy, dict[str, Tensor], Any], Tensor] | None
     asks: tuple[str, ...] = ()
     negated: str | None = None
     required: bool = False
@@ -101,7 +102,15 @@ ENTROPY = Column(
     produce=entropy,
     asks=("want_entropy",),
 )
-COLUMNS = {column.name: column for column in (LOGPROBS, ENTROPY)}
+DOMAIN = Column(  # of two references: the second's log-probs (slm.store.windows)
+    name="domain",
+    key="domain_logprob",
+    noun="log-prob",
+    sign=-1,
+    produce=None,
+    negated="domain_loss",
+)
+COLUMNS = {column.name: column for column in (LOGPROBS, ENTROPY, DOMAIN)}
 
 
 # ---- which of them ------------------------------------------------------------------------------
@@ -109,9 +118,9 @@ COLUMNS = {column.name: column for column in (LOGPROBS, ENTROPY)}
 
 def columns_named(names: Iterable[str]) -> tuple[Column, ...]:
     """Those that every store has, and these; in the order of COLUMNS."""
-    wanted = set(names)
-    if unknown := wanted - COLUMNS.keys():
-        raise UserError(f"columns names {sorted(unknown)}, known are {sorted(COLUMNS)}")
+    wanted, known = set(names), {c.name for c in COLUMNS.values() if c.produce is not None}
+    if unknown := wanted - known:
+        raise UserError(f"columns names {sorted(unknown)}, known are {sorted(known)}")
     return tuple(c for c in COLUMNS.values() if c.required or c.name in wanted)
 
 

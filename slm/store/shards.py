@@ -83,6 +83,7 @@ MANIFESTS = {
 }
 # Fields of a corpus that decide whether a reference score belongs to a token.
 IDENTITY = ("tokenizer_sha256", "vocab_size", "seq_len", "packing")
+SHORT = ("context", "stride")  # of references where tokens see fewer than their windows have
 
 # ---- plan and manifest --------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ def make_manifest(folder: Path, shards: Sequence[Shard]) -> Json:
 
 def fingerprint(body: Json) -> str:
     """The identity of a folder's content: no path, date or version is in it."""
-    keys = [*IDENTITY, "kind", "corpus_fingerprint", "model_sha256"]
+    keys = [*IDENTITY, *SHORT, "kind", "corpus_fingerprint", "model_sha256"]
     shards = [[shard["num_tokens"], shard["sha256"]] for shard in body["shards"]]
     return hash_json({key: body[key] for key in keys if key in body} | {"shards": shards})
 
@@ -324,6 +325,22 @@ class References(Store):
             path = shard.path(self.folder, SCORED)
             raise UserError(f"{path} is damaged: it has {len(flags)} windows, the shard {count}")
         return np.asarray(flags)
+
+    @cached_property
+    def base(self) -> str | None:
+        """The hash of what its model was trained from, or of itself where that was nothing; None
+        where no record came with the model."""
+        path = self.folder / "lineage.json"
+        if not path.exists():
+            return None
+        record = read_json(path)
+        check_fields(path, record, {"init_from_sha256": optional(TEXT)})
+        return record["init_from_sha256"] or self.manifest["model_sha256"]
+
+    @property
+    def origins(self) -> set[str | None]:
+        """Its model and what that was trained from: a tuned one and its base have one in common."""
+        return {self.base, self.manifest["model_sha256"]}
 
     def check_whole(self) -> None:
         if self.is_partial:

@@ -18,7 +18,6 @@ Costs: reading is a gather from memory maps, about 5 ns a token on one core.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +25,15 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from slm.errors import UserError
-from slm.store.columns import COLUMNS, DTYPE, Column
+from slm.store.available import Available
+from slm.store.columns import COLUMNS, DOMAIN, DTYPE, LOGPROBS, Column
 from slm.store.files import Recent
-from slm.store.shards import SCORED, Corpus, References, Store
+from slm.store.shards import Corpus, References, Store
 from slm.store.sidecars import shard_path
 
 IGNORE_INDEX = -100
 WEIGHT = "token_weight"
-COMBINE = ("mean", "min", "max", "mixture")
+COMBINE = ("mean", "min", "max", "mixture", DOMAIN.name)
 SOURCE = "source"  # instead of these: every target has the score of its own source's reference
 Batch = dict[str, Tensor]
 
@@ -54,7 +54,8 @@ class Windows:
     """Random access to the windows of a corpus and, with `references`, to their scores.
 
     combine:  how several references become one (see above); None for one or none; "source": there
-              is one for each source of the corpus, in their order
+              is one for each source of the corpus, in their order; "domain": the second of two
+              is a column beside the first
     partial:  references may have scores of some windows alone, `available`
     """
 
@@ -79,7 +80,7 @@ class Windows:
         return self.corpus.num_windows
 
     @cached_property
-    def available(self) -> "Available":
+    def available(self) -> Available:
         """The numbers of those that every reference has scores of."""
         return Available(self)
 
@@ -190,21 +191,25 @@ class Windows:
     @cached_property
     def columns(self) -> tuple[Column, ...]:
         """All that one reference has; what is required of several, and none of none."""
+        if self.combine == DOMAIN.name:
+            return LOGPROBS, DOMAIN
         stores = self.references if len(self.references) == 1 else ()
         there = {name for store in stores for name in store.shards.names}
         found = [c for c in COLUMNS.values() if c.required or c.name in there]
         return tuple(found) if self.references else ()
 
     def _column(self, column: Column, targets: Tensor, windows: np.ndarray) -> np.ndarray:  # (B, T)
-        shape = (len(self.references), len(windows), self.corpus.seq_len)
-        values = np.empty(shape, DTYPE)
-        for store, out in zip(self.references, values, strict=True):
+        stores, stored = self.references, column
+        if self.combine == DOMAIN.name:
+            stores, stored = (stores[int(column is DOMAIN)],), LOGPROBS
+        values = np.empty((len(stores), len(windows), self.corpus.seq_len), DTYPE)
+        for store, out in zip(stores, values, strict=True):
             self._check_scored(store, windows)
-            self._gather(store, column.name, windows, out)
-            self._check_scores(store, column, out, targets, windows)
+            self._gather(store, stored.name, windows, out)
+            self._check_scores(store, stored, out, targets, windows)
         if self.combine == SOURCE:
             return np.take_along_axis(values, self.sources(windows)[None], axis=0)[0]
-        return values[0] if self.combine is None else combine(values, self.combine)
+        return values[0] if len(stores) == 1 else combine(values, str(self.combine))
 
     def sources(self, windows: np.ndarray) -> np.ndarray:  # (B,) -> (B, T) int64
         """Which source of the corpus every target comes from: an index into its `sources`."""
@@ -277,37 +282,6 @@ class Windows:
             )
 
 
-class Available:
-    """Numbers of windows, ascending: what an array of them would give, found shard by shard.
-
-    An array would be 8 bytes a window in every process that reads the corpus.
-    """
-
-    def __init__(self, windows: Windows):
-        self.windows = windows
-        counts = windows.corpus.windows_per_shard.copy()
-        partial = [store for store in windows.references if store.is_partial]
-        for shard in {int(i) for store in partial for i in store.shards.having(SCORED)}:
-            counts[shard] = windows.scored_of(shard).sum()
-        self.before = np.cumsum([0, *counts])
-
-    def __len__(self) -> int:
-        return int(self.before[-1])
-
-    def __getitem__(self, where: slice | np.ndarray | int) -> Any:  # (n,) int64
-        if isinstance(where, slice):
-            where = np.arange(*where.indices(len(self)))
-        where = np.asarray(where)
-        if len(self) == len(self.windows):
-            return where
-        shards, found = np.searchsorted(self.before, where, side="right") - 1, where.copy()
-        for shard in np.unique(shards):
-            mine = shards == shard
-            there = np.flatnonzero(self.windows.scored_of(shard))
-            found[mine] = self.windows.first_window[shard] + there[where[mine] - self.before[shard]]
-        return found
-
-
 def positions(first: np.ndarray) -> np.ndarray:  # (B, T) bool -> (B, T) int64
     """Position of each token within its document; a window's first token counts as position 0."""
     index = np.arange(first.shape[1])
@@ -370,7 +344,27 @@ def open_references(
             f"{prefix}combine is {combine!r} for {len(named)} reference(s); it is one of "
             f"{COMBINE} for two or more in {prefix}references, else null"
         )
-    return [References.open(folder, check) for folder in named]
+    opened = [References.open(folder, check) for folder in named]
+    if combine == DOMAIN.name:
+        check_pair(opened, prefix)
+    return opened
+
+
+def check_pair(references: Sequence[References], prefix: str) -> None:
+    """The general reference and the domain's: what one lacks that the other knows must be the text
+    that they were tuned on, not what they are. UserError where their records say so.
+    """
+    if len(references) != 2:
+        raise UserError(
+            f"{prefix}combine is {DOMAIN.name!r} for {len(references)} references: "
+            f"{prefix}references names two, a general one and one of the domain"
+        )
+    general, domain = references
+    if None not in (general.base, domain.base) and not general.origins & domain.origins:
+        raise UserError(
+            f"{general.folder} and {domain.folder} come from different bases ({general.base} and "
+            f"{domain.base}): tune both references from one model"
+        )
 
 
 def spread(count: int, limit: int | None) -> np.ndarray:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slm.checks import anything, check_known
 from slm.errors import UserError, said_once
+from slm.model.architecture import add_row
 from slm.model.build import SelectiveLM, check_trainable
 from slm.model.sharded import deal_out, fill_from, refused_together, weights_in, without_weights
 from slm.score.command import load_reference
@@ -197,6 +198,10 @@ def build_module(
         lm: SelectiveLM = make()
     selection: Selection = build("selection", settings["selection"])
     check_config(settings, data, selection)
+    added_id = data.corpus.vocab_size
+    if selection.replaces:
+        check_not_sharded(settings["trainer"]["strategy"])
+        add_row(lm.model, added_id)
     if not sharded:
         check_trainable(lm, first_windows(data))
     return SelectiveModule(
@@ -209,7 +214,16 @@ def build_module(
         settings["selection_start"],
         load_online(settings["online_reference"], data, settings["data"]["check"]),
         partial(fill, make, init_from, first_windows(data)) if sharded else None,
+        added_id,
     )
+
+
+def check_not_sharded(strategy: Any) -> None:
+    if is_sharded(strategy):
+        raise UserError(
+            "selection.mode is 'replace', which adds a row to the embedding, and trainer=fsdp "
+            "reads the model in shards: trainer=gpu has all of it on every rank"
+        )
 
 
 def fill(

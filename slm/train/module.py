@@ -39,6 +39,7 @@ class SelectiveModule(LightningModule):
     online_reference:  a frozen model that scores every batch as it comes
     fill:              gives `lm` its weights when it is cut into shards (sharded.py); else it has
                        them already
+    added_id:          the token that a rule puts in the place of others
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class SelectiveModule(LightningModule):
         selection_start: int = 0,
         online_reference: SelectiveLM | None = None,
         fill: Callable[[SelectiveLM], None] | None = None,
+        added_id: int = IGNORE_INDEX,
     ):
         super().__init__()
         self.lm, self.selection = lm, selection
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.gradient_clip, self.fill = gradient_clip, fill
+        self.gradient_clip, self.fill, self.added_id = gradient_clip, fill, added_id
         self.tokens_per_step, self.selection_start = tokens_per_step, selection_start
         # In a tuple: a submodule would be wrapped, sharded and saved with what is trained.
         self.online = () if online_reference is None else (online_reference,)
@@ -106,7 +108,7 @@ class SelectiveModule(LightningModule):
         on_cpu = self.device.type == "cpu"  # where counting rows is free
         self._provisional = float(batch["targets"].numel())
         output = self.lm(
-            batch,
+            rule.read(batch, made[0], self.added_id) if rule.replaces else batch,
             token_weight,
             denominator=self._provisional,
             max_rows=None if on_cpu else rule.max_rows(batch, self.tokens_seen),

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from slm.command_keys import PRECISIONS
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.selection.rule import Selection
-from slm.store.columns import COLUMNS
+from slm.store.columns import COLUMNS, DOMAIN
 from slm.store.files import Json
-from slm.store.shards import References
+from slm.store.shards import SHORT, References
 from slm.train.data import TokenData
 from slm.train.keys import check_one_step
 
@@ -23,7 +23,7 @@ FROM_SCRATCH = 1e-3  # the learning rate of conf/optimizer
 
 
 def check_config(settings: Json, data: TokenData, selection: Selection) -> None:
-    check_references(settings, data, selection.needs)
+    check_references(settings, data, selection)
     max_tokens, start = settings["max_tokens"], settings["selection_start"]
     check_one_step(max_tokens, data.tokens_per_step)
     if start >= max_tokens:
@@ -85,9 +85,10 @@ def warn_of_high_rate(init_from: str | None, rate: float) -> None:
     )
 
 
-def check_references(settings: Json, data: TokenData, needs: tuple[str, ...]) -> None:
+def check_references(settings: Json, data: TokenData, selection: Selection) -> None:
     """Missing scores never fall back to plain cross-entropy."""
     rule, online = settings["selection"]["_target_"], settings["online_reference"]
+    needs = selection.needs
     if online is not None and data.references:
         raise UserError(
             f"online_reference is {online} and data.references {data.references[0].folder}: "
@@ -99,6 +100,13 @@ def check_references(settings: Json, data: TokenData, needs: tuple[str, ...]) ->
             "online_reference (a model folder), found null"
         )
     there = data.windows.columns
+    if DOMAIN.key in needs and DOMAIN not in there:
+        raise UserError(
+            f"selection {rule} needs data.references=[GENERAL,DOMAIN] with data.combine="
+            f"{DOMAIN.name}, found data.combine {shown(data.windows.combine)}"
+        )
+    check_short_context(rule, data, selection, online)
+    warn_of_unknown_base(data)
     missing = [c.name for c in COLUMNS.values() if c.key in needs and c not in there]
     if missing and online is None:
         raise UserError(
@@ -106,6 +114,29 @@ def check_references(settings: Json, data: TokenData, needs: tuple[str, ...]) ->
             f"{', '.join(str(store.folder) for store in data.references)} (make it with "
             f"`slm score columns=[{','.join(missing)}]`)"
         )
+
+
+def check_short_context(
+    rule: str, data: TokenData, selection: Selection, online: str | None
+) -> None:
+    """Against an ordinary reference, what it would choose is what has been learned already."""
+    whole = [str(one.folder) for one in data.references if SHORT[0] not in one.manifest]
+    if selection.short_context and (whole or online is not None):
+        raise UserError(
+            f"selection {rule} needs scores of a short context (`slm score context=... "
+            f"stride=...`), and {', '.join(whole) or online} has that of whole windows"
+        )
+
+
+def warn_of_unknown_base(data: TokenData) -> None:
+    if data.windows.combine == DOMAIN.name:
+        for store in data.references:
+            if store.base is None:
+                log.warning(
+                    "%s does not say what its model was trained from: that of the other reference "
+                    "must be the same",
+                    store.folder,
+                )
 
 
 def warn_of_other_precision(references: References, precision: str) -> None:

@@ -18,7 +18,9 @@ from slm.selection import (
     All,
     Entropy,
     Excess,
+    Forget,
     Intersection,
+    LongGain,
     Loss,
     Middle,
     Mixture,
@@ -153,7 +155,7 @@ def softmax(excess: list[float], cap: float) -> list[float]:
 
 
 # Of the candidates of one ranking: losses, reference losses, entropies (the model's own where the
-# rule wants those, else the reference's) -> weights.
+# rule wants those, or a domain's losses, else the reference's) -> weights.
 Weights = Callable[[list[float], list[float], list[float]], Sequence[float]]
 
 
@@ -182,6 +184,11 @@ DEFINITIONS: dict[str, tuple[Selection, Weights]] = {
     ),
     "entropy": (Entropy(0.4), lambda loss, ref, ent: kept(ent, 0.4)),
     "overconfident": (Overconfident(0.3, low_entropy=0.6), overconfident),
+    "long_gain": (LongGain(0.4), lambda loss, ref, ent: kept(excesses(ref, loss), 0.4)),
+    "forget": (
+        Forget(0.4, smooth=0),
+        lambda loss, ref, domain: kept(excesses(domain, ref), 0.4),
+    ),
     "probability": (Probability(0.7), lambda loss, ref, ent: [math.exp(-0.7 * v) for v in loss]),
     "sigmoid": (
         Sigmoid(TEMPERATURE),
@@ -203,6 +210,7 @@ def micro_batch(seed: int, weighted: bool = False) -> dict[str, torch.Tensor]:
     _, ids, labels, scores = batch_of([9, 12], prompt=2, unscored=2, seed=seed)
     entropy = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed))
     columns = {"reference_logprob": scores, "reference_entropy": entropy}
+    columns["domain_logprob"] = scores - entropy
     if weighted:
         columns["token_weight"] = (4 * entropy).floor().masked_fill(scores.isnan(), NAN)
     targets, moved = shifted(labels, columns)
@@ -218,6 +226,8 @@ def fp64_loss(model: Any, step: list[Any], rule: Selection, weights: Weights) ->
         live = (batch["targets"] != -100) & ~batch["reference_logprob"].isnan()
         own = torch.special.entr(logits.softmax(-1)).sum(-1)
         entropies = own if rule.needs_entropy else batch["reference_entropy"]
+        if "domain_logprob" in rule.needs:
+            entropies = -batch["domain_logprob"]
         times = (
             batch["token_weight"].double() if "token_weight" in batch else torch.ones(live.shape)
         )
@@ -302,6 +312,11 @@ def test_rules_that_have_to_choose_first_say_so(rule):
     with pytest.raises(ValueError, match=message):
         SelectiveLoss(selection=rule).check_step("X", divides="it divides before")
     SelectiveLoss(selection=rule).check_step("who divides after that")
+
+
+def test_inputs_cannot_be_replaced_after_the_forward_pass():
+    with pytest.raises(ValueError, match="replaces inputs before the forward pass, .*mode='mask'"):
+        SelectiveLoss(selection=Forget(0.5, mode="replace"))
 
 
 def test_a_rule_is_given_one_way():

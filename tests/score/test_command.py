@@ -31,7 +31,7 @@ from slm.score import command as score
 from slm.score import scorer
 from slm.score.command import ModelScores
 from slm.score.scorer import Scorer
-from slm.store.shards import Corpus, References
+from slm.store.shards import Corpus, References, fingerprint
 from slm.store.windows import Windows
 from slm.verify import verify
 
@@ -153,6 +153,70 @@ def test_documents_packing_scores_each_document_alone(tmp_path, config, make_cor
                 logprob = model(tokens[None]).logits[0].log_softmax(-1)
             expected = logprob[:-1].gather(1, tokens[1:, None])[:, 0]
             np.testing.assert_allclose(found[start + 1 : stop], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(4, 1), (6, 3), (5, 5), (15, 2)])
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_a_short_context_is_refreshed_by_strides(
+    tmp_path, config, make_corpus, packing, context, stride
+):
+    """Each token by a forward of its own over what it may see, and no more."""
+    ids = np.random.default_rng(1).integers(0, V, 33)
+    corpus = make_corpus(tmp_path / "c", [ids], 16, packing, [[0, 3, 8, 21]])
+    config.corpus, config.context, config.stride = str(corpus.folder), context, stride
+    config.entropy = True
+    store = References.open(made(config))
+    found, entropy = store.column("logprobs", 0), store.column("entropy", 0)
+    model, seen = load_model(config.reference_model), []
+    for place in range(1, 33):
+        if packing == "documents" and place in (3, 8, 21):
+            assert np.isnan(found[place])
+            continue
+        window = (place - 1) // 16 * 16
+        inside = place - 1 - window  # of the last token that it may see
+        begin = window + next(b for b in range(0, 16, stride) if inside < b + context)
+        if packing == "documents":
+            begin = max(begin, *(s for s in (0, 3, 8, 21) if s < place))
+        seen.append(place - begin)
+        with torch.no_grad():
+            logprobs = model(torch.from_numpy(ids[begin:place])[None]).logits[0, -1].log_softmax(-1)
+        assert found[place] == pytest.approx(logprobs[ids[place]].item(), abs=2e-5)
+        assert entropy[place] == pytest.approx(-(logprobs.exp() @ logprobs).item(), abs=2e-5)
+    if packing == "concat":
+        assert (
+            max(seen) == context
+        )  # where a window has more, at least context - stride + 1 of them
+        assert min(n for n, p in zip(seen, range(1, 33), strict=True) if (p - 1) % 16 >= context) \
+            == context - stride + 1  # fmt: skip
+    cost = json.loads((Path(config.out) / "cost-00000.json").read_text())
+    assert cost["tokens"] == 32 and cost["flops"] > 0
+
+
+def test_a_short_context_is_part_of_what_the_scores_are(tmp_path, config, text_corpus):
+    config.context, config.stride = 8, 4
+    store = References.open(made(config))
+    assert (store.manifest["context"], store.manifest["stride"]) == (8, 4)
+    config.stride = 2
+    with pytest.raises(UserError, match="stride is 4 in plan.json, 2 now"):
+        made(config)
+    config.context = config.stride = None
+    with pytest.raises(UserError, match="context is 8 in plan.json, null now"):
+        made(config)
+    shards = [{"num_tokens": 17, "sha256": {"logprobs": "0"}}]
+    body = dict(store.manifest) | {"shards": shards}
+    others = [{}, {"context": 7}, {"stride": 5}]
+    assert len({fingerprint(body | other) for other in others}) == 3
+    for given, message in [
+        ({"context": 16}, "context is 16, and a window of .* has 16: it would shorten nothing"),
+        ({"stride": 4}, "stride is 4, and there is no context"),
+        ({"context": 4, "stride": 5}, "stride is 5, context is 4: tokens between would be lost"),
+        ({"context": 4, "scores": "vllm"}, "context is 4, but scores=vllm has the context of wh"),
+        ({"context": 4, "reference_model": None, "requests": "x", "out": None,
+          "served_model": "m"}, "context is 4, but requests has the context"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            score.score(**{**config, "out": str(tmp_path / "x"), **given})
+    assert not (tmp_path / "x").exists()
 
 
 def test_prompts_get_no_score_and_change_none(tmp_path, config, make_corpus):

@@ -23,7 +23,7 @@ from slm.model.build import load_model
 from slm.score import documents as module
 from slm.score.bind import bind_scores
 from slm.score.command import score
-from slm.score.documents import pieces_of
+from slm.score.pieces import pieces_of
 from slm.score.readings import OtherTokens
 from slm.store.document_scores import open_parts
 from slm.store.documents import Documents
@@ -134,8 +134,6 @@ def test_killed_and_run_again_the_bytes_are_the_same(tmp_path, corpus, reference
 
 
 def test_what_it_refuses(tmp_path, corpus, reference, tokenizer):
-    with pytest.raises(UserError, match="context is 4, but layout=windows does not use it"):
-        score(corpus, tmp_path / "x", reference_model=reference, context=4)
     for more, sentence in [
         ({"entropy": True}, "columns is entropy, but layout=documents"),
         ({"max_tokens": 9}, "max_tokens is 9, but layout=documents"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slm.errors import UserError
+from slm.selection.purposes import Forget, LongGain, smoothed
 from slm.selection.rule import SCOPES, Selection
 from slm.selection.rules import (
     All,
@@ -144,6 +145,9 @@ def test_a_rule_without_its_scores_in_the_batch_fails(rule):
 #   excess              0.0  3.0  2.5 -1.0  0.5   -
 #   reference's entropy 0.1  3.0  2.0  0.2  1.0   -
 #   own entropy         0.3  2.5  0.1  0.2  1.0   -
+#   domain's loss       4.5  1.5  0.1  2.0  0.2   -
+#   domain gain         0.5 -0.5  0.4  0.0  1.3   -
+#   its mean over 1     0.0  2/15 -1/30 17/30 0.65
 LOSSES = torch.tensor([[5.0, 4.0, 3.0, 1.0, 2.0, 9.0]])
 POLARITY = [
     (All(), "111110"),
@@ -169,6 +173,14 @@ POLARITY = [
     (ReferenceEntropy(max_entropy=0.2), "100100"),
     (Entropy(min_entropy=1.0), "010010"),
     (Excess(min_excess=3.5), "000000"),
+    (LongGain(0.4), "100100"),  # LOW excess against the short context: 1.0, 0.0
+    (LongGain(min_gain=-0.5), "100110"),
+    (LongGain(min_gain=-3.0, max_loss=3.0), "001110"),
+    (Forget(0.4, smooth=0), "010100"),  # LOW gain of the domain: -0.5, 0.0
+    (Forget(0.6, smooth=1), "111000"),
+    (Forget(0.6, smooth=1, mode="replace"), "111000"),
+    (Forget(max_gain=0.4, smooth=0), "011100"),
+    (Forget(max_gain=-1.0, smooth=0), "000000"),
 ]
 
 
@@ -178,6 +190,7 @@ def six_tokens() -> Batch:
         "targets": torch.tensor([[1, 1, 1, 1, 1, IGNORE_INDEX]]),
         "reference_logprob": -torch.tensor([[5.0, 1.0, 0.5, 2.0, 1.5, nan]]),
         "reference_entropy": torch.tensor([[0.1, 3.0, 2.0, 0.2, 1.0, nan]]),
+        "domain_logprob": -torch.tensor([[4.5, 1.5, 0.1, 2.0, 0.2, nan]]),
         "entropy": torch.tensor([[0.3, 2.5, 0.1, 0.2, 1.0, 0.0]]),
         "window": torch.zeros(1, dtype=torch.int64),
         "epoch": torch.zeros(1, dtype=torch.int64),
@@ -205,6 +218,31 @@ def test_thresholds_are_the_lowest_selected_score():
     assert threshold(ReferenceLoss(0.6)) == -1.5
     assert threshold(ReferenceEntropy(0.4)) == pytest.approx(-0.2)
     assert threshold(Middle(0.6)) == 2.0
+
+
+@pytest.mark.parametrize("reach", [0, 1, 3, 40])
+def test_smoothing_is_the_mean_of_the_live_places_around(reach):
+    generator = torch.Generator().manual_seed(0)
+    values, live = torch.randn(3, 9, generator=generator), make_batch(3, 9, 5, 0.4)["targets"] >= 0
+    found = smoothed(values.masked_fill(~live, torch.nan), live, reach)
+    for row, place in live.nonzero().tolist():
+        near = slice(max(0, place - reach), place + reach + 1)
+        mean = values[row, near][live[row, near]].mean()
+        assert found[row, place].item() == pytest.approx(mean.item(), abs=1e-6)
+
+
+def test_what_is_replaced_is_what_was_not_selected_one_place_on():
+    batch = six_tokens() | {"input_ids": torch.tensor([[10, 11, 12, 13, 14, 15]])}
+    for rule, read in [
+        (Forget(0.4, smooth=0, mode="replace"), [99, 99, 12, 99, 14, 99]),  # 0, 2 and 4 go
+        (Forget(0.6, smooth=1, mode="replace"), [10, 11, 12, 13, 99, 99]),  # 3 and 4 go
+    ]:
+        choice = rule.choose(batch, None, 0)
+        assert rule.replaces and not replace(rule, mode="mask").replaces
+        found = rule.read(batch, choice, 99)
+        assert found["input_ids"].tolist() == [read]
+        assert torch.equal(found["targets"], batch["targets"])
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14, 15]]
 
 
 # ---- weights --------------------------------------------------------------------------------
@@ -282,6 +320,10 @@ def test_soft_weights_carry_no_gradient_and_are_finite_for_any_excess():
             "select_ratio is 0.5 and selection.min_loss is 2: a share or a bound",
         ),
         (lambda: ReferenceLoss(max_loss=math.nan), "selection.max_loss is nan, it must be a num"),
+        (lambda: LongGain(0.5, max_loss=2.0), "max_loss is 2.0 and selection.min_gain null"),
+        (lambda: Forget(0.5, mode="drop"), r"selection.mode is 'drop', .*\('mask', 'replace'\)"),
+        (lambda: Forget(0.5, smooth=-1), "selection.smooth is -1"),
+        (lambda: Forget(0.5, max_gain=1), "select_ratio is 0.5 and selection.max_gain is 1"),
         (
             lambda: Overconfident({"shape": "step", "points": [[0, 0.5], [9, 0.6]]}),
             "select_ratio is 0.6 and selection.low_entropy is 0.5: no more can be taken",
@@ -311,9 +353,11 @@ def test_the_ratio_follows_its_schedule():
 def test_no_rule_gives_more_weights_than_it_announces(ratio, scope):
     batch = make_batch(5, 13, seed=3, ignored=0.3)
     batch["reference_entropy"] = batch["entropy"] = torch.rand(5, 13)
+    batch["domain_logprob"] = -torch.rand(5, 13)
     token_loss = torch.rand(5, 13)
     rules = [
         *(kind(ratio, scope) for kind in (Excess, Loss, ReferenceLoss, ReferenceEntropy, Middle)),
+        *(kind(ratio, scope) for kind in (LongGain, Forget)),
         Random(ratio, scope, seed=0),
         Entropy(ratio, scope),
         Overconfident(ratio / 2, scope, low_entropy=max(ratio / 2, 0.37)),
@@ -357,14 +401,16 @@ def test_unknown_scope_is_refused():
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("ratio", [0.01, 0.25, 0.5, 0.6, 0.999, 1.0])
-def test_excess_and_random_select_the_same_number(ratio, scope):
+def test_rules_and_random_select_the_same_number(ratio, scope):
     batch = make_batch(3, 13, seed=1, ignored=0.4)
     batch["targets"][0] = IGNORE_INDEX  # a window without a target
     batch["reference_logprob"][0] = torch.nan
+    batch["domain_logprob"] = batch["reference_logprob"] / 2
     per_row = (batch["targets"] != IGNORE_INDEX).sum(1)
     groups = per_row if scope == "sequence" else per_row.sum()[None]
     expected = sum(count(ratio, int(number)) for number in groups)
-    for rule in (Excess(ratio, scope), Random(ratio, scope, seed=0)):
+    kinds = (Excess, LongGain, Forget)
+    for rule in (*(kind(ratio, scope) for kind in kinds), Random(ratio, scope, seed=0)):
         assert int(select(rule, batch, torch.rand(3, 13)).sum()) == expected
 
 

@@ -50,6 +50,10 @@ def lm() -> SelectiveLM:
     return SelectiveLM(LlamaForCausalLM(config)).eval()
 
 
+def made_here() -> list[str]:
+    return [column.name for column in COLUMNS.values() if column.produce is not None]
+
+
 @pytest.fixture
 def scored(third, tmp_path, text_corpus, lm) -> References:
     """Every column that there is."""
@@ -57,7 +61,7 @@ def scored(third, tmp_path, text_corpus, lm) -> References:
     out.mkdir()
     write_json(out / "plan.json", make_plan(text_corpus, None, {}))
     scorer = Scorer(
-        ModelScores(lm, Windows(text_corpus), list(COLUMNS)), text_corpus, out, 8, "float32"
+        ModelScores(lm, Windows(text_corpus), made_here()), text_corpus, out, 8, "float32"
     )
     scorer.run(lambda count: None)
     finish(scorer)
@@ -141,8 +145,10 @@ def test_a_column_that_nobody_knows_is_none(scored, monkeypatch):
     monkeypatch.delitem(COLUMNS, "margin")
     ((_, whole, text),) = verify(scored.folder)
     assert not whole and "margin-00000.npy: a column of a reference is one of" in text
-    with pytest.raises(UserError, match=r"columns names \['margin'\], known are \['entropy', 'lo"):
-        columns_named(["margin"])
+    for name in ("margin", "domain"):  # the latter is another reference's
+        message = rf"columns names \['{name}'\], known are \['entropy', 'logprobs'\]"
+        with pytest.raises(UserError, match=message):
+            columns_named([name])
 
 
 def test_a_token_set_holds_it_and_rules_rank_by_it(scored, text_corpus, tokenizer, tmp_path):
@@ -162,7 +168,7 @@ def test_rows_of_datasets_have_it(scored, text_corpus, tmp_path, monkeypatch):
     rows = to_hf_dataset(text_corpus.folder, scored.folder)
     batch = Windows(text_corpus, [scored]).batch(np.arange(len(rows)))
     item = WindowDataset(text_corpus.folder, scored.folder)[3]
-    for column in COLUMNS.values():
+    for column in map(COLUMNS.__getitem__, made_here()):
         found = np.array(rows[column.key], np.float32)[:, 1:]
         np.testing.assert_array_equal(found, batch[column.key].numpy())
         assert torch.equal(item[column.key], batch[column.key][3])

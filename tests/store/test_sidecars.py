@@ -90,6 +90,7 @@ def add_column(folder: Path, index: int, name: str, values: np.ndarray) -> None:
 
 
 def test_available_windows_are_those_with_scores(many):
+    """slm.store.available: numbers without an array of them."""
     corpus, references, kept = many
     windows = Windows(corpus, [references], partial=True)
     expected = np.flatnonzero(np.concatenate(kept))

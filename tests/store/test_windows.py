@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from slm.errors import UserError
+from slm.store.files import write_record
 from slm.store.windows import (
     COMBINE,
     IGNORE_INDEX,
@@ -221,10 +222,55 @@ def test_several_references_become_one(tmp_path, make_corpus, make_references):
         "max": [-max(a, b) for a, b in pairs],
         "mixture": [math.log((math.exp(-a) + math.exp(-b)) / 2) for a, b in pairs],
     }
-    assert set(expected) == set(COMBINE)
+    assert {*expected, "domain"} == set(COMBINE)
     for how, values in expected.items():
         batch = Windows(corpus, references, how).batch(np.array([0]))
         assert batch["reference_logprob"][0].tolist() == pytest.approx(values, rel=1e-6)
+
+
+def test_the_second_of_two_stands_beside_the_first(tmp_path, make_corpus, make_references):
+    corpus = make_corpus(tmp_path / "c", [np.arange(9)], 4)
+    stored = [np.r_[np.nan, -np.arange(1.0, 9)], np.r_[np.nan, -np.full(8, 4.5)]]
+    stores = [make_references(tmp_path / f"r{i}", corpus, [s]) for i, s in enumerate(stored)]
+    folders = [str(store.folder) for store in stores]
+    windows = open_windows(corpus, folders, "domain")
+    batch = windows.batch(np.array([1]))
+    assert [column.key for column in windows.columns] == ["reference_logprob", "domain_logprob"]
+    assert batch["reference_logprob"].tolist() == [[-5.0, -6.0, -7.0, -8.0]]
+    assert batch["domain_logprob"].tolist() == [[-4.5] * 4]
+    with pytest.raises(UserError, match="combine is 'domain' for 3 references: .* names two"):
+        open_windows(corpus, [*folders, folders[0]], "domain")
+    broken = make_references(tmp_path / "b", corpus, [np.r_[np.nan, np.ones(8)]])
+    with pytest.raises(UserError, match="b: target 0 of window 0 has log-prob 1.0"):
+        open_windows(corpus, [folders[0], str(broken.folder)], "domain").batch(np.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("general", "domain", "fits"),
+    [
+        (("g", "base"), ("d", "base"), True),
+        (("base", None), ("d", "base"), True),  # the base itself
+        (("base", "older"), ("d", "base"), True),
+        (("g", "base"), ("d", "other"), False),
+        (("g", None), ("d", None), False),  # each from new weights
+        (("g", "base"), ("d", "nobody says"), True),
+    ],
+)
+def test_two_references_have_one_base(
+    tmp_path, make_corpus, make_references, general, domain, fits
+):
+    corpus = make_corpus(tmp_path / "c", [np.arange(9)], 4)
+    for model, base in (general, domain):
+        scores = [np.r_[np.nan, -np.ones(8)]]
+        store = make_references(tmp_path / model, corpus, scores, model_sha256=model)
+        if base != "nobody says":
+            write_record(store.folder / "lineage.json", {"init_from_sha256": base})
+    folders = [str(tmp_path / general[0]), str(tmp_path / domain[0])]
+    if fits:
+        assert open_windows(corpus, folders, "domain").combine == "domain"
+        return
+    with pytest.raises(UserError, match="g and .*d come from different bases .*from one model"):
+        open_windows(corpus, folders, "domain")
 
 
 def test_each_source_has_a_reference_of_its_own(tmp_path, make_corpus, make_references):

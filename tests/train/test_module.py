@@ -27,6 +27,7 @@ from slm.selection import (
     All,
     Entropy,
     Excess,
+    Forget,
     Mixture,
     Probability,
     Random,
@@ -135,6 +136,7 @@ def fit(
     optimizer: Callable[[SelectiveLM], Optimizer] = sgd,
     selection_start: int = 0,
     online_reference: SelectiveLM | None = None,
+    added_id: int = IGNORE_INDEX,
     **trainer: Any,
 ) -> tuple[SelectiveModule, Record]:
     module = SelectiveModule(
@@ -146,6 +148,7 @@ def fit(
         STEP_TOKENS,
         selection_start,
         online_reference,
+        added_id=added_id,
     )
     record = Record()
     options: dict[str, Any] = {
@@ -320,6 +323,31 @@ def test_mixture_step_is_the_mixture_of_both_steps():
         for name, gradient in steps["all"][0].items()
     }
     assert_gradients(steps["mix"][0], expected, 1e-7)  # the weights are float32
+
+
+@pytest.mark.parametrize("mode", ["mask", "replace"])
+def test_what_is_forgotten_is_no_target_and_with_replace_no_input(mode):
+    rows, added = make_rows(), VOCAB - 1
+    gain = torch.linspace(-1, 1, STEP_TOKENS)[torch.randperm(STEP_TOKENS)].view(STEP_ROWS, LENGTH)
+    rows["domain_logprob"] = rows["reference_logprob"] + gain - 1
+    lm, steps = make_lm(), [micro_batches(rows, 2)]
+    rule = Forget(max_gain=-1.0, smooth=0, mode=mode)
+    module, record = fit(copy.deepcopy(lm), rule, steps, added_id=added)
+    model, total, count = copy.deepcopy(lm.model).double(), torch.zeros(()), 0
+    for batch in steps[0]:
+        forgotten = batch["domain_logprob"] - batch["reference_logprob"] > -1
+        read = batch["input_ids"].clone()
+        for row, place in (forgotten & (batch["targets"] != IGNORE_INDEX)).nonzero().tolist():
+            # A window's first input goes with its first target, the last target is no input.
+            for where in ([0] if place == 0 else []) + ([place + 1] if place + 1 < LENGTH else []):
+                read[row, where] = added if mode == "replace" else read[row, where]
+        live = (batch["targets"] != IGNORE_INDEX) & ~forgotten
+        total = total + own_losses(model, batch | {"input_ids": read})[live].sum()
+        count += int(live.sum())
+    (total / count).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_gradients(moved(lm, module.lm), expected, STEP_RTOL)
+    assert record.selected == [count] and 0 < count < STEP_TOKENS
 
 
 def test_every_token_is_trained_until_the_rule_starts():
