@@ -215,7 +215,7 @@ def test_a_short_context_is_part_of_what_the_scores_are(tmp_path, config, text_c
           "served_model": "m"}, "context is 4, but requests has the context"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message):
-            score.score(**{**config, "out": str(tmp_path / "x"), **given})
+            made({**config, "out": str(tmp_path / "x"), **given})
     assert not (tmp_path / "x").exists()
 
 
