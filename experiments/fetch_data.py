@@ -30,6 +30,8 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "eval/math_500.jsonl": "data/math_oai/test.jsonl",
         "eval/svamp.jsonl": "data/svamp/test.jsonl",
         "eval/mathqa.jsonl": "data/mathqa/test.jsonl",
+        "eval/mawps.jsonl": "data/mawps/test.jsonl",
+        "eval/sat_math.jsonl": "data/sat_math/test.jsonl",
     },
     ("google-deepmind/AQuA", "26b64ed"): {
         "raw/aqua_dev.jsonl": "dev.json",
@@ -58,6 +60,8 @@ be6345cd467dad18d5d32cf59d334910327a5f1f2d3289df7ce133107cc45ae7  curated/math_t
 3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14  eval/gsm8k_test.jsonl
 35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132  eval/math_500.jsonl
 136de4608366708d01d4c38890437e722c9209e9a66ef5d119cb01f6f88dfec6  eval/mathqa.jsonl
+00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b  eval/mawps.jsonl
+96720a1dc496ea72f80db55250290cf9c48e95b657ac2183b7deb1dc4627351f  eval/sat_math.jsonl
 d0826ff1264f3860e46fc4e71db9e31d2d188960db87090e22677f9493e67a0d  eval/svamp.jsonl
 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed  general/tinyshakespeare.txt
 d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0  general/wikitext2_test.txt

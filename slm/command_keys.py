@@ -136,7 +136,9 @@ EVALUATE: Table = FORWARD | {
 }
 HARNESS: Table = {
     "models": folders,
-    "problems": text,
+    "problems": optional(text),
+    "files": Kind("{set: file, ...}", lambda v: v == {} or folders.fits(v)),
+    "stories": anything,
     "tasks": several(text),
     "limit": optional(count),
     "num_fewshot": whole(0),
@@ -146,6 +148,7 @@ HARNESS: Table = {
     "device": text,
     "modules": modules,
     "out": optional(file),
+    "samples": optional(file),
 }
 DYNAMICS: Table = FORWARD | {
     "runs": texts,

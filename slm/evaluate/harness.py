@@ -10,28 +10,36 @@ lm_eval would. What a task measures:
                     acc            the answer is what greedy decoding gives
                     nats           mean of -log p(answer), nats an answer
                     bits_per_byte  nats summed / (ln 2 * UTF-8 bytes of the answers and their space)
+                    of a set with choices, which the prompt then does not show: acc, acc_norm, the
+                    right one is the likeliest, in all or for its length; the others are of it
     <set>_text      loglikelihood_rolling of question, newline, solution after one special token:
                     bits_per_byte  as above, over the whole texts, in windows of the model's length
-    <set>_generate  generate_until, greedy: exact_match of what a filter finds in the text:
+    <set>_generate  generate_until, greedy after `prompt`:
+                    exact_match    of what a filter finds in the text (GSM8K, MATH-500, SVAMP):
                     strict-match      the number after ####, or the last \\boxed{} (MATH)
                     flexible-extract  the last number (none for MATH)
+                    value_match    the answer that slm.evaluate.answers finds has the right value
+    <set>_cot       the same value_match after worked examples of prompts/, as in the paper's table
+    blimp           acc: the good sentence is the likelier; by phenomenon and paradigm too
+    completion      acc, acc_norm: the story's own ending is the likeliest of four
 
 A folder that slm wrote is asked as it was trained: texts follow an EOS, and no other special token
 stands before a text or a prompt. A model from elsewhere is asked as its tokenizer begins a text,
 after a BOS where that adds one. No special token is ever scored.
 
 exact_match compares strings, of which commas in numbers, dollar signs, .00 and a few LaTeX
-spellings are removed first; an equal answer written otherwise counts as wrong. The stderr of means
-is lm_eval's; that of bits per byte, where it gives none, is of a ratio of sums, to first order.
+spellings are removed first; an equal answer written otherwise counts as wrong there, and is right
+by value_match. The stderr of means is lm_eval's; where it gives none, it is of a ratio of sums, to
+first order.
 Costs three passes over the problems; by far the longest is the generation.
 """
 
+import json
 import logging
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,66 +52,15 @@ from rich.table import Column, Table
 from slm.command_keys import HARNESS
 from slm.console import LINE_EVERY_S
 from slm.errors import UserError
-from slm.evaluate.tasks import BARE_PROMPT, SETS, TASKS, expand_tasks, write_tasks
+from slm.evaluate.rows import Row, completions, task_rows
+from slm.evaluate.tasks import PROMPT, TASKS, Asked, expand_tasks, write_tasks
 from slm.stage import Folder, stage
-from slm.store.files import Json, write_csv
+from slm.store.files import Json, atomic_file, write_csv
 
 log = logging.getLogger("slm.harness")
 
-Row = dict[str, Any]
-
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 VERSIONED = ("lm_eval", "transformers", "torch")
-
-
-# ---- rows ---------------------------------------------------------------------------------------
-
-
-class Value(NamedTuple):
-    metric: str
-    filter: str
-    value: float
-    stderr: float | None
-
-
-def ratio(above: list[float], below: list[float]) -> tuple[float, float | None]:
-    """sum(above) / sum(below) and its standard error, to first order (None for one problem)."""
-    n, value = len(above), sum(above) / sum(below)
-    if n == 1:
-        return value, None
-    squares = sum((a - value * b) ** 2 for a, b in zip(above, below, strict=True))
-    return value, math.sqrt(n / (n - 1) * squares) / sum(below)
-
-
-def reported_values(result: Json) -> Iterator[Value]:
-    """What lm_eval says of one task: {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}."""
-    for key, value in result.items():
-        name, _, filter_name = key.partition(",")
-        if filter_name and not name.endswith("_stderr"):
-            stderr = result[f"{name}_stderr,{filter_name}"]
-            yield Value(name, filter_name, value, stderr if isinstance(stderr, float) else None)
-
-
-def loglikelihood_values(samples: list[Json], kind: str) -> Iterator[Value]:
-    """nats an answer and bits per byte of lm_eval's log-likelihoods of one task."""
-    found = [sample["filtered_resps"][0] for sample in samples]
-    nats = [-float(one[0] if kind == "answer" else one) for one in found]
-    num_bytes = [float(len(sample["doc"]["target"].encode())) for sample in samples]
-    if kind == "answer":
-        yield Value("nats", "none", *ratio(nats, [1.0] * len(nats)))
-    bits = [one / math.log(2) for one in nats]
-    yield Value("bits_per_byte", "none", *ratio(bits, num_bytes))
-
-
-def task_rows(name: str, results: Json) -> list[Row]:
-    """A row a metric; bits per byte by our sums, which have a standard error."""
-    values = list(reported_values(results["results"][name]))
-    _, kind = TASKS[name]
-    if kind in ("answer", "text"):
-        values = [one for one in values if one.metric != "bits_per_byte"]
-        values += loglikelihood_values(results["samples"][name], kind)
-    shared = {"n": results["n-samples"][name]["effective"], "num_fewshot": results["n-shot"][name]}
-    return [{"task": name} | one._asdict() | shared for one in values]
 
 
 # ---- lm_eval ------------------------------------------------------------------------------------
@@ -117,8 +74,9 @@ def go_offline() -> None:
 
 
 def check_installed() -> None:
-    if find_spec("lm_eval") is None:
-        raise UserError("lm_eval is not installed: pip install 'slm-trainer[lm-eval]'")
+    for name in ("lm_eval", "math_verify"):
+        if find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'slm-trainer[lm-eval]'")
 
 
 def is_ours(folder: str) -> bool:
@@ -181,7 +139,12 @@ def load_lm(folder: str, batch_size: int, device: str) -> Any:
         raise UserError(f"lm_eval cannot load {folder}: {first_line(error)}") from None
 
 
-def run_tasks(lm: Any, folder: Path, names: list[str], limit: int | None) -> list[Row]:
+class Found(NamedTuple):
+    rows: list[Row]
+    completions: list[Row]  # of every problem of a task that generates
+
+
+def run_tasks(lm: Any, folder: Path, names: list[str]) -> Found:
     """`lm` (an lm_eval LM) on the tasks that `write_tasks` wrote into `folder`."""
     import datasets
     import lm_eval
@@ -190,45 +153,60 @@ def run_tasks(lm: Any, folder: Path, names: list[str], limit: int | None) -> lis
     datasets.disable_progress_bars()
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     evaluate: Any = lm_eval.simple_evaluate
-    results = evaluate(lm, tasks=names, task_manager=manager, limit=limit)
-    return [row for name in names for row in task_rows(name, results)]
+    results = evaluate(lm, tasks=names, task_manager=manager)
+    found = Found([], [])
+    for name in names:
+        is_generated = TASKS[name].kind in ("generate", "cot")
+        said = completions(results["samples"][name]) if is_generated else []
+        found.completions.extend({"task": name} | one for one in said)
+        found.rows.extend(task_rows(name, results, [one["value_match"] for one in said]))
+    return found
 
 
 @stage(HARNESS)
 def harness(
     models: Mapping[str, Folder],
-    problems: Folder,
+    problems: Folder | None = None,
     *,
-    tasks: Sequence[str] = tuple(SETS),
+    files: Mapping[str, Folder] = {},
+    stories: Sequence[Any] = (),
+    tasks: Sequence[str] = ("gsm8k", "math_500", "svamp"),
     limit: int | None = None,
     num_fewshot: int = 0,
-    prompt: str = f"Question: {BARE_PROMPT}\nAnswer:",
+    prompt: str = PROMPT,
     batch_size: int = 16,
     max_new_tokens: int = 256,
     device: str = "auto",
     modules: Sequence[str] = (),
     out: Folder | None = None,
+    samples: Folder | None = None,
 ) -> list[Row]:
     """Accuracy and bits per byte of models by lm_eval, offline, on local files.
 
     Args:
         models: name -> model folder.
-        problems: folder with gsm8k_test.jsonl, math_500.jsonl, svamp.jsonl.
-        tasks: sets, or single tasks of them such as "svamp_answer".
-        limit: at most the first so many problems of each set.
-        num_fewshot: worked examples before each question.
+        problems: folder with gsm8k_test.jsonl, math_500.jsonl, svamp.jsonl and the like, or `data`
+            of math-evaluation-harness.
+        files: set -> its file where it lies elsewhere; "blimp" -> the folder of its files.
+        stories: sources as of `slm prepare`, for the task "completion".
+        tasks: sets, single tasks of them such as "svamp_answer", "blimp", "completion", or "rho1":
+            the nine sets of the paper's Table 1 after worked examples.
+        limit: at most the first so many problems of each set, pairs of each file of BLiMP.
+        num_fewshot: the file's first problems, with solutions, before each question.
         prompt: what stands before an answer, with {question} in it.
         batch_size: requests per forward.
         max_new_tokens: of a generated answer.
         device: "auto" is cuda where there is one.
         modules: your own modeling code, files or dotted names, imported first.
         out: a CSV file for the rows.
+        samples: a JSONL file for completions and the answers found in them.
 
     Returns:
         A row for every model, task and metric, with the versions that made it.
 
     Raises:
-        UserError: lm_eval is not installed, a folder or a file is damaged, a setting is wrong.
+        UserError: lm_eval is not installed, a folder or a file is damaged, a setting is wrong, or
+            a prompt holds a problem that is asked.
     """
     check_installed()
     go_offline()
@@ -249,19 +227,42 @@ def harness(
         if not is_ours(folder):  # no hashes: lm_eval makes up what is missing
             load_model(folder)
         check_room(folder, max_new_tokens)
-    versions = {name: version(name) for name in VERSIONED}
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="slm-harness-") as temporary:
-        written = Path(temporary)
-        write_tasks(written, Path(problems), names, prompt, num_fewshot, max_new_tokens)
-        for number, (name, folder) in enumerate(folders.items(), 1):
-            log.info(f"model {number} of {len(models)}: {name}, {len(names)} tasks")
-            lm = load_lm(folder, batch_size, where)
-            found = run_tasks(lm, written, names, limit)
-            rows += [{"model": name} | row | versions for row in found]
+    asked = Asked(
+        None if problems is None else Path(problems),
+        {name: str(path) for name, path in files.items()},
+        list(stories),
+        limit,
+        num_fewshot,
+        prompt,
+        max_new_tokens,
+    )
+    rows, said = run_models(folders, names, asked, batch_size, where)
     if out is not None:
         write_csv(Path(out), rows)
+    if samples is not None:
+        write_lines(Path(samples), said)
     return rows
+
+
+def run_models(
+    folders: Mapping[str, str], names: list[str], asked: Asked, batch_size: int, device: str
+) -> Found:
+    versions, every = {name: version(name) for name in VERSIONED}, Found([], [])
+    with tempfile.TemporaryDirectory(prefix="slm-harness-") as temporary:
+        written = Path(temporary)
+        write_tasks(written, names, asked)
+        for number, (name, folder) in enumerate(folders.items(), 1):
+            log.info(f"model {number} of {len(folders)}: {name}, {len(names)} tasks")
+            found = run_tasks(load_lm(folder, batch_size, device), written, names)
+            every.rows.extend({"model": name} | row | versions for row in found.rows)
+            every.completions.extend({"model": name} | one for one in found.completions)
+    return every
+
+
+def write_lines(path: Path, rows: list[Row]) -> None:
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -287,5 +288,6 @@ def print_table(rows: list[Row]) -> None:
 
 def run(**settings: Any) -> None:
     print_table(harness(**settings))
-    if settings["out"] is not None:
-        log.info(f"table: {settings['out']}")
+    for name, key in (("table", "out"), ("completions", "samples")):
+        if settings[key] is not None:
+            log.info(f"{name}: {settings[key]}")

@@ -1,76 +1,55 @@
 """Problem files as tasks of lm_eval: what is asked, what counts as an answer, how it is scored."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slm.errors import UserError
+from slm.evaluate.answers import NUMBER, balanced
+from slm.evaluate.pairs import read_blimp, read_completion
+from slm.evaluate.problems import (
+    SETS,
+    Problem,
+    check_prompt,
+    few_shot_prompt,
+    find_file,
+    read_problems,
+)
 from slm.store.files import Json
 
 BARE_PROMPT = "{question}"
+PROMPT = f"Question: {BARE_PROMPT}\nAnswer:"
 
 
-class Problem(NamedTuple):
-    question: str
-    solution: str  # the worked solution; the answer where the set has none
-    answer: str
+# ---- names --------------------------------------------------------------------------------------
 
 
-def gsm8k(record: Json) -> Problem:
-    solution, mark, answer = record["answer"].rpartition("####")
-    if not mark:
-        raise ValueError("answer has no ####")
-    answer = answer.strip().replace(",", "")
-    return Problem(record["question"].strip(), record["answer"], answer)
+class Task(NamedTuple):
+    set_name: str
+    kind: str
 
 
-def math_500(record: Json) -> Problem:
-    return Problem(record["problem"].strip(), record["solution"], record["answer"])
+KINDS = ("answer", "text", "generate")  # what the name of a set stands for
+TASKS = {f"{name}_{kind}": Task(name, kind) for name in SETS for kind in (*KINDS, "cot")}
+TASKS |= {"blimp": Task("blimp", "pairs"), "completion": Task("completion", "pairs")}
+GROUPS = {name: [f"{name}_{kind}" for kind in KINDS] for name in SETS}
+GROUPS["rho1"] = [f"{name}_cot" for name in SETS]  # Table 1 of the paper
 
 
-def svamp(record: Json) -> Problem:
-    body = record["Body"].strip()
-    body += "" if body.endswith((".", "?", "!")) else "."
-    answer = decimal(record["Answer"])
-    return Problem(f"{body} {record['Question'].strip()}", answer, answer)
+def expand_tasks(names: list[str]) -> list[str]:
+    """gsm8k -> gsm8k_answer, gsm8k_text, gsm8k_generate; each once, in the order given."""
+    found: list[str] = []
+    for name in names:
+        if name not in GROUPS and name not in TASKS:
+            raise UserError(
+                f"tasks has {name!r}, known are {', '.join(GROUPS)} and {', '.join(TASKS)}"
+            )
+        found += GROUPS[name] if name in GROUPS else [name]
+    return list(dict.fromkeys(found))
 
 
-def decimal(number: float) -> str:
-    """145.0 -> 145"""
-    return str(int(number)) if number == int(number) else repr(number)
-
-
-def read_problems(path: Path, read: Callable[[Json], Problem]) -> list[Problem]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: problems must be the folder with the evaluation files")
-    problems = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                problems.append(read_problem(line, f"{path}:{number}", read))
-    return problems
-
-
-def read_problem(line: bytes, where: str, read: Callable[[Json], Problem]) -> Problem:
-    try:
-        problem = read(json.loads(line))
-        "".join(problem).encode()  # an escape of half a character is JSON and no text
-    except KeyError as error:
-        raise UserError(f"{where}: field {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: {error}") from None
-    return problem
-
-
-# A minus after a digit or a bracket subtracts. A comma counts between groups of three digits.
-NUMBER = r"(?:(?<![\d)\]])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-
-
-def balanced(depth: int) -> str:
-    """A regex for text whose braces match, at most `depth` deep."""
-    inner = balanced(depth - 1) if depth else ""
-    return rf"(?:[^{{}}]|\{{{inner}\}})*" if depth else r"[^{}]*"
+# ---- scores of lm_eval --------------------------------------------------------------------------
 
 
 def regex(name: str, pattern: str, which: int) -> Json:
@@ -79,44 +58,27 @@ def regex(name: str, pattern: str, which: int) -> Json:
     return {"name": name, "filter": [find, {"function": "take_first"}]}
 
 
+class Strings(NamedTuple):
+    """How generated answers are compared as strings."""
+
+    filters: list[Json]
+    ignored: list[str]  # removed from both sides before
+
+
 NUMBERS = [
     regex("strict-match", rf"####\s*({NUMBER})", 0),
     regex("flexible-extract", NUMBER, -1),
 ]
-
-
 BOXED = [regex("strict-match", rf"\\boxed\s*\{{({balanced(5)})\}}", -1)]
-
-
-# Removed from both sides before they are compared. \dfrac and \tfrac are \frac.
-IGNORED_IN_NUMBERS = [",", r"\$", r"\.0*$"]
-
-
-IGNORED_IN_LATEX = [r"\\left|\\right|\\[,!;: ]|\\?\$|\s|\.$", r"(?<=\\)[dt](?=frac)"]
-
-
-class ProblemSet(NamedTuple):
-    file: str
-    read: Callable[[Json], Problem]
-    filters: list[Json]
-    ignored: list[str]
-
-
-OUTPUT_TYPES = {
-    "answer": "loglikelihood",
-    "text": "loglikelihood_rolling",
-    "generate": "generate_until",
+IN_NUMBERS = [",", r"\$", r"\.0*$"]
+# \dfrac and \tfrac are \frac.
+IN_LATEX = [r"\\left|\\right|\\[,!;: ]|\\?\$|\s|\.$", r"(?<=\\)[dt](?=frac)"]
+# The others' generations are compared as values alone, as is every `cot`.
+STRINGS = {
+    "gsm8k_generate": Strings(NUMBERS, IN_NUMBERS),
+    "math_500_generate": Strings(BOXED, IN_LATEX),
+    "svamp_generate": Strings(NUMBERS, IN_NUMBERS),
 }
-
-
-SETS = {
-    "gsm8k": ProblemSet("gsm8k_test.jsonl", gsm8k, NUMBERS, IGNORED_IN_NUMBERS),
-    "math_500": ProblemSet("math_500.jsonl", math_500, BOXED, IGNORED_IN_LATEX),
-    "svamp": ProblemSet("svamp.jsonl", svamp, NUMBERS, IGNORED_IN_NUMBERS),
-}
-
-
-TASKS = {f"{name}_{kind}": (name, kind) for name in SETS for kind in OUTPUT_TYPES}
 
 
 def metric(name: str, aggregation: str = "mean", **options: Any) -> Json:
@@ -124,24 +86,25 @@ def metric(name: str, aggregation: str = "mean", **options: Any) -> Json:
     return {"metric": name, "aggregation": aggregation, "higher_is_better": higher} | options
 
 
-def metrics_of(kind: str, ignored: list[str]) -> list[Json]:
-    return {
-        "answer": [metric("acc")],
-        "text": [metric("bits_per_byte", "bits_per_byte")],
-        "generate": [metric("exact_match", regexes_to_ignore=ignored)],
-    }[kind]
+def scores(name: str, output_type: str) -> Json:
+    """Output type and metrics of a task."""
+    metrics = {
+        "loglikelihood": [metric("acc")],
+        "multiple_choice": [metric("acc")] + [metric("acc_norm")] * (name != "blimp"),
+        "loglikelihood_rolling": [metric("bits_per_byte", "bits_per_byte")],
+        "generate_until": [],
+    }[output_type]
+    found: Json = {"output_type": output_type, "metric_list": metrics}
+    if output_type == "multiple_choice":
+        found["doc_to_choice"] = "choices"
+    if name in STRINGS:
+        ignored = STRINGS[name].ignored
+        found["metric_list"] = [metric("exact_match", regexes_to_ignore=ignored)]
+        found["filter_list"] = STRINGS[name].filters
+    return found
 
 
-def expand_tasks(names: list[str]) -> list[str]:
-    """gsm8k -> gsm8k_answer, gsm8k_text, gsm8k_generate; each once, in the order given."""
-    found: list[str] = []
-    for name in names:
-        if name not in SETS and name not in TASKS:
-            raise UserError(
-                f"tasks has {name!r}, known are {', '.join(SETS)} and {', '.join(TASKS)}"
-            )
-        found += [f"{name}_{kind}" for kind in OUTPUT_TYPES] if name in SETS else [name]
-    return list(dict.fromkeys(found))
+# ---- documents ----------------------------------------------------------------------------------
 
 
 def split_prompt(prompt: str) -> tuple[str, str]:
@@ -155,69 +118,133 @@ def split_prompt(prompt: str) -> tuple[str, str]:
 
 
 def document(problem: Problem, kind: str, prompt: str, is_example: bool) -> Json:
-    """The record that a task's doc_to_text and doc_to_target read."""
+    """The record that a task's doc_to_text, doc_to_choice and doc_to_target read."""
     if kind == "text":
-        return {"context": "", "target": f"{problem.question}\n{problem.solution}"}
+        return {"context": "", "target": f"{problem.asked}\n{problem.solution}"}
     head, gap = split_prompt(prompt)
-    head = head.replace(BARE_PROMPT, problem.question)
-    if kind == "answer":
-        return {"context": head, "target": gap + problem.answer}
-    context = head if gap == " " else head + gap
-    return {"context": context, "target": problem.solution if is_example else problem.answer}
+    if kind == "answer":  # the texts of the choices are compared, and not shown
+        context = head.replace(BARE_PROMPT, problem.question)
+        if not problem.choices:
+            return {"context": context, "target": gap + problem.answer}
+        choices = [gap + choice for choice in problem.choices]
+        return {"context": context, "choices": choices, "target": ord(problem.answer) - ord("A")}
+    head = head.replace(BARE_PROMPT, problem.asked)
+    target = problem.solution if is_example else problem.answer
+    found = {"context": head if gap == " " else head + gap, "target": target}
+    return found | {"answer": problem.answer, "choices": list(problem.choices)}
 
 
-def task_config(
-    name: str, prompt: str, files: dict[str, str], num_fewshot: int, max_new_tokens: int
-) -> Json:
-    """A task of lm_eval as its YAML says it."""
+class Asked(NamedTuple):
+    """What of `slm harness` says what is asked; see there."""
+
+    problems: Path | None
+    files: Mapping[str, str]
+    stories: list[Any]
+    limit: int | None = None
+    num_fewshot: int = 0
+    prompt: str = PROMPT
+    max_new_tokens: int = 256
+
+    def path(self, set_name: str) -> Path:
+        if set_name in self.files:
+            return Path(self.files[set_name])
+        if self.problems is None:
+            raise UserError(f"problems is null: the folder with the files of {set_name} is needed")
+        folder = self.problems
+        return folder / "blimp" if set_name == "blimp" else find_file(folder, SETS[set_name])
+
+    def prompt_of(self, task: Task) -> str:
+        return few_shot_prompt(SETS[task.set_name].prompt) if task.kind == "cot" else self.prompt
+
+    def shots_of(self, task: Task) -> int:
+        """Problems of the file as examples; a `cot` has its own in its prompt."""
+        return 0 if task.kind in ("cot", "pairs") else self.num_fewshot
+
+
+def stop_of(prompt: str) -> str:
+    """What begins a question, which the model asks itself next: the last paragraph before it."""
+    return prompt.partition(BARE_PROMPT)[0].rpartition("\n\n")[2].strip()
+
+
+def shots_shown(name: str, from_file: int) -> int:
+    """Worked examples before each question of a task."""
     set_name, kind = TASKS[name]
+    if kind != "cot":
+        return from_file
+    prompt = few_shot_prompt(SETS[set_name].prompt)
+    return prompt.count(stop_of(prompt)) - 1
+
+
+def documents(task: Task, asked: Asked) -> dict[str, list[Json]]:
+    """test: what is asked; examples: what stands before each."""
+    if task.set_name == "completion":
+        return {"test": read_completion(asked.stories, asked.limit)}
+    path = asked.path(task.set_name)
+    if task.set_name == "blimp":
+        return {"test": read_blimp(path, asked.limit)}
+    if not path.is_file():
+        raise UserError(f"{path} is no file: files.{task.set_name} must be one")
+    problems, shots = read_problems(path, SETS[task.set_name].read), asked.shots_of(task)
+    if len(problems) <= shots:
+        raise UserError(
+            f"{path} has {len(problems)} problems, num_fewshot is {shots}: none is left"
+        )
+    prompt, rest = asked.prompt_of(task), problems[shots:][: asked.limit]
+    check_prompt(prompt, rest, path)
+    return {
+        "test": [document(one, task.kind, prompt, False) for one in rest],
+        "examples": [document(one, task.kind, prompt, True) for one in problems[:shots]],
+    }
+
+
+# ---- tasks --------------------------------------------------------------------------------------
+
+
+def output_type(task: Task, one: Json) -> str:
+    if task.kind in ("generate", "cot"):
+        return "generate_until"
+    if task.kind == "text":
+        return "loglikelihood_rolling"
+    return "multiple_choice" if "choices" in one else "loglikelihood"
+
+
+def task_config(name: str, asked: Asked, one: Json, files: dict[str, str]) -> Json:
+    """A task of lm_eval as its YAML says it. one: any of its documents"""
+    task = TASKS[name]
+    prompt = asked.prompt_of(task)
     _, gap = split_prompt(prompt)
     config: Json = {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": files, "cache_dir": str(Path(files["test"]).parent)},
         "test_split": "test",
-        "output_type": OUTPUT_TYPES[kind],
         "doc_to_text": "context",
         "doc_to_target": "target",
-        "target_delimiter": " " if kind == "generate" and gap == " " else "",
-        "num_fewshot": num_fewshot,
-        "metric_list": metrics_of(kind, SETS[set_name].ignored),
+        "target_delimiter": " " if task.kind == "generate" and gap == " " else "",
+        "num_fewshot": asked.shots_of(task),
         "metadata": {"version": 1.0},
     }
-    if num_fewshot:
+    config |= scores(name, output_type(task, one))
+    if "examples" in files:
         config |= {"fewshot_split": "examples", "fewshot_config": {"sampler": "first_n"}}
-    if kind == "generate":
-        config["filter_list"] = SETS[set_name].filters
-        stop = prompt.partition(BARE_PROMPT)[0].strip()  # the model asks itself the next question
-        until = [stop] if stop else ["\n\n\n"]
+    if task.kind in ("generate", "cot"):
         config["generation_kwargs"] = {
-            "until": until,
+            "until": [stop_of(prompt) or "\n\n\n"],
             "do_sample": False,
-            "max_gen_toks": max_new_tokens,
+            "max_gen_toks": asked.max_new_tokens,
         }
     return config
 
 
-def write_tasks(
-    folder: Path, data: Path, names: list[str], prompt: str, num_fewshot: int, max_new_tokens: int
-) -> None:
+def write_tasks(folder: Path, names: list[str], asked: Asked) -> None:
     """<task>.yaml and its <task>.test.jsonl, <task>.examples.jsonl."""
     for name in names:
-        set_name, kind = TASKS[name]
-        path = data / SETS[set_name].file
-        problems = read_problems(path, SETS[set_name].read)
-        if len(problems) <= num_fewshot:
-            raise UserError(
-                f"{path} has {len(problems)} problems, num_fewshot is {num_fewshot}: none is left"
-            )
-        splits = {"test": problems[num_fewshot:], "examples": problems[:num_fewshot]}
-        files = {split: folder / f"{name}.{split}.jsonl" for split in splits if splits[split]}
-        for split, file in files.items():
-            is_example = split == "examples"
-            documents = [document(one, kind, prompt, is_example) for one in splits[split]]
-            file.write_text("".join(json.dumps(one) + "\n" for one in documents))
-        paths = {split: str(file.resolve()) for split, file in files.items()}
-        config = task_config(name, prompt, paths, num_fewshot, max_new_tokens)
+        splits = {key: found for key, found in documents(TASKS[name], asked).items() if found}
+        paths = {}
+        for split, found in splits.items():
+            file = folder / f"{name}.{split}.jsonl"
+            file.write_text("".join(json.dumps(one) + "\n" for one in found))
+            paths[split] = str(file.resolve())
+        config = task_config(name, asked, splits["test"][0], paths)
         # JSON is YAML, and has one way to quote a backslash.
         (folder / f"{name}.yaml").write_text(json.dumps(config, indent=2))

@@ -31,23 +31,17 @@ from slm.checks import check
 from slm.command_keys import HARNESS
 from slm.errors import UserError
 from slm.evaluate import harness as harnessing
-from slm.evaluate.harness import check_room, harness, loglikelihood_values, ratio, run_tasks
-from slm.evaluate.tasks import (
-    BOXED,
-    NUMBER,
-    decimal,
-    expand_tasks,
-    gsm8k,
-    math_500,
-    read_problems,
-    svamp,
-    write_tasks,
-)
+from slm.evaluate.answers import NUMBER
+from slm.evaluate.harness import check_room, harness, run_tasks
+from slm.evaluate.problems import SETS, gsm8k, read_problems
+from slm.evaluate.rows import loglikelihood_values, ratio
+from slm.evaluate.tasks import BOXED, TASKS, Asked, expand_tasks, write_tasks
 from slm.model.build import set_special_ids
 from slm.model.folder import save_model
 from text_helpers import DATA, needs_data
 
 lm_eval_model = pytest.importorskip("lm_eval.api.model")
+pytest.importorskip("math_verify")
 
 V = 300
 GSM8K = [
@@ -136,6 +130,11 @@ def settings(problems: Path, **changes: Any) -> dict[str, Any]:
         "out": None,
     }
     return defaults | changes
+
+
+def asked(problems: Path, **changes: Any) -> Asked:
+    defaults: dict[str, Any] = {"prompt": "Q: {question}\nA:", "max_new_tokens": 8}
+    return Asked(problems, {}, [], **(defaults | changes))
 
 
 def values(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -245,7 +244,7 @@ def test_a_bos_that_the_tokenizer_adds_is_never_scored(
 def test_bits_per_byte_is_what_lm_eval_itself_says(model, problems, monkeypatch):
     said: list[tuple[float, float]] = []
 
-    def both(name: str, results: Any) -> list[Any]:
+    def both(name: str, results: Any, rights: list[float]) -> list[Any]:
         mine = next(loglikelihood_values(results["samples"][name], "text"))
         said.append((results["results"][name]["bits_per_byte,none"], mine.value))
         return []
@@ -311,12 +310,12 @@ class Says(lm_eval_model.LM):
 
 def right(tmp_path: Path, task: str, record: dict[str, Any], completion: str) -> dict[str, float]:
     """exact_match of each filter where a model says `completion`."""
-    name = harnessing.SETS[harnessing.TASKS[task][0]].file
+    name = SETS[TASKS[task].set_name].file
     write_lines(tmp_path / name, [record])
     (tmp_path / "tasks").mkdir(exist_ok=True)
-    write_tasks(tmp_path / "tasks", tmp_path, [task], "Q: {question}\nA:", 0, 8)
-    rows = run_tasks(Says(completion), tmp_path / "tasks", [task], None)
-    return {row["filter"]: row["value"] for row in rows}
+    write_tasks(tmp_path / "tasks", [task], asked(tmp_path))
+    rows = run_tasks(Says(completion), tmp_path / "tasks", [task]).rows
+    return {row["filter"]: row["value"] for row in rows if row["metric"] == "exact_match"}
 
 
 @pytest.mark.parametrize(
@@ -343,7 +342,7 @@ def right(tmp_path: Path, task: str, record: dict[str, Any], completion: str) ->
     ],
 )
 def test_the_number_that_is_found(tmp_path, answer, completion, strict, flexible):
-    record = {"question": "q", "answer": f"worked\n#### {answer}"}
+    record = {"question": "How many?", "answer": f"worked\n#### {answer}"}
     found = right(tmp_path, "gsm8k_generate", record, completion)
     assert found == {"strict-match": strict, "flexible-extract": flexible}
 
@@ -365,7 +364,7 @@ def test_the_number_that_is_found(tmp_path, answer, completion, strict, flexible
     ],
 )
 def test_the_box_that_is_found(tmp_path, answer, completion, expected):
-    record = {"problem": "q", "solution": "s", "answer": answer}
+    record = {"problem": "Halve it.", "solution": "s", "answer": answer}
     assert right(tmp_path, "math_500_generate", record, completion) == {"strict-match": expected}
 
 
@@ -378,9 +377,9 @@ def test_an_unclosed_box_takes_no_time():
 
 def test_a_model_is_asked_the_prompt_and_stops_at_the_next_question(tmp_path, problems):
     (tmp_path / "tasks").mkdir()
-    write_tasks(tmp_path / "tasks", problems, ["svamp_generate"], "Q: {question}\nA:", 0, 8)
+    write_tasks(tmp_path / "tasks", ["svamp_generate"], asked(problems, limit=1))
     lm = Says("145")
-    rows = run_tasks(lm, tmp_path / "tasks", ["svamp_generate"], 1)
+    rows = run_tasks(lm, tmp_path / "tasks", ["svamp_generate"]).rows
     assert {row["filter"]: row["value"] for row in rows}["flexible-extract"] == 1
     ((context, options),) = lm.asked
     assert context == "Q: There are 290 bananas. How many in a group?\nA:"
@@ -400,9 +399,9 @@ def test_examples_stand_before_the_question_and_are_not_asked(
     tmp_path, problems, task, prompt, expected
 ):
     (tmp_path / "tasks").mkdir()
-    write_tasks(tmp_path / "tasks", problems, [task], prompt, 2, 8)
+    write_tasks(tmp_path / "tasks", [task], asked(problems, prompt=prompt, num_fewshot=2))
     lm = Says("")
-    rows = run_tasks(lm, tmp_path / "tasks", [task], None)
+    rows = run_tasks(lm, tmp_path / "tasks", [task]).rows
     assert {(row["n"], row["num_fewshot"]) for row in rows} == {(1, 2)}
     questions = [one["question"].strip() for one in GSM8K]
     text = expected.format(*questions, a=GSM8K[0]["answer"], b=GSM8K[1]["answer"])
@@ -411,18 +410,135 @@ def test_examples_stand_before_the_question_and_are_not_asked(
         assert lm.asked[0][1] == ("\n-5" if prompt.endswith("\n") else " -5")
 
 
+@pytest.mark.parametrize(
+    ("completion", "match"),
+    [
+        (" 2 * 1,000 = 2,000, so the answer is 1,999 eggs.", 1),
+        (" It is 1,998 + 1 = 1999.0", 1),
+        (" The answer is 1,998.", 0),
+        (" nothing", 0),
+    ],
+)
+def test_generations_are_compared_as_values_after_our_own_examples(tmp_path, completion, match):
+    write_lines(tmp_path / "gsm8k_test.jsonl", GSM8K[1:2])
+    (tmp_path / "tasks").mkdir()
+    tasks = ["gsm8k_cot", "gsm8k_generate"]
+    write_tasks(tmp_path / "tasks", tasks, asked(tmp_path))
+    lm = Says(completion)
+    found = run_tasks(lm, tmp_path / "tasks", tasks)
+    rows = {(row["task"], row["metric"]): row for row in found.rows}
+    cot = rows["gsm8k_cot", "value_match"]
+    assert (cot["value"], cot["n"], cot["num_fewshot"]) == (match, 1, 8)
+    assert rows["gsm8k_generate", "value_match"]["value"] == match
+    assert ("gsm8k_cot", "exact_match") not in rows
+    (context, options), (bare, _) = lm.asked
+    assert context.startswith("Question: A baker") and context.count("Question:") == 9
+    assert context.endswith("\n\nQuestion: How many eggs?\nAnswer:")
+    assert bare == "Q: How many eggs?\nA:" and options["until"] == ["Question:"]
+    said = [(one["task"], one["problem"], one["completion"]) for one in found.completions]
+    assert said == [(task, 0, completion) for task in tasks]
+    assert {one["answer"] for one in found.completions} == {"1999"}
+
+
+SAT = [
+    {"question": "2 + 2?", "options": "A) 5 B) 4 C) 4.0", "Answer": "B"},
+    {"question": "Where?", "options": "A) [1,2] B) (1,2]", "Answer": "A"},
+]
+
+
+def test_a_choice_is_asked_with_its_letters_and_scored_without(tmp_path, model, table, tokenizer):
+    write_lines(tmp_path / "sat_math.jsonl", SAT)
+    (tmp_path / "tasks").mkdir()
+    write_tasks(tmp_path / "tasks", ["sat_math_cot", "sat_math_generate"], asked(tmp_path))
+    lm = Says(" The answer is (C).")
+    found = run_tasks(lm, tmp_path / "tasks", ["sat_math_generate", "sat_math_cot"])
+    assert [row["value"] for row in found.rows] == [0.5, 0.5]  # 4.0 is 4; there is no other C
+    assert lm.asked[0][0] == "Q: 2 + 2?\nWhich choice is right?\n(A) 5, (B) 4, (C) 4.0\nA:"
+    assert lm.asked[2][1]["until"] == ["Problem:"]
+    assert lm.asked[2][0].endswith("(A) 5, (B) 4, (C) 4.0\nSolution:")
+    config = settings(tmp_path, tasks=["sat_math_answer"], prompt="Q: {question}\nA:")
+    rows = values(harness({"m": model}, **config))
+    texts = [["5", "4", "4.0"], ["[1,2]", "(1,2]"]]
+    nats = [
+        [answer_nats(table, tokenizer, f"Q: {one['question']}\nA:", f" {text}") for text in choices]
+        for one, choices in zip(SAT, texts, strict=True)
+    ]
+    right = [nats[0][1], nats[1][0]]
+    acc = [right[0] == min(nats[0]), right[1] == min(nats[1])]
+    assert rows["sat_math_answer", "acc"]["value"] == np.mean(acc)
+    assert rows["sat_math_answer", "nats"]["value"] == pytest.approx(np.mean(right), rel=1e-5)
+    bits = rows["sat_math_answer", "bits_per_byte"]["value"]
+    assert bits == pytest.approx(sum(right) / math.log(2) / len(" 4 [1,2]"), rel=1e-5)
+
+
+def test_a_problem_in_the_prompt_is_refused(model, problems, monkeypatch):
+    monkeypatch.setattr(harnessing, "load_lm", None)
+    prompt = "Q: Tom ran. How far?\nA: 2.5\n\nQ: {question}\nA:"
+    config = settings(problems, tasks=["svamp_generate"], prompt=prompt)
+    with pytest.raises(UserError, match="svamp.jsonl: the prompt holds a problem that is asked: '"):
+        harness({"m": model}, **config)
+    with pytest.raises(TypeError, match="NoneType"):  # load_lm: the one that it holds is not asked
+        harness({"m": model}, **config | {"limit": 1})
+
+
+# ---- pairs --------------------------------------------------------------------------------------
+
+
+def test_the_likelier_sentence_by_phenomenon_and_paradigm(tmp_path, model, table, tokenizer):
+    pairs = [("He is.", "He are."), ("A dog", "A cat"), ("same", "same"), ("b c", "c b")]
+    groups = ["x/a", "x/a", "x/b", "y/c"]
+    for (good, bad), group in zip(pairs, groups, strict=True):
+        term, uid = group.split("/")
+        record = {"sentence_good": good, "sentence_bad": bad, "linguistics_term": term, "UID": uid}
+        (tmp_path / "blimp").mkdir(exist_ok=True)
+        with open(tmp_path / "blimp" / f"{uid}.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    rows = values(harness({"m": model}, **settings(tmp_path, tasks=["blimp"])))
+    eos = tokenizer.eos_token_id
+    nats = [[chain_nats(table, [eos, *tokenizer.encode(t)], 1) for t in pair] for pair in pairs]
+    accs = [float(good < bad) for good, bad in nats]
+    assert accs[2] == 0  # a tie is no success
+    expected = {"blimp": accs, "blimp/x": accs[:3], "blimp/x/a": accs[:2], "blimp/x/b": accs[2:3]}
+    expected |= {"blimp/y": accs[3:], "blimp/y/c": accs[3:]}
+    found = {task: row for (task, metric), row in rows.items() if metric == "acc"}
+    assert {task: row["value"] for task, row in found.items()} == {
+        task: pytest.approx(np.mean(values)) for task, values in expected.items()
+    }
+    assert {task: row["n"] for task, row in found.items()} == {
+        task: len(values) for task, values in expected.items()
+    }
+    good = sum(one[0] for one in nats)
+    size = len("".join(pair[0] for pair in pairs))
+    bits = rows["blimp", "bits_per_byte"]["value"]
+    assert bits == pytest.approx(good / math.log(2) / size, rel=1e-5)
+
+
+def test_the_storys_own_ending_is_the_likeliest(tmp_path, model, table, tokenizer):
+    endings = ["18", "a", "bc", "d e"]
+    stories = [{"text": f"It was {n}. So: {end}"} for n, end in enumerate(endings)]
+    write_lines(tmp_path / "s.jsonl", stories)
+    source, samples = {"path": str(tmp_path / "s.jsonl")}, tmp_path / "samples.jsonl"
+    config = settings(tmp_path, tasks=["completion"]) | {"problems": None}
+    rows = values(harness({"m": model}, **config, stories=[source], samples=samples))
+    endings = [f" So: {end}" for end in endings]
+    nats = np.array(
+        [
+            [answer_nats(table, tokenizer, f"It was {n}.", ending) for ending in endings]
+            for n in range(4)
+        ]
+    )
+    lengths = np.array([len(ending) for ending in endings])
+    own = np.arange(4)
+    assert rows["completion", "acc"]["value"] == np.mean(nats.argmin(1) == own)
+    assert rows["completion", "acc_norm"]["value"] == np.mean((nats / lengths).argmin(1) == own)
+    bits = rows["completion", "bits_per_byte"]["value"]
+    assert bits == pytest.approx(np.trace(nats) / math.log(2) / lengths.sum(), rel=1e-5)
+    assert samples.read_text() == ""  # nothing is generated
+    with pytest.raises(UserError, match="problems is null: the folder with the files of blimp is"):
+        harness({"m": model}, **config | {"tasks": ["blimp"]})
+
+
 # ---- what it reads ------------------------------------------------------------------------------
-
-
-def test_records_become_problems():
-    one = gsm8k({"question": " a? ", "answer": "b #### c\n#### 1,234"})
-    assert one == ("a?", "b #### c\n#### 1,234", "1234")
-    assert math_500(MATH[0])[1:] == (r"So $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}")
-    assert svamp(SVAMP[0]).question == "There are 290 bananas. How many in a group?"
-    assert svamp(SVAMP[1]) == ("Tom ran. How far?", "2.5", "2.5")
-    assert [decimal(x) for x in (145.0, 2.5, -3.0, 0.1, 1e6)] == [
-        "145", "2.5", "-3", "0.1", "1000000",
-    ]  # fmt: skip
 
 
 def test_sets_mean_all_their_tasks_and_each_is_run_once():
@@ -432,7 +548,10 @@ def test_sets_mean_all_their_tasks_and_each_is_run_once():
         "svamp_generate",
         "gsm8k_answer",
     ]
-    with pytest.raises(UserError, match="tasks has 'gsm9k', known are gsm8k, math_500, svamp and"):
+    assert expand_tasks(["rho1"]) == [f"{name}_cot" for name in SETS] and len(SETS) == 9
+    with pytest.raises(
+        UserError, match="tasks has 'gsm9k', known are gsm8k, math_500, svamp, .* a"
+    ):
         expand_tasks(["gsm9k"])
 
 
@@ -597,7 +716,7 @@ def test_a_trained_folder_goes_through_on_real_files_without_a_network(tmp_path)
     assert not marker.exists(), marker.read_text()
     with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    per_model = 3 * 4 + 2 + 1 + 2  # acc, nats, bits of answers, bits of texts; matches
+    per_model = 3 * 4 + 2 + 1 + 2 + 3  # acc, nats, bits of answers, bits of texts; matches, values
     assert [row["model"] for row in rows] == ["a"] * per_model + ["b"] * per_model
     assert {row["n"] for row in rows} == {"4"}
     for mine, other in zip(rows[:per_model], rows[per_model:], strict=True):
