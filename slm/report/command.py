@@ -41,6 +41,7 @@ from slm.report.arms import (
     report_left_out,
 )
 from slm.report.baselines import before_training, begun_with, check_names, read_baselines
+from slm.report.mixtures import mixture_rows
 from slm.report.page.page import SweepFigures, write_page
 from slm.report.paper.figures import paper_figures
 from slm.report.paper.plots import draw
@@ -126,7 +127,10 @@ def sweep_report(
     notes += [f"Left out: {folder}: {reason}" for folder, reason in left_out.items()]
     found = provenance([arm for arm in (*arms, *baselines) if arm.has_run])
     write_csv(out / "runs.csv", run_rows([*arms, *baselines]))
-    return SweepFigures(figures, sets, rows, notes, found, counted(arms, baselines))
+    mixtures = mixture_rows(arms)
+    if mixtures:
+        write_csv(out / "mixture.csv", mixtures)
+    return SweepFigures(figures, sets, rows, notes, found, counted(arms, baselines), mixtures)
 
 
 def counted(arms: Sequence[Arm], baselines: Sequence[Arm]) -> str:

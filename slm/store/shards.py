@@ -238,6 +238,10 @@ class Store:
         path = shard.path(self.folder, name)
         return self.links.column(path, shard.dtype[name], shard.rows[name])
 
+    def file(self, name: str, index: int) -> Path:
+        """Where a column of a shard lies, for messages."""
+        return self.links.file(self.shards[index].path(self.folder, name))
+
     @cached_property
     def links(self) -> Links:
         return Links(self.folder)
@@ -306,6 +310,11 @@ class References(Store):
     def is_partial(self) -> bool:
         """Some windows have no scores: `slm score max_tokens=...`"""
         return SCORED in self.shards.names
+
+    @property
+    def is_unfinished(self) -> bool:
+        """These can be scored yet; what `slm bind missing=skip` left out cannot."""
+        return self.is_partial and "missing" not in self.manifest
 
     @property
     def scored(self) -> np.ndarray:  # (windows,) bool, over all shards

@@ -5,7 +5,7 @@ the store, and a pickle of that to each of its workers; as arrays 120 bytes a fi
 """
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,6 +84,20 @@ class Shards(Sequence[Shard]):
         if (self.num_tokens < least_tokens).any():
             counts = reprlib.repr(self.num_tokens.tolist())
             raise UserError(f"{path}: num_tokens of its shards is {counts}")
+
+    @classmethod
+    def joined(cls, parts: Sequence["Shards"], columns: Callable[[str], bool]) -> "Shards":
+        """Those of several stores, numbered on; of the columns that `columns` accepts."""
+        made = cls.__new__(cls)
+        made.num_tokens = np.concatenate([part.num_tokens for part in parts])
+        made._files = {
+            name: np.concatenate(
+                [part._files.get(name, np.zeros(len(part), FILE)) for part in parts]
+            )
+            for name in sorted(set.union(*(part.names for part in parts)))
+            if columns(name)
+        }
+        return made
 
     def _set(self, place: int, shard: Shard) -> None:
         self.num_tokens[place] = shard.num_tokens

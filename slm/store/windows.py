@@ -29,7 +29,6 @@ from slm.store.available import Available
 from slm.store.columns import COLUMNS, DOMAIN, DTYPE, LOGPROBS, Column
 from slm.store.files import Recent
 from slm.store.shards import Corpus, References, Store
-from slm.store.sidecars import shard_path
 
 IGNORE_INDEX = -100
 WEIGHT = "token_weight"
@@ -121,10 +120,9 @@ class Windows:
         if tokens.max() >= self.corpus.vocab_size:
             window = windows[tokens.max(1).argmax()]
             shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
-            file = self.corpus.links.file(shard_path(self.corpus.folder, "tokens", shard))
             raise UserError(
-                f"{file}: window {window} of {self.corpus.folder} holds token id {tokens.max()}, "
-                f"the tokenizer has {self.corpus.vocab_size}"
+                f"{self.corpus.file('tokens', shard)}: window {window} of {self.corpus.folder} "
+                f"holds token id {tokens.max()}, the tokenizer has {self.corpus.vocab_size}"
             )
         return tokens
 

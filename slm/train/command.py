@@ -40,12 +40,13 @@ logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 @stage(ARGUMENTS)
 def train(
-    corpus: Folder,
+    corpus: Folder | None,
     out: Folder,
     max_tokens: int,
     *,
     references: Folder | Sequence[Folder] | Mapping[str, Folder] | None = None,
     heldout: Mapping[str, Folder] | None = None,
+    mixture: Mapping[str, Mapping[str, Any]] | None = None,
     selection: Selection | Group = "excess",
     model: Group = "llama_600k",
     data: Group = "shards",
@@ -71,6 +72,8 @@ def train(
         max_tokens: training tokens, unselected ones included; rounded to optimizer steps.
         references: scores of this corpus, made by `score`; a list of them; or {source: scores}.
         heldout: {name: corpus}, evaluated during training.
+        mixture: several corpora in place of one (corpus=None), by shares of tokens:
+            {part: {"corpus": folder, "references": scores, "share": 0.6, "max_epochs": 4}}.
         selection: a rule, `Excess(0.6)`, or its word, "all".
         model: architecture, init_from (a model folder to start from), ...: conf/model.
         data: batch_size, micro_batch_size, heldout_windows, combine, ...: conf/data.

@@ -10,17 +10,19 @@ from slm.errors import UserError
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer
 from slm.store.windows import open_windows
-from slm.train.order import NEW, MicroBatches, Order, Steps
+from slm.train.mixture import Mixture
+from slm.train.order import NEW, MicroBatches, Mixed, Order, Steps
 
 
 class TokenData(LightningDataModule):
-    """Training windows (`corpus`, `references`) and named held-out sets.
+    """Training windows (`corpus`, `references`; or `mixture`) and named held-out sets.
 
     references:        none, a folder, a list of folders, or {source: folder}, for each source of
                        the corpus its own; of a corpus that is scored in part,
                        the scored windows are what there is to read, whatever the rule
     combine:           what becomes of several references: mean, min or max of their losses, or
                        mixture (the mean of their probabilities)
+    mixture:           {part: {corpus, references, share, max_epochs}} in place of these three
     batch_size:        windows of one optimizer step, over all ranks
     micro_batch_size:  windows of one forward on one rank
     heldout:           name -> corpus folder, evaluated during training
@@ -32,7 +34,7 @@ class TokenData(LightningDataModule):
 
     def __init__(
         self,
-        corpus: str,
+        corpus: str | None,
         references: str | Sequence[str] | Mapping[str, str] | None,
         combine: str | None,
         heldout: Mapping[str, str] | None,
@@ -43,11 +45,17 @@ class TokenData(LightningDataModule):
         check: str,
         seed: int,
         order: str | None = None,
+        mixture: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         super().__init__()
-        self.corpus = Corpus.open(corpus, check)
-        self.windows = open_windows(self.corpus, references, combine, check, partial=True)
-        self.references = list(self.windows.references)
+        self.mixture = None if mixture is None else Mixture.open(mixture, check)
+        if self.mixture is not None:
+            self.corpus: Corpus = self.mixture.corpus
+            self.windows, self.references = self.mixture.windows, self.mixture.references
+        else:
+            self.corpus = Corpus.open(str(corpus), check)
+            self.windows = open_windows(self.corpus, references, combine, check, partial=True)
+            self.references = list(self.windows.references)
         named = {} if heldout is None else heldout
         self.heldout = {name: Corpus.open(folder, check) for name, folder in named.items()}
         self.heldout_windows = heldout_windows
@@ -72,11 +80,25 @@ class TokenData(LightningDataModule):
     def tokens_per_step(self) -> int:
         return self.batch_size * self.corpus.seq_len
 
+    @property
+    def corpora(self) -> dict[str, Corpus]:
+        """The folders that are trained on: of a mixture by the names of its parts, else one."""
+        if self.mixture is None:
+            return {"corpus": self.corpus}
+        return dict(zip(self.mixture.shares, self.mixture.corpus.parts, strict=True))
+
+    def samples(self) -> Order | Mixed:
+        """Which window is the run's sample n."""
+        kind = self.order or NEW
+        if self.mixture is not None:
+            return self.mixture.order(self.seed, kind)
+        return Order(len(self.windows.available), self.seed, kind)
+
     def train_dataloader(self) -> MicroBatches:
         assert self.trainer is not None
         steps = Steps(
             self.windows,
-            Order(len(self.windows.available), self.seed, self.order or NEW),
+            self.samples(),
             self.batch_size,
             self.micro_batch_size,
             self.trainer.global_rank,

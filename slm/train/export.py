@@ -278,6 +278,6 @@ def say(out: Path, config: Any, counts: Json) -> None:
     if counts["documents"] < counts["of_documents"]:
         log.info(
             "the scores were made behind documents and tokens that are not there any more: what "
-            "is trained on %s reads others (slm/train/README.md)",
+            "is trained on %s reads others (slm/train/concentrated.md)",
             out,
         )

@@ -30,6 +30,7 @@ from slm.train.data import TokenData
 from slm.train.identity import adopt_order, adopt_run, only_writer, run_identity
 from slm.train.lineage import lineage, model_card, reference_record
 from slm.train.loggers import WandbLog
+from slm.train.mixture import kept_by_source, write_mixture
 from slm.train.module import SelectiveModule
 from slm.train.order import NEW
 from slm.train.settings import check_scored
@@ -104,6 +105,9 @@ def export(
         precision=settings["trainer"]["precision"],
         device=module.device,
     )
+    if data.mixture is not None:
+        windows = trainer.global_step * data.batch_size
+        write_mixture(folder, data.mixture.rows(windows, data.seed, kept_by_source(folder)))
     results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}
     tables = {path.name: hash_file(path) for path in sorted(folder.glob("*.csv"))}
 
@@ -246,7 +250,7 @@ def log_inputs(
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
         if isinstance(logger, WandbLog):
-            for store in (data.corpus, *data.references):
+            for store in (*data.corpora.values(), *data.references):
                 name = f"{store.KIND}-{store.fingerprint[:12]}"
                 manifest = store.folder / "manifest.json"
                 logger.log_folder(manifest, name=name, kind=store.KIND, is_input=True)

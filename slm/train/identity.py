@@ -51,6 +51,7 @@ def run_identity(settings: Json, data: TokenData) -> dict[str, Any]:
         "data.batch_size": plain["data"]["batch_size"],
         "data.micro_batch_size": plain["data"]["micro_batch_size"],
         "trainer.precision": plain["trainer"]["precision"],
+        **flat("data.mixture", {} if data.mixture is None else data.mixture.shares),
         **flat("model", plain["model"]),
         **flat("selection", rule),
         **flat("optimizer", plain["optimizer"]),

@@ -3,8 +3,9 @@
 What is built from a `_target_` has its constructor's keys; here are those that have a range.
 """
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from slm.checks import (
     word,
 )
 from slm.command_keys import PRECISIONS
-from slm.errors import UserError
+from slm.errors import UserError, shown
 from slm.store.inputs import check_inputs
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
@@ -71,7 +72,8 @@ TRAIN: Table = TRAINER | {
     "resume": word("auto", "never"),
     "modules": several(text, least=0),
     "data": section,
-    "data.corpus": text,
+    "data.corpus": optional(text),
+    "data.mixture": optional(sections),
     "data.references": optional(either(texts, folders)),
     "data.heldout": optional(either(folders, Kind("{}", lambda v: v == {}))),
     "data.check": word(*CHECKS),
@@ -124,10 +126,17 @@ TRAIN: Table = TRAINER | {
     "callbacks.dynamics.mean_loss": optional(number),
     "logger": sections,
 }
-FOLDERS = ("corpus", "references", "heldout")  # of data: in Python, arguments of their own
+FOLDERS = (
+    "corpus",
+    "references",
+    "heldout",
+    "mixture",
+)  # of data: in Python, arguments of their own
 ARGUMENTS: Table = dict.fromkeys(
     {key.split(".")[0] for key in TRAIN} - {"run_dir"} | {*FOLDERS}, anything
 )
+NEEDED_OF_PART: Table = {"corpus": text, "share": real(0, 1, "(]")}
+PART = NEEDED_OF_PART | {"references": optional(text), "max_epochs": optional(real(0, ends="()"))}
 LENGTH = "max_tokens alone says how long a run is"
 INSTEAD = {
     **dict.fromkeys(
@@ -150,10 +159,58 @@ def check_train(settings: dict[str, Any]) -> None:
             f"trainer.strategy is {strategy!r}, which is FSDP1: trainer=fsdp shards with FSDP2"
         )
     check(settings, TRAIN, INSTEAD)
+    check_corpus(settings["data"])
     if all(select(settings, f"optimizer.adamw.{name}") is True for name in ("foreach", "fused")):
         raise UserError("optimizer.adamw.foreach and fused are both true: one of them at most")
     for name, key in trainer_environment():
         check_known(key, TRAINER, {key: f"as {name} in the environment, where nothing may set it"})
+
+
+def check_corpus(data: Any) -> None:
+    """One corpus, or several as a mixture."""
+    given = {name: data[name] for name in FOLDERS if name in data and data[name] is not None}
+    if "mixture" in given:
+        check_mixture(given["mixture"])
+        for name in ("corpus", "references"):
+            if name in given:
+                raise UserError(
+                    f"data.{name} is {shown(given[name])}, and each part of data.mixture has its "
+                    "own: give one of them"
+                )
+    elif "corpus" not in given:
+        raise UserError(
+            "data.corpus must be given: a folder made by `slm prepare` (or data.mixture, several)"
+        )
+
+
+def part_key(name: str) -> str:
+    return f"data.mixture.{name}"
+
+
+def check_mixture(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """What can be said before anything is opened."""
+    if not parts:
+        raise UserError("data.mixture names no part: {name: {corpus: folder, share: 1.0}, ...}")
+    table = {f"{part_key(name)}.{field}": kind for name in parts for field, kind in PART.items()}
+    check({"data": {"mixture": parts}}, table)
+    for name, part in parts.items():
+        for field in NEEDED_OF_PART.keys() - part.keys():
+            raise UserError(f"{part_key(name)} has no {field}")
+    total = math.fsum(part["share"] for part in parts.values())
+    if abs(total - 1) > 1e-6:
+        shares = ", ".join(f"{name} {part['share']:g}" for name, part in parts.items())
+        raise UserError(f"the shares of data.mixture sum to {total:g}, not to 1: {shares}")
+    without = [name for name, part in parts.items() if not field_of(part, "references")]
+    if without and len(without) < len(parts):
+        with_them = next(name for name in parts if name not in without)
+        raise UserError(
+            f"{part_key(with_them)} has references and {part_key(without[0])} has none: all parts "
+            "have them or no part"
+        )
+
+
+def field_of(part: Mapping[str, Any], name: str) -> Any:
+    return part[name] if name in part else None
 
 
 def check_run(settings: dict[str, Any]) -> None:
@@ -163,7 +220,8 @@ def check_run(settings: dict[str, Any]) -> None:
     from slm.store.shards import read_manifest  # NumPy, which a mistyped key need not wait for
 
     data = settings["data"]
-    seq_len = read_manifest(Path(data["corpus"]), "corpus")["seq_len"]
+    folder = data["corpus"] or next(iter(data["mixture"].values()))["corpus"]
+    seq_len = read_manifest(Path(folder), "corpus")["seq_len"]
     check_one_step(settings["max_tokens"], data["batch_size"] * seq_len)
 
 

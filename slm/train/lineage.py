@@ -54,7 +54,7 @@ def lineage(
         "init_from": short_name(str(init_from)) if is_folder else init_from,
         "init_from_is_folder": is_folder,
         "init_from_sha256": init_from_sha256,
-        "corpus": short_name(datamodule.corpus.folder),
+        "corpus": " + ".join(short_name(one.folder) for one in datamodule.corpora.values()),
         "corpus_fingerprint": datamodule.corpus.fingerprint,
         "references": [reference_record(store) for store in datamodule.references],
         "online_reference": online_reference,

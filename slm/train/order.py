@@ -11,7 +11,7 @@ of ranks and of micro-batches: micro-batch a of rank r is number a * world_size 
 number of windows consumed is the datamodule's state, so a resumed run sees what it would have seen.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
 
 import numpy as np
@@ -81,12 +81,78 @@ class Order:
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(windows, epochs) of the samples [start, stop); a range may cross into the next pass."""
-        epochs, within = np.divmod(np.arange(start, stop), self.num_windows)
-        windows = np.empty(stop - start, np.int64)
+        return self.at(np.arange(start, stop))
+
+    def at(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (n,) -> (n,), (n,)
+        epochs, within = np.divmod(samples, self.num_windows)
+        windows = np.empty(len(samples), np.int64)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
             windows[rows] = self._windows_of(int(epoch))(within[rows])
         return windows, epochs
+
+
+class Mixed:
+    """Sample n of a run over several parts, each in an order of its own, by their shares.
+
+    A part's share of the first n samples is exact to within one sample wherever n is a multiple of
+    BLOCK; in a block, chance says which sample is of which part.
+
+    sizes:   windows of each part, which follow one another
+    shares:  of each; they sum to 1
+    """
+
+    BLOCK, AT_ONCE = 128, 8  # samples; blocks, for speed alone
+
+    def __init__(self, sizes: Sequence[int], shares: Sequence[float], seed: int, kind: str = NEW):
+        self.orders = [Order(size, seed, kind) for size in sizes]
+        self.first = np.cumsum([0, *sizes])
+        # In billionths, so that Python's whole numbers say what lies before any sample.
+        sums = np.cumsum(shares[:-1])
+        self.cumulative = [0, *(round(10**9 * float(share)) for share in sums), 10**9]
+        self.seed = seed
+        self._last: tuple[int, np.ndarray] | None = None
+
+    def before(self, block: int) -> np.ndarray:  # (parts + 1,)
+        """How many samples of the first 0, 1, 2, ... parts come before the block."""
+        return np.array([share * block * self.BLOCK // 10**9 for share in self.cumulative])
+
+    def counts(self, samples: int) -> np.ndarray:  # (parts,)
+        """Samples of each part among the first so many."""
+        block, rest = divmod(samples, self.BLOCK)
+        last = np.bincount(self._parts(block)[0][:rest], minlength=len(self.orders))
+        return np.diff(self.before(block)) + last
+
+    def _parts(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a block's samples, their parts, and their numbers among the samples of the part."""
+        before = self.before(block)
+        places = Keyed(self.BLOCK, self.seed, block)(np.arange(self.BLOCK))
+        edges = self.before(block + 1) - before
+        parts = np.searchsorted(edges, places, side="right") - 1
+        of_part = parts[:, None] == np.arange(len(self.orders))
+        earlier = np.take_along_axis(of_part.cumsum(0), parts[:, None], axis=1)[:, 0] - 1
+        return parts, np.diff(before)[parts] + earlier
+
+    def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(windows, epochs) of the samples [start, stop); epochs are those of a window's part."""
+        stretches, within = np.divmod(np.arange(start, stop), self.AT_ONCE * self.BLOCK)
+        found = np.empty((2, stop - start), np.int64)
+        for stretch in np.unique(stretches):
+            rows = stretches == stretch
+            found[:, rows] = self._stretch(int(stretch))[:, within[rows]]
+        return found[0], found[1]
+
+    def _stretch(self, stretch: int) -> np.ndarray:  # (2, AT_ONCE * BLOCK)
+        """Windows and epochs of blocks that are read one after another."""
+        if self._last is None or self._last[0] != stretch:
+            blocks = range(stretch * self.AT_ONCE, (stretch + 1) * self.AT_ONCE)
+            parts, numbers = np.hstack([self._parts(block) for block in blocks])
+            found = np.empty((2, len(parts)), np.int64)
+            for part in np.unique(parts):
+                windows, epochs = self.orders[part].at(numbers[parts == part])
+                found[:, parts == part] = windows + self.first[part], epochs
+            self._last = stretch, found
+        return self._last[1]
 
 
 class Steps(Dataset):
@@ -95,7 +161,7 @@ class Steps(Dataset):
     def __init__(
         self,
         windows: Windows,
-        order: Order,
+        order: Order | Mixed,
         batch_size: int,
         micro_batch_size: int,
         rank: int = 0,

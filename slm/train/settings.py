@@ -48,10 +48,11 @@ def check_scored(max_tokens: int, data: TokenData) -> None:
     Where `slm bind missing=skip` left windows out there are no more to score: the others are all
     that the run reads, as often as it likes.
     """
-    partial = [
-        store for store in data.references if store.is_partial and "missing" not in store.manifest
-    ]
-    needed = round(max_tokens / data.tokens_per_step) * data.batch_size
+    if data.mixture is not None:
+        data.mixture.check_epochs(windows_of(max_tokens, data), data.seed)
+        return
+    partial = [store for store in data.references if store.is_unfinished]
+    needed = windows_of(max_tokens, data)
     have = len(data.windows.available)
     if partial and needed > have:
         first = int(np.flatnonzero(~np.logical_and.reduce([s.scored for s in partial]))[0])
@@ -60,6 +61,11 @@ def check_scored(max_tokens: int, data: TokenData) -> None:
             f"of {have} of the {len(data.windows)} of {data.corpus.folder} (none of window "
             f"{first}): `slm score max_tokens={needed * data.corpus.seq_len}` adds what is missing"
         )
+
+
+def windows_of(max_tokens: int, data: TokenData) -> int:
+    """That a run reads: whole steps."""
+    return round(max_tokens / data.tokens_per_step) * data.batch_size
 
 
 def warn_of_late_points(selection: Selection, max_tokens: int) -> None:

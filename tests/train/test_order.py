@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from slm.train.order import ORDERS, Keyed, Order
+from slm.train.order import ORDERS, Keyed, Mixed, Order
 
 SIZES = [*range(1, 40), 99, 100, 101, 4095, 4096, 4097, 65537, 1_000_003]
 LARGE = 10**9 + 7  # as many windows as no permutation is made of here
@@ -130,3 +130,49 @@ def test_each_half_of_a_batch_mixes_all_of_the_corpus():
 def test_nothing_of_the_corpuss_size_is_made():
     found, _ = Order(10**15, 0).samples(10**15 - 2, 10**15 + 2)
     assert len(set(found.tolist())) == 4 and found.max() < 10**15
+
+
+# ---- mixtures -----------------------------------------------------------------------------------
+
+SHARES = (0.15, 0.15, 0.4, 0.2, 0.1)  # Phi-4's table 5
+WINDOWS = (1300, 290, 290, 820, 580)
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_each_part_of_a_mixture_is_read_in_its_own_order(kind):
+    windows, epochs = Mixed(WINDOWS, SHARES, 5, kind).samples(0, 4000)
+    for size, first in zip(WINDOWS, np.cumsum([0, *WINDOWS]), strict=False):
+        mine = (windows >= first) & (windows < first + size)
+        own = Order(size, 5, kind).samples(0, mine.sum())
+        assert (windows[mine] - first).tolist() == own[0].tolist()
+        assert epochs[mine].tolist() == own[1].tolist()
+
+
+def test_shares_are_exact_at_the_end_of_every_block():
+    order, first = Mixed(WINDOWS, SHARES, 2), np.cumsum([0, *WINDOWS])
+    windows, _ = order.samples(0, 100 * Mixed.BLOCK)
+    parts = np.searchsorted(first, windows, side="right") - 1
+    for blocks in (1, 2, 7, 50, 100):
+        count = blocks * Mixed.BLOCK
+        read = np.bincount(parts[:count], minlength=5)
+        assert np.abs(read - count * np.array(SHARES)).max() < 1
+        assert order.counts(count).tolist() == read.tolist()
+    assert order.counts(1000).tolist() == np.bincount(parts[:1000], minlength=5).tolist()
+
+
+def test_a_mixture_is_a_pure_function_of_the_index():
+    whole = Mixed(WINDOWS, SHARES, 0).samples(0, 700)
+    for start, stop in [(0, 3), (120, 140), (699, 700), (5, 5), (1, 600)]:
+        found = Mixed(WINDOWS, SHARES, 0).samples(start, stop)
+        for mine, all_of_them in zip(found, whole, strict=True):
+            assert mine.tolist() == all_of_them[start:stop].tolist()
+    far, _ = Mixed((LARGE, 3), (0.999, 0.001), 0).samples(2**40, 2**40 + 5000)
+    assert (far >= LARGE).sum() in range(3, 8)  # one in a thousand, however far
+
+
+def test_parts_are_mixed_within_a_block():
+    """Whether a sample is of a part says nothing of the next."""
+    windows, _ = Mixed((50, 50), (0.5, 0.5), 1).samples(0, 512 * Mixed.BLOCK)
+    of_first = windows < 50
+    pairs = np.bincount(of_first[:-1] * 2 + of_first[1:], minlength=4) / len(windows)
+    assert np.abs(pairs - 0.25).max() < 0.01

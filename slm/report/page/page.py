@@ -67,6 +67,7 @@ class SweepFigures(NamedTuple):
     notes: Sequence[str]  # below the table
     provenance: Provenance
     summary: str  # 12 runs in 6 arms, ...
+    mixtures: Sequence[Json] = ()  # of mixtures.mixture_rows
 
 
 def write_page(
@@ -124,6 +125,7 @@ def render(
         dynamics_notes=notes,
         arms=indices_by_arm(analyses),
         provenance=sweep and sweep.provenance,
+        mixtures=sweep.mixtures if sweep else [],
         summary=sweep.summary if sweep else "",
         compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
         compares_fits=len({fit_key(analysis) for analysis in analyses}) > 1,
