@@ -18,7 +18,11 @@ def fake_datamodule(folder: Path) -> Any:
     )
     held = SimpleNamespace(fingerprint="d" * 64, num_windows=40)
     return SimpleNamespace(
-        corpus=corpus, references=[references], heldout={"math": held}, heldout_windows=16
+        corpus=corpus,
+        corpora={"corpus": corpus},
+        references=[references],
+        heldout={"math": held},
+        heldout_windows=16,
     )
 
 
