@@ -62,14 +62,15 @@ def label_tokens(
     texts: Sequence[Text],  # d
     sizes: np.ndarray,  # (n,): bytes of each token
     lengths: np.ndarray,  # (d,): tokens of each text
-) -> np.ndarray:  # (n,) int8
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) int8; (2, d): tokens of signal, of noise
     """Of all texts; those without spans are unknown."""
-    labels = np.full(len(sizes), UNKNOWN, np.int8)
-    for text, end, length in zip(texts, np.cumsum(lengths), lengths, strict=True):
+    labels, counts = np.full(len(sizes), UNKNOWN, np.int8), np.zeros((2, len(texts)), np.int64)
+    for i, (text, end) in enumerate(zip(texts, np.cumsum(lengths), strict=True)):
         if text.spans is not None:
-            mine = slice(end - length, end)
+            mine = slice(end - lengths[i], end)
             labels[mine] = label_text(text.text, text.spans, sizes[mine])
-    return labels
+            counts[:, i] = [np.count_nonzero(labels[mine] == label) for label in (SIGNAL, NOISE)]
+    return labels, counts
 
 
 def masked_text(text: str, spans: Iterable[Span], sizes: np.ndarray) -> np.ndarray:  # (n,) bool

@@ -13,12 +13,12 @@ import logging
 import random
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from itertools import islice, product
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,11 @@ from slm.prepare.sources import Source
 from slm.store.files import Json
 from slm.store.tokenizer import PROBE, byte_characters, first_line, is_panic
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 log = logging.getLogger("slm.prepare")
+Made = TypeVar("Made")
 
 WORTH_BYTES = 2**24  # of input: below, a proof takes as long as it saves
 SAMPLED_FILES, SAMPLED_TEXTS, SAMPLED_CHARACTERS = 16, 16, 2**12  # of a source, a file, a text
@@ -43,6 +47,8 @@ TRICKY = [
     *("'s", "http://a.b/c?d=e", "foo_bar(", "...", "==", "//"),
 ]
 RUNS = [sign * 300 for sign in (" ", "\n", "\t", "\r\n", "a", "=", "7", "\u0301", "\u6771", "a ")]
+# Unicode 17 has no characters elsewhere, but for private ones, which stand in no text.
+PLANES = ((0, 0x33480), (0xE0000, 0xE0200))
 # Characters of one kind, of which some are looked at: ideographs, Hangul, private use.
 UNIFORM = ((0x3400, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xF8FF), (0x17000, 0x18CFF))
 UNIFORM += ((0x20000, 0x2FFFF), (0x30000, 0x3FFFF))
@@ -80,8 +86,11 @@ def generated_texts(state: Json) -> Iterator[str]:
 @cache
 def assigned() -> np.ndarray:  # (0x110000,) bool
     """Code points that the Unicode of this Python knows, and that stand in texts."""
-    known = [unicodedata.category(chr(c)) not in ("Cn", "Cs") for c in range(0xF0000)]
-    return np.pad(known, (0, 0x110000 - len(known)))
+    known = np.zeros(0x110000, bool)
+    for first, last in PLANES:
+        kinds = [unicodedata.category(chr(point)) for point in range(first, last)]
+        known[first:last] = [kind not in ("Cn", "Cs") for kind in kinds]
+    return known
 
 
 def probes() -> Iterator[np.ndarray]:
@@ -125,15 +134,18 @@ def prove(state: EncoderState, samples: Iterable[str]) -> EncoderState:
     """The state with what gigatoken is proven for; raises Unproven."""
     if encoder_version("gigatoken") is None:
         raise Unproven("it is not installed (pip install 'slm-trainer[gigatoken]')")
-    spelling = json.loads(state.backend)
-    found = [list(samples), list(generated_texts(spelling))]
+    found = [*samples, *generated_texts(json.loads(state.backend))]
     encoder, proven = Encoder(state), assigned()
-    for one in sorted(set(encoder.spellings)):
-        proven = proven & proven_points(json.loads(one), state.byte_level)
+    engines = engines_of(encoder)
+    for one, (backend, fast) in engines.items():
+        if state.byte_level:
+            edges = json.dumps(edges_alone(json.loads(one)))
+            backend, fast = make_backend(edges), readable(make_fast, edges)
+        proven = proven & proven_points(backend, fast)
     encoder.state = state = replace(state, proven=np.packbits(proven))
-    for one in sorted(set(encoder.spellings)):
-        texts = [text for text in (*found[0], *found[1]) if encoder.is_proven(text)]
-        for text, theirs, ours in compare(one, texts):
+    texts = [text for text in found if encoder.is_proven(text)]
+    for backend, fast in engines.values():
+        for text, theirs, ours in compare(backend, fast, texts):
             raise Unproven(
                 f"its ids of {reprlib.repr(text)} are {reprlib.repr(ours)}, those of tokenizers "
                 f"{reprlib.repr(list(theirs))}"
@@ -141,29 +153,38 @@ def prove(state: EncoderState, samples: Iterable[str]) -> EncoderState:
     return state
 
 
-def compare(spelling: str, texts: list[str]) -> Iterator[tuple[str, Any, list[int]]]:
-    """(text, ids of tokenizers or why there are none, of gigatoken) where they differ."""
+def engines_of(encoder: Encoder) -> dict[str, tuple[Tokenizer, Any]]:
+    """By spelling: of `tokenizers`, of gigatoken."""
+    pairs = zip(encoder.backends, readable(lambda: encoder.fast), strict=True)
+    return dict(zip(encoder.spellings, pairs, strict=True))
+
+
+def readable(call: Callable[..., Made], *given: Any) -> Made:
+    """What gigatoken makes of a tokenizer or a text, or Unproven."""
     try:
-        fast = make_fast(spelling)
-        ours = [fast.encode(text).tolist() for text in texts]
+        return call(*given)
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise Unproven(f"it cannot read the tokenizer: {first_line(error)}") from None
-    for text, found, mine in zip(
-        texts, encode_batch(make_backend(spelling), texts), ours, strict=True
-    ):
+
+
+def compare(
+    backend: Tokenizer, fast: Any, texts: list[str]
+) -> Iterator[tuple[str, Any, list[int]]]:
+    """(text, ids of tokenizers or why there are none, of gigatoken) where they differ."""
+    ours = readable(lambda: [fast.encode(text).tolist() for text in texts])
+    for text, found, mine in zip(texts, encode_batch(backend, texts), ours, strict=True):
         theirs = found if isinstance(found, str) else list(found)
         if theirs != mine:
             yield text, theirs, mine
 
 
-def proven_points(state: Json, byte_level: bool) -> np.ndarray:  # (0x110000,) bool
+def proven_points(backend: Tokenizer, fast: Any) -> np.ndarray:  # (0x110000,) bool
     """Of a group in which one differs, none is proven."""
     known = assigned().copy()
     by_text = {"".join(map(in_context, group.tolist())): group for group in probes()}
-    spelling = json.dumps(edges_alone(state) if byte_level else state)
-    for text, _, _ in compare(spelling, list(by_text)):
+    for text, _, _ in compare(backend, fast, list(by_text)):
         known[by_text[text]] = False
     return known
 

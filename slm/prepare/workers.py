@@ -34,7 +34,7 @@ from slm.prepare.chat import ChatFormat
 from slm.prepare.documents import Block, Text
 from slm.prepare.encode import encode_documents
 from slm.prepare.encoder import Encoder, EncoderState
-from slm.prepare.labels import NOISE, SIGNAL, label_tokens
+from slm.prepare.labels import label_tokens
 from slm.prepare.overlap import Excluded, Overlap
 from slm.prepare.readers import BLOCK_BYTES, out_of_memory, read_source
 from slm.prepare.records import read_texts
@@ -84,6 +84,8 @@ class Result(NamedTuple):
     def of_side(self, side: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """What `ShardWriter.add` takes."""
         mine = self.documents[:, 3] == side
+        if mine.all():
+            return self.columns, self.documents[:, :3]
         tokens = np.repeat(mine, self.documents[:, 0])
         return {name: c[tokens] for name, c in self.columns.items()}, self.documents[mine, :3]
 
@@ -231,14 +233,12 @@ class Worker:
             (block.source, text.record, side)
             for text, (block, side) in zip(texts, rows, strict=True)
         ]
-        labels = label_tokens(texts, encoded.sizes, encoded.lengths)
-        starts = np.cumsum(encoded.lengths) - encoded.lengths
-        labelled = [np.add.reduceat(labels == label, starts) for label in (SIGNAL, NOISE)]
+        labels, labelled = label_tokens(texts, encoded.sizes, encoded.lengths)
         counts = [encoded.num_bytes, encoded.num_targets, *labelled]
         documents = np.column_stack([encoded.lengths, given, *counts])
         for i, fault in sorted(encoded.faults.items()):
             self.complain(rows[i][0], f"{texts[i].where}: {fault}", faults)
-        weights = np.repeat([text.weight for text in texts], encoded.lengths).astype("float32")
+        weights = np.repeat(np.array([text.weight for text in texts], "f4"), encoded.lengths)
         by_need = {"masks": encoded.masks, "signal": labels, "weights": weights}
         columns = {"tokens": encoded.tokens, "bytes": encoded.sizes}
         columns |= {name: by_need[name] for name in self.job.by_need}

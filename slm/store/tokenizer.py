@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from slm.store.fields import of_what
 from slm.store.files import hash_json
 from slm.store.hub import FOLDER, is_folder, place
 from slm.store.shards import Corpus
-from slm.store.trust import check_no_code
+from slm.store.trust import check_no_code, fields_of, tokenizer_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,6 +29,7 @@ log = logging.getLogger("slm.store.tokenizer")
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"  # not EOS: collators take what pads for no target, and no document would end
 BATCH_SETTINGS = ("padding", "truncation")
+NO_CLASS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # whatever its tokenizer.json says
 # A longer token is a ruler of dashes or spaces: useless, and it would not fit the uint8 column.
 MAX_TOKEN_LENGTH = 128
 LEAST_VOCABULARY = 256 + 2
@@ -50,16 +52,14 @@ def load_tokenizer(
     eos:        that token, where it is not the tokenizer's own
     needs_eos:  False: it may have none, the caller knows it (`with_eos_of`)
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     is_folder("no tokenizer at", str(name))
     where = place(name) if not (Path(name) / "tokenizer.json").exists() else {FOLDER: name}
     check_no_code(where[FOLDER])
     check_vocabulary(name, rows_of(Path(name) / "tokenizer.json"))
     try:
-        tokenizer = as_in_its_file(
-            name, AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-        )
+        tokenizer = read_tokenizer(name, where)
     # `tokenizers` raises a bare Exception on a damaged file, or panics.
     except BaseException as error:
         if isinstance(error, Exception) or is_panic(error):
@@ -82,6 +82,26 @@ def load_tokenizer(
         )
     uncut(tokenizer)
     return tokenizer
+
+
+def read_tokenizer(name: str | Path, where: dict[str, Any]) -> Any:
+    """By transformers' choice of a class; where none is named, as beside a corpus, that choice is
+    known, and an import of PyTorch (1.4 s, 150 MB) is saved."""
+    from transformers import PreTrainedTokenizerFast
+
+    if is_file_alone(Path(name)):
+        return PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+    from transformers import AutoTokenizer
+
+    return as_in_its_file(name, AutoTokenizer.from_pretrained(**where, trust_remote_code=False))
+
+
+def is_file_alone(folder: Path) -> bool:
+    """No model beside it, and no class of its own that reads tokenizer.json in its way."""
+    if (folder / "config.json").exists() or not (folder / "tokenizer.json").exists():
+        return False
+    fields = fields_of(lambda: tokenizer_fields(folder))
+    return "tokenizer_class" in fields and fields["tokenizer_class"] in NO_CLASS
 
 
 def uncut(tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -193,12 +213,17 @@ def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int):
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return identity(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=2)  # a command asks several times, and 2 MB of JSON take 0.1 s
+def identity(spelling: str, eos_id: int | None) -> str:
+    state = json.loads(spelling)
     for key in BATCH_SETTINGS:
         state.pop(key, None)
     # Prompts get no special tokens here, so what would add them is not part of the identity.
     state.pop("post_processor", None)
-    return hash_json({"tokenizer": state, "eos": tokenizer.eos_token_id})
+    return hash_json({"tokenizer": state, "eos": eos_id})
 
 
 def load_corpus_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.errors import UserError
-from slm.store.files import Json
+from slm.store.files import Json, read_json
 
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 BUILT_IN = (None, "eager", "sdpa", "flex_attention")
@@ -20,12 +20,25 @@ BUILT_IN = (None, "eager", "sdpa", "flex_attention")
 
 def check_no_code(name: str | Path) -> None:
     """Of a model or tokenizer, by folder or hub name, before transformers loads it."""
+    refuse_code(f"{name}/config.json", fields_of(lambda: model_fields(name)))
+    refuse_code(f"{name}/tokenizer_config.json", fields_of(lambda: tokenizer_fields(name)))
+
+
+def model_fields(name: str | Path) -> Json:
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        return {}  # without an import of PyTorch for it
     from transformers import PreTrainedConfig
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     config: Any = PreTrainedConfig.get_config_dict
-    refuse_code(f"{name}/config.json", fields_of(lambda: config(name)[0]))
-    refuse_code(f"{name}/tokenizer_config.json", fields_of(lambda: get_tokenizer_config(str(name))))
+    return config(name)[0]
+
+
+def tokenizer_fields(name: str | Path) -> Json:
+    if Path(name).is_dir():
+        return read_json(Path(name) / "tokenizer_config.json")
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    return get_tokenizer_config(str(name))
 
 
 def fields_of(read: Callable[[], Json]) -> Json:

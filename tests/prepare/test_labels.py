@@ -87,7 +87,8 @@ def test_texts_without_spans_are_unknown():
         Text("", 1, "cd", b"cd", None),
         Text("", 2, "ef", b"ef", None, spans=()),
     ]
-    found = label_tokens(texts, sizes, np.array([3, 2, 2]))
+    found, counts = label_tokens(texts, sizes, np.array([3, 2, 2]))
+    assert counts.tolist() == [[1, 0, 0], [1, 0, 1]]
     assert found.tolist() == [NOISE, SIGNAL, UNKNOWN, UNKNOWN, UNKNOWN, NOISE, UNKNOWN]
 
 

@@ -103,7 +103,8 @@ def test_every_script_is_compared(own, monkeypatch):
                 return self.fast.encode(text)
             return np.concatenate([self.fast.encode(t) for t in (text[:at], text[at:])])
 
-    monkeypatch.setattr(proof, "make_fast", Wrong)
+    for module in (proof, encoder_module):
+        monkeypatch.setattr(module, "make_fast", Wrong)
     proven = Encoder(prove(encoder_state(own), []))
     assert proven.is_proven("\u0f00 \u4e2d \uac01 \U0001f600 \u00e9")
     assert not proven.is_proven("a\u0f40")
@@ -144,7 +145,8 @@ def test_a_difference_in_the_corpus_alone_is_found(own, monkeypatch, tmp_path):
         def encode(self, text):
             return self.fast.encode(text)[: -1 if "zyx" in text else None]
 
-    monkeypatch.setattr(proof, "make_fast", Wrong)
+    for module in (proof, encoder_module):
+        monkeypatch.setattr(module, "make_fast", Wrong)
     prove(encoder_state(own), [])
     with pytest.raises(Unproven, match="'a rare zyx here'"):
         prove(encoder_state(own), proof.sample_texts([source(path)], 2**20))

@@ -1,6 +1,8 @@
 """Tokenizers that are loaded, trained and compared."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,35 @@ def test_a_class_that_agrees_with_its_file_stays(tokenizer, tmp_path, caplog):
     assert loaded.encode("a b 12") == tokenizer.encode("a b 12")
 
 
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_without_a_class_it_is_what_transformers_would_choose(tmp_path, name):
+    """By a way around AutoTokenizer, which imports PyTorch."""
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.add_special_tokens({"bos_token": "<|im_end|>"})
+    tokenizer.add_tokens(["\t\t"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "folder")
+    fields = read_json(tmp_path / "folder" / "tokenizer_config.json") | {"tokenizer_class": name}
+    more = {"padding_side": "left", "model_max_length": 77}
+    write_json(tmp_path / "folder" / "tokenizer_config.json", fields | more)
+    chosen: Any = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    loaded = load_tokenizer(tmp_path / "folder")
+    assert type(loaded) is type(chosen) and loaded.padding_side == "left"
+    assert loaded.special_tokens_map == chosen.special_tokens_map
+    assert loaded.backend_tokenizer.to_str() == chosen.backend_tokenizer.to_str()
+    chosen.save_pretrained(tmp_path / "chosen")
+    loaded.save_pretrained(tmp_path / "loaded")
+    for file in (tmp_path / "chosen").iterdir():
+        assert (tmp_path / "loaded" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_tokenizer_is_loaded_without_an_import_of_torch(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    code = "import sys; from slm.store.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1])"
+    code += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
 def test_training_is_deterministic_and_exact():
     first, second = (train_tokenizer(TEXTS * 3, 300) for _ in range(2))
     assert tokenizer_sha256(first) == tokenizer_sha256(second)
@@ -140,7 +171,7 @@ def test_a_huge_vocabulary_is_refused_before_it_is_loaded(
     state = read_json(tmp_path / "tokenizer.json")
     huge(state, kind)
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(tokenizer_module, "read_tokenizer", lambda *_: 1 / 0)
     monkeypatch.setattr(tokenizer_module, "MAX_VOCABULARY", 1000)
     with pytest.raises(UserError, match=f"the vocabulary needs {ids} ids, at most 1,000 do"):
         load_tokenizer(tmp_path)
