@@ -66,7 +66,7 @@ def write_corpus(folder: Path, num_tokens: int, mean: int) -> Corpus:
 def write_scores(folder: Path, corpus: Corpus) -> None:
     """Of all documents, in another order."""
     generator, documents = np.random.default_rng(1), Documents(corpus)
-    ids = keys_of(list(documents.ids_sha256("uint16")))
+    ids = keys_of(documents.ids_sha256("uint16"))
     order = generator.permutation(len(ids))
     counts = np.diff(documents.bounds)[order]
     total = int(counts.sum())

@@ -10,6 +10,7 @@ and run again, or by several processes at once.
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,15 +55,16 @@ class OwnScores:
         self.dtype = "uint16" if documents.corpus.vocab_size <= 65536 else "uint32"
 
     def find(self) -> np.ndarray:  # (documents,) int64, -1: missing
-        return self.index.find("ids", keys_of(list(self.documents.ids_sha256(self.dtype))))
+        return self.index.find("ids", keys_of(self.documents.ids_sha256(self.dtype)))
 
     def lay_out(self, found: np.ndarray, pieces: Pieces) -> None:
         shards = self.index.shard[pieces.places].tolist()
-        firsts = (self.index.first[pieces.places] + pieces.skips).tolist()
         columns = {one: self.index.shard_column(LOGPROBS.name, one) for one in {*shards}}
-        edges = pieces.edges.tolist()
-        for shard, first, begin, end in zip(shards, firsts, edges[:-1], edges[1:], strict=True):
-            found[begin:end] = columns[shard][first : first + end - begin]
+        firsts = self.index.first[pieces.places] + pieces.skips
+        stops = (firsts + np.diff(pieces.edges)).tolist()
+        borders = pairwise(pieces.edges.tolist())
+        for shard, first, stop, edges in zip(shards, firsts.tolist(), stops, borders, strict=True):
+            found[slice(*edges)] = columns[shard][first:stop]
 
 
 class OtherScores:

@@ -1,6 +1,6 @@
 """The documents of a corpus as a reference model reads them: in its own tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from os.path import commonprefix
 from typing import Any, NamedTuple, NoReturn
 from unicodedata import normalize
@@ -27,7 +27,7 @@ class OwnTokens:
     def __init__(self, documents: Documents, tokenizer: Any):
         self.documents, self.texts = documents, Texts(documents)
 
-    def keys(self) -> Iterator[bytes]:
+    def keys(self) -> Iterable[bytes]:
         return self.documents.ids_sha256(self.texts.state.token_dtype)
 
     def read(self, document: int) -> Reading:

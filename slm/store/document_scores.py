@@ -133,6 +133,14 @@ def prefix_checks(text: bytes) -> np.ndarray:  # (bytes + 1,) uint8
     return (state >> np.uint64(56)).astype(np.uint8)
 
 
+def numbers_of(keys: np.ndarray) -> np.ndarray:  # (d,) KEY -> (d,) uint64, in the same order
+    return keys.view(">u8")[:: keys.itemsize // 8].astype(np.uint64)
+
+
+def search(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:  # (n,), none: behind the end
+    return np.minimum(np.searchsorted(ascending, wanted), len(ascending) - 1)
+
+
 class DocumentIndex:
     """The documents of several parts by their hashes. Costs 100 bytes of memory a document."""
 
@@ -167,7 +175,11 @@ class DocumentIndex:
         ascending, order = self.order[column]
         if not len(ascending):
             return np.full(len(keys), -1)
-        at = np.minimum(np.searchsorted(ascending, keys), len(ascending) - 1)
+        # By numbers, which takes a fifth of the time; then by all bytes what begins as another.
+        at = search(numbers_of(ascending), numbers_of(keys))
+        alike = numbers_of(ascending[at]) == numbers_of(keys)
+        left = np.flatnonzero(alike & (ascending[at] != keys))
+        at[left] = search(ascending, keys[left])
         return np.where(ascending[at] == keys, order[at], -1)
 
     def shard_column(self, name: str, shard: int) -> np.ndarray:  # (tokens of the shard,)

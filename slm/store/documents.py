@@ -1,7 +1,7 @@
 """The documents of a corpus: where each begins, and its tokens, across shards."""
 
-import hashlib
-from collections.abc import Iterator
+from hashlib import sha256
+from itertools import pairwise
 
 import numpy as np
 
@@ -61,18 +61,15 @@ class Documents:
         where = sources[source] if source < len(sources) else f"source {source}"
         return f"{self.corpus.folder}: document {document} (record {record} of {where})"
 
-    def ids_sha256(self, dtype: str) -> Iterator[bytes]:
+    def ids_sha256(self, dtype: str) -> list[bytes]:
         """Of the tokens of each document; dtype: that of the tokenizer's corpora."""
-        edges = self.bounds.tolist()
+        found: list[bytes] = []
         for shard in range(len(self.corpus.shards)):
-            tokens = self.shard_column("tokens", shard)
-            offset, mine = int(self.before[shard]), self.of_shard(shard)
-            whole = np.ascontiguousarray(tokens, dtype)
-            view, size = whole.data.cast("B"), whole.itemsize
-            for document in mine:
-                start, end = edges[document] - offset, edges[document + 1] - offset
-                if end <= len(whole):
-                    data = view[start * size : end * size]
-                else:  # it goes on in the next shard
-                    data = self.tokens(document).astype(dtype).tobytes()
-                yield hashlib.sha256(data).digest()
+            mine = self.of_shard(shard)
+            whole = np.ascontiguousarray(self.shard_column("tokens", shard), dtype)
+            edges = self.bounds[mine.start : mine.stop + 1] - self.before[shard]
+            places, view = (edges * whole.itemsize).tolist(), whole.data.cast("B")
+            found += [sha256(view[start:end]).digest() for start, end in pairwise(places)]
+            if len(mine) and edges[-1] > len(whole):  # the last goes on in the next shard
+                found[-1] = sha256(self.tokens(mine[-1]).astype(dtype).tobytes()).digest()
+        return found

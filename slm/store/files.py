@@ -16,6 +16,7 @@ import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
@@ -215,9 +216,17 @@ def write_array(path: Path, array: np.ndarray, publish: Publish | None = None) -
     """Write one ``.npy`` atomically; returns the sha256 of the file as read back."""
     with atomic_file(path, publish=publish) as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
-        file.flush()
+        return synced_sha256(file)
+
+
+def synced_sha256(file: BufferedRandom) -> str:
+    """Of what was written, as read back while the disk is at it."""
+    file.flush()
+    with ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, file.fileno())
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    synced.result()
     return digest
 
 
@@ -305,9 +314,7 @@ class ArrayWriter:
     def finish(self) -> str:
         """End it; returns the sha256 of the file as read back."""
         self.end()
-        os.fsync(self.file.fileno())
-        self.file.seek(0)
-        return hashlib.file_digest(self.file, "sha256").hexdigest()
+        return synced_sha256(self.file)
 
 
 def nothing(count: int) -> None:

@@ -60,6 +60,20 @@ def test_documents_are_found_by_their_hashes(made):
     np.testing.assert_array_equal(index.find("texts", texts), np.arange(len(TEXTS)))
 
 
+def test_a_hash_that_begins_as_another_is_another(made):
+    index, rng = DocumentIndex([made]), np.random.default_rng(0)
+    rows = rng.integers(1, 256, (3 * len(index), 32), dtype=np.uint8)
+    rows[:, :8] = rows[::3, :8].repeat(3, axis=0)  # each three begin alike
+    keys = rows.view("S32").ravel()
+    index.keys = lambda column: keys[::3]  # type: ignore[method-assign]
+    expected = np.where(np.arange(len(keys)) % 3, -1, np.arange(len(keys)) // 3)
+    np.testing.assert_array_equal(index.find("ids", keys), expected)
+    index.keys = lambda column: keys[: len(index)]  # type: ignore[method-assign]
+    del index.order
+    expected = np.where(np.arange(len(keys)) < len(index), np.arange(len(keys)), -1)
+    np.testing.assert_array_equal(index.find("ids", keys), expected)
+
+
 def test_beginnings_are_found(made):
     index = DocumentIndex([made])
     for number, text in enumerate(TEXTS):

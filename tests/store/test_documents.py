@@ -14,7 +14,7 @@ def test_documents_go_on_over_shards(tmp_path, tokenizer):
     assert sum(len(documents.of_shard(i)) for i in range(len(corpus.shards))) == 4
     tokens = documents.tokens(1)
     assert tokenizer.decode(tokens[:-1]) == END and tokens[-1] == tokenizer.eos_token_id
-    hashes = list(documents.ids_sha256("uint16"))
+    hashes = documents.ids_sha256("uint16")
     assert hashes == [
         hashlib.sha256(documents.tokens(i).astype("<u2").tobytes()).digest() for i in range(4)
     ]
