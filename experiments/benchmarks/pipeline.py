@@ -254,7 +254,7 @@ def bench_import(rows: Rows, folder: Path, small: bool) -> None:
     seconds = in_turn(1 if small else 3, link=link, sha256=lambda: hash_file(source))
     rows.add("import", "link=true, 10 GB of tokens", "s", seconds["link"], "< 10")
     rows.add("import", "sha256 of the same file, one thread", "s", seconds["sha256"], "")
-    rows.add("import", "peak memory, with transformers'", "MB", peaks, "< 200")
+    rows.add("import", "its peak memory", "MB", peaks, "< 200")
 
 
 def bench_data(rows: Rows, folder: Path, small: bool) -> None:

@@ -15,12 +15,11 @@ from pyarrow.parquet import ParquetWriter
 from slm.prepare.imports.litdata import ARRAYS
 from slm.store.documents import Documents
 from slm.store.files import Json, atomic_file, write_json
-from slm.store.shards import Corpus
+from slm.store.shards import WEIGHT, Corpus
 
 CHUNK_BYTES = 1 << 26  # of a file of rows, as both libraries' own default; their offsets are uint32
 ROWS_AT_ONCE = 1024
 IGNORED = -100  # a label of Hugging Face's: no target
-WEIGHT = "token_weight"  # what doors and collators call the column
 Columns = dict[str, np.ndarray]  # tokens and, where the corpus has them, masks and weights
 
 
@@ -111,7 +110,7 @@ def write_mds(corpus: Corpus, folder: Path) -> None:
     length."""
     kind = corpus.shards[0].dtype["tokens"]
     names = {"mask": "ndarray:uint8"} if corpus.has_masks else {}
-    names |= {"token_weight": "ndarray:float32"} if corpus.has_weights else {}
+    names |= {WEIGHT: "ndarray:float32"} if corpus.has_weights else {}
     names["tokens"] = f"ndarray:{kind}"  # in the order of their names, as MDSWriter sorts them
     config: Json = {
         "column_encodings": list(names.values()),

@@ -34,7 +34,7 @@ from slm.prepare.sources import Source
 
 BLOCK_BYTES = 2**19
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-CODECS = {".zst": "zstd", ".lz4": "lz4"}  # of Arrow
+CODECS = {".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4", ".br": "brotli"}  # of Arrow
 # JSON without parsing it: what ends a text, and what nests or separates outside of texts.
 TEXT_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 MARK = re.compile(rb'["\[\]{},]')

@@ -65,6 +65,7 @@ from slm.store.sidecars import Shard, Shards, read_sidecars
 FORMAT = 1
 # Columns of a corpus beside tokens, bytes and documents, where a source asks for them.
 BY_NEED = {"masks": "bool", "signal": "int8", "weights": "float32"}
+WEIGHT = "token_weight"  # a column `weights` in batches, datasets and files of other trainers
 NONE_AT = {"heldout": 0, "train": 1}  # what `slm prepare` leaves out at the ends of its range
 SCORED = "scored"  # of a reference, which windows have scores
 EAGERLY = 3000  # files that are looked into when a store is opened, some 100 us each

@@ -28,10 +28,9 @@ from slm.errors import UserError
 from slm.store.available import Available
 from slm.store.columns import COLUMNS, DOMAIN, DTYPE, LOGPROBS, Column
 from slm.store.files import Recent
-from slm.store.shards import Corpus, References, Store
+from slm.store.shards import WEIGHT, Corpus, References, Store
 
 IGNORE_INDEX = -100
-WEIGHT = "token_weight"
 COMBINE = ("mean", "min", "max", "mixture", DOMAIN.name)
 SOURCE = "source"  # instead of these: every target has the score of its own source's reference
 Batch = dict[str, Tensor]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
@@ -179,7 +180,9 @@ def test_what_does_not_fit_is_said(imported, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("packing", ["concat", "documents"])
-def test_weights_are_a_column_where_the_format_has_one(tmp_path, bytes_folder, packing, caplog):
+def test_weights_are_a_column_where_the_format_has_one(
+    imported, tmp_path, bytes_folder, packing, caplog
+):
     records = [{"text": "one two", "w": 0.5}, {"text": "three", "w": 0}, {"text": "four", "w": 2}]
     path = write_records(tmp_path / "a.jsonl", *records * 3)
     corpus = prepare(
@@ -206,9 +209,58 @@ def test_weights_are_a_column_where_the_format_has_one(tmp_path, bytes_folder, p
                 names = shard["column_names"]
                 found[name] += mds_column(sample, names.index(name), len(names), kind)
     assert found == {"tokens": stream, "token_weight": weights}
+    settings = {"seq_len": 4, "shard_tokens": 9, "packing": packing, "documents": "eos"}
+    for format, folder in (("mds", out), ("datasets", tmp_path / "rows")):
+        again = imported(format, folder, f"again {format}", **settings)
+        assert again.fingerprint == corpus.fingerprint and whole(again, "weights") == weights
     assert "left out" not in caplog.text
     export_files(corpus, "olmo", tmp_path / "olmo")
     assert "format=olmo has no place for its weights, they are left out" in caplog.text
+
+
+def test_weights_of_rows_are_checked(imported, tmp_path):
+    for row, sentence in [
+        ([1.0, -2.0, 1.0], "rows.parquet, row 0: token_weight of token 4 is -2.0, a finite number"),
+        ([1.0, 2.0], r"row 1: token_weight has 2 entries, input_ids has 3"),
+        ([1.0, None, 1.0], "token_weight of token 4 is nan, a finite number of at least 0"),
+    ]:
+        columns = {"input_ids": [[5, 6, 0], [7, 8, 0]], "token_weight": [[1.0] * 3, row]}
+        pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+        with pytest.raises(UserError, match=sentence):
+            imported("datasets", tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"input_ids": [[5.0, 0.5]]}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="column input_ids holds double"):
+        imported("datasets", tmp_path / "rows.parquet")
+
+
+def test_mds_weights_of_any_type_and_an_eos_that_is_added(imported, tmp_path):
+    """Which weighs what the token before it does. Tokens that are no whole numbers are refused."""
+    (tmp_path / "in").mkdir()
+    samples, expected = [([5, 6], [0.5, 3]), ([7, 0], [1, 2])], [0.5, 3, 3, 1, 2]
+    for kind, code in (("float64", 66), ("int8", 9), ("float16", 18)):
+        write_mds(tmp_path / "in", samples, kind, code)
+        corpus = imported("mds", tmp_path / "in", f"of {kind}", add_eos=True)
+        assert whole(corpus, "weights") == [int(w) if kind == "int8" else w for w in expected]
+        assert whole(corpus, "tokens") == [5, 6, 0, 7, 0]
+    with pytest.raises(UserError, match="its tokens are float16, no whole numbers"):
+        imported("mds", tmp_path / "in", column="token_weight")
+
+
+def write_mds(folder, samples, kind, code) -> None:
+    """As MDSWriter does, by hand: two columns, one axis each, of a length in one byte."""
+    packed = []
+    for tokens, weights in samples:
+        values = [
+            bytes([33, 4, len(tokens)]) + np.array(tokens, "<i4").tobytes(),
+            bytes([code, 4, len(weights)]) + np.array(weights, kind).tobytes(),
+        ]
+        packed.append(np.array([*map(len, values)], "<u4").tobytes() + b"".join(values))
+    start = export_rows.packed(len(packed), [len(sample) for sample in packed])
+    (folder / "shard.mds").write_bytes(start + b"".join(packed))
+    shard = {"column_names": ["tokens", "token_weight"], "column_encodings": ["ndarray"] * 2}
+    shard |= {"column_sizes": [None, None], "compression": None, "format": "mds", "zip_data": None}
+    shard |= {"raw_data": {"basename": "shard.mds"}, "samples": len(packed)}
+    (folder / "index.json").write_text(json.dumps({"shards": [shard]}))
 
 
 def mds_column(sample: np.ndarray, at: int, count: int, kind: str) -> list[Any]:

@@ -171,17 +171,13 @@ def write_corpus(config: Any, paths: list[str], folder: Path, tokenizer: Any) ->
     if first is None:
         raise UserError(f"{', '.join(paths)}: there are no tokens in it")
     sample = np.asarray(first[0].tokens[:SAMPLE])
-    has_masks, shape = first[0].masks is not None, (config.seq_len, config.shard_tokens, state)
-    made = (
-        LinkWriter(folder, *shape)
-        if config.link
-        else ShardWriter(folder, *shape, ["masks"] * has_masks)
-    )
+    by_need, shape = {*first[0].by_need}, (config.seq_len, config.shard_tokens, state)
+    made = LinkWriter(folder, *shape) if config.link else ShardWriter(folder, *shape, by_need)
     with made as writer, progress("importing", None, "tokens") as advance:
         for part, stream in chain([first], parts):
             add_part(writer, part, stream, advance)
         dropped = writer.finish()
-    counts = summed(names, streams, has_masks) | {"dropped_tail_tokens": dropped}
+    counts = summed(names, streams, "masks" in by_need) | {"dropped_tail_tokens": dropped}
     if config.link:  # no token was looked up
         for found in (counts, *counts["sources"].values()):
             del found["bytes"]
@@ -219,13 +215,15 @@ def all_parts(
     module = import_module(f"slm.prepare.imports.{FORMATS[config.format]}")
     read = vars(module)[f"read_{config.format}"]
     options = Options(streams[0].state.vocab_size, config.dtype, config.column, config.masks)
-    has_masks = None
+    has = None
     for path, stream in zip(paths, streams, strict=True):
         for part in read(path, options):
-            found = part.masks is not None
-            if has_masks not in (None, found):
-                raise UserError(f"{part.place} has {'' if found else 'no '}masks, others have")
-            has_masks = found
+            found = {*part.by_need}
+            for name in found ^ (found if has is None else has):
+                raise UserError(
+                    f"{part.place} has {'' if name in found else 'no '}{name}, others have"
+                )
+            has = found
             if len(part.tokens):
                 yield part, stream
         say_end(path, stream)

@@ -1,6 +1,7 @@
 """`input_ids` of a folder that `datasets` saved, or of Parquet files.
 
-A row is a document, or several by `seq_lengths` or `position_ids`; `labels` of -100 are no targets.
+A row is a document, or several by `seq_lengths` or `position_ids`; `labels` of -100 are no targets,
+`token_weight` is what losses are multiplied by.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pyarrow as pa
 from slm.errors import UserError
 from slm.prepare.imports.parts import Options, Part, find_files
 from slm.prepare.imports.rows import beside, check_labels, read_rows
+from slm.store.shards import WEIGHT
 
 ROWS_AT_ONCE = 1024
 
@@ -22,13 +24,15 @@ def read_datasets(given: str, options: Options) -> Iterator[Part]:
             raise UserError(f"{place} has no input_ids, it has {', '.join(table.column_names)}")
         try:
             rows = read_rows(table, number, options.vocab_size)
-            masks = None
+            masks = weights = None
             if "labels" in table.column_names:
                 masks = check_labels(rows, beside(table, "labels", rows))
+            if WEIGHT in table.column_names:
+                weights = beside(table, WEIGHT, rows)
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
         ends = np.append(np.flatnonzero(rows.first), len(rows.ids))[1:]
-        yield Part(f"{place}, row {number}", rows.ids, ends, masks)
+        yield Part(f"{place}, row {number}", rows.ids, ends, masks, weights)
 
 
 def read_tables(given: str) -> Iterator[tuple[str, int, pa.Table]]:

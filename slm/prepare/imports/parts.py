@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from slm.errors import UserError
-from slm.store.fields import OBJECT, Field, check_fields, list_of
+from slm.prepare.readers import CODECS, OPENERS, open_stream
+from slm.store.fields import FILE, OBJECT, Field, check_fields, list_of
 from slm.store.files import Json, check_regular, read_json
 
 
@@ -19,6 +20,13 @@ class Part(NamedTuple):
     tokens: np.ndarray  # (n,) integers, memory-mapped
     ends: np.ndarray | None = None  # (d,) ascending, the last one n; None: only EOS tells
     masks: np.ndarray | None = None  # (n,) bool: is the token a target
+    weights: np.ndarray | None = None  # (n,) float32: what its loss is multiplied by
+
+    @property
+    def by_need(self) -> dict[str, np.ndarray]:
+        """The columns of slm.store.shards.BY_NEED that it has."""
+        found = {"masks": self.masks, "weights": self.weights}
+        return {name: column for name, column in found.items() if column is not None}
 
 
 class Options(NamedTuple):
@@ -82,6 +90,20 @@ def read_listing(index: Path, key: str, row: Mapping[str, Field]) -> list[Json]:
     for item in record[key]:
         check_fields(index, item, row)
     return record[key]
+
+
+def listed_bytes(index: Path, raw: Json, packed: Json | None) -> tuple[Path, np.ndarray]:
+    """A file that index.json names, (b,) uint8; if only its compressed form is there, in memory."""
+    check_fields(index, raw, {"basename": FILE})
+    path, known = index.with_name(raw["basename"]), (*OPENERS, *CODECS)
+    if packed is None or path.exists():
+        return path, map_numbers(path, "uint8")
+    check_fields(index, packed, {"basename": FILE})
+    path = index.with_name(packed["basename"])
+    if path.suffix not in known:
+        raise UserError(f"{path} is compressed, and only {', '.join(known)} are read")
+    with open_stream(str(path)) as file:
+        return path, np.frombuffer(file.read(), np.uint8)
 
 
 def check_ends(path: Path, ends: np.ndarray, total: int) -> np.ndarray:

@@ -11,7 +11,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from slm.store.columns import COLUMNS
-from slm.store.windows import IGNORE_INDEX, WEIGHT, positions
+from slm.store.shards import WEIGHT
+from slm.store.windows import IGNORE_INDEX, positions
 
 
 class Rows(NamedTuple):

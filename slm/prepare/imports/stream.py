@@ -9,13 +9,15 @@ import numpy as np
 from slm.errors import UserError
 from slm.prepare.encoder import EncoderState
 from slm.prepare.imports.parts import Part
+from slm.store.shards import WEIGHT
 
 TOKENS_AT_ONCE = 1 << 20
+Columns = dict[str, np.ndarray]  # (n,) each, by need: masks, weights
 COUNTS = ("documents", "tokens", "bytes", "targets", "eos_added", "eos_inside")
 
 
 class Block(NamedTuple):
-    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes and, by need, masks
+    columns: dict[str, np.ndarray]  # (n,) each: tokens, bytes, masks and weights by need
     documents: np.ndarray  # (d, 3) of those that begin in it: number of its tokens, source, record
     carried: int  # tokens of a document that began before
 
@@ -33,31 +35,34 @@ class Stream:
 
     def blocks(self, part: Part) -> Iterator[Block]:
         """The tokens of a part in their order; nothing but EOS is ever added."""
-        for ids, masks, ends in self.pieces(part):
-            block = self.block(ids, masks, ends)
+        for ids, others, ends in self.pieces(part):
+            block = self.block(ids, others, ends)
             sizes = self.state.bytes_table[ids].astype(self.state.bytes_dtype)
             self.counts["bytes"] += int(sizes.sum(dtype=np.int64))
             tokens = ids.astype(self.state.token_dtype)
-            columns = {"tokens": tokens, "bytes": sizes}
-            yield block._replace(columns=columns | ({} if masks is None else {"masks": masks}))
+            yield block._replace(columns={"tokens": tokens, "bytes": sizes} | others)
 
     def documents(self, part: Part) -> Iterator[tuple[Block, int, int]]:
         """The same without the columns; of each block, the part's tokens that it is of."""
         first = 0
-        for ids, masks, ends in self.pieces(part):
-            yield self.block(ids, masks, ends), first, first + len(ids)
+        for ids, others, ends in self.pieces(part):
+            yield self.block(ids, others, ends), first, first + len(ids)
             first += len(ids)
 
-    def pieces(self, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
-        """Some tokens, checked, their masks, and the places after the ends of documents."""
+    def pieces(self, part: Part) -> Iterator[tuple[np.ndarray, Columns, np.ndarray]]:
+        """Some tokens, checked, their other columns, and the places after the ends of documents."""
         for first in range(0, len(part.tokens), TOKENS_AT_ONCE):
             ids = np.asarray(part.tokens[first : first + TOKENS_AT_ONCE])
             self.check_ids(part, first, ids)
-            masks = None if part.masks is None else part.masks[first : first + len(ids)]
-            yield self.find_ends(part, first, ids, masks)
+            others = {name: c[first : first + len(ids)] for name, c in part.by_need.items()}
+            if "weights" in others:
+                check_weights(part, first, others["weights"])
+            yield self.find_ends(part, first, ids, others)
 
     def check_ids(self, part: Part, first: int, ids: np.ndarray) -> None:
         size = self.state.vocab_size
+        if ids.dtype.kind not in "iu":
+            raise UserError(f"{part.place}: its tokens are {ids.dtype.name}, no whole numbers")
         negative = ids.dtype.kind == "i" and ids.min() < 0
         if negative or ids.max() >= size:
             at = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
@@ -67,11 +72,11 @@ class Stream:
             )
 
     def find_ends(
-        self, part: Part, first: int, ids: np.ndarray, masks: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """ids and masks, with what EOS are added, and the places after the documents' ends."""
+        self, part: Part, first: int, ids: np.ndarray, others: Columns
+    ) -> tuple[np.ndarray, Columns, np.ndarray]:
+        """ids and other columns, with what EOS are added, and the places after documents' ends."""
         if self.by_eos or part.ends is None:
-            return ids, masks, np.flatnonzero(ids == self.state.eos_id) + 1
+            return ids, others, np.flatnonzero(ids == self.state.eos_id) + 1
         span = np.searchsorted(part.ends, [first, first + len(ids)], side="right")
         ends = np.unique(part.ends[slice(*span)]) - first  # of no tokens: none
         missing = ends[ids[ends - 1] != self.state.eos_id]
@@ -86,12 +91,12 @@ class Stream:
         self.counts["eos_added"] += len(missing)
         inside = int(np.count_nonzero(ids == self.state.eos_id)) - (len(ends) - len(missing))
         self.counts["eos_inside"] += inside
-        if masks is not None and len(missing):
-            masks = np.insert(masks, missing, masks[missing - 1])
-        ids = np.insert(ids, missing, self.state.eos_id) if len(missing) else ids
-        return ids, masks, ends + np.searchsorted(missing, ends, side="right")
+        if len(missing):
+            others = {name: np.insert(c, missing, c[missing - 1]) for name, c in others.items()}
+            ids = np.insert(ids, missing, self.state.eos_id)
+        return ids, others, ends + np.searchsorted(missing, ends, side="right")
 
-    def block(self, ids: np.ndarray, masks: np.ndarray | None, ends: np.ndarray) -> Block:
+    def block(self, ids: np.ndarray, others: Columns, ends: np.ndarray) -> Block:
         count = len(ids)
         starts = ends[ends < count] if self.is_open else np.append(0, ends[ends < count])
         lengths = np.diff(np.append(starts, count))
@@ -99,6 +104,17 @@ class Stream:
         self.is_open = len(ends) == 0 or ends[-1] < count
         self.counts["documents"] += len(starts)
         self.counts["tokens"] += count
-        self.counts["targets"] += count if masks is None else int(np.count_nonzero(masks))
+        self.counts["targets"] += (
+            int(np.count_nonzero(others["masks"])) if "masks" in others else count
+        )
         documents = np.column_stack([lengths, np.full(len(starts), self.source), records])
         return Block({}, documents, int(starts[0]) if len(starts) else count)
+
+
+def check_weights(part: Part, first: int, weights: np.ndarray) -> None:
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        raise UserError(
+            f"{part.place}: {WEIGHT} of token {first + wrong[0]} is {weights[wrong[0]]}, a finite "
+            "number of at least 0 is needed"
+        )
