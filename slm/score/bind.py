@@ -10,6 +10,7 @@ and run again, or by several processes at once.
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from slm.store.windows import Windows
 
 log = logging.getLogger("slm.score")
 BATCH = 2**18  # tokens that are laid out at once
-SAID = 3  # missing documents that are named
+LOOKED_AT = 1000  # missing documents, for a beginning of theirs
 
 
 class Pieces(NamedTuple):
@@ -198,17 +199,37 @@ def whole_windows(documents: Documents, places: np.ndarray) -> np.ndarray:  # (w
     return np.concatenate([*wanted, np.empty(0, bool)])
 
 
+def cut_documents(documents: Documents, index: DocumentIndex, absent: list[int]) -> Iterator[str]:
+    """What is said of missing ones that were cut: in the corpus that was scored, or in this one."""
+    texts = Texts(documents)
+    for document in absent[:LOOKED_AT] if index.cut else []:
+        with suppress(Unreadable):
+            if index.has_beginning(texts.read(document).data):
+                name = documents.name(document)
+                yield f"of {name} a beginning is there: the corpus that was scored ends within it"
+                break
+    tokens = documents.tokens(len(documents) - 1)
+    if absent[-1] == len(documents) - 1 and tokens[-1] != texts.eos_id:
+        yield f"the last one is a beginning itself, {len(tokens)} tokens up to the corpus's end"
+
+
 def check_missing(
-    documents: Documents, places: np.ndarray, wanted: np.ndarray, missing: str, stores: list[str]
+    documents: Documents,
+    index: DocumentIndex,
+    places: np.ndarray,
+    wanted: np.ndarray,
+    missing: str,
+    stores: list[str],
 ) -> None:
     absent = np.flatnonzero(places < 0).tolist()
     if not absent:
         return
     said = (
         f"{len(absent):,} of {len(documents):,} documents have no scores in "
-        f"{' and '.join(stores)}, e.g. "
-        f"{documents.name(absent[0])}"
+        f"{' and '.join(stores)}, e.g. {documents.name(absent[0])}"
     )
+    if cut := [*cut_documents(documents, index, absent)]:
+        said += f" ({'; '.join(cut)})"
     if missing != "skip":
         raise UserError(
             f"{said}: score them into it (missing=score reference_model=..., or `slm score "
@@ -342,7 +363,7 @@ def bind_scores(
     of_documents = (OwnScores if is_own else OtherScores)(documents, index)
     places = find_documents(of_documents)
     wanted = whole_windows(documents, places)
-    check_missing(documents, places, wanted, missing, folders)
+    check_missing(documents, index, places, wanted, missing, folders)
     plan = make_plan(opened, parts, is_own, missing)
     adopt_grown(Path(out), plan)
     source = BoundScores(of_documents, places, cost_of(parts))

@@ -21,6 +21,7 @@ and a document that was cut before its EOS ends with one. No text is in a store.
 
 from collections.abc import Sequence
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -222,10 +223,24 @@ class DocumentIndex:
             left, ends = left[fits], ends[fits]
         return left
 
-    def gather(self, column: str, documents: np.ndarray, token: int) -> np.ndarray:
+    def gather(self, column: str, documents: np.ndarray, token: int | np.ndarray) -> np.ndarray:
         """The value of the n-th token of each of these documents."""
-        found = np.empty(len(documents), np.int64)
+        found, places = np.empty(len(documents), np.int64), self.first[documents] + token
         for shard in np.unique(self.shard[documents]):
             mine = self.shard[documents] == shard
-            found[mine] = self.shard_column(column, shard)[self.first[documents[mine]] + token]
+            found[mine] = self.shard_column(column, shard)[places[mine]]
         return found
+
+    @cached_property
+    def cut(self) -> list[tuple[int, bytes]]:
+        """Bytes and hash of the documents without an EOS, that the end of their corpus has cut."""
+        last = self.gather("bytes", np.arange(len(self)), self.count - 1)
+        found = np.flatnonzero(last > 0)
+        return [*zip(self.num_bytes[found].tolist(), self.keys("texts")[found], strict=True)]
+
+    def has_beginning(self, text: bytes) -> bool:
+        """Is one of those that were cut a beginning of this text, or all of it but EOS?"""
+        return any(
+            size <= len(text) and sha256(text[:size] + CUT).digest().rstrip(b"\0") == key
+            for size, key in self.cut
+        )

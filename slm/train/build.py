@@ -54,12 +54,18 @@ def build(key: str, node: Any, **arguments: Any) -> Any:
             raise error.__cause__ from None
         if isinstance(error.__cause__, TypeError | ValueError | MisconfigurationException):
             check_taken(key, node)
-            raise UserError(f"{node['_target_']}: {error.__cause__}") from None
+            raise UserError(f"{named(key, node)}: {error.__cause__}") from None
         raise
     except TypeError as error:
         check_taken(key, node)
-        raise UserError(f"{node['_target_']}: {error}") from None
+        raise UserError(f"{named(key, node)}: {error}") from None
     return built
+
+
+def named(key: str, node: Mapping[str, Any]) -> str:
+    """With the class, where it is not one of ours: those a user knows by the key alone."""
+    target = node["_target_"]
+    return key if target.startswith("slm.") else f"{key} ({target})"
 
 
 def check_taken(key: str, node: Mapping[str, Any]) -> None:

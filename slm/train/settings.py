@@ -11,6 +11,7 @@ import numpy as np
 
 from slm.command_keys import PRECISIONS
 from slm.errors import UserError, shown
+from slm.selection.registry import rule_word
 from slm.selection.rule import Selection
 from slm.store.columns import COLUMNS, DOMAIN
 from slm.store.files import Json
@@ -93,7 +94,7 @@ def warn_of_high_rate(init_from: str | None, rate: float) -> None:
 
 def check_references(settings: Json, data: TokenData, selection: Selection) -> None:
     """Missing scores never fall back to plain cross-entropy."""
-    rule, online = settings["selection"]["_target_"], settings["online_reference"]
+    rule, online = rule_word(settings["selection"]), settings["online_reference"]
     needs = selection.needs
     if online is not None and data.references:
         raise UserError(

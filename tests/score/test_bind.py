@@ -1,5 +1,6 @@
 """Scores of documents laid onto corpora of another order, packing, length and tokenizer."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,29 @@ def test_the_document_that_the_end_has_cut_is_found_by_its_beginning(
         with pytest.raises(UserError, match="1 of 2 documents have no scores"):
             bind_scores(other, part.folder, folder / "q")
     assert found
+
+
+def test_a_missing_document_that_was_cut_is_said(tmp_path, tokenizer, reference):
+    """The store has its beginning, as far as the scored corpus goes; or it is one itself."""
+    long = max(TEXTS, key=len) * 3
+    scored = corpus_of(tmp_path / "one", [TEXTS[0], long], tokenizer, seq_len=11)
+    tokens = Documents(scored).tokens(1)
+    assert 0 < len(tokens) <= len(tokenizer.encode(long)) and len(tokens) % 11
+    score_into(tmp_path / "s", scored, reference)
+    whole = corpus_of(tmp_path / "two", [TEXTS[0], TEXTS[1], long, END], tokenizer)
+    with pytest.raises(UserError) as raised:
+        bind_scores(whole, tmp_path / "s", tmp_path / "r")
+    said = str(raised.value).replace(str(tmp_path), "")
+    own = r"the last one is a beginning itself, \d+ tokens up to the corpus's end"
+    assert said.startswith(
+        "3 of 4 documents have no scores in /s, e.g. /two/made/train: document 1 (record 1 of t) "
+        "(of /two/made/train: document 2 (record 2 of t) a beginning is there: the corpus that was "
+        "scored ends within it; the last one is"
+    )
+    assert re.search(rf"; {own}\): score them into it", said)
+    other = corpus_of(tmp_path / "three", [TEXTS[0], "#" + long, END], tokenizer)
+    with pytest.raises(UserError, match=rf"\({own}\): score them into it"):
+        bind_scores(other, tmp_path / "s", tmp_path / "r")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "fallback"])

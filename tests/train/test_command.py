@@ -350,8 +350,8 @@ def test_online_reference_trains_as_its_stored_scores_do(tmp_path, text_corpus, 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["selection=excess"], "needs data.references .* found null"),
-        (["selection=reference_entropy"], "needs data.references .* found null"),
+        (["selection=excess"], "^selection excess needs data.references .* found null"),
+        (["selection=reference_entropy"], "^selection reference_entropy needs .* found null"),
         (
             ["selection_start=1536"],
             "selection_start is 1536, max_tokens 1536: the rule would never",

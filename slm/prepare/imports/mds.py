@@ -31,12 +31,13 @@ def read_mds(given: str, options: Options) -> Iterator[Part]:
         names = {"masks": options.masks, "weights": WEIGHT if WEIGHT in known else None}
         samples = split(path, data, shard["samples"])
         while some := list(islice(samples, SAMPLES_AT_ONCE)):
-            part = Part(str(path), *read(path, shard, own, options.dtype or "int64", some))
+            tokens, ends = read(path, shard, own, options.dtype or "int64", some)
+            found: dict[str, np.ndarray] = {}
             for role, name in names.items():
                 if name is not None:
-                    found = read(path, shard, name, BY_NEED[role], some)[0].astype(BY_NEED[role])
-                    part = part._replace(**{role: same_length(path, found, part.tokens)})
-            yield part
+                    values = read(path, shard, name, BY_NEED[role], some)[0].astype(BY_NEED[role])
+                    found[role] = same_length(path, values, tokens)
+            yield Part(str(path), tokens, ends, **found)
 
 
 def split(path: Path, data: np.ndarray, count: int) -> Iterator[np.ndarray]:  # (b,) uint8 each
