@@ -98,7 +98,7 @@ def test_every_row_is_a_key_of_the_configuration():
         ("logger.csv=3", "logger is {.*'csv': 3.*}, it must be {name: section, ...}"),
         ("model.architecture=3", "model.architecture is 3, it must be a section of keys, or null"),
         ("data.check=deep", "data.check is 'deep', it must be one of"),
-        ("trainer.devices=0", r"^lightning.Trainer: `Trainer\(devices=0\)`"),
+        ("trainer.devices=0", r"^trainer \(lightning.Trainer\): `Trainer\(devices=0\)`"),
         ("max_tokens=1e6", "max_tokens is 1000000.0, it must be .*, as in 1_000_000$"),
         ("max_tokens=100K", "max_tokens is '100K', it must be a whole number of at least 1"),
         ("seed=null", "seed is null, it must be a whole number from 0 to 4294967295"),
