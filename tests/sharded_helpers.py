@@ -35,9 +35,9 @@ def words(out: Path, corpus: Any, *more: str) -> list[str]:
     ]
 
 
-def on_ranks(ranks: int, line: Sequence[str]) -> str:
-    micro = f"data.micro_batch_size={4 // ranks}"
-    more = [*RANKS, f"trainer.devices={ranks}"]
+def on_ranks(ranks: int, line: Sequence[str], tensor_parallel: int = 1) -> str:
+    micro = f"data.micro_batch_size={4 * tensor_parallel // ranks}"
+    more = shape_of(ranks, tensor_parallel)
     codes, said = warm.run_ranks(ranks, [*TRAIN, micro, *line, *more])
     assert codes == [0] * ranks, said
     return said
@@ -61,8 +61,13 @@ def same(one: Path, other: Path, but: Sequence[str] = OF_ONE_RANK) -> None:
                     assert float(left[key]) == pytest.approx(float(right[key]), rel=1e-6), key
 
 
-def refused(ranks: int, line: Sequence[str]) -> str:
-    codes, said = warm.run_ranks(ranks, [*TRAIN, *line, *RANKS, f"trainer.devices={ranks}"])
+def shape_of(ranks: int, tensor_parallel: int) -> list[str]:
+    size = f"trainer.strategy.tensor_parallel_size={tensor_parallel}"
+    return [*RANKS, f"trainer.devices={ranks}", size]
+
+
+def refused(ranks: int, line: Sequence[str], tensor_parallel: int = 1) -> str:
+    codes, said = warm.run_ranks(ranks, [*TRAIN, *line, *shape_of(ranks, tensor_parallel)])
     assert codes == [1] * ranks, said
     sentences = [text for text in said.splitlines() if text.startswith("slm train: ")]
     assert len(sentences) == 1 and "Traceback" not in said, said

@@ -31,6 +31,7 @@ from slm.store.tokenizer import check_same_tokenizer
 from slm.store.windows import open_windows
 from slm.train.callbacks.base import Evaluation, is_due, num_due, send
 from slm.train.loggers import WandbLog
+from slm.train.sharded import data_ranks
 
 log = logging.getLogger("slm.dynamics")
 PARTS = 32  # of a run: how often the callback looks
@@ -148,13 +149,14 @@ class TokenDynamics(Evaluation):
 
     def _losses(self, trainer: Trainer, pl_module: Any) -> np.ndarray:  # (M,)
         """Every rank computes its part of the windows, as many forwards as the others."""
-        numbers, world = self.tokens.windows, trainer.world_size
-        per_rank = -(-len(numbers) // world)
-        places = np.arange(per_rank) + per_rank * trainer.global_rank
+        numbers, ranks = self.tokens.windows, data_ranks(trainer)
+        per_rank = -(-len(numbers) // ranks.count)
+        places = np.arange(per_rank) + per_rank * ranks.rank
         mine = numbers[np.minimum(places, len(numbers) - 1)]
         with trainer.precision_plugin.forward_context():
             found = token_losses(pl_module.lm, self.windows, mine, self.batch_size)
-        gathered = pl_module.all_gather(torch.from_numpy(found).to(pl_module.device))
+        mine_of = torch.from_numpy(found).to(pl_module.device)
+        gathered = pl_module.all_gather(mine_of, ranks.group)
         grid = gathered.reshape(-1, found.shape[1])[: len(numbers)].cpu().numpy()
         return grid[self.tokens.live]
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from slm.errors import UserError
 from slm.model.architecture import text_config
+from slm.model.parallel import vocab_group_of
 from slm_kernels import token_cross_entropy
 
 # How model families name the two things that change logits after the head.
@@ -69,9 +70,12 @@ def projection_of(model: PreTrainedModel) -> nn.Module:
 
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """weight, bias, logit_scale and softcap, for the losses of `slm_kernels`."""
+    """weight, bias, logit_scale and softcap, for the losses of `slm_kernels`; of a head that is cut
+    over the vocabulary its ranks."""
     projection = projection_of(model)
-    return {"weight": projection.weight, "bias": projection.bias} | head_of(model)._asdict()
+    given = {"weight": projection.weight, "bias": projection.bias} | head_of(model)._asdict()
+    group = vocab_group_of(projection.weight)  # type: ignore[arg-type]
+    return given if group is None else given | {"vocab_group": group}
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:

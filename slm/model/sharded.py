@@ -1,4 +1,4 @@
-"""A model in shards over the ranks of a data-parallel mesh (FSDP2).
+"""A model in shards over the ranks of a data-parallel mesh (FSDP2), within a tensor-parallel one.
 
 Built without weights (`without_weights`), cut (`shard`), filled from a folder's safetensors, each
 rank reading its own rows (`fill_from`), or from one whole model on rank 0 (`deal_out`), and put
@@ -7,6 +7,7 @@ the layer that is computed.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -25,7 +26,8 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +38,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
 from slm.errors import UserError
+from slm.model.parallel import share_out
 from slm.store.hub import FOLDER
 
 BUILDING = ContextVar("BUILDING", default=False)
@@ -48,6 +51,7 @@ class Cut(NamedTuple):
     dtype: torch.dtype | None = None  # that weights are gathered and computed in; None: their own
     cpu_offload: bool = False  # shards in host memory
     reshard: bool = True  # a layer's weights are gathered again for its backward pass
+    within: DeviceMesh | None = None  # the other dimension: over it each layer is shared out
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +121,8 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 def shard(lm: nn.Module, model: PreTrainedModel, cut: Cut) -> None:
     """Cut each layer of `model` and the rest of `lm`, in place. Weights have memory afterwards, and
     no values where they had none."""
+    if cut.within is not None:
+        share_out(model, cut.within)
     # The batch has numbers of its own, which are not rounded: only layers cast what they are given.
     inner = MixedPrecisionPolicy(cut.dtype, reduce_dtype=cut.dtype and torch.float32)
     outer = MixedPrecisionPolicy(inner.param_dtype, inner.reduce_dtype, cast_forward_inputs=False)
@@ -198,12 +204,12 @@ def deal_out(lm: nn.Module, whole: nn.Module | None) -> None:
     empty afterwards."""
     theirs = {} if whole is None else dict(whole.named_parameters())
     for name, mine in shards_of(lm):
-        mesh = mine.device_mesh
-        full = torch.empty(mine.shape, dtype=mine.dtype, device=mesh.device_type)
+        full = torch.empty(mine.shape, dtype=mine.dtype, device=mine.device_mesh.device_type)
         if whole is not None:
             full.copy_(theirs[name])
             theirs[name].data = torch.empty(0)
-        mine.to_local().copy_(distribute_tensor(full, mesh, mine.placements).to_local())
+        dist.broadcast(full, 0)
+        local(mine).copy_(part_of(full, mine))
     values = {} if whole is None else dict(whole.named_buffers())
     for name, buffer in lm.named_buffers():
         if whole is not None:
@@ -233,22 +239,16 @@ def fill_from(files: Mapping[str, Path], lm: nn.Module) -> None:
                 if files[short := name.removeprefix("model.")] == path:
                     is_whole = not isinstance(mine, DTensor)
                     saved = file.get_tensor if is_whole else file.get_slice
-                    local(mine).copy_(saved(short) if is_whole else rows_of(saved(short), mine))
+                    local(mine).copy_(saved(short) if is_whole else part_of(saved(short), mine))
 
 
-def rows_of(saved: Any, mine: Any) -> Tensor:
-    """Of a tensor in a file those that a DTensor has here."""
-    shape, offset = own_part(mine)
+def part_of(whole: Any, mine: DTensor) -> Tensor:
+    """Of a tensor, which may be in a file, what a DTensor has of it here: one block."""
+    shape, offset = compute_local_shape_and_global_offset(
+        mine.shape, mine.device_mesh, mine.placements
+    )
     part = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-    return saved[part] if part and shape[0] else torch.empty(shape)
-
-
-def own_part(mine: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and offset: cut along the first dimension as torch.chunk cuts."""
-    shape = tuple(mine.to_local().shape)
-    chunk = -(-mine.shape[0] // mine.device_mesh.size())
-    first = min(mine.device_mesh.get_local_rank() * chunk, mine.shape[0])
-    return shape, (first, *(0 for _ in shape[1:]))
+    return whole[part] if part and math.prod(shape) else torch.empty(shape)
 
 
 # ---- gathered -----------------------------------------------------------------------------------
@@ -271,9 +271,20 @@ def gathered(lm: nn.Module) -> dict[str, Tensor] | None:
 
 def whole_on_first(value: Tensor) -> Tensor:
     """On rank 0, in host memory; the others have an empty one."""
-    full = value.full_tensor() if isinstance(value, DTensor) else value
+    full = whole_of(value)
     is_first = dist.get_rank() == 0
     return full.to("cpu", copy=True) if is_first else torch.empty(0)
+
+
+def whole_of(value: Tensor) -> Tensor:
+    """On all ranks, which must all ask. One dimension of the mesh after the other: of both at once
+    torch warns that it does so."""
+    if not isinstance(value, DTensor):
+        return value
+    for dim in range(value.device_mesh.ndim - 1):
+        done = [Replicate()] * (dim + 1)
+        value = value.redistribute(placements=[*done, *value.placements[dim + 1 :]])
+    return value.full_tensor()
 
 
 def assembled(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """What every rule is: a `Selection`, that makes a `Choice` of each batch; `Ranked`: a share."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -205,9 +206,14 @@ def excess_loss(batch: Batch, token_loss: Tensor | None) -> Tensor:  # (B, T) na
     return given(token_loss) + batch["reference_logprob"]
 
 
+# The processes with windows of their own, where others share layers out with them.
+RANKED: ContextVar[Any] = ContextVar("RANKED", default=None)
+
+
 def group(scope: str) -> Any:
     """The processes that rank together; None: this one alone."""
-    return dist.group.WORLD if scope == "global" and dist.is_initialized() else None
+    is_one = scope != "global" or not dist.is_initialized()
+    return None if is_one else RANKED.get() or dist.group.WORLD
 
 
 def top_k(score: Tensor, candidates: Tensor, select_ratio: float, scope: str) -> Tensor:

@@ -35,7 +35,7 @@ from slm.train.checkpoint import VerifiedCheckpointIO
 from slm.train.data import TokenData
 from slm.train.module import SelectiveModule
 from slm.train.settings import check_config
-from slm.train.sharded import Sharded
+from slm.train.sharded import Sharded, data_ranks
 
 
 def build(key: str, node: Any, **arguments: Any) -> Any:
@@ -158,7 +158,7 @@ def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], Non
     )
     check_device(trainer.strategy.root_device)
     with said_once(trainer.global_rank):
-        trainer.accumulate_grad_batches = data.accumulate(trainer.world_size)
+        trainer.accumulate_grad_batches = data.accumulate(data_ranks(trainer).count)
     return trainer
 
 

@@ -12,6 +12,7 @@ from slm.store.tokenizer import check_same_tokenizer
 from slm.store.windows import open_windows
 from slm.train.mixture import Mixture
 from slm.train.order import NEW, MicroBatches, Mixed, Order, Steps
+from slm.train.sharded import data_ranks
 
 
 class TokenData(LightningDataModule):
@@ -96,13 +97,14 @@ class TokenData(LightningDataModule):
 
     def train_dataloader(self) -> MicroBatches:
         assert self.trainer is not None
+        ranks = data_ranks(self.trainer)
         steps = Steps(
             self.windows,
             self.samples(),
             self.batch_size,
             self.micro_batch_size,
-            self.trainer.global_rank,
-            self.trainer.world_size,
+            ranks.rank,
+            ranks.count,
         )
         start, rest = divmod(self.consumed_windows, self.batch_size)
         assert rest == 0, f"{self.consumed_windows=} is no multiple of {self.batch_size=}"

@@ -54,6 +54,7 @@ TRAINER: Table = {
     "trainer.strategy.cpu_offload": flag,
     "trainer.strategy.reshard_after_forward": flag,
     "trainer.strategy.async_checkpoints": flag,
+    "trainer.strategy.tensor_parallel_size": count,
     "trainer.precision": word(*PRECISIONS),
     "trainer.deterministic": optional(either(flag, word("warn"))),
     "trainer.benchmark": optional(flag),

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
@@ -21,12 +22,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from slm.errors import NonFiniteError, UserError, said_once
 from slm.model.build import SelectiveLM
 from slm.model.predict import predicted
+from slm.model.sharded import local
 from slm.selection.books import StepResult, TokenRecord, mean_threshold, named, no_sums, step_sums
 from slm.selection.rule import Choice, Selection
 from slm.selection.rules import All
 from slm.store.columns import columns_needed
 from slm.store.windows import IGNORE_INDEX, Batch
-from slm.train.sharded import Sharded
+from slm.train.sharded import Sharded, data_ranks
 
 SAVED = {"tokens_selected", "tokens_trained", "empty_steps", "heldout_losses"}
 
@@ -136,7 +138,8 @@ class SelectiveModule(LightningModule):
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """In place."""
-        return torch.as_tensor(self.trainer.strategy.reduce(values, reduce_op="sum"))
+        group = data_ranks(self.trainer).group
+        return torch.as_tensor(self.trainer.strategy.reduce(values, group, reduce_op="sum"))
 
     @torch.no_grad()
     def _add(self, batch: Batch, output: Any, choice: Choice) -> None:
@@ -175,7 +178,7 @@ class SelectiveModule(LightningModule):
         self._totals = named(values)
         self._divided_by = max(1.0, self._totals[f"num_{self.rule().divides_by}"])
         # Data-parallel wrappers average over the ranks what is to be summed.
-        scale = self._provisional * self.trainer.world_size / self._divided_by
+        scale = self._provisional * data_ranks(self.trainer).count / self._divided_by
         self.grad_norm = norm_value * scale
         self._check_finite()
         limit = math.inf if self.gradient_clip is None else self.gradient_clip
@@ -262,10 +265,35 @@ def count_batches(checkpoint: dict[str, Any], per_step: int) -> None:
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:  # ()
-    norm = get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # DTensor: sharded by FSDP
+    """Of whole tensors, those that are in shards too."""
+    norms = [
+        norm_over(mesh, get_total_norm([local(gradient) for gradient in alike]))
+        for mesh, alike in by_mesh(gradients).items()
+    ]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def norm_over(mesh: DeviceMesh | None, norm: Tensor) -> Tensor:  # ()
+    """Of all ranks' shards, of one's."""
+    if mesh is None:
+        return norm
+    square = norm.square()
+    for dim in range(mesh.ndim):
+        distributed.all_reduce(square, group=mesh.get_group(dim))
+    return square.sqrt()
 
 
 def scale_gradients(gradients: list[Tensor], factor: float) -> None:
     """In place, sharded ones too."""
-    torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]  # as torch's clipping
+    for alike in by_mesh(gradients).values():
+        torch._foreach_mul_(alike, factor)  # type: ignore[attr-defined]  # as torch's clipping
+
+
+def by_mesh(gradients: list[Tensor]) -> dict[DeviceMesh | None, list[Tensor]]:
+    """torch computes with tensors of one mesh at once, and tensor parallelism leaves vectors in a
+    smaller one; None: no shards."""
+    found: dict[DeviceMesh | None, list[Tensor]] = {}
+    for gradient in gradients:
+        mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
+        found.setdefault(mesh, []).append(gradient)
+    return found or {None: []}

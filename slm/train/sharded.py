@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from slm.errors import said_once
+from slm.errors import UserError, said_once
 from slm.model.build import SelectiveLM
+from slm.model.parallel import KEY, TENSOR_PARALLEL, tied_names
 from slm.model.sharded import Cut, refused_together, shard, together
+from slm.selection.rule import RANKED
 from slm.store.claims import process_name, remove_temporaries
 from slm.store.files import hash_file, hash_json, naming, sync_folder
 from slm.train.checkpoint import VerifiedCheckpointIO, read_checkpoint, remove_checkpoint, vouch
@@ -31,6 +34,8 @@ from slm.train.sharded_checkpoint import own_files, read_shards, snapshot, write
 class Sharded(ModelParallelStrategy):
     """Parameters, gradients and optimizer states in shards over all ranks.
 
+    tensor_parallel_size:   ranks that follow one another share every layer out and have the same
+                            windows; the others are data-parallel
     cpu_offload:            shards and the optimizer in host memory
     reshard_after_forward:  a layer's weights are gathered once more for its backward pass; else
                             they stay in between, which is faster and takes more memory
@@ -42,11 +47,12 @@ class Sharded(ModelParallelStrategy):
         cpu_offload: bool = False,
         reshard_after_forward: bool = True,
         async_checkpoints: bool = False,
+        tensor_parallel_size: int = 1,
     ):
         on_both = cpu_offload and torch.cuda.is_available()  # shards in host memory are summed too
         super().__init__(process_group_backend="cpu:gloo,cuda:nccl" if on_both else None)
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
-        self.async_checkpoints = async_checkpoints
+        self.async_checkpoints, self.tensor_parallel_size = async_checkpoints, tensor_parallel_size
         self.saving: Saving | None = None
         self.group: Any = None
         self.background = ThreadPoolExecutor(1)
@@ -62,14 +68,31 @@ class Sharded(ModelParallelStrategy):
         if self.lightning_module is None:  # fit.py starts the ranks before there is a module
             self._setup_distributed()
             return
-        sizes: Any = self.world_size, 1
+        sizes: Any = self.data_ranks.count, self.tensor_parallel_size
         self._data_parallel_size, self._tensor_parallel_size = sizes
         super().setup_environment()
+        RANKED.set(self.data_ranks.group)
+
+    def teardown(self) -> None:
+        RANKED.set(None)
+        super().teardown()
+
+    @property
+    def data_ranks(self) -> "DataRanks":
+        size = self.tensor_parallel_size
+        if self.world_size % size:
+            raise UserError(f"{KEY} ({size}) must divide the number of ranks ({self.world_size})")
+        mesh = self._device_mesh
+        group = None if mesh is None else mesh["data_parallel"].get_group()
+        return DataRanks(self.global_rank // size, self.world_size // size, group)
 
     def shard(self, lm: SelectiveLM, precision: str) -> None:
         mesh = self.device_mesh["data_parallel"]
+        within = self.device_mesh[TENSOR_PARALLEL] if self.tensor_parallel_size > 1 else None
         dtype = torch.bfloat16 if precision == "bf16-mixed" else None
-        shard(lm, lm.model, Cut(mesh, dtype, self.cpu_offload, self.reshard_after_forward))
+        cut = Cut(mesh, dtype, self.cpu_offload, self.reshard_after_forward, within)
+        with refused_together():
+            shard(lm, lm.model, cut)
         lm.computes_on = self.root_device
 
     def model_to_device(self) -> None:
@@ -96,7 +119,7 @@ class Sharded(ModelParallelStrategy):
         io, module, path = self.checkpoint_io, self.lightning_module, Path(filepath)
         assert module is not None and isinstance(io, VerifiedCheckpointIO)
         self.settle(wait=True)
-        beside, names = self.async_checkpoints, ties(module)
+        beside, names = self.async_checkpoints, tied_names(module)
         group, content = None, checkpoint
         if beside:
             group, content = self._own_group(), snapshot(checkpoint)
@@ -159,12 +182,19 @@ class Sharded(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-def ties(module: torch.nn.Module) -> dict[str, str]:
-    """Second names of parameters, and their first."""
-    first: dict[int, str] = {}
-    named = module.named_parameters(remove_duplicate=False)
-    pairs = {name: first.setdefault(id(parameter), name) for name, parameter in named}
-    return {name: other for name, other in pairs.items() if name != other}
+class DataRanks(NamedTuple):
+    """Whose windows are whose: ranks that share every layer out count as one."""
+
+    rank: int
+    count: int
+    group: Any  # those with other windows than this one's; None: all ranks
+
+
+def data_ranks(trainer: Trainer) -> DataRanks:
+    strategy = trainer.strategy
+    if isinstance(strategy, Sharded):
+        return strategy.data_ranks
+    return DataRanks(trainer.global_rank, trainer.world_size, None)
 
 
 class Saving(NamedTuple):

@@ -10,15 +10,17 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from slm.console import Progress, new_progress
+from slm.train.sharded import data_ranks
 
 TOKENS_SEEN = "data/tokens_seen"
 
 
 def summed(trainer: Trainer, values: Tensor) -> Tensor:
-    """Over all ranks, in place."""
-    if trainer.world_size == 1:
+    """Over all ranks with windows of their own, in place."""
+    ranks = data_ranks(trainer)
+    if ranks.count == 1:
         return values
-    return torch.as_tensor(trainer.strategy.reduce(values, reduce_op="sum"))
+    return torch.as_tensor(trainer.strategy.reduce(values, ranks.group, reduce_op="sum"))
 
 
 class RewindableLogger(Logger):

@@ -13,10 +13,11 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from slm.errors import NonFiniteError
+from slm.model.sharded import together
 from slm.store.files import hash_json
 from slm.train.callbacks.base import is_due, step_ended
 from slm.train.checkpoint import log, sidecar, verified
-from slm.train.sharded import Sharded
+from slm.train.sharded import Sharded, data_ranks
 
 
 class OnlyWriter(Callback):
@@ -126,18 +127,23 @@ def settle(trainer: Trainer, wait: bool) -> None:
 
 
 class RandomStates(Callback):
-    """Saves and restores python's, NumPy's, torch's and CUDA's random states, of every rank."""
+    """Saves and restores python's, NumPy's, torch's and CUDA's random states, of every rank; those
+    that share layers out draw alike, so that what is dropped is dropped on all of them."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed, self.rank = seed, 0
         self.restored: dict[str, Any] = {"ranks": []}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.rank = data_ranks(trainer).rank
+
     def state_dict(self) -> dict[str, Any]:
-        states = [random_state()]
-        if torch.distributed.is_initialized():
-            states *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, random_state())
-        return {"ranks": states}
+        if not torch.distributed.is_initialized():
+            return {"ranks": [random_state()]}
+        states: dict[int, Any] = {}  # of the first of those that share layers out
+        for rank, state in together((self.rank, random_state())):
+            states.setdefault(rank, state)
+        return {"ranks": [*states.values()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.restored = state_dict
@@ -145,11 +151,13 @@ class RandomStates(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A rank that was not there before begins with one of its own, so that dropout differs from
         rank to rank; the first rank of a new run has that of one process."""
-        states, rank = self.restored["ranks"], trainer.global_rank
-        if rank < len(states):
-            set_random_state(states[rank])
-        elif rank > 0:
-            seed_all(hash_json([self.seed, rank, trainer.global_step]))
+        states, ranks = self.restored["ranks"], data_ranks(trainer)
+        if not states and ranks.count < trainer.world_size:  # who made the weights has drawn
+            states = [trainer.strategy.broadcast(random_state())]
+        if ranks.rank < len(states):
+            set_random_state(states[ranks.rank])
+        elif ranks.rank > 0:
+            seed_all(hash_json([self.seed, ranks.rank, trainer.global_step]))
 
 
 def random_state() -> dict[str, Any]:

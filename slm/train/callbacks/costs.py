@@ -24,6 +24,7 @@ from slm.model.flops import flops_per_token, forward_flops_per_token
 from slm.store.windows import Batch, to_device
 from slm.train.callbacks.base import Evaluation, datamodule_of, num_due
 from slm.train.callbacks.checkpoints import Checkpoints
+from slm.train.sharded import data_ranks
 
 log = logging.getLogger("slm.train")
 SHARE, PARTS = 0.1, Evaluation.parts
@@ -97,7 +98,7 @@ class Costs(Callback):
             f"{trainer.max_steps:,}",
             f"{data.tokens_per_step:,}",
             f"{total:,}",
-            duration(left * self.usual * token_s / trainer.world_size),
+            duration(left * self.usual * token_s / data_ranks(trainer).count),
             "" if left == total else " are left",
         )
         self._say_evaluation(trainer, evaluations, read, total, token_s)
@@ -144,7 +145,7 @@ class Costs(Callback):
             f"{tokens:,}",
             f" ({of_what})" if len(each) > 1 else "",
             100 * tokens / (tokens + total * self.least),
-            duration(tokens * token_s / trainer.world_size),
+            duration(tokens * token_s / data_ranks(trainer).count),
         )
 
     def _say_bytes(self, trainer: Trainer, pl_module: Any) -> None:

@@ -15,6 +15,7 @@ from slm.store.shards import Corpus
 from slm.store.windows import spread
 from slm.train.callbacks.base import Evaluation, datamodule_of, send, summed
 from slm.train.curves import write_window_losses
+from slm.train.sharded import data_ranks
 
 
 class HeldoutLoss(Evaluation):
@@ -46,8 +47,8 @@ class HeldoutLoss(Evaluation):
             with trainer.precision_plugin.forward_context():
                 found = window_losses(
                     *(pl_module.lm, corpus, self.batch_size, data.heldout_windows),
-                    rank=trainer.global_rank,
-                    ranks=trainer.world_size,
+                    rank=data_ranks(trainer).rank,
+                    ranks=data_ranks(trainer).count,
                     watch=partial(self.watch, name),
                 )
             windows[name] = found = self._together(trainer, pl_module, corpus, found)
@@ -70,7 +71,7 @@ class HeldoutLoss(Evaluation):
         self, trainer: Trainer, pl_module: Any, corpus: Corpus, mine: WindowLosses
     ) -> WindowLosses:
         """The losses of all ranks' windows, as one process has them: all others add a zero."""
-        if trainer.world_size == 1:
+        if data_ranks(trainer).count == 1:
             return mine
         chosen = spread(corpus.num_windows, datamodule_of(trainer).heldout_windows)
         grid = np.zeros((3, len(chosen)))

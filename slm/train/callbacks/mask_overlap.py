@@ -12,6 +12,7 @@ from torch import Tensor
 from slm.selection.rule import ENTROPY
 from slm.store.windows import Batch, spread, to_device, turns
 from slm.train.callbacks.base import Evaluation, datamodule_of, send, summed
+from slm.train.sharded import data_ranks
 
 
 class MaskOverlap(Evaluation):
@@ -52,7 +53,7 @@ class MaskOverlap(Evaluation):
 
         Each rank has every so many-th, and all of them the sum.
         """
-        data = datamodule_of(trainer)
+        data, ranks = datamodule_of(trainer), data_ranks(trainer)
         available = data.windows.available
         chosen = available[spread(len(available), self.num_windows)]
         size, training = data.micro_batch_size, pl_module.lm.training
@@ -60,12 +61,12 @@ class MaskOverlap(Evaluation):
         parts = np.split(chosen, range(size, len(chosen), size))
         found: dict[int, Tensor] = {}
         with trainer.precision_plugin.forward_context():
-            for turn in turns(len(parts), trainer.global_rank, trainer.world_size):
+            for turn in turns(len(parts), ranks.rank, ranks.count):
                 batch = data.windows.batch(parts[min(turn, len(parts) - 1)])
                 found[turn] = probe(pl_module, batch)
         pl_module.lm.train(training)
-        weights = torch.zeros(len(chosen), found[trainer.global_rank].shape[1])
-        for turn in range(trainer.global_rank, len(parts), trainer.world_size):
+        weights = torch.zeros(len(chosen), found[ranks.rank].shape[1])
+        for turn in range(ranks.rank, len(parts), ranks.count):
             weights[turn * size :][: len(parts[turn])] = found[turn]
         return summed(trainer, weights.to(pl_module.device)).cpu()
 

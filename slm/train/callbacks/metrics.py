@@ -23,6 +23,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from slm.model.flops import flops_per_token, forward_flops_per_token
 from slm.selection.books import loss_metrics, source_metrics, token_metrics
 from slm.train.callbacks.base import RewindableLogger, datamodule_of, send, step_ended
+from slm.train.sharded import data_ranks
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
 # Lightning 2.6 lists H200 and NVL boards with sparsity, at twice what a dense matmul can reach.
@@ -95,7 +96,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def ranked_together(scope: str, trainer: Trainer) -> dict[str, Any]:
     """How many windows a ranking is made among: masks of other splits differ but for one."""
     micro = datamodule_of(trainer).micro_batch_size
-    windows = {"sequence": 1, "batch": micro, "global": micro * trainer.world_size}
+    windows = {"sequence": 1, "batch": micro, "global": micro * data_ranks(trainer).count}
     return {"scope": scope, "windows": windows[scope]}
 
 
