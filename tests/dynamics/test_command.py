@@ -172,7 +172,7 @@ def test_ranks_share_the_windows(text_corpus, tokenizer, count, monkeypatch):
     class Gathered(Exception):
         pass
 
-    def gather(values: torch.Tensor) -> torch.Tensor:
+    def gather(values: torch.Tensor, group: Any) -> torch.Tensor:
         found.append(values)
         raise Gathered
 
@@ -182,13 +182,14 @@ def test_ranks_share_the_windows(text_corpus, tokenizer, count, monkeypatch):
     monkeypatch.setattr(lm, "forward", lambda *a, f=lm.forward: forwards.append(rank) or f(*a))
     trainer: Any = None
     for rank in range(count):
-        trainer = SimpleNamespace(world_size=count, global_rank=rank, precision_plugin=plugin)
+        ranks = {"world_size": count, "global_rank": rank, "strategy": None}
+        trainer = SimpleNamespace(precision_plugin=plugin, **ranks)
         module = SimpleNamespace(lm=lm, device=torch.device("cpu"), all_gather=gather)
         with pytest.raises(Gathered):
             callback._losses(trainer, module)  # type: ignore
     assert len(set(np.bincount(forwards))) == 1
     module = SimpleNamespace(
-        lm=lm, device=torch.device("cpu"), all_gather=lambda values: torch.stack(found)
+        lm=lm, device=torch.device("cpu"), all_gather=lambda values, group: torch.stack(found)
     )
     together = callback._losses(trainer, module)  # type: ignore
     alone = token_losses(lm, windows, numbers, 2)[tokens.live]

@@ -185,7 +185,9 @@ def test_random_states_come_back_through_a_file(tmp_path):
     with_more.load_state_dict(IO.load_checkpoint(path))
 
     def begun(rank: int, step: int) -> list[tuple]:
-        trainer: Any = SimpleNamespace(global_rank=rank, global_step=step)
+        trainer: Any = SimpleNamespace(
+            global_rank=rank, world_size=4, strategy=None, global_step=step
+        )
         with_more.on_train_start(trainer, None)  # type: ignore[arg-type]
         return [draw() for _ in range(3)]
 

@@ -24,6 +24,7 @@ def test_heldout_loss_is_logged_from_step_0(text_corpus, tmp_path):
         global_step=0,
         max_steps=4,
         global_rank=0,
+        strategy=None,
         world_size=1,
         accumulate_grad_batches=1,
         datamodule=data,

@@ -47,6 +47,7 @@ class World:
             global_step=0,
             max_steps=4,
             global_rank=0,
+            strategy=None,
             world_size=1,
             accumulate_grad_batches=1,
             datamodule=data,
