@@ -92,12 +92,13 @@ def compare(lm: SelectiveLM, whole: SelectiveLM, batch: dict[str, torch.Tensor])
     weight = torch.rand(batch["targets"].shape, generator=torch.Generator().manual_seed(1))
     rows: list[int] = []
     own = vocabulary.rows_here
-    vocabulary.rows_here = lambda given: noted(rows, own(given))
+    vocabulary.rows_here = lambda tensor: noted(rows, own(tensor))
     for one in (lm, whole):
         one(batch, weight.clone()).loss.backward()
     vocabulary.rows_here = own
     assert rows and {*rows} <= {31, 30}, rows
     for (name, mine), theirs in zip(lm.named_parameters(), whole.parameters(), strict=True):
+        assert mine.grad is not None
         torch.testing.assert_close(whole_of(mine.grad), theirs.grad, msg=name)
 
 
