@@ -11,6 +11,8 @@ from slm.store.inputs import check_command
 @command("prepare", partial(check_command, table=PREPARE))
 def main(**settings: Any) -> None:
     with imports():
+        import transformers.tokenization_utils_tokenizers  # noqa: F401 - every run loads a tokenizer
+
         from slm.prepare.command import run
     run(**settings)
 

@@ -297,9 +297,10 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def byte_alphabet(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
     """Does the vocabulary spell bytes as characters (byte-level), or has it <0xNN> (fallback)?"""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = json.dumps([state["pre_tokenizer"], state["decoder"]])
-    return "ByteLevel" in parts, "ByteFallback" in parts
+    steps = (tokenizer.backend_tokenizer.pre_tokenizer, tokenizer.backend_tokenizer.decoder)
+    # Their JSON alone: that of a whole vocabulary takes a while.
+    parts = b"".join(step.__getstate__() for step in steps if step is not None)
+    return b"ByteLevel" in parts, b"ByteFallback" in parts
 
 
 def byte_characters() -> list[str]:
