@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slm.pilot.costs import Costs, cost_record, finite, mapped, pays
+from slm.pilot.costs import Costs, cost_record, finite, mapped, pays, reached
 from slm.pilot.losses import HeldoutSet, measured
 from slm.pilot.statistics import Interval, Resampled
 from slm.pilot.verdict import (
     BEFORE,
+    MIXED,
     REFERENCE,
     Evidence,
     Outcome,
@@ -25,6 +26,7 @@ from slm.pilot.verdict import (
     Rules,
     answer,
     excess,
+    random,
     sentence,
 )
 from slm.report.arms import total
@@ -117,11 +119,15 @@ def answers(inputs: Inputs, outcome: Outcome, tokens_per_arm: int) -> Json:
     ends |= dict(unselected(inputs, rules.ratios))
     during = inputs.during(inputs.in_domain[0])
     verdict = outcome.verdict
+    saved = {k: equal_loss(inputs, during, k, rules) for k in rules.ratios}
+    words = sentence(outcome, tokens_per_arm)
+    if verdict.choice == "select" and verdict.select_ratio is not None:
+        words = f"{words[:-1]}; {saving(saved[verdict.select_ratio])}."
     return {
         "verdict": {
             "choice": verdict.choice,
             "select_ratio": verdict.select_ratio,
-            "sentence": sentence(outcome, tokens_per_arm),
+            "sentence": words,
             "open": [list(pair) for pair in verdict.open],
         },
         "rules": rules._asdict() | {"level_each": rules.level_each},
@@ -133,12 +139,12 @@ def answers(inputs: Inputs, outcome: Outcome, tokens_per_arm: int) -> Json:
             row for name in inputs.in_domain for row in rows(ends[name], rules.pairs(), rules)
         ],
         "beside": [row for name in inputs.in_domain for row in rows(ends[name], SCEPTICS, rules)],
-        "to_equal_loss": [equal_loss(inputs, during, k, rules) for k in rules.ratios],
+        "to_equal_loss": [*saved.values()],
         "elsewhere": [
             row
             for name, one in ends.items()
             if name not in inputs.in_domain
-            for row in rows(one, others(one), rules)
+            for row in rows(one, others(one, rules), rules)
         ],
         "keep_rates": {f"{k:g}": keep_rates(inputs, k) for k in rules.ratios},
         "arms": [row for one in ends.values() for row in arm_rows(one)],
@@ -151,8 +157,17 @@ def set_record(one: Resampled) -> Json:
     return {"documents": len(one.found.targets), "targets": int(one.found.targets.sum())}
 
 
-def others(one: Resampled) -> list[Pair]:
-    return [(arm, ALL_TOKENS) for arm in one.found.nats if arm != ALL_TOKENS]
+def others(one: Resampled, rules: Rules) -> list[Pair]:
+    """Of the tokens outside of the top k the arms of that k."""
+    arms = [arm for arm in one.found.nats if arm not in (ALL_TOKENS, BEFORE)]
+    for k in rules.ratios:
+        if one.found.name.endswith(outside(k)):
+            arms = [arm for arm in (random(k), excess(k), MIXED) if arm in one.found.nats]
+    return [(arm, ALL_TOKENS) for arm in arms]
+
+
+def outside(k: float) -> str:
+    return f", outside the top {k:g}"
 
 
 def rows(one: Resampled, pairs: Sequence[Pair], rules: Rules) -> Iterator[Json]:
@@ -195,11 +210,32 @@ def curves(one: Resampled) -> Json:
 
 def equal_loss(inputs: Inputs, during: Resampled, k: float, rules: Rules) -> Json:
     reach = during.reach(excess(k), ALL_TOKENS, rules.level_each)
-    found: Json = {"select_ratio": k, "tokens": mapped(reach, lambda ratio: ratio)}
+    found: Json = {"select_ratio": k, "reached": reached(reach)}
+    found["tokens"] = mapped(reach, lambda ratio: ratio)
     for unit in ("flops", "seconds"):
         costs = costs_of(inputs, k, unit)
         found[unit] = None if costs is None else cost_record(costs, reach, inputs.target_tokens)
+    seeds = [seed for arm, seed in inputs.records if arm == excess(k)]
+    found["clock"] = [clock(inputs.records, k, seed) for seed in seeds]
     return found
+
+
+def clock(records: Mapping[tuple[str, int], Json], k: float, seed: int) -> float | None:
+    """Seconds of the arm over those of all tokens, both of one seed: how far clocks scatter."""
+    pair = [records[arm, seed]["train_seconds"] for arm in (excess(k), ALL_TOKENS)]
+    return None if None in pair else pair[0] / pair[1]
+
+
+def saving(found: Json) -> str:
+    """all tokens' loss takes 35% of the tokens, and reference and scores have paid from ... on"""
+    if found["reached"] != "yes":
+        return "all tokens end no lower than the base, so no saving can be counted"
+    tokens, flops = found["tokens"]["mean"], found["flops"]
+    text = f"all tokens' loss takes {100 * tokens:.0f}% of the tokens"
+    if flops is None or flops["counted"]["reference"] is None:
+        return text
+    paid = f"{flops['break_even_tokens']['mean']:,.0f} target tokens on"
+    return f"{text}, and in FLOPs it has paid for reference and scores from {paid}"
 
 
 def unselected(inputs: Inputs, ratios: Sequence[float]) -> Iterator[tuple[str, Resampled]]:
@@ -211,7 +247,7 @@ def unselected(inputs: Inputs, ratios: Sequence[float]) -> Iterator[tuple[str, R
     for k in ratios:
         count = max(1, round(k * int(one.live.sum())))
         least = np.sort(scores, axis=None)[-count]
-        name = f"{inputs.own}: tokens outside the top {k:g}"
+        name = inputs.own + outside(k)
         if (one.live & (scores < least)).any():
             yield name, inputs.resampled(inputs.own, scores < least, name)
 

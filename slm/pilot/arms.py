@@ -61,27 +61,34 @@ def arms_of(ratios: Sequence[float], has_mixed: bool) -> list[Arm]:
 
 
 class Work:
-    """Seconds of trainings and forwards in this process; the rest of its time is the pilot's."""
+    """Seconds of trainings and forwards, and of the pilot's own work beside them; those of earlier
+    processes are in a file, up to their last arm."""
 
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.seconds = 0.0
+    def __init__(self, path: Path) -> None:
+        self.path, self.mark = path, time.perf_counter()
+        self.clock = read_json(path) if path.exists() else {"work_seconds": 0.0, "own_seconds": 0.0}
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        start = time.perf_counter()
+        self.add("own_seconds")
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - start
+            self.add("work_seconds")
+
+    def add(self, name: str) -> None:
+        now = time.perf_counter()
+        self.clock[name] += now - self.mark
+        self.mark = now
+
+    def save(self) -> None:
+        self.add("own_seconds")
+        write_record(self.path, self.clock)
 
     def record(self) -> Json:
-        rest = time.perf_counter() - self.started - self.seconds
-        return {
-            "work_seconds": self.seconds,
-            "pilot_seconds": rest,
-            "overhead": rest / self.seconds if self.seconds else None,
-        }
+        self.save()
+        work = self.clock["work_seconds"]
+        return self.clock | {"overhead": self.clock["own_seconds"] / work if work else None}
 
 
 class Training(NamedTuple):

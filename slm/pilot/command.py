@@ -3,6 +3,7 @@
     plan.json           what the pilot is made of; another is refused in the same folder
     heldout/            documents of the corpus itself that no arm trains on
     seed-0/, seed-1/    a sample each, and the arms that trained on it, see arms.py
+    clock.json          seconds of its trainings and forwards, and of all else
     reference/tokens/   token losses of the reference model itself
     pilot.json          all answers, with their intervals
     pilot.html          the same on one page

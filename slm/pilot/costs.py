@@ -49,13 +49,21 @@ def mapped(reach: Interval, value: Callable[[float], float]) -> Json:
     return {name: finite(number) for name, number in found.items()}
 
 
+def reached(reach: Interval) -> str:
+    """In a word, since a null says neither why."""
+    if np.isnan(reach.mean):
+        return "all tokens learn nothing"
+    return "yes" if np.isfinite(reach.mean) else "no"
+
+
 def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
 def pays(costs: Costs | None, reach: Interval, tokens: float) -> str:
-    """Does it at so many target tokens? yes, no, open; unknown where nothing was counted."""
-    if costs is None:
+    """Does it at so many target tokens? yes, no, open; unknown where nothing was counted, or all
+    tokens learned nothing that could be reached sooner."""
+    if costs is None or np.isnan(reach.mean):
         return "unknown"
     if costs.share(reach.high, tokens) < 1:
         return "yes"

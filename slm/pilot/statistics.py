@@ -80,13 +80,15 @@ class Resampled:
         """Tokens until `one` is at the final loss of `other`, as a share of all that it saw.
 
         On the mean curve of the seeds, a line between measurements; infinite where it is not there
-        at its end. Of each draw of documents both curves are those of the draw; luck of seeds moves
-        the level.
+        at its end, NaN where `other` ends no lower than both began: there is nothing to reach. Of
+        each draw of documents both curves are those of the draw; luck of seeds moves the level.
         """
         seeds, seen = self.seeds(one, other), self.found.seen
         finals = np.array([self.exact[other, s][-1] - self.exact[one, s][-1] for s in seeds])
         level_now = np.mean([self.exact[other, s][-1] for s in seeds])
         curve = np.mean([self.exact[one, s] for s in seeds], 0)
+        if level_now >= curve[0]:
+            return Interval(np.nan, np.nan, np.nan, len(seeds), len(self.found.targets))
         levels = np.mean([self.loss[other, s][:, -1] for s in seeds], 0) + self.luck(finals)
         curves = np.mean([self.loss[one, s] for s in seeds], 0)  # (draws, P)
         drawn = crossings(seen, curves, levels)

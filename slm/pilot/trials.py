@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slm.command_keys import PRECISIONS
 from slm.errors import UserError
 from slm.model.device import computing
@@ -23,7 +25,7 @@ from slm.store.tokenizer import check_same_tokenizer
 from slm.train.compose import Group, laid
 
 log = logging.getLogger("slm.pilot")
-CORPUS = "corpus, other documents"  # the held-out set that is drawn from it
+CORPUS = "the corpus itself"  # the held-out set that is drawn from it
 MOST_HELDOUT = 0.1  # of the corpus
 LEAST_DOCUMENTS = 8  # fewer say nothing of how they scatter
 LEAST_SHARED = 16  # tokens of a document that must not be on both sides
@@ -40,7 +42,9 @@ class Parts:
         self.documents = Documents(self.corpus)
         self.curated = None if config.curated is None else Documents(Corpus.open(config.curated))
         self.tokens_per_step = batch["batch_size"] * self.corpus.seq_len
-        self.steps = steps_of(config.budget, self.corpus, self.tokens_per_step)
+        sizes = np.diff(self.documents.bounds)
+        pool = int(sizes.sum() - sizes[self.own_heldout.chosen].sum())
+        self.steps = steps_of(config.budget, self.corpus, pool, self.tokens_per_step)
 
     @property
     def tokens(self) -> int:
@@ -77,17 +81,16 @@ class Parts:
         return min(wanted, int(self.curated.bounds[-1]), self.tokens)
 
 
-def steps_of(budget: int | str, corpus: Corpus, tokens_per_step: int) -> int:
-    """Optimizer steps of an arm."""
+def steps_of(budget: int | str, corpus: Corpus, pool: int, tokens_per_step: int) -> int:
+    """Optimizer steps of an arm. pool: tokens of the documents that are not held out"""
     tokens = budget
     if isinstance(budget, str):
         tokens = int(float(budget.removesuffix("%")) / 100 * corpus.num_targets)
-    free = int((1 - MOST_HELDOUT) * corpus.num_targets)
-    steps = min(int(tokens), free) // tokens_per_step
-    if steps == 0:
+    steps = min(int(tokens), pool - 1) // tokens_per_step
+    if steps < 1:
         raise UserError(
             f"budget={budget} is {int(tokens):,} of the {corpus.num_targets:,} tokens of "
-            f"{corpus.folder} (of which an arm can have {free:,}), less than one optimizer step of "
+            f"{corpus.folder}, of which an arm can have {pool:,}: less than one optimizer step of "
             f"{tokens_per_step:,}"
         )
     return steps
@@ -102,7 +105,7 @@ class Trials:
     def __init__(
         self, config: Any, sets: Mapping[str, HeldoutSet], parts: Parts, groups: Mapping[str, Group]
     ):
-        self.config, self.parts, self.work = config, parts, Work()
+        self.config, self.parts, self.work = config, parts, Work(parts.out / "clock.json")
         ratios = sorted(set(config.select_ratios))
         shape = (config.seeds, config.max_seeds, config.level, config.margin)
         self.rules = Rules(ratios, *shape, config.curated is not None)
@@ -129,6 +132,7 @@ class Trials:
             self.sampled[number] = self.prepare(number, place)
         seed = self.config.seed + number
         self.records[arm.name, number] = train_arm(arm, seed, place, self.training, self.work)
+        self.work.save()
         first = next(iter(self.sets.values()))
         nats = first.read(place / arm.folder, self.parts.tokens)[first.live].mean()
         log.info("seed %d, %s: %s %.4f nats", seed, arm.name, first.name, nats)

@@ -182,8 +182,9 @@ def sentence(outcome: Outcome, tokens_per_arm: int) -> str:
             f"Cannot tell with this budget: {difference(known, pair)}, but whether that pays for "
             "reference and scores at the target's tokens is within the interval: more seeds would"
         ) + "."
+    what = " selecting from mixing" if k is not None and MIXED in pair else ""
     return (
-        f"Cannot tell with this budget: {difference(known, pair)}; "
+        f"Cannot tell{what} with this budget: {difference(known, pair)}; "
         f"{more(known, pair, tokens_per_arm)}."
     )
 

@@ -21,6 +21,7 @@ from slm.errors import UserError
 from slm.model.folder import save_model
 from slm.pilot import arms as training
 from slm.pilot.__main__ import main
+from slm.pilot.answers import saving
 from slm.pilot.arms import arms_of
 from slm.pilot.command import pilot
 from slm.pilot.trials import CORPUS
@@ -104,7 +105,7 @@ def test_the_answers_are_there_and_are_those_of_the_token_losses(done):
     assert found["verdict"]["sentence"] == done.verdict
     assert {row["set"] for row in found["elsewhere"]} == {
         CORPUS,
-        f"{CORPUS}: tokens outside the top 0.5",
+        f"{CORPUS}, outside the top 0.5",
     }
     assert {row["arm"] for row in found["beside"]} == {REFERENCE, "before training"}
     assert found["keep_rates"]["0.5"].keys() == {"a", "b"}
@@ -139,8 +140,30 @@ def test_all_costs_are_counted(done):
     ]
     assert counted["excess"] == sum(r["train_flops"] for r in records) / 512
     assert counted["all"] > counted["excess"] > counted["scoring"] > 0
+    clocks = [r["train_seconds"] for r in records]
+    controls = [
+        json.loads((done.folder / f"seed-{s}" / "all" / "arm.json").read_text())["train_seconds"]
+        for s in range(2)
+    ]
+    assert row["clock"] == [mine / its for mine, its in zip(clocks, controls, strict=True)]
     overhead = done.answers["overhead"]
-    assert overhead["overhead"] == overhead["pilot_seconds"] / overhead["work_seconds"]
+    assert overhead["overhead"] == overhead["own_seconds"] / overhead["work_seconds"]
+
+
+def test_what_is_saved_is_said_in_words():
+    counted = {"reference": 1.0}
+    flops = {"counted": counted, "break_even_tokens": {"mean": 1234567.2}}
+    text = saving({"reached": "yes", "tokens": {"mean": 0.353}, "flops": flops})
+    assert text == (
+        "all tokens' loss takes 35% of the tokens, and in FLOPs it has paid for reference and "
+        "scores from 1,234,567 target tokens on"
+    )
+    unknown = flops | {"counted": {"reference": None}}
+    for other in (None, unknown):
+        text = saving({"reached": "yes", "tokens": {"mean": 0.353}, "flops": other})
+        assert text == "all tokens' loss takes 35% of the tokens"
+    nothing = {"reached": "all tokens learn nothing", "tokens": {"mean": None}, "flops": flops}
+    assert saving(nothing).startswith("all tokens end no lower than the base")
 
 
 def test_models_are_not_kept_and_the_page_asks_for_nothing(done):
@@ -152,23 +175,25 @@ def test_models_are_not_kept_and_the_page_asks_for_nothing(done):
 
 def test_the_same_call_trains_nothing_again(done, inputs, monkeypatch):
     monkeypatch.setattr(training, "train", None)
+    before = done.answers["overhead"]
     again = pilot(out=done.folder, **inputs)
     assert numbers(again.answers) == numbers(done.answers)
+    now = again.answers["overhead"]
+    assert now["work_seconds"] == pytest.approx(before["work_seconds"])
+    assert now["own_seconds"] > before["own_seconds"]
 
 
 def test_after_a_kill_only_what_is_missing_is_trained(done, inputs, monkeypatch, tmp_path):
-    """What one that was killed within its fifth arm leaves."""
     out = tmp_path / "pilot"
     shutil.copytree(done.folder, out)
     for name in ("pilot.json", "pilot.html", "made.json", "seed-1/all/arm.json"):
         (out / name).unlink()
-    for name in ("excess_0.5", "random_0.5", "mixed"):
-        shutil.rmtree(out / "seed-1" / name)
     shutil.rmtree(out / "seed-1" / "all")
+    shutil.rmtree(out / "seed-1" / "excess_0.5")
     trained, train = [], training.train
     monkeypatch.setattr(training, "train", lambda *a, **k: trained.append(a[1]) or train(*a, **k))
     again = pilot(out=out, **inputs)
-    assert sorted(path.name for path in trained) == ["all", "excess_0.5", "mixed", "random_0.5"]
+    assert [path.name for path in trained] == ["all", "excess_0.5"]
     assert {path.parent.name for path in trained} == {"seed-1"}
     assert numbers(again.answers) == numbers(done.answers)
 
@@ -187,7 +212,7 @@ def test_what_somebody_else_wrote_is_not_replaced(tmp_path, inputs):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"budget": 32}, r"budget=32 is 32 of the 2,\d+ tokens .* less than one .* step of 64$"),
+        ({"budget": 32}, r"budget=32 is 32 of the 2,\d+ tokens .* can have 2,\d+: less .* 64$"),
         ({"budget": "1%"}, r"budget=1% is 2\d of the 2,\d+ tokens .* less than one optimizer ste"),
         ({"budget": "a lot"}, "budget is 'a lot', it must be a share of the corpus such as 1%, or"),
         ({"budget": "0%"}, "budget is '0%', it must be a share"),
@@ -235,6 +260,13 @@ def test_keywords_are_the_keys_of_the_command():
         default = parameters[key].default
         wanted = "???" if default is inspect.Parameter.empty else default
         assert value == (list(wanted) if isinstance(wanted, tuple) else wanted), key
+
+
+def test_a_corpus_of_one_document_has_nothing_left_to_train_on(tmp_path, inputs, make_corpus):
+    ids = np.arange(1, 40 * LENGTH + 2) % 290
+    one = make_corpus(tmp_path / "one", [ids], LENGTH)
+    with pytest.raises(UserError, match="of which an arm can have 0: less than one optimizer ste"):
+        pilot(**inputs | {"corpus": one.folder, "out": tmp_path / "out"})
 
 
 def test_the_command_prints_the_verdict(done, inputs, call):

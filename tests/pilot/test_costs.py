@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from slm.pilot.costs import Costs, cost_record, pays
+from slm.pilot.costs import Costs, cost_record, pays, reached
 from slm.pilot.statistics import Interval
 
 COSTS = Costs(all=6.0, excess=5.0, scoring=2.0, reference=9000.0)
@@ -35,6 +35,11 @@ def test_what_saves_nothing_never_pays_and_what_was_not_counted_is_not_known():
     assert record["ratio_with_scoring"]["mean"] == pytest.approx(0.5 * 7 / 6)
     assert record["ratio_of_targets_alone"]["mean"] == pytest.approx(0.5 * 5 / 6)
     assert pays(None, reach, 10_000) == "unknown"
+    nothing = Interval(np.nan, np.nan, np.nan, 3, 10)
+    assert pays(COSTS, nothing, 10_000) == "unknown"
+    assert reached(nothing) == "all tokens learn nothing" and reached(reach) == "yes"
+    assert reached(reach._replace(mean=np.inf)) == "no"
+    assert cost_record(COSTS, nothing, 9)["break_even_tokens"]["mean"] is None
 
 
 @pytest.mark.parametrize(

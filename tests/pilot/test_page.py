@@ -32,7 +32,10 @@ def found() -> dict:
         "questions": [ROW],
         "beside": [ROW | {"answer": "open"}],
         "elsewhere": [ROW | {"set": "else", "mean": 0.4, "high": 0.5, "answer": "worse"}],
-        "to_equal_loss": [{"select_ratio": 0.5, "tokens": NONE, "flops": None, "seconds": None}],
+        "to_equal_loss": [
+            {"select_ratio": 0.5, "tokens": NONE, "reached": "no"}
+            | {"flops": None, "seconds": None, "clock": [0.9]}
+        ],
         "keep_rates": {"0.5": {"a<script>": 0.25}},
         "samples": {"seed 0": {"tokens": 9, "by_source": {"a<script>": 5, "b": 4}}},
         "heldout": {"math": {"documents": 12, "targets": 3456}},
@@ -59,6 +62,7 @@ def test_every_number_is_there_and_no_text_is_markup():
     text = re.sub(r"<[^>]+>", " ", page)
     for wanted in ("-0.2000", "-0.3000 to -0.1000", "1,234", "not reached", "not measured", "25%"):
         assert wanted in text
+    assert "0.90 to 0.90 at k = 0.5, by seed" in text
     assert "3 to 4 seeds" in text and "1.2% of the time" in text and "curated=" in text
     assert page.count("<polyline") == 2 and 'class="worse" x1' in page
 

@@ -47,12 +47,12 @@ def missed(count: int, draws: int = 400) -> float:
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says():
-    assert 0.04 <= missed(400) <= 0.13  # four standard errors of 0.1 are 0.06
+    assert 0.03 <= missed(250) <= 0.14  # 0.1, and two standard errors
 
 
 def test_documents_alone_would_hold_it_far_too_rarely(monkeypatch):
     monkeypatch.setattr(Resampled, "luck", lambda self, each: np.zeros(self.draws))
-    assert missed(100) > 0.3
+    assert missed(60) > 0.3
 
 
 def verdicts(count: int, truth: dict[str, float], level: float = 0.1) -> list[str]:
@@ -72,8 +72,8 @@ def looked(losses: Measured, rules: Rules, seeds: dict[str, int]):
 
 
 def test_selection_is_advised_no_more_often_than_the_level_where_it_cannot_help():
-    found = verdicts(120, dict.fromkeys(ARMS, 0.0))
-    assert found.count("select") <= 0.1 * 120
+    found = verdicts(80, dict.fromkeys(ARMS, 0.0))
+    assert found.count("select") <= 0.1 * 80
     assert set(found) <= {"select", "all", "cannot tell"}
 
 
@@ -136,3 +136,6 @@ def test_tokens_to_equal_loss_of_known_curves():
     reach = one.reach(excess(0.5), ALL_TOKENS, 0.05)
     assert reach.mean == pytest.approx(0.5) and reach.low == pytest.approx(0.5, abs=1e-6)
     assert one.reach(ALL_TOKENS, excess(0.5), 0.05).mean == np.inf
+    risen = {a: {s: n[::-1] for s, n in of.items()} for a, of in nats.items()}
+    other = Resampled(one.found._replace(nats=risen), draws=200)
+    assert np.isnan(other.reach(excess(0.5), ALL_TOKENS, 0.05).mean)
