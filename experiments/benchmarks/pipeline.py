@@ -14,8 +14,11 @@ import csv
 import math
 import os
 import platform
+import random
 import re
+import shutil
 import statistics
+import string
 import subprocess
 import sys
 import sysconfig
@@ -132,6 +135,21 @@ def write_source_text(path: Path, size_mb: float) -> None:
             index += 1
 
 
+def write_unlike_text(path: Path, size_mb: float) -> None:
+    """JSON lines of documents that are all unlike: of such sources some lines in any order, with
+    words that stand nowhere else, so that whatever keeps words would grow."""
+    import json
+
+    root, rng = Path(sysconfig.get_paths()["stdlib"]), random.Random(0)
+    texts = [file.read_text(errors="replace") for file in sorted(root.glob("*.py"))]
+    lines, written = [line for text in texts for line in text.splitlines()], 0
+    with open(path, "w") as file:
+        while written < size_mb * 1e6:
+            own = rng.choices(lines, k=rng.randint(20, 400))
+            own[::8] = ["".join(rng.choices(string.ascii_lowercase, k=9)) for _ in own[::8]]
+            written += file.write(json.dumps({"text": "\n".join(own)}) + "\n")
+
+
 def prepare_command(source: Path, out: Path, *words: str) -> list[str]:
     return [
         sys.executable,
@@ -163,11 +181,12 @@ def bench_prepare(rows: Rows, folder: Path, small: bool) -> None:
     rows.add("prepare", "ratio", "1", ratios(rates["prepare"], rates["bare"]), ">= 0.85")
     add_long_input(rows, folder, corpus, 2 * TOY_MB if small else 160, 1 if small else 3)
     source = folder / "memory.jsonl"
-    for size in (TOY_MB,) if small else (10, 100, 1000):
-        write_source_text(source, size)
+    for size in (TOY_MB,) if small else (10, 100, 1000, 2000):
+        write_unlike_text(source, size)
         words = (f"tokenizer.path='{corpus / 'tokenizer'}'", "heldout_ratio=0")
         peak = peak_mb(prepare_command(source, folder / f"m{size}", *words))
         rows.add("prepare", f"peak memory, {size} MB of input", "MB", [peak], "flat")
+        shutil.rmtree(folder / f"m{size}")
 
 
 def add_long_input(rows: Rows, folder: Path, corpus: Path, size_mb: float, repeats: int) -> None:

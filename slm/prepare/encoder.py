@@ -13,7 +13,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # A longer text is encoded in pieces of about so many characters: an encoding is 150 times its text.
 PIECE_CHARACTERS = 2**16
+# gigatoken keeps every word that it has seen, some 100 bytes each, until it is made anew (0.1 s).
+KEPT_CHARACTERS = 2**28
 # The pre-tokenizers of GPT-2, Llama 3, Qwen 2 and GPT-4o: none joins what SAFE_CUT parts, a letter
 # or digit and the space (or line end) after it, and what they find goes by nothing left of it.
 WORDS = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -133,10 +135,15 @@ def make_backend(state: str) -> Tokenizer:
 
 def make_fast(state: str) -> Any:
     """gigatoken's tokenizer, to which special strings in a text are text: it is told of none."""
+    gigatoken = importlib.import_module("gigatoken")  # of the extra of this name
+    return gigatoken.Tokenizer.from_json(without_special(state))
+
+
+@lru_cache(maxsize=2)
+def without_special(state: str) -> str:
     settings = json.loads(state)
     added = [token for token in settings["added_tokens"] if not token["special"]]
-    gigatoken = importlib.import_module("gigatoken")  # of the extra of this name
-    return gigatoken.Tokenizer.from_json(json.dumps(settings | {"added_tokens": added}))
+    return json.dumps(settings | {"added_tokens": added})
 
 
 def continue_at(place: int, step: Json | None) -> Json | None:
@@ -212,6 +219,7 @@ class Encoder:
     def __init__(self, state: EncoderState):
         self.state = state
         self.backend = make_backend(state.backend)
+        self.kept = 0  # characters of which `fast` may keep the words
 
     @cached_property
     def spellings(self) -> list[str]:
@@ -252,6 +260,10 @@ class Encoder:
         for i, (text, place) in enumerate(zip(texts, places, strict=True)):
             if self.is_proven(text):
                 found[i] = self.fast[place].encode(text)
+                self.kept += len(text)
+        if self.kept > KEPT_CHARACTERS:
+            del self.fast
+            self.kept = 0
         return found
 
     @cached_property

@@ -180,6 +180,21 @@ def test_another_id_where_both_encode_is_an_error(own):
         encoder.encode([text], size)
 
 
+def test_it_is_made_anew_before_what_it_keeps_fills_the_memory(own, monkeypatch):
+    encoder = Encoder(prove(encoder_state(own), []))
+    monkeypatch.setattr(encoder_module, "KEPT_CHARACTERS", 40)
+    made, real = [], encoder_module.make_fast
+    monkeypatch.setattr(encoder_module, "make_fast", lambda one: made.append(one) or real(one))
+    texts = ["a word of twenty two.."] * 5
+    for text in texts:
+        encoder.encode([text], np.array([len(text)]))
+    assert len(made) == 3  # of 44 characters, of 44, of what came then
+    np.testing.assert_array_equal(
+        encoder.encode(texts, np.array([22] * 5)).tokens,
+        Encoder(encoder_state(own)).encode(texts, np.array([22] * 5)).tokens,
+    )
+
+
 def test_a_corpus_has_the_same_bytes(tmp_path, own):
     own.save_pretrained(tmp_path / "tokenizer")
     rng = random.Random(3)
