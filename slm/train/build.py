@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from slm.checks import anything, check_known
 from slm.errors import UserError, said_once
 from slm.model.architecture import add_row
-from slm.model.build import SelectiveLM, check_trainable
+from slm.model.build import SelectiveLM, check_model, check_trainable, load_model
 from slm.model.sharded import deal_out, fill_from, refused_together, weights_in, without_weights
 from slm.score.command import load_reference
 from slm.selection.rule import Selection
@@ -202,6 +202,7 @@ def build_module(
     sharded = is_sharded(settings["trainer"]["strategy"])
     with without_weights() if sharded else nullcontext():
         lm: SelectiveLM = make()
+        online = load_online(settings["online_reference"], data, settings["data"]["check"])
     selection: Selection = build("selection", settings["selection"])
     check_config(settings, data, selection)
     added_id = data.corpus.vocab_size
@@ -218,8 +219,8 @@ def build_module(
         settings["optimizer"]["gradient_clip"],
         data.tokens_per_step,
         settings["selection_start"],
-        load_online(settings["online_reference"], data, settings["data"]["check"]),
-        partial(fill, make, init_from, first_windows(data)) if sharded else None,
+        online,
+        fillers(make, settings, data) if sharded else (),
         added_id,
     )
 
@@ -232,8 +233,28 @@ def check_not_sharded(strategy: Any) -> None:
         )
 
 
+Filler = Callable[[SelectiveLM], None]
+
+
+def fillers(make: Callable[[], SelectiveLM], settings: Json, data: TokenData) -> list[Filler]:
+    """Of the model, and of the online reference where there is one."""
+    batch, reference = first_windows(data), settings["online_reference"]
+    mine = partial(fill, make, settings["model"]["init_from"], check_trainable, batch)
+    load = partial(load_whole, reference)
+    theirs = partial(fill, load, reference, check_model, batch)
+    return [mine] if reference is None else [mine, theirs]
+
+
+def load_whole(folder: str) -> SelectiveLM:
+    return SelectiveLM(load_model(folder))
+
+
 def fill(
-    make: Callable[[], SelectiveLM], init_from: str | None, batch: Batch, lm: SelectiveLM
+    make: Callable[[], SelectiveLM],
+    init_from: str | None,
+    check: Callable[[SelectiveLM, Batch], None],
+    batch: Batch,
+    lm: SelectiveLM,
 ) -> None:
     """The weights of a model in shards, and the check that one process makes of a whole one.
 
@@ -248,7 +269,7 @@ def fill(
     if files is None:
         deal_out(lm, whole)
     with refused_together():
-        check_trainable(lm, to_device(batch, lm.device))
+        check(lm, to_device(batch, lm.device))
 
 
 def timed_windows(data: TokenData) -> Batch:

@@ -7,7 +7,7 @@ its summed loss; before the update the whole gradient is divided once, by what t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from slm.errors import NonFiniteError, UserError, said_once
 from slm.model.build import SelectiveLM
 from slm.model.predict import predicted
-from slm.model.sharded import local
+from slm.model.sharded import is_cut, local
 from slm.selection.books import StepResult, TokenRecord, mean_threshold, named, no_sums, step_sums
 from slm.selection.rule import Choice, Selection
 from slm.selection.rules import All
@@ -39,8 +39,8 @@ class SelectiveModule(LightningModule):
     tokens_per_step:   training tokens of one optimizer step, over all ranks
     selection_start:   tokens seen before `selection` takes over; until then every token is trained
     online_reference:  a frozen model that scores every batch as it comes
-    fill:              gives `lm` its weights when it is cut into shards (sharded.py); else it has
-                       them already
+    fillers:           give `lm`, and the online reference, their weights when they are cut into
+                       shards (sharded.py); without, they have them already
     added_id:          the token that a rule puts in the place of others
     """
 
@@ -54,13 +54,13 @@ class SelectiveModule(LightningModule):
         tokens_per_step: int,
         selection_start: int = 0,
         online_reference: SelectiveLM | None = None,
-        fill: Callable[[SelectiveLM], None] | None = None,
+        fillers: Sequence[Callable[[SelectiveLM], None]] = (),
         added_id: int = IGNORE_INDEX,
     ):
         super().__init__()
         self.lm, self.selection = lm, selection
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.gradient_clip, self.fill, self.added_id = gradient_clip, fill, added_id
+        self.gradient_clip, self.fillers, self.added_id = gradient_clip, fillers, added_id
         self.tokens_per_step, self.selection_start = tokens_per_step, selection_start
         # In a tuple: a submodule would be wrapped, sharded and saved with what is trained.
         self.online = () if online_reference is None else (online_reference,)
@@ -80,13 +80,16 @@ class SelectiveModule(LightningModule):
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
-        if self.fill is not None and isinstance(strategy, Sharded):
-            strategy.shard(self.lm, str(self.trainer.precision))
-            self.fill(self.lm)
+        if isinstance(strategy, Sharded):
+            for lm, fill in zip((self.lm, *self.online), self.fillers, strict=True):
+                strategy.shard(lm, str(self.trainer.precision))
+                fill(lm)
 
     def on_fit_start(self) -> None:
         for reference in self.online:
-            reference.to(self.device).eval().requires_grad_(False)
+            reference.eval().requires_grad_(False)
+            if not is_cut(reference):
+                reference.to(self.device)
 
     def on_train_start(self) -> None:
         """The rate of the step to come: a checkpoint of a shorter run (extend.py) has another."""

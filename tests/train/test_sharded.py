@@ -24,6 +24,8 @@ from slm.verify import verify
 from train_helpers import same_results
 
 SLOW = pytest.mark.slow
+# AdamW divides by the gradient's size: of one of 1e-8 the rounding of sums in another order shows.
+EPS = "optimizer.adamw.eps=1e-6"
 CASES = [
     pytest.param(1, "true", "global"),
     pytest.param(2, "true", "global"),
@@ -63,6 +65,34 @@ def test_a_loaded_model_trains_as_in_one_process(tmp_path, text_corpus, base):
     assert len(losses[0]) == len(losses[1]) > 2
     for one, other in zip(*losses, strict=True):
         np.testing.assert_allclose(np.load(one), np.load(other), rtol=1e-5)
+
+
+HELD = """
+from slm.model.sharded import local
+from slm.train.module import SelectiveModule
+
+
+def on_train_end(self):
+    (reference,) = self.online
+    mine, whole = zip(*((local(p).numel(), p.numel()) for p in reference.parameters()))
+    print(f"held: {sum(mine) / sum(whole):.1f}")
+
+
+SelectiveModule.on_train_end = on_train_end
+"""
+
+
+@pytest.mark.slow
+def test_an_online_reference_is_in_shards_too(tmp_path, text_corpus, base):
+    module = tmp_path / "held.py"
+    module.write_text(HELD)
+    more = (f"online_reference='{base}'", "selection=excess", "selection.scope=sequence")
+    more += (f"modules=['{module}']", EPS)
+    in_one(words(tmp_path / "one", text_corpus, *more))
+    said = on_ranks(2, words(tmp_path / "ranks", text_corpus, *more))
+    assert said.count("held: 0.5") == 2, said
+    differences = ("slm/excess_mean", "slm/excess_mean_selected")  # of numbers that are nearly one
+    same(tmp_path / "one", tmp_path / "ranks", (*OF_ONE_RANK, *differences))
 
 
 @pytest.mark.slow
@@ -123,8 +153,6 @@ SHARED = [
     pytest.param(4, "true", "sequence", marks=SLOW),
     pytest.param(4, "false", "global", marks=SLOW),
 ]
-# AdamW divides by the gradient's size: of one of 1e-8 the rounding of sums in another order shows.
-EPS = "optimizer.adamw.eps=1e-6"
 
 
 @pytest.mark.parametrize(("ranks", "tied", "scope"), SHARED)
