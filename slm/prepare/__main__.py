@@ -1,5 +1,6 @@
 """`python -m slm.prepare`, which `slm prepare` runs."""
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ def main(**settings: Any) -> None:
         import transformers.tokenization_utils_tokenizers  # noqa: F401 - every run loads a tokenizer
 
         from slm.prepare.command import run
+    gc.freeze()  # nor does a later search look at them; Triton, which is not among them, would mind
     run(**settings)
 
 
