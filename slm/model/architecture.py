@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from slm.errors import UserError
+from slm.errors import UserError, shown
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling")  # accepted by every config with rotary positions
 ROPE_NAMES = ("rope_parameters", "rope_scaling")
@@ -115,6 +116,8 @@ def override_config(config: PreTrainedConfig, override: Mapping[str, Any]) -> No
     """
     text = text_config(config)
     check_fields(override, text, "model.override")
+    check_numbers(override, vars(text))
+    before = shapes(config)
     fields = dict(override)
     given = [fields.pop(name) or {} for name in ROPE_NAMES if name in fields]
     rope = {key: value for part in given for key, value in part.items()}
@@ -123,8 +126,32 @@ def override_config(config: PreTrainedConfig, override: Mapping[str, Any]) -> No
     for name, value in fields.items():
         setattr(text, name, value)
     if rope:
+        check_numbers(rope, getattr(text, "rope_parameters", None) or {})
         override_rope(text, rope)
     text.validate()
+    for name, shape in shapes(config).items():
+        if name in before and before[name] != shape:
+            raise UserError(
+                f"model.override={dict(override)}: {name} would be {list(shape)}, the model has "
+                f"{list(before[name])}: what weights have the shape of cannot change"
+            )
+
+
+def check_numbers(override: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    for name in override.keys() & values.keys():
+        new, old = override[name], values[name]
+        if type(old) in (int, float) and type(new) not in (int, float, type(None)):
+            raise UserError(f"model.override.{name} is {shown(new)}, a number as {old} is needed")
+
+
+def shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """Of a causal LM's weights; takes no memory. Of a kind that is none here, nothing is known."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return {}
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        model = model_class._from_config(deepcopy(config))
+    return {name: weight.shape for name, weight in model.named_parameters()}
 
 
 def override_rope(text: PreTrainedConfig, rope: Mapping[str, Any]) -> None:

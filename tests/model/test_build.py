@@ -462,9 +462,17 @@ def test_fields_of_a_loaded_config_are_overridden(saved, build, tokenizer, tmp_p
     ("override", "message"),
     [
         ({"rope_thetta": 5e5}, "model.override.rope_thetta is no field of LlamaConfig; it has"),
-        ({"hidden_size": 48}, "no causal LM at .* with model.override=.'hidden_size': 48.: "),
-        ({"vocab_size": 301}, "no causal LM at .* with model.override=.'vocab_size': 301.: "),
-        ({"attention_dropout": "much"}, "with model.override=.*attention_dropout"),
+        (
+            {"hidden_size": 48},
+            r"48.: \S+ would be \[300, 48\], .* has \[300, 16\]: ",
+        ),
+        ({"vocab_size": 301}, r"would be \[301, 16\], the model has \[300, 16\]: what weights"),
+        ({"attention_dropout": "much"}, "attention_dropout is 'much', a number as 0.0"),
+        (
+            {"rope_theta": "big"},
+            "rope_theta is 'big', a number as 10000.0 is needed",
+        ),
+        ({"rope_scaling": {"rope_theta": True}}, "model.override.rope_theta is True, a number as"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "with model.override=.*spiral"),
     ],
 )
