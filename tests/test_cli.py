@@ -196,7 +196,7 @@ def test_a_wrong_command_line_is_one_sentence(call, application, words, message)
 def test_an_unknown_choice_of_a_group_lists_the_known(call):
     code, out, err = call(command("train")(refuse), "selection=foo", "out=x")
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "Could not find 'selection/foo'" in err and "all entropy excess intersection" in err
+    assert "Could not find 'selection/foo'" in err and "all entropy excess" in err
 
 
 def test_a_group_takes_no_number(call):
@@ -425,7 +425,7 @@ def test_slm_from_an_installed_wheel(tmp_path):
     assert where.stdout.strip() == str(site / "slm" / "conf")
     for words, expected in [
         (["--help"], "usage: slm"),
-        (["train", "--help"], "selection: all, entropy, excess, intersection"),
+        (["train", "--help"], "selection: all, entropy, excess"),
         (["score", "--help"], "reference_model: null"),
         (["verify", "--help"], "usage: slm verify"),
     ]:
