@@ -170,6 +170,11 @@ def chosen_by_run(run: Path, config: Any, corpus: Corpus) -> Chosen:
             f"{path}: the run's reference scored every batch (online_reference): score the corpus "
             "with `slm score`, and give target_model and keep instead of run"
         )
+    if record["references"] and config.references is None:
+        raise UserError(
+            f"{path} names the run's references by their fingerprints, "
+            f"{', '.join(record['references'])}, since folders move: give references=FOLDER"
+        )
     same(path, "references", record["references"], named, config.references)
     return Chosen(
         str(run / "model"),
@@ -221,7 +226,7 @@ def concentrate(config: Any, corpus: Corpus) -> Path:
     if lacking:
         raise UserError(
             f"{selection_name(chosen.selection)} needs {', '.join(lacking)}, and references="
-            f"{config.references} has none"
+            f"{shown(config.references)} has none"
         )
     losses = None
     if rule.needs_token_loss or windows.references:
