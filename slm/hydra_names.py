@@ -67,6 +67,11 @@ def sweep_jobs(root: str, given: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def share(count: int, part: float) -> int:
+    """Of a count of tokens: where a stage ends."""
+    return round(count * part)
+
+
 def sweep_group() -> str | None:
     """Name for what belongs to one sweep, from its folder; None in a single run."""
     config: Any = HydraConfig.instance().cfg
@@ -77,6 +82,7 @@ def sweep_group() -> str | None:
 
 OmegaConf.register_new_resolver("slm.command_line", command_line, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("slm.job_name", job_name, replace=True)
+OmegaConf.register_new_resolver("slm.share", share, replace=True)
 OmegaConf.register_new_resolver("slm.sweep_group", sweep_group, replace=True)
 
 # The one there is: Hydra copies it for every look at a group, a second for the help of a command.

@@ -30,6 +30,7 @@ from slm.train.curves import Run
 from slm.train.fit import fit
 from slm.train.keys import ARGUMENTS, FOLDERS, check_train
 from slm.train.settings import check_one_architecture
+from slm.train.stages import run_stages
 
 log = logging.getLogger("slm.train")
 warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
@@ -56,6 +57,7 @@ def train(
     logger: Group = "default",
     selection_start: int = 0,
     online_reference: Folder | None = None,
+    stages: Sequence[Mapping[str, Any]] | None = None,
     seed: int = 0,
     modules: Sequence[str] = (),
     resume: str = "auto",
@@ -83,6 +85,8 @@ def train(
         logger: {name: settings or a Logger}, "csv", "none": conf/logger.
         selection_start: training tokens before the rule takes over; until then: all tokens.
         online_reference: a model folder that scores each batch, in place of `references`.
+        stages: a run each in a folder below `out`, one after the other: {"name", "until_tokens",
+            "lr", "data", ...}, see slm/train/stages.py; the last ends at max_tokens.
         seed: of weights, order of the samples, dropout, random selection.
         modules: files or dotted names with rules, callbacks, modeling code of your own.
         resume: "auto", or "never" to refuse a folder that holds this run already.
@@ -101,6 +105,8 @@ def train(
     check_one_architecture(settings, names_architecture(model))
     for name in ("callbacks", "logger"):
         settings[name] |= objects_in(given[name])
+    if settings["stages"] is not None:
+        return run_stages(settings)
     fit(settings)
     return Run(Path(settings["out"]))
 

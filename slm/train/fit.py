@@ -26,6 +26,7 @@ from slm.store.files import Json, hash_file, nested, write_record
 from slm.store.tokenizer import load_corpus_tokenizer
 from slm.train.build import accelerator, build, build_module, build_trainer, first_windows
 from slm.train.callbacks.metrics import Metrics
+from slm.train.continued import Continued, TakesOver
 from slm.train.data import TokenData
 from slm.train.identity import adopt_order, adopt_run, only_writer, run_identity
 from slm.train.lineage import lineage, model_card, reference_record
@@ -39,8 +40,11 @@ log = logging.getLogger("slm.train")
 RANK_NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's own order
 
 
-def fit(settings: Json) -> None:
-    """Run or continue one training: its folder is complete afterwards."""
+def fit(settings: Json, continued: Continued | None = None) -> None:
+    """Run or continue one training: its folder is complete afterwards.
+
+    continued: its part of a longer schedule, as a stage (stages.py)
+    """
     folder = Path(settings["run_dir"])
     check_launcher()
     accelerator(settings["trainer"]["accelerator"])  # before anything is read
@@ -49,6 +53,8 @@ def fit(settings: Json) -> None:
     data: TokenData = build("data", settings["data"])
     adopt_order(folder, data)
     identity = run_identity(settings, data)
+    if continued is not None:
+        identity |= continued.identity()
     check_scored(settings["max_tokens"], data)  # before a folder is made one of a longer run
     with ExitStack() as stack:
         start, check_owner = begin(stack, folder, identity, settings, data.tokens_per_step)
@@ -57,6 +63,10 @@ def fit(settings: Json) -> None:
         tokenizer = load_corpus_tokenizer(data.corpus)
         module = build_module(settings, data, tokenizer)
         trainer = build_trainer(settings, data, check_owner)
+        if continued is not None:
+            module.make_schedule = continued.schedule(module.make_schedule)
+            if continued.run is not None:
+                trainer.callbacks.append(TakesOver(continued.run))  # type: ignore[attr-defined]
         stack.callback(leave_process_group)
         start = tell(trainer, start)
         data.order = start.order

@@ -69,6 +69,7 @@ TRAIN: Table = TRAINER | {
     "max_tokens": count,
     "selection_start": whole(0),
     "online_reference": optional(text),
+    "stages": optional(several(section)),
     "seed": seed,
     "resume": word("auto", "never"),
     "modules": several(text, least=0),
@@ -160,7 +161,8 @@ def check_train(settings: dict[str, Any]) -> None:
             f"trainer.strategy is {strategy!r}, which is FSDP1: trainer=fsdp shards with FSDP2"
         )
     check(settings, TRAIN, INSTEAD)
-    check_corpus(settings["data"])
+    if settings["stages"] is None:  # else each stage may have its own
+        check_corpus(settings["data"])
     if all(select(settings, f"optimizer.adamw.{name}") is True for name in ("foreach", "fused")):
         raise UserError("optimizer.adamw.foreach and fused are both true: one of them at most")
     for name, key in trainer_environment():
@@ -220,6 +222,8 @@ def check_run(settings: dict[str, Any]) -> None:
     check_inputs(settings)
     from slm.store.shards import read_manifest  # NumPy, which a mistyped key need not wait for
 
+    if settings["stages"] is not None:
+        return
     data = settings["data"]
     folder = data["corpus"] or next(iter(data["mixture"].values()))["corpus"]
     seq_len = read_manifest(Path(folder), "corpus")["seq_len"]

@@ -38,7 +38,7 @@ def by_hydra(*overrides: str) -> dict[str, Any]:
 
 def by_us(**groups: Any) -> dict[str, Any]:
     root = {"out": "o", "run_dir": "o", "max_tokens": 9, "seed": 0, "modules": [], "resume": "auto"}
-    root |= {"selection_start": 0, "online_reference": None}
+    root |= {"selection_start": 0, "online_reference": None, "stages": None}
     return composed({**root, **usual_choices(), **groups})
 
 
