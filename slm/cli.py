@@ -55,6 +55,10 @@ COMMANDS = {  # name: (what it does, an example)
         "models -> accuracy and bits per byte by lm_eval, offline",
         "'models={a: run/model}' problems=eval out=table.csv",
     ),
+    "speak": (
+        "models + prompts -> texts, how varied they are, what is copied",
+        "'models={a: run/model}' prompts=prompts.txt corpus=corpus/train out=speech.jsonl",
+    ),
     "dynamics": (
         "checkpoints + frozen tokens -> classes H->H, L->H, H->L, L->L",
         "runs=runs/slm corpus=corpus/heldout references=refs",

@@ -14,6 +14,7 @@ from slm.checks import (
     file,
     flag,
     folders,
+    is_list,
     number,
     optional,
     real,
@@ -150,6 +151,19 @@ HARNESS: Table = {
     "out": optional(file),
     "samples": optional(file),
 }
+SPEAK: Table = {
+    "models": folders,
+    "prompts": either(text, Kind("a list of sources", is_list)),
+    "corpus": optional(texts),
+    "max_new_tokens": count,
+    "prompt_tokens": optional(count),
+    "num_samples": count,
+    "temperature": rate,
+    "top_p": real(0, 1, "(]"),
+    "seed": seed,
+    **{key: FORWARD[key] for key in ("batch_size", "dtype", "device", "modules")},
+    "out": optional(file),
+}
 DYNAMICS: Table = FORWARD | {
     "runs": texts,
     "corpus": text,
@@ -168,6 +182,7 @@ REPORT: Table = {
     "baselines": optional(folders),
     "heldout": optional(folders),
     "sets": optional(several(text)),
+    "speech": optional(text),
     "max_dynamics": count,
     "modules": modules,
     "check": check,

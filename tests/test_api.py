@@ -20,6 +20,7 @@ from slm.dynamics.command import dynamics
 from slm.errors import UserError
 from slm.evaluate.command import evaluate
 from slm.evaluate.harness import harness
+from slm.evaluate.speak import speak
 from slm.model.folder import save_model
 from slm.prepare.command import prepare
 from slm.prepare.imports.command import import_corpus
@@ -42,6 +43,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "consolidate": consolidate_checkpoint,
     "evaluate": evaluate,
     "harness": harness,
+    "speak": speak,
     "dynamics": dynamics,
     "report": report,
     "dashboard": dashboard,

@@ -26,6 +26,7 @@ GIVEN = {  # what must be given; nothing of it is there
     "bind": ["corpus=no", "scores=no", "out=x"],
     "evaluate": ["models={a: no}", "sets={b: no}"],
     "harness": ["models={a: no}", "problems=no"],
+    "speak": ["models={a: no}", "prompts=no.txt"],
     "dynamics": ["runs=no", "corpus=no"],
     "report": ["runs=no", "out=x"],
     "pilot": [
@@ -39,6 +40,7 @@ GIVEN = {  # what must be given; nothing of it is there
 NO_CORPUS = "no is not a finished corpus: it does not exist"
 NOT_THERE = dict.fromkeys(["score", "bind", "evaluate", "dynamics", "train", "pilot"], NO_CORPUS)
 NOT_THERE |= {"harness": "models no: there is no such folder", "report": "no is no folder"}
+NOT_THERE |= {"speak": "models no: there is no such folder"}
 NOT_THERE |= {"prepare": "no tokenizer at no: there is no such folder"}
 
 HEAVY = {"torch", "transformers", "lightning", "wandb", "datasets", "matplotlib"}
@@ -99,6 +101,7 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ("evaluate", "max_windows=-1", "max_windows is -1, it must be a whole .*, or null"),
         ("harness", "limit=0.5", "limit is 0.5, it must be a whole number"),
         ("harness", "device=0", "device is 0, it must be a text"),
+        ("speak", "prompts=3", "prompts is 3, it must be a text .*, or a list of sources"),
         ("dynamics", "by_source=1", "by_source is 1, it must be true or false"),
         ("dynamics", "seed=-1", "seed is -1, it must be a whole number from 0 to 4294967295"),
         ("dynamics", "runs=[]", r"runs is \[\], it must be a text .*, or a list of at least 1"),

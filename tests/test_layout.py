@@ -20,6 +20,7 @@ UNTESTED = {
     "slm.errors",
     "slm.version",
     "slm.harness",
+    "slm.speak",
     "slm.dashboard",
     "slm.import",
     "slm.export",
@@ -45,7 +46,7 @@ GROUND = {
 # In the order of the data: a folder imports what stands before it, and the ground.
 FLOORS = "store prepare model selection score evaluate train dynamics report pilot".split()
 TOP = {"integrations", "verify", "demo", "harness", "dashboard", "import", "export", "bind"}
-TOP |= {"consolidate"}
+TOP |= {"speak", "consolidate"}
 # Tests of more than one module.
 WHOLE = {"api", "layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
 WHOLE |= {"documents", "notebook", "warm", "experiments"}

@@ -68,14 +68,14 @@ class Overlap:
         return " ".join(words[shared[0] : shared[0] + NGRAM]), np.unique(at[shared])
 
 
-def ngram_keys(ids: np.ndarray) -> np.ndarray:  # (n,) -> (n - 12,)
-    """64-bit hashes of the windows of 13 word numbers."""
+def ngram_keys(ids: np.ndarray, size: int = NGRAM) -> np.ndarray:  # (n,) -> (n - size + 1,)
+    """64-bit hashes of the windows of `size` word numbers."""
     mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     mixed ^= mixed >> np.uint64(32)
-    keys = np.zeros(len(ids) - NGRAM + 1, dtype=np.uint64)
-    for i in range(NGRAM):
+    keys = np.zeros(len(ids) - size + 1, dtype=np.uint64)
+    for i in range(size):
         keys = keys * np.uint64(0xD1342543DE82EF95) + mixed[i : i + len(keys)]
     return keys
 

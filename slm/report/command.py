@@ -29,6 +29,7 @@ from slm.dynamics.figure import Figure
 from slm.dynamics.figures import Kind, made
 from slm.dynamics.truth import kept_rows, truth_rows
 from slm.errors import UserError
+from slm.evaluate.speech import read_speech
 from slm.names import file_name
 from slm.report.analyses import all_stores, chosen_note, chosen_stores, many, read_analyses
 from slm.report.arms import (
@@ -192,6 +193,7 @@ def report(
     baselines: Mapping[str, Folder] | None = None,
     heldout: Mapping[str, Folder] | None = None,
     sets: Sequence[str] | None = None,
+    speech: Folder | None = None,
     max_dynamics: int = 12,
     modules: Sequence[str] = (),
     check: str = "size",
@@ -207,6 +209,7 @@ def report(
         heldout: {set: corpus folder}: of the held-out sets, for baselines that are models, or runs
             that read other windows of them.
         sets: held-out sets; None: all of them.
+        speech: the file of `slm speak`, whose texts the page shows.
         max_dynamics: at most so many stores of token losses are shown, one seed of each arm first.
         modules: files or dotted names that hold rules of your own.
         check: "size", or "full" to compare every file's hash first.
@@ -218,6 +221,7 @@ def report(
         UserError: a setting does not fit, or there is nothing to report.
     """
     import_modules(modules)
+    said = read_speech(Path(speech)) if speech is not None else []
     folder = Path(out)
     check_own(folder, ["report.html"], MADE_BY)  # the others when they are known
     folders = folders_of(runs)
@@ -239,7 +243,7 @@ def report(
         named, corpora = baselines or {}, heldout or {}
         sweep = sweep_report(finished, left_out, sets, named, corpora, to) if finished else None
         truth = dynamics_report(analyses, finished, sets, to) if analyses else []
-        write_page(to / "report.html", title, analyses, sweep, truth, notes)
+        write_page(to / "report.html", title, analyses, sweep, truth, notes, speech=said)
     return Report(folder / "report.html", list(sweep.rows) if sweep else [])
 
 

@@ -453,7 +453,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
     report(**config(folder, tmp_path / "out"))
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(report_module, "write_page", full)

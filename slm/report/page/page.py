@@ -26,6 +26,7 @@ from slm.dynamics.figure import Figure
 from slm.dynamics.figures import COMPARED, FIGURES, Kind, made
 from slm.dynamics.selection_figures import SCORES
 from slm.dynamics.token_set import in_context
+from slm.evaluate.speech import summaries
 from slm.report.page.plots import boxes
 from slm.report.page.tokens import (
     Sample,
@@ -48,6 +49,7 @@ MAX_WINDOWS = 24
 MAX_TOKENS = 12_000  # shown of one run
 MAX_ALL_TOKENS = 18_000  # shown of all runs
 MAX_BYTES = 8_000_000
+MAX_PROMPTS = 12
 # Of a JSON text inside of <script>: no tag can end it, and every parser reads the same lines.
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 CLASS_RULES = {
@@ -78,14 +80,16 @@ def write_page(
     truth: Sequence[Json] = (),
     notes: Sequence[str] = (),
     seed: int = 0,
+    speech: Sequence[Json] = (),
 ) -> None:
     """Any part may be absent; `seed` draws the windows and tokens that are shown.
 
     truth:  rows of truth.truth_rows of all runs
     notes:  on which of the runs are shown
+    speech: rows of speech.read_speech
     """
     data = page_data(analyses, sweep, truth, seed)
-    content = render(title, analyses, sweep, truth, notes, data).encode()
+    content = render(title, analyses, sweep, truth, notes, data, speech).encode()
     if len(content) > MAX_BYTES:
         size = f"{len(content) / 1e6:.1f} MB"
         log.warning("%s has %s, browsers will be slow: show fewer runs", path, size)
@@ -100,6 +104,7 @@ def render(
     truth: Sequence[Json],
     notes: Sequence[str],
     data: Json,
+    speech: Sequence[Json],
 ) -> str:
     from plotly.offline import get_plotlyjs  # half a second, and only pages need it
 
@@ -127,6 +132,7 @@ def render(
         provenance=sweep and sweep.provenance,
         mixtures=sweep.mixtures if sweep else [],
         summary=sweep.summary if sweep else "",
+        speech=speech_of(speech),
         compares_sets=len({set_key(analysis) for analysis in analyses}) > 1,
         compares_fits=len({fit_key(analysis) for analysis in analyses}) > 1,
         colours={name: colour.css for name, colour in STYLE_SHEET.items()},
@@ -274,6 +280,17 @@ def sweep_table(sweep: SweepFigures) -> Json:
     lines = [[cells[arm, name] for name in sweep.sets] for arm in arms]
     places = {"digits": digits(sweep.rows), "minus_digits": minus_digits(sweep.rows)}
     return {"sets": sweep.sets, "lines": lines, "best": best} | places
+
+
+def speech_of(rows: Sequence[Json]) -> Json | None:
+    """A line a model; of the texts the first prompts', each with the models' first texts of it."""
+    if not rows:
+        return None
+    by_prompt: dict[str, dict[str, Json]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], {}).setdefault(row["model"], row)
+    found: Json = {"models": summaries(rows), "compared": "copied_tokens" in rows[0]}
+    return found | {"prompts": list(by_prompt.items())[:MAX_PROMPTS], "all": len(by_prompt)}
 
 
 def truth_table(rows: Sequence[Json]) -> list[Json]:

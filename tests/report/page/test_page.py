@@ -158,6 +158,30 @@ def test_no_text_becomes_markup(tmp_path, evil):
     assert texts[0].encode() == EVIL[0] and texts[10] == "\u2019"
 
 
+def test_what_models_say_stands_in_a_table_and_as_text(tmp_path):
+    texts = [("m", "p", EVIL_NAME, 3), ("m", "p", "second of p", 1), ("n", "p", "b c b c", 0)]
+    rows: list[dict[str, Any]] = [
+        {"model": model, "prompt": prompt, "text": text, "num_tokens": 4, "ended": False}
+        | {"copied_tokens": n, "longest_copied_tokens": n, "longest_copied": text[:n]}
+        for model, prompt, text, n in texts
+    ]
+    write_page(tmp_path / "page.html", "t", [], make_sweep(), speech=rows)
+    own = own_part((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "<img" not in own and "onerror=window" in own and "second of p" not in own
+    cells = [re.findall(r"<t[hd][^>]*>([^<]*)", line) for line in own.splitlines()]
+    (m,), (n,) = ([line for line in cells if line[:1] == [name]] for name in "mn")
+    assert m[1:4] == ["2", "4.0", "0.0%"] and m[-2:] == ["50.0%", "3"]
+    assert n == ["n", "1", "4.0", "0.0%", "0.500", "0.667", "1.000", "0.0%", "0.0%", "0"]
+    bare = [{k: v for k, v in row.items() if "copied" not in k} for row in rows[2:]]
+    many = [bare[0] | {"prompt": f"prompt {i}"} for i in range(13)]
+    write_page(tmp_path / "page.html", "t", [], make_sweep(), speech=many)
+    own = own_part((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "opied" not in own.split("What the models say")[1].split("</section>")[0]
+    assert "prompt 11" in own and "prompt 12" not in own and "The first 12 of 13 prompts" in own
+    write_page(tmp_path / "page.html", "t", [], make_sweep())
+    assert "What the models say" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_the_file_names_nothing_to_fetch(tmp_path, evil):
     write_page(tmp_path / "page.html", "t", [evil], make_sweep())
     own = own_part((tmp_path / "page.html").read_text(encoding="utf-8"))
