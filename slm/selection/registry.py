@@ -47,7 +47,7 @@ RULES: dict[str, type[Selection]] = {word_of(rule.__name__): rule for rule in BU
 KEYS = {"selection": "rule", "optimizer": "kind", "model": "kind"}
 OURS = {
     "selection": set(RULES),
-    "optimizer.adamw": {"adamw"},
+    "optimizer.adamw": {"adamw", "adamw8bit"},
     "optimizer.schedule": {"warmup_cosine", "warmup_stable_decay"},
     "model": {"build_lm"},
 }

@@ -3,6 +3,7 @@
 What is built from a `_target_` has its constructor's keys; here are those that have a range.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ from slm.errors import UserError, shown
 from slm.store.inputs import check_inputs
 
 FROM_ENVIRONMENT = "PL_TRAINER_"  # Lightning takes arguments that were not given from there
+EIGHT_BITS = "slm.train.optim8bit.adamw8bit"
 count, count_or_null = whole(1), optional(whole(1))
 # None of those that fork or spawn; trainer=fsdp has the one that shards.
 STRATEGIES = ("auto", "single_device", "ddp")
@@ -165,6 +167,12 @@ def check_train(settings: dict[str, Any]) -> None:
         check_corpus(settings["data"])
     if all(select(settings, f"optimizer.adamw.{name}") is True for name in ("foreach", "fused")):
         raise UserError("optimizer.adamw.foreach and fused are both true: one of them at most")
+    made = select(settings, "optimizer.adamw._target_")
+    if made == EIGHT_BITS and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optimizer=adamw8bit needs bitsandbytes, which is not installed here: "
+            "pip install 'slm-trainer[adamw8bit]'"
+        )
     for name, key in trainer_environment():
         check_known(key, TRAINER, {key: f"as {name} in the environment, where nothing may set it"})
 

@@ -1,6 +1,7 @@
 """AdamW with weight decay on matrices only; linear warm-up, then a cosine or a rate that stays."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,14 +22,17 @@ def adamw(
 
     foreach, fused: all parameters in few kernels, at most one of them; None: as torch does
     """
+    groups, rates = decayed(module, weight_decay), (betas[0], betas[1])
+    return torch.optim.AdamW(groups, lr=lr, betas=rates, eps=eps, foreach=foreach, fused=fused)
+
+
+def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, then vectors, which have none."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
+    return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, foreach=foreach, fused=fused
-    )
 
 
 def warmup_cosine(
