@@ -138,7 +138,7 @@ EVALUATE: Table = FORWARD | {
 HARNESS: Table = {
     "models": folders,
     "problems": optional(text),
-    "files": Kind("{set: file, ...}", lambda v: v == {} or folders.fits(v)),
+    "files": optional(folders),
     "stories": anything,
     "tasks": several(text),
     "limit": optional(count),

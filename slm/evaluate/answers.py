@@ -8,7 +8,7 @@ values: 1,999 is 1999, 50% is 0.5, \\frac{2}{4} is 1/2, and choice (C) is what s
 Whole numbers are equal or not; where one is a decimal, one part in 10,000 is left to rounding, as
 in that harness. It also takes 50 for 0.5 and 12,345 for 12,346; here a percentage has its sign, and
 whole numbers leave nothing to rounding. LaTeX that is no plain number goes to math-verify, on SymPy
-and without `eval`, with 5 s for a comparison: what takes longer counts as unequal.
+and without `eval`, with 20 s for a comparison: what takes longer counts as unequal.
 """
 
 import logging
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 # A minus after a digit or a bracket subtracts. A comma counts between groups of three digits.
 NUMBER = r"(?:(?<![\d)\]])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 TOLERANCE = Fraction(1, 10_000)
-LIMIT_S = 5  # of algebra for one comparison
+LIMIT_S = 20  # of algebra for one comparison
 
 
 # ---- what a completion says ---------------------------------------------------------------------
@@ -78,6 +78,7 @@ class Number(NamedTuple):
 WRAPPER = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 CLEARED = re.compile(r"\\[!,;: ]|\\?\$|\\left|\\right|(?<=\d),(?=\d{3}(?!\d))|\*\*|`")
 FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))")
+BASED = re.compile(r"(\d+)_\{?(\d{1,2})\}?")
 UNIT = r"(?:\s+(?:[a-z]{2,}|[glhms])(?:[\s/-]+[a-z]+)*)"
 PLAIN = re.compile(
     r"(?:rs\s?\.?|[€£¥]|[a-z]\s*=)?\s*"
@@ -89,7 +90,11 @@ PLAIN = re.compile(
 
 
 def number(text: str) -> Number | None:
-    """A number in digits, with currency, unit or %: 1,999; -2/3; 3 : 2; 1 1/2; $ 2.10; 28 %."""
+    """A number in digits, with currency, unit, base or %: -2/3; 1 1/2; $ 2.10; 28 %; 52_8."""
+    if (found := BASED.fullmatch(text)) is not None:  # math-verify takes the digits as decimal
+        digits, base = found[1], int(found[2])
+        fits = 2 <= base <= 36 and all(int(digit) < base for digit in digits)
+        return Number(Fraction(int(digits, base)), False) if fits else None
     text = FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text).strip()
     found = PLAIN.fullmatch(text)
     if found is None:

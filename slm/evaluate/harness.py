@@ -168,7 +168,7 @@ def harness(
     models: Mapping[str, Folder],
     problems: Folder | None = None,
     *,
-    files: Mapping[str, Folder] = {},
+    files: Mapping[str, Folder] | None = None,
     stories: Sequence[Any] = (),
     tasks: Sequence[str] = ("gsm8k", "math_500", "svamp"),
     limit: int | None = None,
@@ -229,7 +229,7 @@ def harness(
         check_room(folder, max_new_tokens)
     asked = Asked(
         None if problems is None else Path(problems),
-        {name: str(path) for name, path in files.items()},
+        {name: str(path) for name, path in (files or {}).items()},
         list(stories),
         limit,
         num_fewshot,

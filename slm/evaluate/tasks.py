@@ -145,6 +145,11 @@ class Asked(NamedTuple):
     prompt: str = PROMPT
     max_new_tokens: int = 256
 
+    def check_files(self) -> None:
+        unknown = [name for name in self.files if name not in (*SETS, "blimp")]
+        if unknown:
+            raise UserError(f"files has {unknown[0]!r}, known are {', '.join(SETS)} and blimp")
+
     def path(self, set_name: str) -> Path:
         if set_name in self.files:
             return Path(self.files[set_name])
@@ -238,6 +243,7 @@ def task_config(name: str, asked: Asked, one: Json, files: dict[str, str]) -> Js
 
 def write_tasks(folder: Path, names: list[str], asked: Asked) -> None:
     """<task>.yaml and its <task>.test.jsonl, <task>.examples.jsonl."""
+    asked.check_files()
     for name in names:
         splits = {key: found for key, found in documents(TASKS[name], asked).items() if found}
         paths = {}

@@ -481,6 +481,23 @@ def test_a_problem_in_the_prompt_is_refused(model, problems, monkeypatch):
         harness({"m": model}, **config | {"limit": 1})
 
 
+def test_a_set_may_lie_elsewhere(tmp_path, problems):
+    write_lines(tmp_path / "other.jsonl", SVAMP[1:])
+    (tmp_path / "tasks").mkdir()
+    there = asked(problems)._replace(files={"svamp": str(tmp_path / "other.jsonl")})
+    write_tasks(tmp_path / "tasks", ["svamp_answer", "gsm8k_answer"], there)
+    lm = Says("")
+    run_tasks(lm, tmp_path / "tasks", ["svamp_answer", "gsm8k_answer"])
+    questions = ["Tom ran. How far?", *(one["question"].strip() for one in GSM8K)]
+    assert [context for context, _ in lm.asked] == [f"Q: {one}\nA:" for one in questions]
+    for files, message in [
+        ({"gsm9k": "a"}, "files has 'gsm9k', known are gsm8k, .* and blimp"),
+        ({"svamp": "no.jsonl"}, "no.jsonl is no file: files.svamp must be one"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            write_tasks(tmp_path / "tasks", ["svamp_answer"], there._replace(files=files))
+
+
 # ---- pairs --------------------------------------------------------------------------------------
 
 
