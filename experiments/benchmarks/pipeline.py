@@ -487,16 +487,27 @@ def bench_selection(rows: Rows, folder: Path, small: bool) -> None:
         lm(batch, mask).loss.backward()
         lm.zero_grad()
 
+    def step_of(rule: selection.Selection) -> None:
+        weight, _ = rule.deferred(batch, 0)
+        lm(batch, weight, want_entropy=rule.needs_entropy).loss.backward()
+        lm.zero_grad()
+
+    steps = {
+        "by_loss": lambda: step_of(selection.Loss(0.6)),
+        "by_entropy": lambda: step_of(selection.Entropy(0.6)),
+    }
     timed_rules = {
         name: lambda rule=rule: rule.choose(batch, losses, 0) for name, rule in rules.items()
     }
-    seconds = in_turn(1 if small else 15, step=step, books=books, **timed_rules)
+    seconds = in_turn(1 if small else 15, step=step, books=books, **steps, **timed_rules)
     for name in rules:
         rows.add("selection", f"{name}, {valid.numel():,} tokens", "s", seconds[name], "<= 0.005")
     share = ratios(seconds["excess, batch"], seconds["step"])
     rows.add("selection", "excess, batch / forward and backward", "1", share, "< 0.02")
     share = ratios(seconds["books"], seconds["step"])
     rows.add("selection", "books of a logged step / the same", "1", share, "< 0.03")
+    share = ratios(seconds["by_entropy"], seconds["by_loss"])
+    rows.add("selection", "forward and backward by entropy / by loss", "1", share, "< 1.03")
 
 
 def bench_dynamics(rows: Rows, folder: Path, small: bool) -> None:
