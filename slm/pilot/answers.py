@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slm.pilot.costs import Costs, cost_record, finite, mapped, pays, reached
-from slm.pilot.losses import HeldoutSet, measured
+from slm.pilot.losses import HeldoutSet, measured, with_base
 from slm.pilot.statistics import Interval, Resampled
 from slm.pilot.verdict import (
     BEFORE,
@@ -34,7 +34,7 @@ from slm.score.cost import reference_lineage, references_cost
 from slm.selection.names import ALL_TOKENS
 from slm.store.files import Json
 
-SCEPTICS: list[Pair] = [(REFERENCE, ALL_TOKENS), (BEFORE, ALL_TOKENS)]
+SCEPTICS: list[Pair] = [(REFERENCE, ALL_TOKENS)]
 
 
 class Inputs(NamedTuple):
@@ -62,7 +62,8 @@ class Inputs(NamedTuple):
 
     def during(self, name: str) -> Resampled:
         """At all measurements."""
-        return Resampled(measured(self.sets[name], self.runs, self.points))
+        found = measured(self.sets[name], self.runs, self.points)
+        return Resampled(with_base(found, BEFORE, ALL_TOKENS))
 
 
 # ---- at a look ----------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def arm_rows(one: Resampled) -> Iterator[Json]:
 
 def curves(one: Resampled) -> Json:
     """Mean loss of the seeds at every measurement."""
-    arms = one.found.nats
+    arms = {arm: of for arm, of in one.found.nats.items() if arm != BEFORE}
     means = {arm: np.mean([one.exact[arm, s] for s in of], 0).tolist() for arm, of in arms.items()}
     return {"set": one.found.name, "tokens_seen": one.found.seen.tolist(), "loss": means}
 

@@ -138,3 +138,9 @@ def measured(
 
     nats = {arm: {seed: sums(folder) for seed, folder in of.items()} for arm, of in runs.items()}
     return Measured(name or one.name, targets[there], np.array(seen), nats)
+
+
+def with_base(found: Measured, base: str, like: str) -> Measured:
+    """The model before training as one more arm, `base`, which each seed of `like` began with."""
+    still = {s: np.repeat(nats[:1], len(nats), 0) for s, nats in found.nats[like].items()}
+    return found._replace(nats=found.nats | {base: still})

@@ -16,7 +16,7 @@ import numpy as np
 
 from slm.pilot.losses import Measured
 
-DRAWS = 8000
+DRAWS = 4000
 AT_ONCE = 500  # draws
 
 

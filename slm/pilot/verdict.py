@@ -6,11 +6,13 @@ A question is a difference of two arms on the first held-out set, and its answer
     same             it lies within the margin, a difference that nobody would pay for
     open             it does neither: seeds are added, to max_seeds
 
-Selection at k is chosen only where excess is better than random tokens of the same number *and*
-better than all tokens, beats the mixture where there is one, and has paid for its reference and its
-scores at the target's number of tokens. The chance of one such false choice is held for all k and
-all looks together: each interval has the level / (ratios * looks), Bonferroni's. That it takes two
-answers, each on one side, makes it rarer still.
+Selection at k is chosen only where excess is better than random tokens of the same number, better
+than all tokens *and* better than the base was, beats the mixture where there is one, and has paid
+for its reference and its scores at the target's number of tokens. The chance of one such false
+choice is held for all k and all looks together: each interval has the level / (ratios * looks),
+Bonferroni's. That it takes several answers, each on one side, makes it rarer still. Where no arm
+ends below the base nothing is decided: the arms then differ in how fast they undo what the first
+steps at a high learning rate did.
 """
 
 import math
@@ -43,9 +45,10 @@ class Rules(NamedTuple):
 
     def pairs(self) -> list[Pair]:
         """All questions: the first arm minus the second."""
-        found: list[Pair] = [(MIXED, ALL_TOKENS)] if self.has_mixed else []
+        found: list[Pair] = [(ALL_TOKENS, BEFORE)]
+        found += [(MIXED, ALL_TOKENS), (MIXED, BEFORE)] if self.has_mixed else []
         for k in self.ratios:
-            found += [(excess(k), random(k)), (excess(k), ALL_TOKENS)]
+            found += [(excess(k), random(k)), (excess(k), ALL_TOKENS), (excess(k), BEFORE)]
             found += [(excess(k), MIXED)] if self.has_mixed else []
         return found
 
@@ -81,10 +84,15 @@ class Evidence(NamedTuple):
 
     def helps(self, k: float) -> str:
         """yes, no, open"""
-        found = {self.answer(excess(k), other) for other in (random(k), ALL_TOKENS)}
+        found = {self.answer(excess(k), other) for other in (random(k), ALL_TOKENS, BEFORE)}
         if found & {"worse", "same"}:
             return "no"
         return "yes" if found == {"better"} else "open"
+
+    def learned(self) -> bool:
+        """Did any arm get below the base?"""
+        pairs = [pair for pair in self.rules.pairs() if pair[1] == BEFORE]
+        return any(self.answer(*pair) == "better" for pair in pairs)
 
     def mean(self, k: float) -> float:
         return self.intervals[excess(k), ALL_TOKENS].mean
@@ -97,6 +105,9 @@ class Verdict(NamedTuple):
 
 
 def decide(known: Evidence) -> Verdict:
+    if not known.learned():
+        pair = (ALL_TOKENS, BEFORE)
+        return Verdict("cannot tell", open=[pair] if known.answer(*pair) == "open" else [])
     ratios = known.rules.ratios
     by_answer = {word: [k for k in ratios if known.helps(k) == word] for word in ("yes", "open")}
     if by_answer["yes"]:
@@ -104,11 +115,14 @@ def decide(known: Evidence) -> Verdict:
     waits = [pair for k in by_answer["open"] for pair in open_of(known, k)]
     if known.rules.has_mixed:
         mixed = known.answer(MIXED, ALL_TOKENS)
+        if mixed == "better":
+            mixed = known.answer(MIXED, BEFORE)
         rivals = [k for k in by_answer["open"] if not is_beaten(known, k)]
         if mixed == "better" and not rivals:
             return Verdict("mix")
         waits += [(excess(k), MIXED) for k in rivals if mixed == "better"]
-        waits += [(MIXED, ALL_TOKENS)] if mixed == "open" else []
+        if mixed == "open":
+            waits += [p for p in ((MIXED, ALL_TOKENS), (MIXED, BEFORE)) if is_open(known, p)]
     return Verdict("cannot tell", open=waits) if waits else Verdict("all")
 
 
@@ -132,8 +146,13 @@ def is_beaten(known: Evidence, k: float) -> bool:
 
 
 def open_of(known: Evidence, k: float) -> list[Pair]:
-    pairs = [(excess(k), random(k)), (excess(k), ALL_TOKENS)]
-    return [pair for pair in pairs if known.answer(*pair) == "open"]
+    return [
+        (excess(k), o) for o in (random(k), ALL_TOKENS, BEFORE) if is_open(known, (excess(k), o))
+    ]
+
+
+def is_open(known: Evidence, pair: Pair) -> bool:
+    return known.answer(*pair) == "open"
 
 
 # ---- looks --------------------------------------------------------------------------------------
@@ -159,7 +178,7 @@ def sequential(
         if not verdict.open or count == rules.max_seeds:
             return Outcome(verdict, known, seeds)
         count += 1
-        seeds |= {arm: count for pair in verdict.open for arm in pair}
+        seeds |= {arm: count for pair in verdict.open for arm in pair if arm in seeds}
 
 
 # ---- in words -----------------------------------------------------------------------------------
@@ -176,6 +195,11 @@ def sentence(outcome: Outcome, tokens_per_arm: int) -> str:
         return f"Mix the curated text in: {why_mix(known, k)}."
     if verdict.choice == "all":
         return f"Train on all tokens: {why_all(known, k)}."
+    if not verdict.open:
+        return (
+            f"Cannot tell: no arm ends below the base ({difference(known, (ALL_TOKENS, BEFORE))}), "
+            "so a lower learning rate or more tokens an arm are needed."
+        )
     pair = verdict.open[0]
     if k is not None and known.answer(*pair) != "open":
         return (
@@ -215,7 +239,7 @@ def why_all(known: Evidence, k: float | None) -> str:
             "the target's tokens has not paid for its reference and its scores"
         )
     nearest = min(known.rules.ratios, key=known.mean)
-    pairs = [(excess(nearest), ALL_TOKENS), (excess(nearest), random(nearest))]
+    pairs = [(excess(nearest), other) for other in (ALL_TOKENS, random(nearest), BEFORE)]
     told = next(pair for pair in pairs if known.answer(*pair) in ("worse", "same"))
     return f"excess loss helps at no k of {listed(known.rules.ratios)}: {difference(known, told)}"
 

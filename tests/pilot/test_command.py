@@ -25,7 +25,7 @@ from slm.pilot.answers import saving
 from slm.pilot.arms import arms_of
 from slm.pilot.command import pilot
 from slm.pilot.trials import CORPUS
-from slm.pilot.verdict import MIXED, REFERENCE, excess, random
+from slm.pilot.verdict import BEFORE, MIXED, REFERENCE, excess, random
 from slm.selection.names import ALL_TOKENS
 from slm.store.shards import Corpus
 from slm.store.tokenizer import load_corpus_tokenizer
@@ -90,6 +90,7 @@ def test_the_answers_are_there_and_are_those_of_the_token_losses(done):
     assert numbers(found) == numbers(done.answers)
     asked = {(row["arm"], row["minus"]) for row in found["questions"]}
     assert asked == {
+        *((arm, BEFORE) for arm in (ALL_TOKENS, MIXED, excess(0.5))),
         (MIXED, ALL_TOKENS),
         (excess(0.5), MIXED),
         (excess(0.5), random(0.5)),
@@ -107,7 +108,7 @@ def test_the_answers_are_there_and_are_those_of_the_token_losses(done):
         CORPUS,
         f"{CORPUS}, outside the top 0.5",
     }
-    assert {row["arm"] for row in found["beside"]} == {REFERENCE, "before training"}
+    assert {row["arm"] for row in found["beside"]} == {REFERENCE}
     assert found["keep_rates"]["0.5"].keys() == {"a", "b"}
     assert np.mean([*found["keep_rates"]["0.5"].values()]) == pytest.approx(0.5, abs=0.05)
 

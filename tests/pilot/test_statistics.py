@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from slm.pilot.answers import judged
-from slm.pilot.losses import Measured
+from slm.pilot.losses import Measured, with_base
 from slm.pilot.statistics import Resampled, crossings, ends, resampled_sums
-from slm.pilot.verdict import MIXED, Rules, excess, random, sequential
+from slm.pilot.verdict import BEFORE, MIXED, Rules, excess, random, sequential
 from slm.selection.names import ALL_TOKENS
 
 DOCUMENTS, SEEDS = 40, 6
@@ -67,7 +67,8 @@ def verdicts(count: int, truth: dict[str, float], level: float = 0.1) -> list[st
 
 
 def looked(losses: Measured, rules: Rules, seeds: dict[str, int]):
-    one = Resampled(first_seeds(losses, seeds), draws=400)
+    few = with_base(first_seeds(losses, seeds), BEFORE, ALL_TOKENS)
+    one = Resampled(few, draws=400)
     return judged(one, rules, {0.5: None}, target_tokens=1)
 
 
@@ -89,7 +90,8 @@ def test_all_tokens_are_advised_where_selection_harms():
 
 def test_one_seed_decides_nothing():
     found = made(np.random.default_rng(2), dict(zip(ARMS, (0.0, 0.0, -1.0), strict=True)))
-    one = Resampled(first_seeds(found, dict.fromkeys(ARMS, 1)), draws=200)
+    few = with_base(first_seeds(found, dict.fromkeys(ARMS, 1)), BEFORE, ALL_TOKENS)
+    one = Resampled(few, draws=200)
     known = judged(one, Rules([0.5], 1, 1, 0.05, 0.01, False), {0.5: None}, 1)
     assert known.intervals[excess(0.5), ALL_TOKENS].high < 0
     assert known.helps(0.5) == "open"

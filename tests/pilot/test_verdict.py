@@ -6,6 +6,7 @@ import pytest
 
 from slm.pilot.statistics import Interval
 from slm.pilot.verdict import (
+    BEFORE,
     MIXED,
     Evidence,
     Rules,
@@ -38,7 +39,8 @@ def known(answers: dict[tuple[str, str], str], pays: str = "yes", mixed: bool = 
     """Of k = 0.5 and what stands in `answers` for other pairs; the rest is worse."""
     ratios = sorted({float(arm.split()[-1]) for arm, _ in answers if arm.startswith("excess")})
     rules = Rules(ratios, 3, 6, 0.05, 0.01, mixed)
-    found = {pair: interval(answers.get(pair, "worse")) for pair in rules.pairs()}
+    usual = {pair: "better" if pair[1] == BEFORE else "worse" for pair in rules.pairs()}
+    found = {pair: interval(word) for pair, word in (usual | answers).items()}
     return Evidence(rules, found, dict.fromkeys(ratios, pays))
 
 
@@ -96,6 +98,21 @@ def test_without_a_mixture(chance, tokens, pays, wanted):
 def test_beside_a_mixture(answers, mixed, against, wanted):
     more = {(MIXED, ALL_TOKENS): mixed, (excess(0.5), MIXED): against}
     assert decide(known(both(0.5, *answers) | more, mixed=True)).choice == wanted
+
+
+@pytest.mark.parametrize("word", ["worse", "same", "open"])
+def test_nothing_is_decided_where_no_arm_ends_below_the_base(word):
+    pairs = [(arm, BEFORE) for arm in (ALL_TOKENS, excess(0.5))]
+    evidence = known(both(0.5, "better", "better") | dict.fromkeys(pairs, word))
+    found = decide(evidence)
+    assert found.choice == "cannot tell"
+    assert list(found.open) == ([(ALL_TOKENS, BEFORE)] if word == "open" else [])
+    outcome = sequential(evidence.rules, [ALL_TOKENS, excess(0.5)], lambda seeds: evidence)
+    assert BEFORE not in outcome.seeds
+    assert ("lower learning rate" in sentence(outcome, 9)) == (word != "open")
+    learned = {(ALL_TOKENS, BEFORE): "better", (excess(0.5), BEFORE): word}
+    choice = decide(known(both(0.5, "better", "better") | learned)).choice
+    assert choice == ("cannot tell" if word == "open" else "all")
 
 
 def test_the_best_k_that_helps_is_chosen():
