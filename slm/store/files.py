@@ -214,8 +214,11 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_array(path: Path, array: np.ndarray, publish: Publish | None = None) -> str:
     """Write one ``.npy`` atomically; returns the sha256 of the file as read back."""
+    assert not array.dtype.hasobject, f"{path}: objects are not written"
+    array, form = np.ascontiguousarray(array), np.lib.format
     with atomic_file(path, publish=publish) as file:
-        np.lib.format.write_array(file, array, allow_pickle=False)
+        form.write_array_header_1_0(file, form.header_data_from_array_1_0(array))
+        file.write(array.data)  # write_array would copy it, piece by piece, into such a file
         return synced_sha256(file)
 
 
