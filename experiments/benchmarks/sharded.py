@@ -6,6 +6,8 @@
 memory   bytes of parameters, gradients and AdamW's states that a rank holds after a step
 save     a checkpoint in shards by two ranks, beside one file by rank 0 while the other waits, as
          under DDP: written, synced, hashed, renamed, in turn
+weights  bytes that four ranks read from the disk, beside the file's, as each takes its rows of a
+         model; the page cache has forgotten the file before (Linux, a folder on a disk)
 heldout  held-out windows shared out over ranks, each with a whole model; ranks beyond the machine's
          cores take turns
 """
@@ -28,7 +30,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from slm.evaluate.command import window_losses
 from slm.model.architecture import new_model
 from slm.model.build import SelectiveLM
-from slm.model.sharded import Cut, deal_out, local, shard, without_weights
+from slm.model.sharded import (
+    Cut,
+    deal_out,
+    fill_from,
+    local,
+    shard,
+    weights_in,
+    without_weights,
+)
 from slm.store.files import hash_file
 from slm.store.shards import Corpus
 from slm.train.checkpoint import VerifiedCheckpointIO
@@ -108,6 +118,32 @@ def memory_and_save(
     return seconds | {"memory": held_bytes(lm, mine) / held, "parameters": parameters}
 
 
+def weights_read(
+    rank: int, ranks: int, folder: Path, sizes: dict[str, int], vocab: int
+) -> dict[str, Any]:
+    weights = folder / "weights" / "model.safetensors"
+    if rank == 0:
+        make_lm(sizes, vocab).model.save_pretrained(weights.parent)
+        with open(weights, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dist.barrier()
+    with without_weights():
+        lm = make_lm(sizes, vocab)
+    shard(lm, lm.model, Cut(init_device_mesh("cpu", (ranks,))))
+    before = bytes_from_disk()
+    fill_from(weights_in(weights.parent, lm) or {}, lm)
+    read = torch.tensor([bytes_from_disk() - before])
+    dist.all_reduce(read)
+    return {"share": read.item() / weights.stat().st_size}
+
+
+def bytes_from_disk() -> int:
+    """That this process has had read so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
 def heldout(
     rank: int, ranks: int, folder: Path, sizes: dict[str, int], vocab: int, repeats: int
 ) -> dict[str, Any]:
@@ -167,6 +203,8 @@ def main() -> None:
         rows.add("save", f"in shards by 2 ranks, {size}", "s", found["in_shards"], "")
         against = ratios(found["in_shards"], found["one_file"])
         rows.add("save", f"in shards / one file, 2 ranks, {size}", "1", against, "<= 0.6")
+        read = on_ranks(4, weights_read, folder, sizes, vocab)["share"]
+        rows.add("weights", "read from the disk by 4 ranks / the file", "1", [read], "<= 1.05")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_corpus(folder / "corpus", 100_000 if arguments.small else 2_000_000, 1000)
