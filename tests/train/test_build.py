@@ -82,7 +82,7 @@ def test_what_it_refuses(tmp_path, text_corpus, pair, words, message):
 def test_long_gain_needs_a_short_context(tmp_path, text_corpus, pair):
     folder = pair.split(",")[0]
     words = ("selection=long_gain", f"data.references={folder}")
-    with pytest.raises(UserError, match="LongGain needs scores of a short context .*general has"):
+    with pytest.raises(UserError, match="long_gain needs scores of a short context .*general has"):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
 
 
