@@ -2,10 +2,11 @@
 
     python replay.py out        writes out/results.csv and figure.png from out/pilots/
 
-A replay is a pilot of 3 to 6 of the recorded seeds, in a random order, on a random half of the
-held-out documents; it decides as `slm pilot` does, by its own functions. `same arms` renames runs
-on all tokens of other seeds to random and excess: there nothing differs, by construction.
-`documents alone` leaves out what seeds scatter by, as a bootstrap over documents does by itself.
+A replay is a pilot of 3 to 6 of the recorded seeds (fewer where there are fewer), in a random
+order, on a random half of the held-out documents; it decides as `slm pilot` does, by its own
+functions. `same arms` renames runs on all tokens of other seeds to random and excess: there nothing
+differs, by construction. `documents alone` leaves out what seeds scatter by, as a bootstrap over
+documents does by itself.
 """
 
 import csv
@@ -23,9 +24,9 @@ from slm.dynamics.colours import PALETTE
 from slm.dynamics.figure import Axis, Figure, Panel, Series
 from slm.pilot.answers import judged
 from slm.pilot.costs import Costs
-from slm.pilot.losses import HeldoutSet, Measured, measured
+from slm.pilot.losses import HeldoutSet, Measured, measured, with_base
 from slm.pilot.statistics import Resampled
-from slm.pilot.verdict import Evidence, Outcome, Rules, excess, random, sequential
+from slm.pilot.verdict import BEFORE, Evidence, Outcome, Rules, excess, random, sequential
 from slm.report.paper.plots import draw
 from slm.selection.names import ALL_TOKENS
 from slm.store.shards import Corpus
@@ -33,7 +34,7 @@ from slm.store.shards import Corpus
 K, SEEDS, MOST, REPLAYS, DRAWS = 0.6, 3, 6, 300, 1000
 ARMS = {ALL_TOKENS: "all", random(K): f"random_{K}", excess(K): f"excess_{K}"}
 CHOICES = ("select", "all", "cannot tell")
-BANKS = {"helps": "tests", "cannot_help": "noisy"}  # and the corpus that is held out
+BANKS = {"helps": "tests", "itself": "noisy", "nothing": "noisy"}  # and the held-out corpus
 
 
 class DocumentsAlone(Resampled):
@@ -81,7 +82,8 @@ def look(
     found: Measured, rules: Rules, costs: Any, tokens: int, kind: Any, seeds: Mapping[str, int]
 ) -> Evidence:
     few = {arm: {s: of[s] for s in range(seeds[arm])} for arm, of in found.nats.items()}
-    return judged(kind(found._replace(nats=few), draws=DRAWS), rules, costs, tokens)
+    drawn = kind(with_base(found._replace(nats=few), BEFORE, ALL_TOKENS), draws=DRAWS)
+    return judged(drawn, rules, costs, tokens)
 
 
 def decided(found: Measured, rules: Rules, costs: Any, tokens: int, kind: Any) -> Outcome:
@@ -92,7 +94,8 @@ def replays(
     found: Measured, record: Mapping[str, Any], level: float, same: bool, kind: Any
 ) -> Iterator[Outcome]:
     generator = np.random.default_rng(0)
-    rules = Rules([K], SEEDS, SEEDS if same else MOST, level, 0.01, False)
+    most = SEEDS if same else min(MOST, len(found.nats[ALL_TOKENS]))
+    rules = Rules([K], SEEDS, most, level, 0.01, False)
     for _ in range(REPLAYS):
         one = drawn(found, generator, same)
         yield decided(one, rules, costs_in(record), record["target_tokens"], kind)
@@ -118,26 +121,34 @@ def results(out: Path) -> list[dict[str, Any]]:
     rows = []
     for name, corpus in BANKS.items():
         found, record = read(out, name, corpus)
-        full, its_record = read(out, f"{name}_full", corpus)
-        rules = Rules([K], SEEDS, SEEDS, 0.05, 0.01, False)
-        whole = decided(full, rules, costs_in(its_record), record["target_tokens"], Resampled)
-        for one, counted in (("pilot", found), ("full", full)):
-            known = look(counted, rules, costs_in(record), 1, Resampled, seeds_of(counted))
-            print(name, one, *known.intervals.items(), sep="\n  ")
+        truth, of_truth = found, record
+        if (out / "pilots" / f"{name}_full").exists():
+            truth, of_truth = read(out, f"{name}_full", corpus)
+        whole = at_once(truth, of_truth)
+        say(f"{name}: all seeds, all documents", at_once(found, record))
+        say(f"{name}: full result, {truth.seen[-1]:,} tokens an arm", whole)
         for level in (0.05, 0.2):
             several = [*replays(found, record, level, False, Resampled)]
             rows.append(row(name, level, whole.verdict.choice, several, "seeds and documents"))
-        for kind, words in (
-            (Resampled, "seeds and documents"),
-            (DocumentsAlone, "documents alone"),
-        ):
+        for words, kind in KINDS.items() if name == "helps" else ():
             same = [*replays(found, record, 0.05, True, kind)]
-            rows.append(row(f"{name}, same arms", 0.05, "nothing differs", same, words))
+            rows.append(row("same arms", 0.05, "nothing differs", same, words))
     return rows
 
 
-def seeds_of(found: Measured) -> dict[str, int]:
-    return {arm: len(of) for arm, of in found.nats.items()}
+def at_once(found: Measured, record: Mapping[str, Any]) -> Outcome:
+    """With one look, at all that there is."""
+    count = len(found.nats[ALL_TOKENS])
+    rules = Rules([K], count, count, 0.05, 0.01, False)
+    return decided(found, rules, costs_in(record), record["target_tokens"], Resampled)
+
+
+def say(what: str, outcome: Outcome) -> None:
+    print(f"{what}: {outcome.verdict.choice}")
+    for pair, found in outcome.evidence.intervals.items():
+        print(
+            f"  {' minus '.join(pair)}: {found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+        )
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:

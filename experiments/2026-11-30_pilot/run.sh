@@ -10,7 +10,7 @@ mkdir -p "$out/text" && cd "$out"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 seeds=${SLM_SEEDS:-9}             # arms that the replays draw from
 budget=${SLM_BUDGET:-20_480}      # tokens of a pilot's arm: 20 steps of 1,024
-full=${SLM_FULL:-163_840}         # of an arm of the full result
+full=${SLM_FULL:-81_920}          # of an arm of the full result
 
 # The curated text is halved by line: one half hides in the corpus, the other trains the reference.
 for name in gsm8k_train math_train_4500; do
@@ -35,8 +35,8 @@ prepare noisy "$noisy" tokenizer.vocab_size=1024 0.03 "exclude=[$tests]"
 prepare curated "$curated" "$shared" 0 "exclude=[$tests]"
 prepare tests "$tests" "$shared" 1
 
-# The base, a reference on curated text, and one on the corpus itself: with it selection knows nothing that a
-# target on all tokens would not learn, and the held-out text is the corpus's own.
+# The base, a reference on curated text, and one on the corpus itself, whose held-out text is the corpus's own. The
+# base as a reference knows nothing that the target does not.
 small=(model.architecture.hidden_size=64 model.architecture.intermediate_size=176 model.architecture.num_hidden_layers=2
     model.architecture.num_attention_heads=2 model.architecture.num_key_value_heads=2)
 batch=(data.batch_size=16 data.micro_batch_size=16)
@@ -51,7 +51,7 @@ pilot() { # folder, reference, held-out text, tokens of an arm, seeds
         budget="$4" seeds="$5" max_seeds="$5" select_ratios=[0.6] heldout_windows=192 "${batch[@]}"
 }
 pilot helps reference tests "$budget" "$seeds"
-pilot cannot_help itself noisy "$budget" "$seeds"
+pilot itself itself noisy "$budget" 5
+pilot nothing base noisy "$budget" 4
 pilot helps_full reference tests "$full" 3
-pilot cannot_help_full itself noisy "$full" 3
 python "$here/replay.py" "$out"

@@ -106,8 +106,8 @@ class Verdict(NamedTuple):
 
 def decide(known: Evidence) -> Verdict:
     if not known.learned():
-        pair = (ALL_TOKENS, BEFORE)
-        return Verdict("cannot tell", open=[pair] if known.answer(*pair) == "open" else [])
+        below = [pair for pair in known.rules.pairs() if pair[1] == BEFORE]
+        return Verdict("cannot tell", open=[pair for pair in below if is_open(known, pair)])
     ratios = known.rules.ratios
     by_answer = {word: [k for k in ratios if known.helps(k) == word] for word in ("yes", "open")}
     if by_answer["yes"]:
