@@ -71,7 +71,7 @@ def test_a_checkpoint_is_that_of_adamw_and_it_goes_on_from_it_bit_for_bit():
 
 def test_without_the_library_it_is_refused_at_once(monkeypatch):
     made = dict(composed("train", "optimizer=adamw8bit").optimizer.adamw)
-    settings = {"optimizer": {"adamw": made}, "data": {"corpus": "x"}}
+    settings = {"optimizer": {"adamw": made}, "data": {"corpus": "x"}, "stages": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'slm-trainer\[adamw8bit\]'"):
         check_train(settings)
