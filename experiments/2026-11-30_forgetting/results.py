@@ -19,7 +19,8 @@ from slm.report.paper.plots import draw
 from slm.store.files import write_csv
 from slm.train.curves import Curve
 
-FORGOTTEN, KEPT = "gsm8k_test", ("math_500", "wikitext")
+FORGOTTEN = "gsm8k_test"
+KEPT = {"math_500": "MATH-500 (near)", "wikitext": "WikiText (general)"}
 UNITS = {
     "mask": "tokens, no targets",
     "replace": "tokens, no inputs either",
@@ -93,8 +94,11 @@ def panel(kept: str, rows: list[dict[str, Any]]) -> Panel:
             for name in (kept, FORGOTTEN)
         )
         drawn.append(nth_series(index, UNITS[unit], x, y))
-    title = f"{kept}: loss minus that of all tokens (nats)"
-    return Panel(kept, Axis(title, "kept_nats"), Axis("the same of GSM8K test", "gone_nats"), drawn)
+    axes = (
+        Axis("loss minus that of all tokens, nats: lost elsewhere", "kept_nats"),
+        Axis("GSM8K test, the same: forgotten", "gone_nats"),
+    )
+    return Panel(KEPT[kept], *axes, drawn)
 
 
 def main() -> None:

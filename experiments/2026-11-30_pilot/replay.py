@@ -152,14 +152,16 @@ def say(what: str, outcome: Outcome) -> None:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """A bar a verdict."""
-    names = [f"{r['bank']}, level {r['level']}, {r['interval']}" for r in rows]
+    """A bar a verdict, of pilots at the command's level of 0.05."""
+    rows = [row for row in rows if float(row["level"]) == 0.05]
+    usual = rows[0]["interval"]
+    names = [r["bank"] + ("" if r["interval"] == usual else f",\n{r['interval']}") for r in rows]
     series = [
-        Series(choice, PALETTE[i], names, np.array([r[choice] for r in rows]), kind="bars")
+        Series(choice, PALETTE[i], names, np.array([float(r[choice]) for r in rows]), kind="bars")
         for i, choice in enumerate(CHOICES)
     ]
     axes = Axis("", "bank"), Axis("share of replayed pilots", "share", "share", from_zero=True)
-    draw(Figure("Verdicts", [Panel("", *axes, series)], size=(9, 5)), path)
+    draw(Figure("Verdicts at level 0.05", [Panel("", *axes, series)], size=(9, 5)), path)
 
 
 if __name__ == "__main__":

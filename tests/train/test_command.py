@@ -466,7 +466,7 @@ def test_scores_of_two_kinds_are_not_mixed_up(tmp_path, text_corpus, make_refere
     ):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
     words = [f"data.references='{folder}'", "selection=intersection"]
-    message = f"selection intersection needs one reference with entropy, found {folder}.*columns=.entropy."
+    message = f"intersection needs one reference with entropy, found {folder}.*columns=.entropy."
     with pytest.raises(UserError, match=message):
         train(compose_train(tmp_path / "run", text_corpus.folder, *words))
 
