@@ -9,7 +9,6 @@ Checkpoints and model of a run that is done are removed: what a pilot measures i
 the models of all seeds would take more disk than the corpus.
 """
 
-import csv
 import logging
 import shutil
 import time
@@ -17,8 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from slm.pilot.losses import HeldoutSet, TokenLosses
 from slm.pilot.verdict import MIXED, excess, random
@@ -32,7 +29,6 @@ from slm.train.compose import read_choice
 log = logging.getLogger("slm.pilot")
 POINTS = (4, 8)  # measurements in a run, and one before it: as many as SHARE allows
 SHARE = 0.25  # of a run's compute
-KEPT = "slm/kept_frac/"  # a column of train.csv, for each source
 
 
 class Arm(NamedTuple):
@@ -136,7 +132,7 @@ def train_arm(arm: Arm, seed: int, place: Path, shared: Training, work: Work) ->
             )
         record = trained.lineage
         kept = {name: record[name] for name in COUNTED}
-        write_record(run / "arm.json", kept | {"kept": keep_rates(run / "train.csv")})
+        write_record(run / "arm.json", kept | {"kept": trained.kept_by_source})
         for name in ("checkpoints", "model"):
             shutil.rmtree(run / name)
     return read_json(run / "arm.json")
@@ -160,12 +156,3 @@ def callbacks(run: Path, shared: Training) -> dict[str, Any]:
         batch_size=batch,
     )
     return {"defaults": [], **usual, "heldout": mine}
-
-
-def keep_rates(table: Path) -> dict[str, float]:
-    """The share of each source's tokens that was selected, mean over steps."""
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name.startswith(KEPT)]
-    found = {name: [float(row[name]) for row in rows if row[name]] for name in names}
-    return {name.removeprefix(KEPT): float(np.mean(v)) for name, v in found.items() if v}

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from slm.dynamics.colours import PALETTE, STYLE_SHEET
 from slm.report.page.page import HERE as REPORT
+from slm.report.page.page import templates
 from slm.store.files import Json, atomic_file
 
 HERE = Path(__file__).parent
@@ -38,13 +38,7 @@ def write_page(path: Path, found: Json) -> None:
 
 
 def render(found: Json) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(HERE)
     environment.filters |= {
         "nats": nats,
         "share": share,

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from slm.errors import UserError
 from slm.train.checkpoint import newest_checkpoint, read_checkpoint
-from slm.train.extend import rates
+from slm.train.extend import factor
 
 log = logging.getLogger("slm.train")
 
@@ -39,10 +39,8 @@ class Continued(NamedTuple):
         """The part of `whole` that the run has."""
 
         def part(optimizer: Optimizer, num_steps: int) -> LambdaLR:
-            factors = rates(whole, self.total_steps, self.total_steps)
-            return LambdaLR(
-                optimizer, lambda step: factors[min(self.steps_before + step, len(factors) - 1)]
-            )
+            rate = factor(whole, self.total_steps)
+            return LambdaLR(optimizer, lambda step: rate(self.steps_before + step))
 
         return part
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 PREFIX, SUFFIX = "heldout/", "/loss"  # of a set's column in heldout.csv
+KEPT = "slm/kept_frac/"  # of a source's column in train.csv
 CURVES = ("train", "heldout", "dynamics")  # tables that a run logs, a row a logged step
 WINDOWS = "heldout_windows.csv"
 USUAL = {"data.order": "permutation"}  # in run.json of earlier builds, which do not say
@@ -56,6 +57,13 @@ class Run:
     def metrics(self) -> dict[str, float]:
         logged = [(name, table[name].dropna()) for table in self.curves.values() for name in table]
         return {str(name): float(column.iloc[-1]) for name, column in logged if len(column)}
+
+    @property
+    def kept_by_source(self) -> dict[str, float]:
+        """The share of each source's targets that was selected, mean over the logged steps."""
+        curves = self.curves
+        means = curves["train"].filter(like=KEPT).mean().dropna() if "train" in curves else {}
+        return {str(name).removeprefix(KEPT): float(mean) for name, mean in means.items()}
 
 
 class Curve(NamedTuple):

@@ -23,21 +23,21 @@ log = logging.getLogger("slm.train")
 Schedule = Callable[[torch.optim.Optimizer, int], LRScheduler]
 
 
-def rates(schedule: Schedule, num_steps: int, count: int) -> list[float]:
-    """Of the first `count` steps in a run of `num_steps`, against the peak."""
+def factor(schedule: Schedule, num_steps: int) -> Callable[[int], float]:
+    """Of a run of `num_steps`, the rate of each step against the peak."""
     made = schedule(torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0), num_steps)
     if not isinstance(made, LambdaLR):
         raise UserError(
             f"a run is made longer where its schedule is a LambdaLR, which says every step's rate; "
             f"this one is a {type(made).__name__}: choose another `out`"
         )
-    return [made.lr_lambdas[0](step) for step in range(count)]
+    return made.lr_lambdas[0]
 
 
 def same_steps(schedule: Schedule, before: int, now: int) -> int:
     """Of a run of `before` steps, how many one of `now` steps begins with."""
-    pairs = zip(*(rates(schedule, steps, before) for steps in (before, now)), strict=True)
-    return next((step for step, (one, other) in enumerate(pairs) if one != other), before)
+    one, other = (factor(schedule, steps) for steps in (before, now))
+    return next((step for step in range(before) if one(step) != other(step)), before)
 
 
 def extend(

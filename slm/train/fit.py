@@ -27,11 +27,12 @@ from slm.store.tokenizer import load_corpus_tokenizer
 from slm.train.build import accelerator, build, build_module, build_trainer, first_windows
 from slm.train.callbacks.metrics import Metrics
 from slm.train.continued import Continued, TakesOver
+from slm.train.curves import Run
 from slm.train.data import TokenData
 from slm.train.identity import adopt_order, adopt_run, only_writer, run_identity
 from slm.train.lineage import lineage, model_card, reference_record
 from slm.train.loggers import WandbLog
-from slm.train.mixture import kept_by_source, write_mixture
+from slm.train.mixture import write_mixture
 from slm.train.module import SelectiveModule
 from slm.train.order import NEW
 from slm.train.settings import check_scored
@@ -117,7 +118,7 @@ def export(
     )
     if data.mixture is not None:
         windows = trainer.global_step * data.batch_size
-        write_mixture(folder, data.mixture.rows(windows, data.seed, kept_by_source(folder)))
+        write_mixture(folder, data.mixture.rows(windows, data.seed, Run(folder).kept_by_source))
     results = {f"heldout/{name}/loss": loss for name, loss in module.heldout_losses.items()}
     tables = {path.name: hash_file(path) for path in sorted(folder.glob("*.csv"))}
 

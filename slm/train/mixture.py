@@ -20,7 +20,6 @@ from slm.store.files import Json, write_csv
 from slm.store.joined import JoinedCorpus, join_corpora, join_references
 from slm.store.shards import Corpus, References
 from slm.store.windows import Windows
-from slm.train.curves import Run
 from slm.train.keys import check_mixture, field_of, part_key
 from slm.train.order import Mixed
 
@@ -110,13 +109,6 @@ class Mixture:
                 self.shares.items(), counts, self.sizes, strict=True
             )
         ]
-
-
-def kept_by_source(run: Path) -> dict[str, float]:
-    """Mean of the logged steps' slm/kept_frac/<source>; empty where train.csv has none."""
-    curves, prefix = Run(run).curves, "slm/kept_frac/"
-    means = curves["train"].filter(like=prefix).mean() if "train" in curves else {}
-    return {str(name).removeprefix(prefix): float(mean) for name, mean in means.items()}
 
 
 def write_mixture(run: Path, rows: list[Json]) -> None:

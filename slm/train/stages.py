@@ -21,13 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table as Printed
 
 from slm.checks import Table, check, optional, real, section, text, whole, word
 from slm.errors import UserError
 from slm.store.files import Json, read_json, write_record
-from slm.train.build import build, is_sharded, is_srun, is_torchrun, ranks
+from slm.train.build import accelerator, build, is_sharded, is_srun, is_torchrun, ranks
 from slm.train.continued import Continued
 from slm.train.curves import Run, final_losses
 from slm.train.data import TokenData
@@ -54,6 +55,7 @@ class Stage(NamedTuple):
     settings: Json  # of the run
     continued: Continued | None  # its part of a schedule that goes on over several
     tokens: tuple[int, int]  # from, until
+    steps: int
 
 
 def run_stages(settings: Json) -> Run:
@@ -79,10 +81,12 @@ def check_ranks(trainer: Json) -> None:
     if is_torchrun() or is_srun():
         return
     wanted = ranks(trainer)["devices"]
-    if wanted not in (1, "auto", "1"):
+    on_gpus = accelerator(trainer["accelerator"]) != "cpu"
+    count = torch.cuda.device_count() if wanted in ("auto", -1, "-1") and on_gpus else wanted
+    if count not in (0, 1, "1", "auto", [0]):
         raise UserError(
-            f"trainer.devices is {wanted!r}, and stages run on several where torchrun or srun "
-            "starts the ranks: torchrun --nproc-per-node=... -m slm.train ..."
+            f"trainer.devices is {wanted!r}, which are {count} here, and stages run on several "
+            "where torchrun or srun starts the ranks: torchrun --nproc-per-node=... -m slm.train"
         )
 
 
@@ -101,9 +105,9 @@ def plan(settings: Json) -> list[Stage]:
         before = made[-1] if made else None
         own = stage_settings(settings, row, number, before)
         check_train(own)
-        limit = check_stage(row, own, limit)
+        limit, steps = check_stage(row, own, limit)
         tokens = (before.tokens[1] if before else 0, row["until_tokens"])
-        made.append(Stage(row["name"], own, None, tokens))
+        made.append(Stage(row["name"], own, None, tokens, steps))
     return with_schedules(rows, made)
 
 
@@ -180,8 +184,8 @@ def base_positions(model: Json) -> int | None:
     return fields[name] if name in fields else None
 
 
-def check_stage(row: Mapping[str, Any], own: Json, limit: int | None) -> int | None:
-    """Its data are there and fit it; returns its model's positions."""
+def check_stage(row: Mapping[str, Any], own: Json, limit: int | None) -> tuple[int | None, int]:
+    """Its data are there and fit it; returns its model's positions and its steps."""
     data: TokenData = build("data", own["data"])
     check_scored(own["max_tokens"], data)
     name, length = row["name"], data.corpus.seq_len
@@ -203,12 +207,7 @@ def check_stage(row: Mapping[str, Any], own: Json, limit: int | None) -> int | N
             f"stage {name} has {own['max_tokens']} tokens, less than one optimizer step "
             f"({data.tokens_per_step})"
         )
-    return limit
-
-
-def num_steps(stage: Stage) -> int:
-    data: TokenData = build("data", stage.settings["data"])
-    return round(stage.settings["max_tokens"] / data.tokens_per_step)
+    return limit, round(own["max_tokens"] / data.tokens_per_step)
 
 
 def with_schedules(rows: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> list[Stage]:
@@ -230,7 +229,7 @@ def with_schedules(rows: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -
                 f"stage {stage.name}: schedule=through takes over the optimizer's states, which "
                 "trainer=fsdp holds in shards: schedule=restart, or trainer=gpu"
             )
-        steps = [num_steps(one) for one in stages[first : last + 1]]
+        steps = [one.steps for one in stages[first : last + 1]]
         folder = Path(stages[number - 1].settings["run_dir"]) if number > first else None
         part = Continued(folder, sum(steps[: number - first]), sum(steps))
         made.append(stage._replace(continued=part))

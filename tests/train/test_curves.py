@@ -6,6 +6,7 @@ import pytest
 from slm.evaluate.losses import WindowLosses
 from slm.train.curves import (
     Curve,
+    Run,
     final_losses,
     heldout_sets,
     mean_curve,
@@ -62,3 +63,12 @@ def test_windows_are_kept_before_training_and_at_the_latest_measurement(tmp_path
         assert all((x == y).all() for x, y in zip(got, losses(nats), strict=True))
     write_window_losses(tmp_path, 0, {"c": losses(1.0)})  # begun anew
     assert list(read_window_losses(tmp_path)) == [("c", 0)]
+
+
+def test_kept_by_source_is_the_mean_of_the_logged_steps(tmp_path):
+    assert Run(tmp_path).kept_by_source == {}
+    (tmp_path / "train.csv").write_text(
+        "step,slm/kept_frac,slm/kept_frac/web,slm/kept_frac/a/b,slm/kept_frac/none\n"
+        "1,0.5,0.25,,\n2,0.5,0.75,0.5,\n"
+    )
+    assert Run(tmp_path).kept_by_source == {"web": 0.5, "a/b": 0.5}  # and none where none is

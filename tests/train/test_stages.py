@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from run_helpers import TINY_MODEL, composed, train
 from slm.errors import UserError
 from slm.store.files import read_json
+from slm.train.stages import check_ranks
 from train_helpers import compose_train, crash_at, rows
 
 STEP = 8 * 16  # tokens
@@ -145,3 +146,14 @@ def test_phi4_has_the_numbers_of_its_report_and_runs_scaled_down(
     folder = train(config)
     assert folder.resolve() == tmp_path / "run" / "2-midtraining" / "model"
     assert (tmp_path / "run" / "2-midtraining" / "mixture.csv").exists()
+
+
+@pytest.mark.parametrize(("devices", "gpus", "count"), [(2, 0, 2), ("auto", 4, 4), (-1, 3, 3)])
+def test_several_devices_are_torchruns_to_start(monkeypatch, devices, gpus, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    trainer = {"devices": devices, "num_nodes": 1, "accelerator": "auto"}
+    with pytest.raises(UserError, match=f"^trainer.devices is .*, which are {count} here"):
+        check_ranks(trainer)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_ranks(trainer | {"devices": "auto"})

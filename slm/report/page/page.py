@@ -97,6 +97,17 @@ def write_page(
         file.write(content)
 
 
+def templates(folder: Path) -> Environment:
+    """Of a page: what is in no variable is an error, and text of others is text."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(
     title: str,
     analyses: Sequence[Analysis],
@@ -108,13 +119,7 @@ def render(
 ) -> str:
     from plotly.offline import get_plotlyjs  # half a second, and only pages need it
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(HERE)
     environment.filters |= {
         "fixed": fixed,
         "percent": percent,
