@@ -83,5 +83,7 @@ def wait_for(path: Path, exists: bool = True) -> None:
         time.sleep(0.01)
 
 
-def quote(source: dict[str, object]) -> str:
-    return "{" + ", ".join(f"{k}: {json.dumps(v)}" for k, v in source.items()) + "}"
+def quote(value: object) -> str:
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{" + ", ".join(f"{k}: {quote(v)}" for k, v in value.items()) + "}"

@@ -193,8 +193,9 @@ def write_or_confirm(config: Any) -> Json:
         raise UserError("sources is empty: there is nothing to prepare")
     exclude = parse_sources(config.exclude, "exclude")
     for i, source in enumerate(exclude):
-        if source.by_need - {"masks"} or source.mask is not None:
-            words = "signal, noise, mask or token_weight"
+        by_length = source.min_tokens or source.weight_long is not None
+        if source.by_need - {"masks"} or source.mask is not None or by_length:
+            words = "signal, noise, mask, token_weight, min_tokens or weight_long"
             raise UserError(f"exclude[{i}] has {words}: no token of it is written")
     if config.tokenizer.path is None:
         tokenizer = None

@@ -24,10 +24,11 @@ from slm.prepare.proof import encoder_name
 from slm.prepare.report import SIDES, finish_side, show_progress
 from slm.prepare.settings import corpus_plan
 from slm.prepare.shard_writer import ShardWriter
+from slm.prepare.tally import Tally
 from slm.prepare.units import read_unit
 from slm.prepare.vocabulary import save_tokenizer
 from slm.prepare.work import POLL_S, Work, remove_corpora, remove_parts, when_free
-from slm.prepare.workers import Result, Tally, group_blocks, worker_pool
+from slm.prepare.workers import Result, group_blocks, worker_pool
 from slm.store.claims import claim
 from slm.store.files import Json, atomic_file, read_json, write_record
 from slm.store.shards import adopt_plan
@@ -249,6 +250,7 @@ def write_at_once(work: Work, books: Books, stack: ExitStack) -> dict[int, tuple
 def make_report(work: Work, books: Books, written: dict[int, tuple[int, int]]) -> Json:
     report: Json = {
         "bad_records": books.tally.of_faults(),
+        "short_documents": books.tally.of_short(),
         "excluded": {} if work.exclusion is None else work.exclusion.report(),
         "encoder": ", ".join(sorted(books.encoders)),
     }
@@ -256,5 +258,5 @@ def make_report(work: Work, books: Books, written: dict[int, tuple[int, int]]) -
     for side, (dropped, num_shards) in written.items():
         counts = books.tally.of_side(side) | {"dropped_tail_tokens": dropped}
         made = (work.out / SIDES[side], counts, num_shards, has_prompts)
-        report[SIDES[side]] = finish_side(work.config, *made)
+        report[SIDES[side]] = finish_side(work.config, *made, books.tally.num_short.total())
     return report

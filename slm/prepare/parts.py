@@ -22,9 +22,10 @@ from slm.prepare.overlap import Excluded
 from slm.prepare.proof import encoder_name
 from slm.prepare.report import SIDES, Speed, show_progress
 from slm.prepare.shard_writer import column_dtypes
+from slm.prepare.tally import Tally
 from slm.prepare.units import read_unit
 from slm.prepare.work import POLL_S, Work
-from slm.prepare.workers import Result, Run, Tally, group_blocks, worker_pool
+from slm.prepare.workers import Result, Run, group_blocks, worker_pool
 from slm.store.claims import ClaimLost, claim, owner_of
 from slm.store.files import (
     ArrayWriter,

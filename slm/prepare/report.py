@@ -52,11 +52,18 @@ def show_progress(total_bytes: int | None, done: int = 0) -> Iterator[Speed]:
 
 
 def finish_side(
-    config: Any, folder: Path, counts: Json, num_shards: int, has_prompts: bool = True
+    config: Any,
+    folder: Path,
+    counts: Json,
+    num_shards: int,
+    has_prompts: bool = True,
+    num_short: int = 0,  # documents below min_tokens
 ) -> Json:
     """Write the manifest; returns the side's report."""
     if num_shards == 0:
         hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
+        if num_short:
+            hint += f", or min_tokens, which leaves {num_short:,} documents out"
         raise BadText(
             f"the {folder.name} side has {counts['tokens']} tokens in {counts['documents']} "
             "documents (a text file is one, see `document` of a source), fewer than the "
@@ -104,6 +111,12 @@ def say_report(out: Path, report: Json) -> None:
             say_targets(out / side, report[side])
             say_signal(out / side, report[side])
             say_weights(out / side, report[side])
+            say_long(out / side, report[side])
+    for name, counts in report["short_documents"].items():
+        log.info(
+            "%s: %s documents of fewer than %s tokens (min_tokens) are left out",
+            *(name, f"{counts['documents']:,}", f"{counts['min_tokens']:,}"),
+        )
     for name, counts in report["excluded"].items():
         log.info(
             "exclude %s: %d of its %d records share a 13-gram with the text, %d documents dropped",
@@ -151,3 +164,14 @@ def say_weights(folder: Path, counts: Json) -> None:
                 folder=folder, **counts["weights"]
             )
         )
+
+
+def say_long(folder: Path, counts: Json) -> None:
+    """Where long documents have a weight of their own: what they are of each source."""
+    for name, own in counts["sources"].items():
+        if "long_documents" in own:
+            share = own["long_tokens"] / max(1, own["tokens"])
+            log.info(
+                f"{folder}: {own['long_documents']:,} of the {own['documents']:,} documents of "
+                f"{name} are long (weight_long), with {share:.1%} of its tokens"
+            )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slm.checks import Kind, check_value, real, several, text, whole, word
 from slm.errors import UserError, shown
@@ -36,10 +36,21 @@ log = logging.getLogger(__name__)
 DOCUMENTS = ("file", "paragraph", "line")
 STRING = Kind("a text", lambda v: isinstance(v, str))
 COPIES = Kind("a number above 0 (token_weight names a field with weights)", real(0, ends="()").fits)
+LONG = Kind(
+    "{over: tokens, times: a number above 0}",
+    lambda v: (
+        isinstance(v, dict)
+        and v.keys() == {"over", "times"}
+        and whole(1).fits(v["over"])
+        and COPIES.fits(v["times"])
+    ),
+)
 SETTINGS = {  # the others are any text
     "path": text,  # an empty one would be the current folder
     "name": text,
     "weight": COPIES,
+    "min_tokens": whole(1),
+    "weight_long": LONG,
     "roles": several(word(*ROLES)),
     "noise": real(0, MAX_SHARE),
     "noise_seed": whole(-(2**63)),
@@ -49,6 +60,13 @@ SETTINGS = {  # the others are any text
 
 
 # ---- settings -----------------------------------------------------------------------------------
+
+
+class Long(NamedTuple):
+    """What long documents weigh."""
+
+    over: int  # of more tokens than that, EOS included
+    times: float  # the source's weight
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,8 @@ class Source:
     )
     document: str = "file"  # what one document of a text file is: one of DOCUMENTS
     weight: float = 1.0  # how often each document appears
+    weight_long: Long | None = None  # long ones more or less often than that
+    min_tokens: int = 0  # shorter documents are left out; EOS is counted
     subset: str | None = None  # of a data set on the hub
     split: str = "train"
     revision: str | None = None
@@ -135,8 +155,21 @@ class Source:
         return sorted({str(field.steps[0]) for field in fields})
 
     @property
+    def long_over(self) -> float:
+        """Infinite where no document counts as long."""
+        return math.inf if self.weight_long is None else self.weight_long.over
+
+    def weight_of(self, num_tokens: int) -> float:
+        long = self.weight_long
+        return self.weight * (1 if long is None or num_tokens <= long.over else long.times)
+
+    @property
+    def largest_weight(self) -> float:
+        return self.weight * max(1, 0 if self.weight_long is None else self.weight_long.times)
+
+    @property
     def num_copies(self) -> int:
-        return math.ceil(self.weight)
+        return math.ceil(self.largest_weight)
 
     @property
     def num_bytes(self) -> int | None:
@@ -177,6 +210,12 @@ class Source:
                 del settings[name]
             elif name != "noise":
                 settings[name] = unescape(settings[name])
+        if self.weight_long is None:
+            del settings["weight_long"]
+        else:
+            settings["weight_long"] = self.weight_long._asdict()
+        if not self.min_tokens:
+            del settings["min_tokens"]
         if self.noise is None:
             del settings["noise_seed"]
         settings["roles"] = list(self.roles)
@@ -212,6 +251,8 @@ def parse_source(entry: Any, key: str) -> Source:
     given["name"] = given["name"] or (entry["path"] if kind == "hub" else name_of(path))
     if "roles" in entry:
         given["roles"] = tuple(dict.fromkeys(entry["roles"]))
+    if "weight_long" in entry:
+        given["weight_long"] = Long(**given["weight_long"])
     source = Source(**given | {"format": kind, "files": tuple(map(str, files))})
     if kind != "text" and source.document != "file":
         raise UserError(f"{key}.document is for text files, {source.path} is {kind}")

@@ -29,6 +29,7 @@ from slm.prepare.proof import choose_encoder
 from slm.prepare.report import SIDES
 from slm.prepare.settings import count_workers, input_bytes
 from slm.prepare.sources import Source
+from slm.prepare.tally import COUNTS
 from slm.prepare.units import Unit
 from slm.prepare.workers import Job
 from slm.store.claims import Claim, claim, owner_of, process_name
@@ -117,7 +118,7 @@ def adopt_inputs(parts: Path, sources: list[Source]) -> None:
         for seen in source.scans.values()
     ]
     cuts = sum(len(seen.cuts) for source in sources for seen in source.scans.values())
-    now: Json = {"unit_bytes": scan.UNIT_BYTES, "cuts": cuts, "files": files}
+    now: Json = {"unit_bytes": scan.UNIT_BYTES, "cuts": cuts, "counts": [*COUNTS], "files": files}
     if not path.exists():
         parts.mkdir(exist_ok=True)
         write_record(path, now)
@@ -127,11 +128,11 @@ def adopt_inputs(parts: Path, sources: list[Source]) -> None:
     for name, before, after in zip(names, found["files"], files, strict=False):
         if before[:2] == after[:2] and before != after:
             raise UserError(scan.changed(name, before[2:], after[2:]))
-    for key in ("unit_bytes", "cuts"):
+    for key in ("unit_bytes", "cuts", "counts"):
         if key not in found or found[key] != now[key]:
             raise UserError(
-                f"{parts}/inputs.json: {key} is {shown(found.get(key))}, this release cuts "
-                f"the input otherwise, {now[key]}; remove the folder"
+                f"{parts}/inputs.json: {key} is {shown(found.get(key))}, this release cuts or "
+                f"counts the input otherwise, {now[key]}; remove the folder"
             )
 
 

@@ -16,14 +16,13 @@ import signal
 import sys
 import tempfile
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +40,10 @@ from slm.prepare.records import read_texts
 from slm.prepare.scan import BadText
 from slm.prepare.sources import Source
 from slm.store.claims import process_name, remove_temporaries
-from slm.store.files import Json, naming
+from slm.store.files import naming
 
 BATCHES_PER_WORKER = 3  # in flight
 LOOK_S = 1.0  # where no result comes, whether all workers are there
-MAX_FAULTS_SHOWN = 10
-LABELLED = ("signal", "noise")  # tokens of
-COUNTS = ("documents", "tokens", "bytes", "targets", *LABELLED)
 
 
 # ---- a worker: blocks -> token arrays -----------------------------------------------------------
@@ -78,6 +74,7 @@ class Result(NamedTuple):
     # (d, 8) int64: number of tokens, source, record, side, bytes; targets, tokens of signal, noise
     documents: np.ndarray
     excluded: list[Excluded]
+    short: list[int]  # the source of each document of the first reading below its min_tokens
     faults: list[tuple[int, str]]  # source, sentence
     num_input_bytes: int
 
@@ -91,62 +88,6 @@ class Result(NamedTuple):
 
 
 Run = Callable[[Iterable[list[Block]]], Iterator[Result]]
-
-
-@dataclass
-class Tally:
-    """What the report says, summed over results, and over those of other processes."""
-
-    sources: list[Source]
-    counts: np.ndarray = field(init=False)  # (side, source, 6): as in COUNTS
-    num_faults: Counter[int] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.counts = np.zeros((2, len(self.sources), len(COUNTS)), dtype=np.int64)
-
-    def add(self, result: Result) -> None:
-        length, source, _, side, size, *found = result.documents.T
-        counts = np.column_stack([np.ones_like(size), length, size, *found])
-        np.add.at(self.counts, (side, source), counts)
-        self.num_faults.update(source for source, _ in result.faults)
-        self.keep_faults(sentence for _, sentence in result.faults)
-
-    def keep_faults(self, sentences: Iterable[str]) -> None:
-        self.faults.extend(islice(sentences, MAX_FAULTS_SHOWN - len(self.faults)))
-
-    def to_json(self) -> Json:
-        """Of the sources that it saw something of."""
-        seen = np.flatnonzero(self.counts.sum(axis=(0, 2))).tolist()
-        counts = {str(source): self.counts[:, source].tolist() for source in seen}
-        num_faults = {str(source): number for source, number in self.num_faults.items()}
-        return {"counts": counts, "num_faults": num_faults, "faults": self.faults}
-
-    def add_json(self, record: Json) -> None:
-        for source, counts in record["counts"].items():
-            self.counts[:, int(source)] += np.array(counts, np.int64)
-        self.num_faults.update({int(s): number for s, number in record["num_faults"].items()})
-        self.keep_faults(record["faults"])
-
-    def of_side(self, side: int) -> Json:
-        """Targets only where some tokens are none, signal and noise where some are labelled."""
-        sources = {
-            s.name: self.named(row) for s, row in zip(self.sources, self.counts[side], strict=True)
-        }
-        return self.named(self.counts[side].sum(axis=0)) | {"sources": sources}
-
-    def named(self, counts: np.ndarray) -> Json:  # (6,)
-        known = {"targets": any(source.has_masks for source in self.sources)}
-        known |= dict.fromkeys(LABELLED, any(source.has_signal for source in self.sources))
-        named = dict(zip(COUNTS, counts.tolist(), strict=True))
-        return {name: n for name, n in named.items() if name not in known or known[name]}
-
-    def of_faults(self) -> Json:
-        return {
-            "skipped": self.num_faults.total(),
-            "sources": {s.name: self.num_faults[i] for i, s in enumerate(self.sources)},
-            "first": self.faults,
-        }
 
 
 def bad_record(fault: str) -> BadText:
@@ -207,7 +148,8 @@ class Worker:
                 elif block.copy == 0:
                     excluded.append(Excluded(block.source, text.where, text.record, *shared))
         size = sum(block.size for block in blocks)
-        return Result(*self.encode(texts, rows, faults), excluded, faults, size)
+        columns, documents, short = self.encode(texts, rows, faults)
+        return Result(columns, documents, excluded, short, faults, size)
 
     def complain(self, block: Block, fault: str, faults: list[tuple[int, str]]) -> None:
         if self.job.stop_on_bad:
@@ -216,18 +158,37 @@ class Worker:
             faults.append((block.source, fault))
 
     def choose_side(self, block: Block, text: Text) -> int | None:
-        """0, 1, or None where the weight leaves this copy out; a copy more is for training only."""
+        """0, 1, or None where the weight leaves this copy out; a copy more is for training only.
+
+        A weight that depends on the length is asked again in `left_out`.
+        """
         digest = text.digest
         side = side_of(digest, self.job.heldout_ratio)
-        share = self.job.sources[block.source].weight - block.copy
+        share = self.job.sources[block.source].largest_weight - block.copy
         dropped = (side == 1 and block.copy > 0) or not is_kept(digest, share)
         return None if dropped else side
 
+    def left_out(
+        self, texts: list[Text], rows: list[tuple[Block, int]], lengths: np.ndarray
+    ) -> tuple[set[int], list[int]]:
+        """By number of tokens: too short, or of a weight that has no such copy; of the first
+        reading's short ones also the source."""
+        gone, short = set(), []
+        for i, ((block, _), length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+            source = self.job.sources[block.source]
+            if length < source.min_tokens:
+                gone.add(i)
+                short += [block.source] * (block.copy == 0)
+            elif source.weight_long is not None:
+                if not is_kept(texts[i].digest, source.weight_of(length) - block.copy):
+                    gone.add(i)
+        return gone, short
+
     def encode(
         self, texts: list[Text], rows: list[tuple[Block, int]], faults: list[tuple[int, str]]
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:  # the first two fields of Result
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, list[int]]:  # columns, documents, short of Result
         if not texts:
-            return {}, np.empty((0, 8), np.int64)
+            return {}, np.empty((0, 8), np.int64), []
         encoded = encode_documents(self.encoder, texts)
         given = [
             (block.source, text.record, side)
@@ -242,16 +203,17 @@ class Worker:
         by_need = {"masks": encoded.masks, "signal": labels, "weights": weights}
         columns = {"tokens": encoded.tokens, "bytes": encoded.sizes}
         columns |= {name: by_need[name] for name in self.job.by_need}
-        return drop_faulty(columns, documents, encoded.faults)
+        gone, short = self.left_out(texts, rows, encoded.lengths)
+        return *without(columns, documents, gone | encoded.faults.keys()), short
 
 
-def drop_faulty(
-    columns: dict[str, np.ndarray], documents: np.ndarray, faults: dict[int, str]
+def without(
+    columns: dict[str, np.ndarray], documents: np.ndarray, gone: set[int]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    if not faults:
+    if not gone:
         return columns, documents
     good = np.ones(len(documents), dtype=bool)
-    good[list(faults)] = False
+    good[list(gone)] = False
     tokens = np.repeat(good, documents[:, 0])
     return {name: column[tokens] for name, column in columns.items()}, documents[good]
 
@@ -395,6 +357,3 @@ def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-# ---- writing ------------------------------------------------------------------------------------

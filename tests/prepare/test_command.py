@@ -3,11 +3,13 @@
 import copy
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from itertools import islice, pairwise
@@ -120,6 +122,42 @@ def test_weights_repeat_and_thin_out(run, tmp_path):
     assert {seen[half["documents"] :].count(text) for text in texts} <= {0, 2, 3}
     assert max(kept.count(text) for text in texts) <= 2  # once from each source
     assert not {*kept[:-1]} & {*seen[:-1]}
+
+
+def test_documents_by_their_length(run, tmp_path, caplog):
+    """A byte is a token, and EOS is one more; the copies of a document are those of its weight."""
+    rng = random.Random(0)
+    texts = [f"{i:03}{'x' * rng.randint(0, 40)}" for i in range(300)]
+    path, prompts = write(tmp_path / "a.jsonl", *texts), tmp_path / "qa.jsonl"
+    write_records(prompts, *({"q": text[:3], "a": text[3:] + "y"} for text in texts))
+    source: dict[str, Any] = {"path": path, "min_tokens": 20}
+    source |= {"weight": 0.75, "weight_long": {"over": 30, "times": 4}}
+    asked = {"path": str(prompts), "prompt": "{q}", "text": "{a}", "min_tokens": 44}
+    settings = {"sources": [source, asked], "heldout_ratio": 0.25, "seq_len": 1}
+    with caplog.at_level("INFO"):
+        report = run(**settings)
+    train, heldout = (Corpus.open(tmp_path / "out" / side) for side in ("train", "heldout"))
+    seen, kept = (Counter(decode(c, stream(c))) for c in (train, heldout))
+    short = sum(len(text) + 1 < 20 for text in texts)
+    assert report["short_documents"]["a"] == {"min_tokens": 20, "documents": short}
+    middle = [text for text in texts if 20 <= len(text) + 1 <= 30]
+    long = [text for text in texts if len(text) + 1 > 30]
+    assert {text for text in texts if seen[text] or kept[text]} <= {*middle, *long}
+    assert {(seen[text], kept[text]) for text in long} == {(3, 0), (0, 1)}
+    assert {(seen[text], kept[text]) for text in middle} == {(1, 0), (0, 1), (0, 0)}
+    assert 0.6 < sum(seen[text] + kept[text] for text in middle) / len(middle) < 0.9
+    own = report["train"]["sources"]["a"]
+    assert own["long_documents"] == sum(seen[text] for text in long)
+    assert own["long_tokens"] == sum(seen[text] * (len(text) + 1) for text in long)
+    assert "long_documents" not in report["train"]["sources"]["qa"]
+    answers = sum(len(text) + 2 < 44 for text in texts)
+    assert report["short_documents"]["qa"] == {"min_tokens": 44, "documents": answers}
+    assert f"qa: {answers} documents of fewer than 44 tokens (min_tokens) are left" in caplog.text
+    assert f"{own['long_documents']} of the {own['documents']} documents of a are" in caplog.text
+    with pytest.raises(UserError, match=f"min_tokens, which leaves {len(texts)} documents out"):
+        run(out="none", sources=[{"path": path, "min_tokens": 50}])
+    with pytest.raises(UserError, match=r"exclude\[0\] has .*min_tokens or weight_long: no token"):
+        run(out="no", sources=[path], exclude=[source])
 
 
 def test_split_depends_on_the_text_alone(run, tmp_path):

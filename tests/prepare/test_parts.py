@@ -28,7 +28,7 @@ WORDS = [f"word{i}" for i in range(60)]
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, bytes_folder) -> dict[str, Any]:
-    """Copies, both sides, masks, weights, labels, excluded documents and bad records."""
+    """Copies, by length too, both sides, masks, weights, labels, excluded and bad records."""
     folder, rng = tmp_path_factory.mktemp("sources"), random.Random(1)
 
     def text() -> str:
@@ -46,7 +46,8 @@ def settings(tmp_path_factory, bytes_folder) -> dict[str, Any]:
     return {
         "sources": [
             {"path": str(plain), "weight": 2.5, "name": "more"},
-            {"path": str(answers), "prompt": "{q}", "text": "{a}", "token_weight": "w"},
+            {"path": str(answers), "prompt": "{q}", "text": "{a}", "token_weight": "w"}
+            | {"min_tokens": 110, "weight_long": {"over": 190, "times": 1.5}},
             {"path": str(folder / "prose.txt"), "document": "line"},
             {"path": str(plain), "noise": 0.2},
         ],
@@ -67,6 +68,9 @@ def whole(tmp_path_factory, settings) -> dict[str, bytes]:
     report = prepare(out=out, **settings).report
     assert report["bad_records"]["skipped"] == 4 and report["train"]["shards"] > 3
     assert report["excluded"]["e"]["documents_dropped"] == 6
+    assert report["short_documents"]["qa"]["documents"] > 5
+    answers = report["train"]["sources"]["qa"]
+    assert 0 < answers["long_documents"] < answers["documents"]
     return files(out)
 
 

@@ -80,6 +80,9 @@ def test_a_plan_says_what_is_labelled(tmp_path):
     assert source(path, signal="meta.body").plan() == plan | {"signal": "meta.body"}
     assert source(path, noise=0.2).plan() == plan | {"noise": 0.2, "noise_seed": 0}
     assert source(path, noise=0, noise_seed=5).plan() == plan | {"noise": 0, "noise_seed": 5}
+    assert {"min_tokens", "weight_long"}.isdisjoint(plan)
+    longer = {"min_tokens": 3, "weight_long": {"over": 5, "times": 2}}
+    assert source(path, **longer).plan() == plan | longer
     more = {"mask": "m", "token_weight": "w.x"}
     assert source(path, **more).plan() == plan | more
     assert source(path, **more).columns == ["m", "text", "w"]
@@ -117,6 +120,13 @@ def test_a_folder_of_files_that_tell_no_format_is_said(tmp_path, caplog):
         ({"path": "a.jsonl", "weight": "q"}, r"weight is 'q', .* \(token_weight names a field"),
         ({"path": "a.txt", "token_weight": "q"}, "token_weight is for records, a.txt is text"),
         ({"path": "a.jsonl", "token_weight": 2}, "token_weight is 2, it must be a text"),
+        ({"path": "a.txt", "min_tokens": 0}, "min_tokens is 0, it must be a whole number of at"),
+        ({"path": "a.txt", "weight_long": 2}, r"weight_long is 2, it must be {over: tokens, times"),
+        ({"path": "a.txt", "weight_long": {"over": 9}}, r"weight_long is {'over': 9}, it must be"),
+        (
+            {"path": "a.txt", "weight_long": {"over": 9, "times": 0}},
+            r"weight_long is {'over': 9, 'times': 0}, it must be {over: tokens, times: a number",
+        ),
         ({"path": "a.jsonl", "mask": "s[]"}, r"mask is 's\[\]', it must name a list"),
         ({"path": "a.txt", "mask": "s"}, "mask is for records, a.txt is text"),
         ({"path": "a.jsonl", "mask": "s", "text": "{a}{b}"}, "mask counts the characters of one"),

@@ -16,7 +16,8 @@ from slm.prepare.encoder import EncoderState, encoder_state
 from slm.prepare.readers import BLOCK_BYTES, read_blocks
 from slm.prepare.shard_writer import ShardWriter
 from slm.prepare.sources import parse_sources
-from slm.prepare.workers import Job, Tally, group_blocks, is_kept, side_of, worker_pool, written
+from slm.prepare.tally import Tally
+from slm.prepare.workers import Job, group_blocks, is_kept, side_of, worker_pool, written
 from slm.store.shards import BY_NEED
 from slm.store.sidecars import read_sidecars
 from slm.store.tokenizer import train_tokenizer
