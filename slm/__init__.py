@@ -4,8 +4,8 @@
     from slm import Corpus, References, Windows, SelectiveLM
 
 Each is imported when it is first asked for. A stage is a function and the folder of its modules
-(`import_corpus`, `export_corpus`, `bind_scores` and `consolidate_checkpoint` are functions alone:
-the commands `slm import`, `export`, `bind` and `consolidate`).
+(`annotate`, `import_corpus`, `export_corpus`, `bind_scores` and `consolidate_checkpoint` are
+functions alone: the commands `slm annotate`, `import`, `export`, `bind` and `consolidate`).
 """
 
 import os
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slm.pilot.command import pilot
     from slm.prepare.command import prepare
     from slm.prepare.imports.command import import_corpus
+    from slm.quality.annotate import annotate
     from slm.report.command import report
     from slm.score.bind import bind_scores
     from slm.score.command import score
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from slm.train.export import export_corpus
 
 HOMES = {
+    "annotate": "slm.quality.annotate",
     "Corpus": "slm.store.shards",
     "References": "slm.store.shards",
     "Windows": "slm.store.windows",
@@ -47,6 +49,7 @@ __all__ = [
     "SelectiveLM",
     "Windows",
     "__version__",
+    "annotate",
     "bind_scores",
     "consolidate_checkpoint",
     "dynamics",

@@ -59,6 +59,10 @@ COMMANDS = {  # name: (what it does, an example)
         "models + prompts -> texts, how varied they are, what is copied",
         "'models={a: run/model}' prompts=prompts.txt corpus=corpus/train out=speech.jsonl",
     ),
+    "annotate": (
+        "documents -> requests to an annotator; its answers -> labels 0 to 5",
+        "'sources=[web.jsonl]' served_model=NAME requests=requests.jsonl",
+    ),
     "dynamics": (
         "checkpoints + frozen tokens -> classes H->H, L->H, H->L, L->L",
         "runs=runs/slm corpus=corpus/heldout references=refs",

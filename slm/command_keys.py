@@ -164,6 +164,18 @@ SPEAK: Table = {
     **{key: FORWARD[key] for key in ("batch_size", "dtype", "device", "modules")},
     "out": optional(file),
 }
+ANNOTATE: Table = {
+    "sources": anything,
+    "served_model": text,
+    "num_documents": count,
+    "seed": seed,
+    "prompt": optional(text),
+    "max_characters": count,
+    "on_bad_answer": word("stop", "skip"),
+    "requests": optional(file),
+    "responses": optional(texts),
+    "out": optional(file),
+}
 DYNAMICS: Table = FORWARD | {
     "runs": texts,
     "corpus": text,

@@ -24,6 +24,7 @@ from slm.evaluate.speak import speak
 from slm.model.folder import save_model
 from slm.prepare.command import prepare
 from slm.prepare.imports.command import import_corpus
+from slm.quality.annotate import annotate
 from slm.report.command import report
 from slm.report.workspace import dashboard
 from slm.score.bind import bind_scores
@@ -44,6 +45,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "harness": harness,
     "speak": speak,
+    "annotate": annotate,
     "dynamics": dynamics,
     "report": report,
     "dashboard": dashboard,

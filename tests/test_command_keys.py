@@ -27,6 +27,7 @@ GIVEN = {  # what must be given; nothing of it is there
     "evaluate": ["models={a: no}", "sets={b: no}"],
     "harness": ["models={a: no}", "problems=no"],
     "speak": ["models={a: no}", "prompts=no.txt"],
+    "annotate": ["sources=[no.jsonl]", "served_model=no", "requests=x"],
     "dynamics": ["runs=no", "corpus=no"],
     "report": ["runs=no", "out=x"],
     "pilot": [
@@ -102,6 +103,11 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ("harness", "limit=0.5", "limit is 0.5, it must be a whole number"),
         ("harness", "device=0", "device is 0, it must be a text"),
         ("speak", "prompts=3", "prompts is 3, it must be a text .*, or a list of sources"),
+        (
+            "annotate",
+            "on_bad_answer=go",
+            "on_bad_answer is 'go', it must be one of .'stop', 'skip'",
+        ),
         ("dynamics", "by_source=1", "by_source is 1, it must be true or false"),
         ("dynamics", "seed=-1", "seed is -1, it must be a whole number from 0 to 4294967295"),
         ("dynamics", "runs=[]", r"runs is \[\], it must be a text .*, or a list of at least 1"),

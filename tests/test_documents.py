@@ -26,6 +26,7 @@ STAGES = [
     "model",
     "selection",
     "score",
+    "quality",
     "evaluate",
     "train",
     "dynamics",

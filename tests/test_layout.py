@@ -21,6 +21,7 @@ UNTESTED = {
     "slm.version",
     "slm.harness",
     "slm.speak",
+    "slm.annotate",
     "slm.dashboard",
     "slm.import",
     "slm.export",
@@ -44,9 +45,9 @@ GROUND = {
     "version",
 }
 # In the order of the data: a folder imports what stands before it, and the ground.
-FLOORS = "store prepare model selection score evaluate train dynamics report pilot".split()
+FLOORS = "store prepare model selection score quality evaluate train dynamics report pilot".split()
 TOP = {"integrations", "verify", "demo", "harness", "dashboard", "import", "export", "bind"}
-TOP |= {"speak", "consolidate"}
+TOP |= {"speak", "consolidate", "annotate"}
 # Tests of more than one module.
 WHOLE = {"api", "layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
 WHOLE |= {"documents", "notebook", "warm", "experiments"}

@@ -30,6 +30,7 @@ from slm.model.build import SelectiveLM, check_length, check_model, load_model
 from slm.model.device import DTYPES, pick_device
 from slm.model.folder import model_sha256
 from slm.model.sharded import is_building
+from slm.score.batch import response_files
 from slm.score.cost import copy_lineage
 from slm.score.documents import score_documents
 from slm.score.pieces import check_short, short_context
@@ -47,7 +48,7 @@ from slm.score.scorer import (
     is_finished,
     store_bytes,
 )
-from slm.score.served import Responses, check_packing, response_files, write_requests
+from slm.score.served import Responses, check_packing, write_requests
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.columns import columns_named

@@ -10,9 +10,8 @@ nobody reads, and the corpus's tokenizer; its log-probs are taken as they are, s
 temperature 1. A batch API takes so many lines a file (OpenAI's 50,000): `split -l`, and name all
 the answers in `responses`.
 
-A line of the answers has that `custom_id`, in any order, and is either the batch output
-({"custom_id", "response": {"status_code", "body"}, "error"}) or the body with a `custom_id` beside
-its fields. Of a body is read (vLLM fills in all of it, LLM.generate's outputs have the last two)
+A line of the answers is as in batch.py. Of a body is read (vLLM fills in all of it, LLM.generate's
+outputs have the last two)
 
     model                                            where it is there, it must be `served_model`
     choices[0].logprobs.{tokens, token_logprobs}     from echo=true; text_offset says nothing more
@@ -27,21 +26,27 @@ what text cannot tell apart.
 Costs: one pass over the answers (JSON, about 1 us a token), 4 bytes a token of disk for the time.
 """
 
-import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from slm.console import progress
 from slm.errors import UserError
+from slm.score.batch import (
+    batch_line,
+    body_of,
+    choice_of,
+    lookup,
+    read_answers,
+    short,
+    write_lines,
+)
 from slm.score.scorer import Arrays, Source
 from slm.score.token_texts import TokenTexts
 from slm.store.columns import LOGPROBS
-from slm.store.files import Json, atomic_file, naming
+from slm.store.files import Json, naming
 from slm.store.shards import Corpus
 from slm.store.tokenizer import load_corpus_tokenizer
 from slm.store.windows import IGNORE_INDEX, Windows
@@ -73,79 +78,21 @@ def custom_id(corpus: Corpus, window: int) -> str:
 def request(corpus: Corpus, window: int, tokens: list[int], served_model: str) -> Json:
     """logprobs=0 asks for the prompt's own tokens alone; servers may refuse max_tokens=0."""
     body = {"model": served_model, "prompt": tokens, "max_tokens": 1, "temperature": 1}
-    return {
-        "custom_id": custom_id(corpus, window),
-        "method": "POST",
-        "url": "/v1/completions",
-        "body": body | {"echo": True, "logprobs": 0},
-    }
+    body |= {"echo": True, "logprobs": 0}
+    return batch_line(custom_id(corpus, window), "/v1/completions", body)
 
 
 def write_requests(corpus: Corpus, path: Path, served_model: str) -> Path:
-    """One line a window, in order; the same bytes again if it is run again."""
+    """One line a window, in order."""
     windows = Windows(corpus)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_file(path) as file,
-        progress("writing", len(windows), "requests") as advance,
-    ):
-        for window in range(len(windows)):
-            tokens = windows.tokens(np.array([window]))[0].tolist()
-            line = json.dumps(request(corpus, window, tokens, served_model), separators=(",", ":"))
-            file.write(line.encode() + b"\n")
-            advance(1)
+    tokens = (windows.tokens(np.array([window]))[0].tolist() for window in range(len(windows)))
+    lines = (request(corpus, window, ids, served_model) for window, ids in enumerate(tokens))
+    write_lines(path, lines, len(windows))
     log.info(f"{len(windows):,} requests of {corpus.seq_len + 1} tokens")
     return path
 
 
 # ---- one line of the answers --------------------------------------------------------------------
-
-
-def lookup(name: str, *tables: Json) -> Any:
-    """The first value of that name that is there and not null."""
-    found = [table[name] for table in tables if name in table and table[name] is not None]
-    return found[0] if found else None
-
-
-def short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def parse(line: bytes, where: str) -> Json:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise UserError(f"{where} is not valid JSON, cut off perhaps ({error})") from None
-    if not isinstance(record, dict) or not isinstance(lookup("custom_id", record), str):
-        raise UserError(f"{where} has no custom_id, which the line of its request has")
-    return record
-
-
-def body_of(record: Json, where: str) -> Json:
-    """The completion in a line, be it wrapped as batch output or not."""
-    response = record["response"] if "response" in record else {"body": record}
-    tables = [table for table in (record, response) if isinstance(table, dict)]
-    body = lookup("body", *tables[1:])
-    tables += [body] if isinstance(body, dict) else []
-    if (error := lookup("error", *tables)) is not None:
-        raise UserError(f"{where}: the server answered with an error: {short(error)}")
-    status = lookup("status_code", *tables[1:])
-    if status not in (None, 200):
-        raise UserError(f"{where}: the server answered with status_code {status}: {short(body)}")
-    if not isinstance(body, dict):
-        raise UserError(f"{where}: response.body is {short(body)}, it must be a completion")
-    return body
-
-
-def choice_of(body: Json, where: str) -> Json:
-    """The one choice of a completion; what is no completion speaks for itself."""
-    if "choices" not in body:
-        return body
-    choices = body["choices"]
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise UserError(f"{where}: choices is {short(choices)}, one is needed")
-    return choices[0]
 
 
 def check_length(name: str, found: Any, length: int, where: str, *, exact: bool) -> None:
@@ -188,14 +135,6 @@ def check_logprobs(values: list[Any], where: str) -> np.ndarray:  # (T,) float32
 # ---- all of them --------------------------------------------------------------------------------
 
 
-def response_files(given: Any) -> list[Path]:
-    paths = [Path(given)] if isinstance(given, str) else [Path(path) for path in given]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"responses: {path} is no file")
-    return paths
-
-
 class Responses(Source):
     """The scores of every window, as answered: a `Source` of `slm score` once they are read.
 
@@ -214,10 +153,8 @@ class Responses(Source):
         self.num_bytes = len(self.windows) * self.row_bytes
 
     def read(self, paths: list[Path]) -> None:
-        total = sum(path.stat().st_size for path in paths)
-        with progress("reading", total, "bytes") as advance:
-            for path in paths:
-                self.read_file(path, advance)
+        for record, where in read_answers(paths):
+            self.take(record, where)
         self.check_complete()
         if self.texts.num_partial:
             log.warning(
@@ -225,20 +162,10 @@ class Responses(Source):
                 "not show; that these are the corpus's follows only from their neighbours"
             )
 
-    def read_file(self, path: Path, advance: Callable[[int], None]) -> None:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self.take(parse(line, f"{path} line {number}"), f"{path} line {number}")
-                advance(len(line))
-
     def take(self, record: Json, where: str) -> None:
         window = self.window_of(record["custom_id"], where)
         where = f"{where}, window {window}"
-        body = body_of(record, where)
-        model = lookup("model", body)
-        if model not in (None, self.served_model):
-            raise UserError(f"{where}: model is {model!r}, served_model is {self.served_model!r}")
+        body = body_of(record, self.served_model, where)
         tokens = self.windows.tokens(np.array([window]))[0].tolist()
         self.keep(window, check_logprobs(self.logprobs_of(body, tokens, where), where), where)
 
