@@ -14,7 +14,7 @@ EXAMPLES = sorted(path.stem for path in DOORS.glob("*.py") if path.stem != "stan
 PRINTS_SCORES = {"score_own_dataset"}
 RUNS_WITH_ITS_IMPORTS = {"axolotl_run"}  # in tests/integrations/test_axolotl.py
 OWN_TRAINER = {"litgpt_loop", "torchtitan_loss"}  # installed beside us
-FALLS_FAST = {"transformers_trainer", "trl_sft"}  # within half of its steps
+FALLS_FAST = {"transformers_trainer", "trl_dpo", "trl_sft"}  # within half of its steps
 
 pytestmark = pytest.mark.slow
 

@@ -181,7 +181,7 @@ def test_an_adapter_needs_its_framework_and_not_our_trainers():
     """
     blocked = ["hydra", "omegaconf", "lightning", "plotly", "rich"]
     code = f"""
-import sys, trl.trainer.sft_trainer
+import sys, trl.trainer.dpo_trainer, trl.trainer.sft_trainer
 for name in [name for name in sys.modules if name.split(".")[0] in {["slm", *blocked]}]:
     del sys.modules[name]
 sys.modules |= dict.fromkeys({blocked})

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slm.integrations.loss import BESIDE
+from slm.integrations.loss import BESIDE, COLUMN
 
 FIRST_MARK = 2**40  # above every token id
+SIDES = ("chosen", "rejected")  # of preference pairs, in the order in which TRL collates them
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCES = tuple(f"{side}_{COLUMN}" for side in SIDES)
 
 
 class ReferenceCollator:
@@ -54,6 +57,39 @@ class ReferenceCollator:
                 "the ids"
             )
         return places, padding
+
+
+class PairCollator:
+    """Any collator of pairs, with `reference_logprob` (2B, T) where their responses' tokens went.
+
+    They are where its completion_mask is 1, in order; what it cuts off a response, it cuts at the
+    end (slm/integrations/dpo.py).
+    """
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        if REFERENCES[0] not in examples[0]:
+            return batch
+        inside = batch["completion_mask"].bool()
+        rows = [scores_beside(one, side) for side in SIDES for one in examples]
+        column = torch.zeros(inside.shape)
+        for row, values, mask in zip(column, rows, inside, strict=True):
+            row[mask] = values[: int(mask.sum())]
+        batch[COLUMN] = column
+        return batch
+
+
+def scores_beside(example: Mapping[str, Any], side: str) -> Tensor:  # (tokens of the response,)
+    name = f"{side}_{COLUMN}"
+    values, ids = scores_in(example[name]), example[f"{side}_ids"]
+    if len(values) != len(ids):
+        raise ValueError(f"a pair has {len(ids)} {side}_ids and {len(values)} {name}")
+    if not ((values <= 0) & values.isfinite()).all():
+        raise ValueError(f"{name} of a pair is {values.tolist()}, log-probs are finite and <= 0")
+    return values
 
 
 def scores_of(examples: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:

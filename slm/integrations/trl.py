@@ -10,6 +10,8 @@ trained with LoRA. A score depends on what stands before its token, so preparati
 away are refused: packing across documents ("wrapped"), cutting them in the middle ("bfd_split") or
 at their beginning. For those, pack first, score the packed rows, and pass them without packing.
 
+`SelectiveDPOTrainer`, over `DPOTrainer`, is slm/integrations/dpo.py.
+
 Everything else is SelectiveTrainerMixin's (slm/integrations/transformers.py); in training, entropy
 and accuracy are measured on the steps that are logged, since they cost a pass over the vocabulary.
 """
@@ -23,10 +25,13 @@ from torch import Tensor, nn
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
+from slm.integrations.dpo import SelectiveDPOTrainer
 from slm.integrations.loss import BESIDE, SCORES
 from slm.integrations.signatures import check_attributes, check_parameters
 from slm.integrations.transformers import SelectiveTrainerMixin, names_of
 from slm.store.windows import WEIGHT
+
+__all__ = ["SelectiveDPOTrainer", "SelectiveSFTTrainer"]
 
 MADE_FOR = "trl 1.16"
 check_parameters(

@@ -4,6 +4,8 @@
     WindowDataset(corpus, references)         folders -> a torch dataset of shifted windows
     from_hf_dataset(dataset, out, tokenizer)  rows of one length -> folders that `slm train` takes
     score_dataset(dataset, model)             your token lists -> the same with `reference_logprob`
+    pairs_dataset(path)                       pairs of `slm pivots` -> columns of token ids for DPO
+    score_pairs(pairs, model)                 pairs -> the same with log-probs of a reference
 
 A row is not shifted: `labels[i]` and `reference_logprob[i]` are about the token `input_ids[i]`;
 -100 and NaN say that it is no target, has no score. `seq_lengths`, as TRL's packing writes it, are
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from slm.errors import UserError
 from slm.integrations.datasets.corpus import from_hf_dataset
+from slm.integrations.datasets.pairs import pairs_dataset, score_pairs
 from slm.integrations.datasets.scores import score_dataset
 from slm.integrations.datasets.windows import WindowRows
 from slm.stage import plain
@@ -29,7 +32,14 @@ from slm.store.files import hash_json
 from slm.store.shards import Corpus
 from slm.store.windows import WEIGHT, Windows, open_windows
 
-__all__ = ["WindowDataset", "from_hf_dataset", "score_dataset", "to_hf_dataset"]
+__all__ = [
+    "WindowDataset",
+    "from_hf_dataset",
+    "pairs_dataset",
+    "score_dataset",
+    "score_pairs",
+    "to_hf_dataset",
+]
 
 Folders = str | Path | Sequence[str | Path] | Mapping[str, str | Path]  # the last by source
 
