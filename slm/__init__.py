@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from slm.prepare.command import prepare
     from slm.prepare.imports.command import import_corpus
     from slm.quality.annotate import annotate
+    from slm.quality.command import quality
     from slm.report.command import report
     from slm.score.bind import bind_scores
     from slm.score.command import score
@@ -58,6 +59,7 @@ __all__ = [
     "import_corpus",
     "pilot",
     "prepare",
+    "quality",
     "report",
     "score",
     "train",

@@ -63,6 +63,10 @@ COMMANDS = {  # name: (what it does, an example)
         "documents -> requests to an annotator; its answers -> labels 0 to 5",
         "'sources=[web.jsonl]' served_model=NAME requests=requests.jsonl",
     ),
+    "quality": (
+        "labels -> a classifier of documents; a classifier -> scores of documents",
+        "labels=labels.jsonl out=quality",
+    ),
     "dynamics": (
         "checkpoints + frozen tokens -> classes H->H, L->H, H->L, L->L",
         "runs=runs/slm corpus=corpus/heldout references=refs",

@@ -176,6 +176,19 @@ ANNOTATE: Table = {
     "responses": optional(texts),
     "out": optional(file),
 }
+QUALITY: Table = {
+    "out": text,
+    "labels": optional(texts),
+    "features": word("hashed", "hidden"),
+    "base_model": optional(text),
+    "context": count,
+    "threshold": real(0, 5),
+    "folds": whole(2, 100),
+    "seed": seed,
+    "classifier": optional(text),
+    "sources": anything,
+    **{key: FORWARD[key] for key in ("batch_size", "dtype", "device", "modules")},
+}
 DYNAMICS: Table = FORWARD | {
     "runs": texts,
     "corpus": text,

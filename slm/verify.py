@@ -33,6 +33,7 @@ from slm.store.files import (
     nothing,
     read_json,
 )
+from slm.store.quality import CLASSIFIER, SCORES, read_quality
 from slm.store.shards import SCORED, Corpus, References, Store, make_manifest
 from slm.store.sidecars import Shard, read_sidecars
 from slm.store.tokenizer import load_corpus_tokenizer
@@ -115,7 +116,9 @@ def verify_store(path: Path, advance: Advance) -> str:
             f"{path} is unfinished: manifest.json is missing; run the command that makes it again"
         )
     record = read_json(path / "manifest.json")
-    check_fields(path / "manifest.json", record, {"kind": one_of(*STORES)})
+    check_fields(path / "manifest.json", record, {"kind": one_of(*STORES, CLASSIFIER, SCORES)})
+    if record["kind"] not in STORES:
+        return verify_quality(path, advance)
     kind = record["kind"]
     store = STORES[kind].open(path)
     check_manifest(store, record, FIRST_COLUMN[kind])
@@ -138,6 +141,15 @@ def verify_store(path: Path, advance: Advance) -> str:
     if isinstance(store, References) and store.is_partial:
         size += f", a part: {store.num_scored():,} of {len(store.scored):,} windows have scores"
     return f"{kind}, {size}, fingerprint {store.fingerprint}"
+
+
+def verify_quality(path: Path, advance: Advance) -> str:
+    found = read_quality(path, "folder", advance)
+    check_records(path, "manifest.json")
+    if found.manifest["kind"] == CLASSIFIER:
+        return f"quality classifier, {found.manifest['features']}, fingerprint {found.fingerprint}"
+    size = f"{len(found.arrays['scores']):,} documents"
+    return f"quality scores, {size}, fingerprint {found.fingerprint}"
 
 
 def check_manifest(store: Store, manifest: Json, column: str) -> None:

@@ -25,6 +25,7 @@ from slm.model.folder import save_model
 from slm.prepare.command import prepare
 from slm.prepare.imports.command import import_corpus
 from slm.quality.annotate import annotate
+from slm.quality.command import quality
 from slm.report.command import report
 from slm.report.workspace import dashboard
 from slm.score.bind import bind_scores
@@ -46,6 +47,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "harness": harness,
     "speak": speak,
     "annotate": annotate,
+    "quality": quality,
     "dynamics": dynamics,
     "report": report,
     "dashboard": dashboard,

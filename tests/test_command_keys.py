@@ -28,6 +28,7 @@ GIVEN = {  # what must be given; nothing of it is there
     "harness": ["models={a: no}", "problems=no"],
     "speak": ["models={a: no}", "prompts=no.txt"],
     "annotate": ["sources=[no.jsonl]", "served_model=no", "requests=x"],
+    "quality": ["labels=no", "out=x"],
     "dynamics": ["runs=no", "corpus=no"],
     "report": ["runs=no", "out=x"],
     "pilot": [
@@ -108,6 +109,7 @@ def test_words_of_a_forward_are_those_that_it_knows():
             "on_bad_answer=go",
             "on_bad_answer is 'go', it must be one of .'stop', 'skip'",
         ),
+        ("quality", "threshold=6", r"threshold is 6, it must be a number in \[0, 5\]"),
         ("dynamics", "by_source=1", "by_source is 1, it must be true or false"),
         ("dynamics", "seed=-1", "seed is -1, it must be a whole number from 0 to 4294967295"),
         ("dynamics", "runs=[]", r"runs is \[\], it must be a text .*, or a list of at least 1"),

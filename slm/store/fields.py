@@ -46,8 +46,8 @@ def whole_number(low: int) -> Field:
     return Field(f"a whole number of at least {low}", fits)
 
 
-def one_of(*known: str) -> Field:
-    return Field(f"one of {', '.join(known)}", lambda value: value in known)
+def one_of(*known: str | int) -> Field:
+    return Field(f"one of {', '.join(map(str, known))}", lambda value: value in known)
 
 
 def mapping(key: Field, value: Field) -> Field:
