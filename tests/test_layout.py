@@ -30,6 +30,7 @@ UNTESTED = {
 }  # empty classes; doors of three lines
 # What the tests of a command, `tests/<stage>/test_command.py`, go through.
 UNTESTED |= {"slm.train.fit", "slm.train.identity", "slm.dynamics.stores"}
+UNTESTED |= {"slm.quality.classifier"}
 READERS = ("flat", "megatron", "datatrove", "olmo", "mds", "litdata", "datasets", "parts")
 UNTESTED |= {f"slm.prepare.imports.{name}" for name in READERS}
 GROUND = {
