@@ -1,6 +1,6 @@
 """Selective language modeling, from Python: what is named here is public.
 
-    from slm import prepare, import_corpus, score, train, evaluate, dynamics, report, pilot
+    from slm import prepare, import_corpus, score, train, evaluate, dynamics, report, pilot, pivots
     from slm import Corpus, References, Windows, SelectiveLM
 
 Each is imported when it is first asked for. A stage is a function and the folder of its modules
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slm.evaluate.command import evaluate
     from slm.model.build import SelectiveLM
     from slm.pilot.command import pilot
+    from slm.pivots.command import pivots
     from slm.prepare.command import prepare
     from slm.prepare.imports.command import import_corpus
     from slm.quality.annotate import annotate
@@ -58,6 +59,7 @@ __all__ = [
     "export_corpus",
     "import_corpus",
     "pilot",
+    "pivots",
     "prepare",
     "quality",
     "report",

@@ -76,6 +76,10 @@ COMMANDS = {  # name: (what it does, an example)
         "corpus + reference + base -> will selection pay?",
         "corpus=corpus/train reference_model=a model.init_from=b 'heldout={c: d}' out=pilot",
     ),
+    "pivots": (
+        "a model + problems + an oracle -> the tokens that decide, and preference pairs",
+        "target_model=run/model problems=problems.jsonl oracle=answer out=pivots",
+    ),
     "dashboard": ("runs -> a W&B workspace", "runs=runs/sweep group=runs-sweep"),
     "consolidate": (
         "a checkpoint in shards -> one file",

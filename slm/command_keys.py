@@ -10,6 +10,7 @@ from slm.checks import (
     Kind,
     Table,
     anything,
+    each,
     either,
     file,
     flag,
@@ -135,6 +136,7 @@ EVALUATE: Table = FORWARD | {
     "max_windows": optional(count),
     "out": optional(file),
 }
+QUESTION = Kind("a text with {question} in it", lambda v: text.fits(v) and "{question}" in v)
 HARNESS: Table = {
     "models": folders,
     "problems": optional(text),
@@ -143,7 +145,7 @@ HARNESS: Table = {
     "tasks": several(text),
     "limit": optional(count),
     "num_fewshot": whole(0),
-    "prompt": Kind("a text with {question} in it", lambda v: text.fits(v) and "{question}" in v),
+    "prompt": QUESTION,
     "batch_size": count,
     "max_new_tokens": count,
     "device": text,
@@ -244,6 +246,29 @@ PILOT: Table = {
     "trainer": either(section, text),
     "seed": seed,
     "modules": modules,
+}
+SETS = "gsm8k math_500 svamp asdiv mawps tabmwp mathqa mmlu_stem sat_math".split()
+PIVOTS: Table = {
+    "target_model": text,
+    "problems": text,
+    "out": text,
+    "oracle": text,
+    "format": optional(word(*SETS)),
+    "prompt": optional(QUESTION),
+    "limit": optional(count),
+    "p_gap": real(0, 1, "(]"),
+    "search_gap": real(0, 1, "(]"),
+    "search_samples": whole(1, 4096),
+    "confirm_samples": whole(1, 4096),
+    "level": real(0, 1, "()"),
+    "keep": each(real(0, 1), 2),
+    "solutions": count,
+    "pair_samples": count,
+    "max_new_tokens": count,
+    "temperature": real(0, ends="()"),
+    "top_p": real(0, 1, "(]"),
+    "seed": seed,
+    **{key: FORWARD[key] for key in ("batch_size", "dtype", "device", "modules")},
 }
 DASHBOARD: Table = {
     "project": optional(text),

@@ -22,6 +22,7 @@ from slm.evaluate.command import evaluate
 from slm.evaluate.harness import harness
 from slm.evaluate.speak import speak
 from slm.model.folder import save_model
+from slm.pivots.command import pivots
 from slm.prepare.command import prepare
 from slm.prepare.imports.command import import_corpus
 from slm.quality.annotate import annotate
@@ -49,6 +50,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "annotate": annotate,
     "quality": quality,
     "dynamics": dynamics,
+    "pivots": pivots,
     "report": report,
     "dashboard": dashboard,
 }

@@ -34,6 +34,7 @@ GIVEN = {  # what must be given; nothing of it is there
     "pilot": [
         *("corpus=no", "out=x", "reference_model=no", "model.init_from=no", "heldout={a: no}"),
     ],
+    "pivots": ["target_model=no", "problems=no.jsonl", "out=x"],
     "dashboard": ["out=x"],
     "demo": ["out=x"],
     "consolidate": ["checkpoint=no", "out=x.ckpt"],
@@ -42,6 +43,7 @@ GIVEN = {  # what must be given; nothing of it is there
 NO_CORPUS = "no is not a finished corpus: it does not exist"
 NOT_THERE = dict.fromkeys(["score", "bind", "evaluate", "dynamics", "train", "pilot"], NO_CORPUS)
 NOT_THERE |= {"harness": "models no: there is no such folder", "report": "no is no folder"}
+NOT_THERE |= {"pivots": "target_model no: there is no such folder"}
 NOT_THERE |= {"speak": "models no: there is no such folder"}
 NOT_THERE |= {"prepare": "no tokenizer at no: there is no such folder"}
 
@@ -119,6 +121,8 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ("pilot", "budget=0.01", "budget is 0.01, it must be a share of the corpus such as 1%"),
         ("pilot", "select_ratios=[0]", r"select_ratios is \[0\], .* at 0 nothing is trained on"),
         ("pilot", "select_ratios=[0.5,1]", "select_ratios is .*, and 1 is all tokens, an arm of"),
+        ("pivots", "keep=[0.2]", r"keep is \[0.2\], it must be a list of 2, each a number in"),
+        ("pivots", "temperature=0", "temperature is 0, it must be a number above 0"),
         ("dashboard", "save=1", "save is 1, it must be auto, true or false"),
         ("dashboard", "runs=[a]", r"runs is \['a'\], it must be a text"),
         ("demo", "seeds=0", "seeds is 0, it must be a whole number of at least 1"),

@@ -32,6 +32,7 @@ STAGES = [
     "dynamics",
     "report",
     "pilot",
+    "pivots",
 ]
 
 

@@ -46,7 +46,8 @@ GROUND = {
     "version",
 }
 # In the order of the data: a folder imports what stands before it, and the ground.
-FLOORS = "store prepare model selection score quality evaluate train dynamics report pilot".split()
+FLOORS = "store prepare model selection score quality evaluate train dynamics report".split()
+FLOORS += ["pilot", "pivots"]
 TOP = {"integrations", "verify", "demo", "harness", "dashboard", "import", "export", "bind"}
 TOP |= {"speak", "consolidate", "annotate"}
 # Tests of more than one module.

@@ -18,16 +18,21 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import GenerationConfig
 
 from slm.command_keys import SPEAK
 from slm.console import progress
 from slm.errors import UserError
 from slm.evaluate.copied import Sequences
+from slm.evaluate.generation import (
+    Sampling,
+    check_room,
+    continued,
+    first_ids,
+    generation_config,
+)
 from slm.evaluate.speech import summaries, write_speech
-from slm.model.architecture import position_limit
-from slm.model.build import ids_of, load_model
-from slm.model.device import DTYPES, computing, pick_device
+from slm.model.build import load_model
+from slm.model.device import DTYPES, pick_device
 from slm.prepare.overlap import read_all
 from slm.prepare.sources import parse_sources
 from slm.selection.registry import import_modules
@@ -85,15 +90,6 @@ def read_prompts(prompts: Any) -> list[str]:
     return found
 
 
-def first_ids(folder: str, tokenizer: Any) -> list[int]:
-    """What stands before a text."""
-    if (Path(folder) / "slm.json").exists():
-        return [tokenizer.eos_token_id]
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    found = tokenizer.encode("a")
-    return found[: -len(bare)] if found[-len(bare) :] == bare else []
-
-
 def encode(
     prompts: Sequence[str], before: list[int], tokenizer: Any, prompt_tokens: int | None
 ) -> list[list[int]]:
@@ -102,43 +98,6 @@ def encode(
     return [[*before, *one[:prompt_tokens]] for one in ids]
 
 
-def check_room(folder: str, prompts: Sequence[list[int]], config: Any, max_new_tokens: int) -> None:
-    limit, longest = position_limit(config), max(map(len, prompts))
-    if limit is not None and longest + max_new_tokens > limit:
-        raise UserError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, "
-            f"together more than the {limit} positions of {folder}: prompt_tokens cuts prompts"
-        )
-
-
-# ---- generation ---------------------------------------------------------------------------------
-
-
-def generation_config(model: Any, eos_id: int, how: Asked) -> GenerationConfig:
-    stops = list(dict.fromkeys([eos_id, *ids_of(model.generation_config.eos_token_id or [])]))
-    is_sampled = how.temperature > 0
-    nucleus = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=how.max_new_tokens,
-        do_sample=is_sampled,
-        eos_token_id=stops,
-        pad_token_id=eos_id,
-        **(nucleus if is_sampled else {}),
-    )
-
-
-def padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask (B, T), with the prompts at the right."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-@torch.no_grad()
 def generate(
     model: Any,
     prompts: Sequence[list[int]],
@@ -147,18 +106,13 @@ def generate(
 ) -> list[list[int]]:
     """New ids of each prompt, with the EOS that ends them where one does."""
     found: list[list[int]] = []
-    device, stops = model.device, config.eos_token_id
-    devices = [device] if device.type == "cuda" else []
+    devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), progress("speaking", len(prompts), "texts") as advance:
         torch.manual_seed(how.seed)
         for first in range(0, len(prompts), how.batch_size):
-            batch = padded(prompts[first : first + how.batch_size], config.pad_token_id, device)
-            with computing(device, how.dtype):
-                output = model.generate(**batch, generation_config=config)
-            for row in output[:, batch["input_ids"].shape[1] :].tolist():
-                end = next((i + 1 for i, one in enumerate(row) if one in stops), len(row))
-                found.append(row[:end])
-            advance(len(output))
+            new = continued(model, prompts[first : first + how.batch_size], config, how.dtype)
+            found += new
+            advance(len(new))
     return found
 
 
@@ -200,9 +154,10 @@ def speak_one(name: str, folder: str, asked: Sequence[str], how: Asked) -> list[
     tokenizer: Any = load_tokenizer(folder)
     ids = encode(asked, first_ids(folder, tokenizer), tokenizer, how.prompt_tokens)
     lm: Any = load_model(folder)
-    check_room(folder, ids, lm.config, how.max_new_tokens)
+    check_room(folder, max(map(len, ids)), lm.config, how.max_new_tokens, "prompt_tokens cuts it")
     lm = lm.to(pick_device(how.device), DTYPES[how.dtype]).eval()
-    config: Any = generation_config(lm, tokenizer.eos_token_id, how)
+    sampling = Sampling(how.max_new_tokens, how.temperature, how.top_p)
+    config: Any = generation_config(lm, tokenizer.eos_token_id, sampling)
     prompts = [prompt for prompt in ids for _ in range(how.num_samples)]
     found = []
     for prompt, new in zip(prompts, generate(lm, prompts, config, how), strict=True):

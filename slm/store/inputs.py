@@ -12,7 +12,8 @@ from slm.errors import UserError
 
 CORPORA = ("corpus", "data.corpus", "sets", "heldout", "data.heldout", "elsewhere", "curated")
 SCORES = {"references": "corpus", "data.references": "data.corpus"}  # and of which corpus they are
-MODELS = ("reference_model", "base_model", "models", "model.init_from", "online_reference")
+MODELS = ("reference_model", "base_model", "target_model", "models", "model.init_from")
+MODELS += ("online_reference",)
 
 
 def check_command(settings: Mapping[str, Any], table: Table) -> None:

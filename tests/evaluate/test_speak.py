@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm.errors import UserError
-from slm.evaluate.speak import encode, first_ids, read_prompts, speak
+from slm.evaluate.generation import first_ids
+from slm.evaluate.speak import encode, read_prompts, speak
 from slm.model.build import set_special_ids
 from slm.model.folder import save_model
 from slm.store.tokenizer import train_tokenizer
