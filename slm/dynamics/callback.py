@@ -25,7 +25,7 @@ from slm.dynamics.stores import (
 from slm.dynamics.trajectories import TrajectoryStore, make_plan, remove_store, token_losses
 from slm.dynamics.wandb_media import dynamics_metrics, excess_histograms, final_media, final_summary
 from slm.errors import NonFiniteError
-from slm.model.build import check_length
+from slm.model.architecture import check_length
 from slm.store.shards import Corpus
 from slm.store.tokenizer import check_same_tokenizer
 from slm.store.windows import open_windows

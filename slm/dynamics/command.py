@@ -34,7 +34,8 @@ from slm.dynamics.stores import (
 from slm.dynamics.token_set import TokenSet
 from slm.dynamics.trajectories import TrajectoryStore, make_plan, token_losses
 from slm.errors import UserError
-from slm.model.build import SelectiveLM, check_length
+from slm.model.architecture import check_length
+from slm.model.build import SelectiveLM
 from slm.model.device import DTYPES, computing, pick_device
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage

@@ -10,15 +10,18 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from slm.errors import UserError, shown
+from slm.store.hub import place
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling")  # accepted by every config with rotary positions
 ROPE_NAMES = ("rope_parameters", "rope_scaling")
+SCALED = ("llama3", "yarn", "longrope")  # by how much longer windows are than they were
 COUNTS = (
     "hidden_size",
     "num_hidden_layers",
@@ -32,15 +35,9 @@ def new_model(
     architecture: Mapping[str, Any], vocab_size: int, attn_implementation: str | None
 ) -> PreTrainedModel:
     """Random weights. `architecture` may set a vocab_size above the tokenizer's, for padding."""
-    fields: dict[str, Any] = {"vocab_size": vocab_size} | dict(architecture)
-    config_class = known_config(fields.pop("model_type", None))
-    check_counts(fields)
     try:
-        config = config_class(**fields)
-        check_fields(fields, config)
-        check_heads(fields, config)
         return AutoModelForCausalLM.from_config(
-            config,
+            new_config({"vocab_size": vocab_size} | dict(architecture)),
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             trust_remote_code=False,
@@ -50,6 +47,17 @@ def new_model(
     except Exception as error:  # the constructors of 150 kinds raise all sorts on odd values
         how = with_attention(attn_implementation)
         raise UserError(f"model.architecture makes no causal LM{how}: {told(error)}") from None
+
+
+def new_config(architecture: Mapping[str, Any]) -> PreTrainedConfig:
+    """Raises UserError, and whatever the constructor of its kind raises."""
+    fields = dict(architecture)
+    config_class = known_config(fields.pop("model_type", None))
+    check_counts(fields)
+    config = config_class(**fields)
+    check_fields(fields, config)
+    check_heads(fields, config)
+    return config
 
 
 def add_row(model: PreTrainedModel, vocab_size: int) -> None:
@@ -117,7 +125,7 @@ def override_config(config: PreTrainedConfig, override: Mapping[str, Any]) -> No
     text = text_config(config)
     check_fields(override, text, "model.override")
     check_numbers(override, vars(text))
-    before = shapes(config)
+    before, limit = shapes(config), position_limit(config)
     fields = dict(override)
     given = [fields.pop(name) or {} for name in ROPE_NAMES if name in fields]
     rope = {key: value for part in given for key, value in part.items()}
@@ -127,7 +135,7 @@ def override_config(config: PreTrainedConfig, override: Mapping[str, Any]) -> No
         setattr(text, name, value)
     if rope:
         check_numbers(rope, getattr(text, "rope_parameters", None) or {})
-        override_rope(text, rope)
+        override_rope(text, with_original(rope, limit))
     text.validate()
     for name, shape in shapes(config).items():
         if name in before and before[name] != shape:
@@ -173,6 +181,13 @@ def override_rope(text: PreTrainedConfig, rope: Mapping[str, Any]) -> None:
     text.standardize_rope_params()
 
 
+def with_original(rope: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """Scaled from the positions that the model had, where not said otherwise: transformers would
+    take those that it is to have."""
+    kind = rope["rope_type"] if "rope_type" in rope else None
+    return ({"original_max_position_embeddings": limit} if kind in SCALED else {}) | dict(rope)
+
+
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """What the text part of a model is made of: all of it, or a config inside (Gemma 3)."""
     return config.get_text_config(decoder=True)
@@ -182,6 +197,41 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     """The longest window. Models without positions have no such field, XLNet's is -1."""
     limit = getattr(text_config(config), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None
+
+
+def positions_of(
+    init_from: str | None,
+    architecture: Mapping[str, Any] | None,
+    override: Mapping[str, Any] | None = None,
+) -> int | None:
+    """`position_limit` of a model that is not built yet; None where its config is a riddle, of
+    which whoever builds it says more."""
+    try:
+        if init_from is None:
+            config = new_config(architecture or {})
+        else:
+            config = AutoConfig.from_pretrained(**place(init_from), trust_remote_code=False)
+        if override:
+            override_config(config, override)
+    except Exception:  # 150 kinds of configs raise all sorts
+        return None
+    return position_limit(config)
+
+
+def check_length(
+    config: PreTrainedConfig | int | None,  # or its position_limit
+    seq_len: int,
+    what: str = "corpus",
+    remedy: str = "`slm train` with model.override={override} makes a model that has as many",
+) -> None:
+    """Refuse windows that are longer than the model has positions."""
+    limit = position_limit(config) if isinstance(config, PreTrainedConfig) else config
+    if limit is not None and seq_len > limit:
+        override = f"{{max_position_embeddings: {seq_len}}}"
+        raise UserError(
+            f"{what} seq_len is {seq_len}, model max_position_embeddings is {limit}: "
+            + remedy.format(override=override)
+        )
 
 
 def check_fields(

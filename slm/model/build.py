@@ -26,9 +26,9 @@ from transformers import (
 
 from slm.errors import UserError
 from slm.model.architecture import (
+    check_length,
     new_model,
     override_config,
-    position_limit,
     text_config,
     told,
     with_attention,
@@ -392,9 +392,3 @@ def check_saved(lm: SelectiveLM, batch: Batch, folder: Path) -> None:
             f"{theirs.mean():.5g} as saved ({difference:.3g} a token), so the model was not "
             "written; the checkpoints hold it"
         )
-
-
-def check_length(config: PreTrainedConfig, seq_len: int) -> None:
-    limit = position_limit(config)
-    if limit is not None and seq_len > limit:
-        raise UserError(f"corpus seq_len is {seq_len}, model max_position_embeddings is {limit}")

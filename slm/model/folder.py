@@ -124,11 +124,31 @@ def save_model(
     with naming(folder, temporary, model.get_memory_footprint(return_buffers=False)):
         model.save_pretrained(temporary, max_shard_size="5GB")
         tokenizer.save_pretrained(temporary)
+        name_rope_twice(temporary / "config.json")
         (temporary / "README.md").write_text(card)
         if check is not None:
             check(temporary)
         seal_folder(temporary, lineage)
     replace_folder(temporary, folder)
+
+
+def name_rope_twice(path: Path) -> None:
+    """Rotary positions under their old names too: transformers 4, and what is built on it (vLLM
+    before it took transformers 5), reads no rope_parameters, and would take the base for 10,000.
+
+    transformers 5 goes by rope_parameters where both are there. Layers that have positions of their
+    own have old names of their kinds' own, which are left to those.
+    """
+    config = json.loads(path.read_text())
+    text = config["text_config"] if "text_config" in config else config
+    rope = text["rope_parameters"] if "rope_parameters" in text else None
+    if not rope or "rope_theta" not in rope:
+        return
+    others = {name: value for name, value in rope.items() if name != "rope_theta"}
+    text["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        text["rope_scaling"] = others
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def seal_folder(folder: Path, lineage: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ The rules were read in the source of vLLM 0.33.0 (its wheel); vLLM itself was no
     tied weights are kept tied         model_loader/weight_tying.py: with tie_word_embeddings and
                                        an lm_head.weight in the files, the two are loaded and
                                        compared, and the file's head wins; older versions drop it
+    the base of positions twice        transformers_utils/config.py: with transformers 5 that of
+                                       rope_parameters, with 4 rope_theta, else 10,000
     weights are *.safetensors          model_loader/default_loader.py: the format it takes first
     every account can read the files   a service seldom runs as the account that trained
 """
@@ -43,6 +45,7 @@ THROUGH_TRANSFORMERS = {
 }  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them makes one
 IDS = ("bos", "eos", "pad")
+OLD_BASE = 10_000  # where a config of transformers 4 names none
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 
@@ -54,6 +57,7 @@ def broken_rules(folder: Path) -> list[str]:
         *broken_tokenizer(folder),
         *broken_ids(folder, config),
         *broken_ties(folder, config),
+        *broken_base(folder, config),
         *broken_modes(folder),
     ]
 
@@ -144,6 +148,21 @@ def broken_ties(folder: Path, config: Json) -> list[str]:
     if tied is False and names and not heads:
         return [f"{path}: tie_word_embeddings is false, but the weights hold no {HEADS[0]}"]
     return []
+
+
+def broken_base(folder: Path, config: Json) -> list[str]:
+    """Where layers have positions of their own, their old names are the model's own too."""
+    text = config["text_config"] if "text_config" in config else config
+    rope = text["rope_parameters"] if "rope_parameters" in text else None
+    if not rope or "rope_theta" not in rope:
+        return []
+    old = text["rope_theta"] if "rope_theta" in text else OLD_BASE
+    if old == rope["rope_theta"]:
+        return []
+    return [
+        f"{folder / 'config.json'}: rope_theta is {rope['rope_theta']} in rope_parameters, and "
+        f"{old} to engines on transformers 4, which read rope_theta beside it"
+    ]
 
 
 def weight_names(folder: Path) -> list[str]:

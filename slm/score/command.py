@@ -26,14 +26,15 @@ import numpy as np
 from slm.command_keys import SCORE
 from slm.console import duration, progress
 from slm.errors import UserError
-from slm.model.build import SelectiveLM, check_length, check_model, load_model
+from slm.model.architecture import check_length
+from slm.model.build import SelectiveLM, check_model, load_model
 from slm.model.device import DTYPES, pick_device
 from slm.model.folder import model_sha256
 from slm.model.sharded import is_building
 from slm.score.batch import response_files
 from slm.score.cost import copy_lineage
 from slm.score.documents import score_documents
-from slm.score.pieces import check_short, short_context
+from slm.score.pieces import check_short, first_piece, short_context
 from slm.score.reference import (
     ModelScores,
     TensorParallelScores,
@@ -124,13 +125,18 @@ def way_of(settings: Mapping[str, Any]) -> str:
     return given[0]
 
 
-def check_fits(lm: SelectiveLM, corpus: Corpus) -> None:
-    """Refuse a model that our loss does not reproduce, on two windows."""
-    check_length(lm.model.config, corpus.seq_len)
+def check_fits(lm: SelectiveLM, corpus: Corpus, context: int | None = None) -> None:
+    """Refuse a model that our loss does not reproduce, on two windows.
+
+    context: tokens that a forward sees, where these are fewer than a window has
+    """
+    length = context or corpus.seq_len
+    check_length(lm.model.config, length)
     windows = Windows(corpus)
     numbers = np.arange(min(2, len(windows)))
-    window_scores(lm, windows, numbers, columns_named([]))
-    check_model(lm, to_device(windows.batch(numbers), lm.model.device))
+    window_scores(lm, windows, numbers, columns_named([]), length)
+    batch = first_piece(windows.batch(numbers), length)
+    check_model(lm, to_device(batch, lm.model.device))
 
 
 def load_reference(
@@ -141,6 +147,7 @@ def load_reference(
     check: str = "size",
     direct: bool = False,
     tp_size: int = 1,
+    context: int | None = None,
 ) -> SelectiveLM:
     check_model_folder("reference_model", folder, check)
     tokenizer = with_eos_of(folder, load_tokenizer(folder, needs_eos=False), corpus)
@@ -151,12 +158,12 @@ def load_reference(
             raise UserError("direct=true needs accelerate: pip install accelerate")
         placed = join_others(tp_size, where) if tp_size > 1 else {"device_map": {"": where}}
         lm = SelectiveLM(load_model(folder, dtype=DTYPES[dtype], placed=placed)).eval()
-        check_fits(lm, corpus)
+        check_fits(lm, corpus, context)
         return lm
     lm = SelectiveLM(load_model(folder)).eval()
     if is_building():  # whoever fills it checks it
         return lm
-    check_fits(lm, corpus)  # in float32: bfloat16 logits would differ by their rounding
+    check_fits(lm, corpus, context)  # in float32: bfloat16 logits would differ by their rounding
     return lm.to(where, DTYPES[dtype])
 
 
@@ -233,7 +240,7 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
 def score_with_model(config: Any, corpus: Corpus) -> References:
     short = short_context(config, corpus)
     way = (config.device, config.dtype, config.check, config.direct, config.tp_size)
-    lm = load_reference(config.reference_model, corpus, *way)
+    lm = load_reference(config.reference_model, corpus, *way, short[0] if short else None)
     kind = TensorParallelScores if config.tp_size > 1 else ModelScores
     source = kind(lm, Windows(corpus), config.more, config.dtype, short)
     with source.leading() as leads:

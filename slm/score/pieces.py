@@ -47,6 +47,10 @@ def piece_of(batch: Batch, piece: Piece) -> Batch:
     return part
 
 
+def first_piece(batch: Batch, length: int) -> Batch:
+    return batch | piece_of(batch, Piece(0, 0, length, 0))
+
+
 def in_pieces(
     batch: Batch,
     context: int,

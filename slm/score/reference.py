@@ -18,7 +18,7 @@ from slm.model.build import SelectiveLM
 from slm.model.device import computing, device_name
 from slm.model.flops import forward_flops_per_token
 from slm.model.predict import predicted
-from slm.score.pieces import in_pieces, pieces_of
+from slm.score.pieces import first_piece, in_pieces, pieces_of
 from slm.score.scorer import Arrays, Source
 from slm.store.columns import Column, columns_named
 from slm.store.files import Json
@@ -47,10 +47,15 @@ def forward_cost(lm: SelectiveLM, seconds: float, tokens: int, flops: float | No
 
 
 def window_scores(
-    lm: SelectiveLM, windows: Windows, numbers: np.ndarray, columns: Sequence[Column]
+    lm: SelectiveLM,
+    windows: Windows,
+    numbers: np.ndarray,
+    columns: Sequence[Column],
+    length: int | None = None,  # T, where it is less than a window
 ) -> Arrays:  # (B, T) float32 each
     """What the columns hold of every target of these windows; NaN where there is none."""
     batch = windows.batch(numbers)
+    batch = batch if length is None else first_piece(batch, length)
     return checked(batch, predicted(lm, to_device(batch, lm.model.device), columns), columns)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slm.checks import anything, check_known
 from slm.errors import UserError, said_once
-from slm.model.architecture import add_row
+from slm.model.architecture import add_row, check_length
 from slm.model.build import SelectiveLM, check_model, check_trainable, load_model
 from slm.model.sharded import deal_out, fill_from, refused_together, weights_in, without_weights
 from slm.score.command import load_reference
@@ -205,6 +205,9 @@ def build_module(
         online = load_online(settings["online_reference"], data, settings["data"]["check"])
     selection: Selection = build("selection", settings["selection"])
     check_config(settings, data, selection)
+    check_length(lm.model.config, data.corpus.seq_len)
+    for name, held in data.heldout.items():
+        check_length(lm.model.config, held.seq_len, f"held-out set {name}: {held.folder}")
     added_id = data.corpus.vocab_size
     if selection.replaces:
         check_not_sharded(settings["trainer"]["strategy"])

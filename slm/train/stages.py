@@ -27,7 +27,8 @@ from rich.table import Table as Printed
 
 from slm.checks import Table, check, optional, real, section, text, whole, word
 from slm.errors import UserError
-from slm.store.files import Json, read_json, write_record
+from slm.model.architecture import check_length, positions_of
+from slm.store.files import Json, write_record
 from slm.train.build import accelerator, build, is_sharded, is_srun, is_torchrun, ranks
 from slm.train.continued import Continued
 from slm.train.curves import Run, final_losses
@@ -100,7 +101,7 @@ def plan(settings: Json) -> list[Stage]:
             f"({rows[-1]['name']}) ends at {rows[-1]['until_tokens']}"
         )
     made: list[Stage] = []
-    limit = base_positions(settings["model"])
+    limit = positions_of(settings["model"]["init_from"], settings["model"]["architecture"])
     for number, row in enumerate(rows):
         before = made[-1] if made else None
         own = stage_settings(settings, row, number, before)
@@ -174,16 +175,6 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> Json:
     return made
 
 
-def base_positions(model: Json) -> int | None:
-    """max_position_embeddings of what the first stage begins with, where a folder says it."""
-    config = Path(model["init_from"] or "") / "config.json"
-    fields = model["architecture"] if model["init_from"] is None else {}
-    if model["init_from"] is not None and config.exists():
-        fields = read_json(config)
-    name = "max_position_embeddings"
-    return fields[name] if name in fields else None
-
-
 def check_stage(row: Mapping[str, Any], own: Json, limit: int | None) -> tuple[int | None, int]:
     """Its data are there and fit it; returns its model's positions and its steps."""
     data: TokenData = build("data", own["data"])
@@ -197,11 +188,9 @@ def check_stage(row: Mapping[str, Any], own: Json, limit: int | None) -> tuple[i
     override = own["model"]["override"] or {}
     if "max_position_embeddings" in override:
         limit = override["max_position_embeddings"]
-    if limit is not None and length > limit:
-        raise UserError(
-            f"stage {name} reads windows of {length} tokens, the model has {limit} positions: "
-            f"model: {{override: {{max_position_embeddings: {length}}}}} in the stage"
-        )
+    for what, corpus in ({"data": data.corpus} | data.heldout).items():
+        remedy = "model: {{override: {override}}} in the stage has as many"
+        check_length(limit, corpus.seq_len, f"stage {name}: {what} {corpus.folder}", remedy)
     if own["max_tokens"] < data.tokens_per_step:
         raise UserError(
             f"stage {name} has {own['max_tokens']} tokens, less than one optimizer step "

@@ -45,11 +45,16 @@ from model_helpers import (
     make_lm,
 )
 from slm.errors import UserError
-from slm.model.architecture import new_model, override_config, position_limit
+from slm.model.architecture import (
+    check_length,
+    new_model,
+    override_config,
+    position_limit,
+    positions_of,
+)
 from slm.model.build import (
     SelectiveLM,
     build_lm,
-    check_length,
     check_model,
     check_saved,
     check_trainable,
@@ -309,6 +314,15 @@ def test_the_positions_of_a_nested_config_are_its_texts():
     check_model(SelectiveLM(gemma3(max_position_embeddings=LENGTH)), make_batch())
 
 
+def test_positions_of_what_is_not_built_yet(saved):
+    assert positions_of(None, {"model_type": "gpt2", "n_positions": 24}) == 24
+    assert positions_of(None, {"model_type": "llama"}) == 2048
+    assert positions_of(None, {"model_type": "gru"}) is None  # whoever builds it refuses it
+    assert positions_of(str(saved), None) == 32
+    assert positions_of(str(saved), None, {"max_position_embeddings": 64}) == 64
+    assert positions_of(str(saved / "nowhere"), None) is None
+
+
 def test_positions_of_minus_one_are_no_limit():
     config = XLNetConfig()
     assert config.max_position_embeddings == -1
@@ -456,6 +470,13 @@ def test_fields_of_a_loaded_config_are_overridden(saved, build, tokenizer, tmp_p
     scaled = build(saved, override={"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
     expected_rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     assert scaled.model.config.rope_parameters == expected_rope
+    longer: Any = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    longer |= {"max_position_embeddings": 128}
+    rope = build(saved, override=longer).model.config.rope_parameters
+    assert rope["original_max_position_embeddings"] == 32  # that it had
+    longer["rope_scaling"]["original_max_position_embeddings"] = 16
+    rope = build(saved, override=longer).model.config.rope_parameters
+    assert rope["original_max_position_embeddings"] == 16
 
 
 @pytest.mark.parametrize(

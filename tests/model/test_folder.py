@@ -42,6 +42,26 @@ def test_saved_folder_gives_the_same_logits_bit_for_bit(tmp_path, tokenizer, tie
     assert tied is ("lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors"))
 
 
+def test_positions_are_named_as_transformers_4_reads_them(tmp_path, tokenizer):
+    """And transformers 5 finds in both what was saved."""
+    ids = torch.arange(24)[None]
+    for number, rope in enumerate(
+        [
+            {"rope_type": "default", "rope_theta": 500.0},
+            {"rope_type": "linear", "factor": 4.0, "rope_theta": 700.0},
+        ]
+    ):
+        model = make_model(rope_scaling=rope).eval()
+        save_model(tmp_path / str(number), model, tokenizer, "card", {})
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())
+        assert config["rope_parameters"] == rope and config["rope_theta"] == rope["rope_theta"]
+        scaling = config.pop("rope_scaling", None)
+        assert scaling == ({"rope_type": "linear", "factor": 4.0} if number else None)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        assert loaded.config.rope_parameters == rope
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_saved_folder_is_open_to_others_whatever_the_umask(tmp_path, tokenizer):
     before = os.umask(0o077)
     try:

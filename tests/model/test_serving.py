@@ -181,6 +181,11 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change(f / "config.json", tie_word_embeddings=False),
         "{f}/config.json: tie_word_embeddings is false, but the weights hold no lm_head.weight",
     ),
+    "a base under one name": (
+        lambda f: change(f / "config.json", rope_parameters={"rope_theta": 5e5}, rope_theta="gone"),
+        "{f}/config.json: rope_theta is 500000.0 in rope_parameters, and 10000 to engines on "
+        "transformers 4, which read rope_theta beside it",
+    ),
     "private weights": (
         lambda f: (f / "model.safetensors").chmod(0o600),
         "{f}/model.safetensors has mode 0600, other accounts cannot read it (444)",

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import warm
 from slm import console
 from slm.errors import UserError
+from slm.model.architecture import new_model
 from slm.model.build import SelectiveLM, load_model
 from slm.model.folder import save_model
 from slm.score import command as score
@@ -217,6 +218,16 @@ def test_a_short_context_is_part_of_what_the_scores_are(tmp_path, config, text_c
         with pytest.raises(UserError, match=message):
             made({**config, "out": str(tmp_path / "x"), **given})
     assert not (tmp_path / "x").exists()
+
+
+def test_a_short_context_needs_no_more_positions_than_it_has(config, tokenizer):
+    """A learned position table ends where it ends."""
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    save_model(Path(config.reference_model), new_model(gpt2, V, None), tokenizer, "card", {})
+    with pytest.raises(UserError, match="seq_len is 16, model max_position_embeddings is 8: "):
+        made(config)
+    config.context = 8
+    assert References.open(made(config)).manifest["context"] == 8
 
 
 def test_prompts_get_no_score_and_change_none(tmp_path, config, make_corpus):

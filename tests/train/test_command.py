@@ -390,6 +390,19 @@ def test_bad_input_is_refused_before_training(tmp_path, text_corpus, overrides, 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_longer_windows_than_the_model_has_positions(tmp_path, text_corpus, make_corpus):
+    """Of the corpus or of a held-out set."""
+    longer = make_corpus(tmp_path / "longer", [np.arange(65) % 290], 32)
+    sixteen = "model.architecture.max_position_embeddings=16"
+    message = "seq_len is 32, model max_position_embeddings is 16: `slm train` with model.override="
+    far = f"+data.heldout.far={longer.folder}"
+    with pytest.raises(UserError, match=f"^held-out set far: {longer.folder} {message}"):
+        train(compose_train(tmp_path / "run", text_corpus.folder, sixteen, far))
+    with pytest.raises(UserError, match=f"^corpus {message}"):
+        train(compose_train(tmp_path / "run", longer.folder, sixteen, "data.batch_size=1"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_run_that_begins_with_a_gguf_leaves_a_plain_folder(tmp_path, tokenizer):
     file = tmp_path / "m.gguf"
     write_gguf(file, new_model(LLAMA, len(tokenizer), None), tokenizer)

@@ -86,12 +86,23 @@ def test_a_stage_may_have_other_data_and_another_base(tmp_path, corpus, make_cor
     train(settings(out, corpus, architecture, stages(FIRST, second)))
     config = read_json(out / "2-long" / "model" / "config.json")
     assert config["max_position_embeddings"] == 64
-    assert config["rope_parameters"]["rope_theta"] == 250000
+    assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 250000
     assert read_json(out / "2-long" / "run.json")["corpus"] == longer.fingerprint
     del second["model"]
-    message = "^stage long reads windows of 64 tokens, the model has 16 positions: "
+    message = (
+        f"^stage long: data {longer.folder} seq_len is 64, model max_position_embeddings is 16: "
+        "model: {override: {max_position_embeddings: 64}} in the stage has as many$"
+    )
     with pytest.raises(UserError, match=message):
         train(settings(tmp_path / "other", corpus, architecture, stages(FIRST, second)))
+    del second["data"], second["seq_len"]
+    held = second | {"data": {"heldout": {"far": str(longer.folder)}}}
+    with pytest.raises(UserError, match=f"^stage long: far {longer.folder} seq_len is 64, model"):
+        train(settings(tmp_path / "other", corpus, architecture, stages(FIRST, held)))
+    config = settings(tmp_path / "other", corpus, stages(FIRST, held))
+    config.model.architecture, config.model.init_from = None, str(out / "1-first" / "model")
+    with pytest.raises(UserError, match="^stage long: far .* is 64, model .* is 16: "):
+        train(config)
     assert not (tmp_path / "other" / "1-first").exists()  # said before the first stage began
 
 
