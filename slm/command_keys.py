@@ -119,6 +119,7 @@ SCORE: Table = FORWARD | {
     "store_dtype": word("float32", "float16"),
     "direct": flag,
     "tp_size": count,
+    "fsdp_size": count,
     "scores": word("transformers", "vllm"),
 }
 CONSOLIDATE: Table = {"checkpoint": text, "out": text}

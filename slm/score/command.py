@@ -16,7 +16,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,18 +30,13 @@ from slm.model.architecture import check_length
 from slm.model.build import SelectiveLM, check_model, load_model
 from slm.model.device import DTYPES, pick_device
 from slm.model.folder import model_sha256
-from slm.model.sharded import is_building
+from slm.model.sharded import is_building, refused_together
+from slm.score.asked import check_way
 from slm.score.batch import response_files
 from slm.score.cost import copy_lineage
 from slm.score.documents import score_documents
-from slm.score.pieces import check_short, first_piece, short_context
-from slm.score.reference import (
-    ModelScores,
-    TensorParallelScores,
-    how_it_computes,
-    join_others,
-    window_scores,
-)
+from slm.score.pieces import first_piece, short_context
+from slm.score.reference import ModelScores, how_it_computes, window_scores
 from slm.score.scorer import (
     Scorer,
     check_space,
@@ -50,6 +45,7 @@ from slm.score.scorer import (
     store_bytes,
 )
 from slm.score.served import Responses, check_packing, write_requests
+from slm.score.together import ShardedScores, TensorParallelScores, join_others, load_in_shards
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.columns import columns_named
@@ -61,68 +57,9 @@ from slm.store.tokenizer import check_same_tokenizer, load_tokenizer, with_eos_o
 from slm.store.windows import Windows, to_device
 
 log = logging.getLogger("slm.score")
-WAYS = {  # what says where the scores come from: what it needs beside the corpus
-    "reference_model": ("out",),
-    "requests": ("served_model",),
-    "responses": ("out", "served_model"),
-}
 
 
-# ---- what is asked for --------------------------------------------------------------------------
-
-
-def check_way(settings: Mapping[str, Any]) -> None:
-    """One of WAYS, with what it needs, and nothing that it would not read."""
-    way = way_of(settings)
-    for key in ("out", "served_model"):
-        needed = key in WAYS[way]
-        if needed and settings[key] is None:
-            raise UserError(f"{key} must be given with {way}: {key}=...")
-        if not needed and settings[key] is not None:
-            raise UserError(f"{key} is {settings[key]!r}, but {way} does not use it")
-    if settings["max_tokens"] is not None and way != "reference_model":
-        raise UserError(f"max_tokens is {settings['max_tokens']}, but {way} goes by whole corpora")
-    if settings["layout"] == "documents":
-        if settings["scores"] == "vllm":
-            raise UserError("scores is 'vllm', but layout=documents is scored by transformers")
-        check_documents(settings, way)
-    elif settings["context"] is not None or settings["stride"] is not None:
-        check_short(settings, way)
-    if (settings["direct"] or settings["tp_size"] > 1) and (
-        way != "reference_model" or settings["layout"] == "documents"
-    ):
-        given = "direct is true" if settings["direct"] else f"tp_size is {settings['tp_size']}"
-        raise UserError(f"{given}, but it is for windows that a reference_model scores here")
-    if settings["scores"] == "vllm" and (
-        way != "reference_model" or settings["more"] or settings["direct"]
-    ):
-        raise UserError(
-            "scores is 'vllm', which gives log-probs alone of a reference_model, and reads its "
-            "weights in its own way: no columns, entropy, direct, requests or responses"
-        )
-    if settings["more"] and way != "reference_model":
-        more = ", ".join(settings["more"])
-        raise UserError(f"{more} cannot be had with {way}: servers return log-probs alone")
-
-
-def check_documents(settings: Mapping[str, Any], way: str) -> None:
-    if way != "reference_model":
-        raise UserError(f"layout=documents needs a reference_model here, found {way}")
-    if settings["max_tokens"] is not None or settings["more"]:
-        key, value = "columns", ", ".join(settings["more"])
-        if settings["max_tokens"] is not None:
-            key, value = "max_tokens", settings["max_tokens"]
-        raise UserError(
-            f"{key} is {value}, but layout=documents stores the log-probs of whole corpora"
-        )
-
-
-def way_of(settings: Mapping[str, Any]) -> str:
-    given = [key for key in WAYS if settings[key] is not None]
-    if len(given) != 1:
-        found = " and ".join(given) or "none"
-        raise UserError(f"one of {', '.join(WAYS)} must be given, found {found}")
-    return given[0]
+# ---- the model ----------------------------------------------------------------------------------
 
 
 def check_fits(lm: SelectiveLM, corpus: Corpus, context: int | None = None) -> None:
@@ -148,11 +85,17 @@ def load_reference(
     direct: bool = False,
     tp_size: int = 1,
     context: int | None = None,
+    fsdp_size: int = 1,
 ) -> SelectiveLM:
     check_model_folder("reference_model", folder, check)
     tokenizer = with_eos_of(folder, load_tokenizer(folder, needs_eos=False), corpus)
     check_same_tokenizer(f"model {folder}", tokenizer, corpus.folder, corpus)
     where = pick_device(device)
+    if fsdp_size > 1:
+        lm = load_in_shards(folder, fsdp_size, where, DTYPES[dtype])
+        with refused_together():
+            check_fits(lm, corpus, context)
+        return lm
     if direct or tp_size > 1:
         if importlib.util.find_spec("accelerate") is None:
             raise UserError("direct=true needs accelerate: pip install accelerate")
@@ -185,7 +128,8 @@ def model_plan(corpus: Corpus, config: Any, lm: SelectiveLM) -> Json:
     scoring = how_it_computes(config, lm)
     # Named only where asked for: the plans of stores without them stay what they were.
     more = {name: True for name in config.more}
-    if config.direct:  # what a model keeps in float32 (positions) is not rounded to its weights'
+    # What a model keeps in float32 (positions) is not rounded to its weights'.
+    if config.direct or config.fsdp_size > 1:
         more["direct"] = True
     if config.tp_size > 1:  # sums are rounded in parts
         more["tp_size"] = config.tp_size
@@ -240,8 +184,10 @@ def score_missing(scorer: Scorer, todo: list[Shard]) -> None:
 def score_with_model(config: Any, corpus: Corpus) -> References:
     short = short_context(config, corpus)
     way = (config.device, config.dtype, config.check, config.direct, config.tp_size)
-    lm = load_reference(config.reference_model, corpus, *way, short[0] if short else None)
-    kind = TensorParallelScores if config.tp_size > 1 else ModelScores
+    more = (short[0] if short else None, config.fsdp_size)
+    lm = load_reference(config.reference_model, corpus, *way, *more)
+    held = TensorParallelScores if config.tp_size > 1 else ModelScores
+    kind = ShardedScores if config.fsdp_size > 1 else held
     source = kind(lm, Windows(corpus), config.more, config.dtype, short)
     with source.leading() as leads:
         if leads:
@@ -327,6 +273,7 @@ def score(
     device: str = "auto",
     direct: bool = False,
     tp_size: int = 1,
+    fsdp_size: int = 1,
     scores: str = "transformers",
     modules: Sequence[str] = (),
     check: str = "size",
@@ -361,6 +308,8 @@ def score(
             that the model is checked in.
         tp_size: so many processes of one torchrun hold the model together (transformers' tensor
             parallel plan of it), its weights read as with `direct`.
+        fsdp_size: so many processes of one torchrun hold any model in shards (FSDP2) and compute
+            a part of each batch each; its weights are as with `direct`, its scores those.
         scores: "transformers", or "vllm": its engine, where it is installed, on `tp_size` GPUs.
         modules: your own modeling code, files or dotted names, imported first.
         check: "full" compares every file's hash first.

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ from slm.score.cost import copy_lineage, write_cost
 from slm.score.pieces import Piece, pieces_of, stride_of
 from slm.score.readings import OtherTokens, OwnTokens, Reading
 from slm.score.reference import forward_cost, how_it_computes
-from slm.score.scorer import Arrays, Scorer, check_space, remove_leftovers, stored
+from slm.score.scorer import Arrays, Scorer, Write, check_space, remove_leftovers, stored
 from slm.score.texts import Unreadable
-from slm.store.claims import Claim
 from slm.store.columns import LOGPROBS, columns_named
 from slm.store.document_scores import (
     COLUMNS,
@@ -139,7 +139,7 @@ class DocumentScorer(Scorer):
         sizes = np.diff(self.documents.bounds)
         return sum(int(sizes[self.chosen_in(shard)].sum()) for shard in shards)
 
-    def score_shard(self, shard: Shard, advance: Callable[[int], None], mine: Claim) -> None:
+    def score_shard(self, shard: Shard, advance: Callable[[int], None]) -> Write:
         start, readings = time.perf_counter(), self.readings(shard)
         expected, own = self.num_tokens([shard]), sum(len(one.tokens) for one in readings)
         pace = expected / max(1, own)  # of another tokenizer's tokens in those of the corpus
@@ -155,7 +155,7 @@ class DocumentScorer(Scorer):
                 )
         cost = forward_cost(self.model.lm, time.perf_counter() - start, own, self.model.flops)
         arrays = columns_of(readings, scores, self.dtype, self.token_dtype)
-        self.write_part(shard, arrays, cost, mine.publish)
+        return partial(self.write_part, shard, arrays, cost)
 
     @property
     def token_dtype(self) -> str:

@@ -1,6 +1,5 @@
 """A reference model on this machine: its scores, how it computes them, and what that costs."""
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +9,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from slm.errors import UserError
 from slm.model.build import SelectiveLM
@@ -135,56 +133,3 @@ class ModelScores(Source):
 
     def cost(self, seconds: float, tokens: int) -> Json:
         return forward_cost(self.lm, seconds, tokens, self.flops)
-
-
-class TensorParallelScores(ModelScores):
-    """A model that the processes of one torchrun hold together: the first one fills the store, the
-    others compute what it computes.
-    """
-
-    def forward(self, batch: Batch) -> Mapping[str, Tensor]:
-        distributed.broadcast_object_list([batch], 0)
-        return super().forward(batch)
-
-    @contextmanager
-    def leading(self) -> Iterator[bool]:
-        leads, is_done = distributed.get_rank() == 0, False
-        try:
-            if not leads:
-                self.follow()
-            yield leads
-            is_done = True
-        finally:
-            if leads:
-                distributed.broadcast_object_list([is_done], 0)
-            distributed.destroy_process_group()
-
-    def follow(self) -> None:
-        """Until the first process has the whole store, or has failed and said why."""
-        asked: list[Any] = [None]
-        while True:
-            distributed.broadcast_object_list(asked, 0)
-            if isinstance(asked[0], bool):
-                if not asked[0]:
-                    raise SystemExit(1)
-                return
-            super().forward(asked[0])
-
-
-def join_others(tp_size: int, device: torch.device) -> Json:
-    """The group of this torchrun's processes; what from_pretrained needs to cut the model by it."""
-    try:
-        from transformers.distributed import DistributedConfig
-    except ImportError:
-        raise UserError(f"tp_size is {tp_size}, which needs a newer transformers") from None
-    started = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else 1
-    if started != tp_size:
-        raise UserError(
-            f"tp_size is {tp_size}, and torchrun started {started} processes here: one call of "
-            f"`torchrun --nproc-per-node={tp_size} -m slm.score ...` holds one copy of the model, "
-            "and several calls share one folder"
-        )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return {"distributed_config": DistributedConfig(tp_size=tp_size)}

@@ -10,6 +10,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +29,7 @@ from slm.store.windows import Windows
 
 log = logging.getLogger("slm.score")
 Arrays = dict[str, np.ndarray]  # by the name of a column
+Write = Callable[[Publish], None]  # of a shard that has been scored
 POLL_S = 1.0
 
 
@@ -42,6 +46,36 @@ class Source(Protocol):
             yield numbers, self.scores(numbers)
 
     def cost(self, seconds: float, tokens: int) -> Json | None: ...
+
+
+class Writer:
+    """A thread that writes one shard while the next is scored; no more wait in memory."""
+
+    def __enter__(self) -> "Writer":
+        self.thread, self.last = ThreadPoolExecutor(1), None
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        self.thread.shutdown()
+
+    def submit(self, write: Write, mine: Claim, claims: ExitStack) -> Future[bool]:
+        with claims:  # where the one before failed, this one is not written
+            if self.last is not None:
+                self.last.result()
+            self.last = self.thread.submit(write_claimed, write, mine, claims.pop_all())
+        return self.last
+
+
+def write_claimed(write: Write, mine: Claim, claims: ExitStack) -> bool:
+    """`mine` publishes: a process that wakes up too late overwrites nothing."""
+    with claims:
+        try:
+            mine.check()
+            write(mine.publish)
+        except ClaimLost as error:
+            log.warning("%s; going on with another shard", error)
+            return False
+    return True
 
 
 class Scorer:
@@ -128,8 +162,8 @@ class Scorer:
         sizes = (numbers.size for shard in shards for numbers in self.batches(shard))
         return sum(sizes) * self.corpus.seq_len
 
-    def score_shard(self, shard: Shard, advance: Callable[[int], None], mine: Claim) -> None:
-        """`mine` publishes: a process that wakes up too late overwrites nothing."""
+    def score_shard(self, shard: Shard, advance: Callable[[int], None]) -> Write:
+        """Computes; what it gives writes."""
         start, length, tokens = time.perf_counter(), self.corpus.seq_len, 0
         scored, first = self.scored(shard), self.of_shard(shard).start
         scores = self.arrays(shard, bool(scored.any()))
@@ -143,8 +177,7 @@ class Scorer:
             tokens += numbers.size * length
             advance(numbers.size * length)
         cost = self.source.cost(time.perf_counter() - start, tokens)
-        mine.check()
-        self.write(shard, scores, scored, cost, mine.publish)
+        return partial(self.write, shard, scores, scored, cost)
 
     def arrays(self, shard: Shard, goes_on: bool) -> Arrays:
         """What the shard has of each column, else NaN."""
@@ -186,19 +219,25 @@ class Scorer:
         done = Shard(shard.index, shard.num_tokens, hashes, dtypes, rows)
         write_sidecar(self.out, LOGPROBS.name, done, publish)
 
-    def take(self, shard: Shard, advance: Callable[[int], None]) -> bool:
-        """Score a shard unless somebody else has done it or is at it."""
+    def take(
+        self, shard: Shard, advance: Callable[[int], None], writer: "Writer"
+    ) -> Future[bool] | None:
+        """Score a shard unless somebody else has done it or is at it: None. Else whether it was
+        written, while this process goes on: the claim ends then."""
         if self.is_done(shard):
-            return False
-        with claim(self.path(shard, ".claim")) as mine:
+            return None
+        with ExitStack() as claims:
+            mine = claims.enter_context(claim(self.path(shard, ".claim")))
             if mine is None or self.is_done(shard):
-                return False
-            try:
-                self.score_shard(shard, advance, mine)
-            except ClaimLost as error:
-                log.warning("%s; going on with another shard", error)
-                return False
-        return True
+                return None
+            write = self.score_shard(shard, advance)
+            return writer.submit(write, mine, claims.pop_all())
+
+    def take_all(self, shards: list[Shard], advance: Callable[[int], None]) -> set[int]:
+        """The numbers of those that were scored here, when all of them are written."""
+        with Writer() as writer:
+            written = {shard.index: self.take(shard, advance, writer) for shard in shards}
+        return {index for index, future in written.items() if future and future.result()}
 
     def run(self, advance: Callable[[int], None]) -> int:
         """Score until the whole store is there; returns the number of tokens scored here.
@@ -210,7 +249,7 @@ class Scorer:
         if missing:  # what it says of fewer windows would be wrong as soon as one more is there
             (self.out / "manifest.json").unlink(missing_ok=True)
         while missing:
-            mine = {shard.index for shard in missing if self.take(shard, advance)}
+            mine = self.take_all(missing, advance)
             own += sum(tokens[index] for index in mine)
             before, missing = missing, self.missing()
             left = mine | {shard.index for shard in missing}

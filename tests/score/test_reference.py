@@ -1,6 +1,5 @@
 """A reference model's batches one after the other: what each alone gives, read ahead."""
 
-import sys
 import threading
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import warm
 from model_helpers import LLAMA
 from slm.errors import UserError
 from slm.model.architecture import new_model
@@ -84,26 +82,3 @@ def test_weights_that_go_to_the_device_as_they_are_read(tmp_path, text_corpus, t
     assert np.abs(found[0] - found[1]).max() < 0.05  # of 5.7 nats: positions are in float32
     with pytest.raises(UserError, match="direct is true, but it is for windows"):
         score(text_corpus, tmp_path / "d", reference_model=folder, layout="documents", direct=True)
-
-
-def test_processes_that_hold_a_model_together_score_as_one(tmp_path, text_corpus, tokenizer):
-    torch.manual_seed(0)
-    folder = tmp_path / "model"
-    save_model(folder, new_model(LLAMA, 300, None), tokenizer, "card", {})
-    one = References.open(
-        score(text_corpus, tmp_path / "one", reference_model=folder, device="cpu", entropy=True)
-    )
-    words = [sys.executable, "-m", "slm.score", f"corpus={text_corpus.folder}", "entropy=true"]
-    words += [f"reference_model={folder}", f"out={tmp_path}/two", "device=cpu", "tp_size=2"]
-    codes, said = warm.run_ranks(2, words)
-    assert codes == [0, 0], said
-    two = References.open(tmp_path / "two")
-    assert two.manifest["scoring"] == one.manifest["scoring"] | {"tp_size": 2}
-    for name in ("logprobs", "entropy"):
-        for shard in one.shards:
-            found, expected = (np.array(s.column(name, shard.index)[1:]) for s in (two, one))
-            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
-    codes, said = warm.run_ranks(2, [*words, "store_dtype=float16"])  # another run's: no hang
-    assert codes == [1, 1] and said.count("holds another run") == 1, said
-    with pytest.raises(UserError, match="tp_size is 2, and torchrun started 1 processes here"):
-        load_reference(str(folder), text_corpus, "cpu", "float32", tp_size=2)

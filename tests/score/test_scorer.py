@@ -4,7 +4,9 @@ What comes from a model is in test_command.py.
 """
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from slm.score.scorer import Arrays, Scorer, Source, finish, is_finished, store_
 from slm.store.columns import ENTROPY, LOGPROBS
 from slm.store.files import write_json
 from slm.store.shards import Corpus, References
+from slm.store.sidecars import Shard
 from slm.store.windows import Windows, open_windows
 from slm.verify import check_scores, verify
 from train_helpers import compose_train, rows
@@ -289,3 +292,36 @@ def test_the_model_itself_in_two_parts(text_corpus, tmp_path, tokenizer):
     score(text_corpus, tmp_path / "once", **given)
     one, other = (References.open(tmp_path / name, "full") for name in ("parts", "once"))
     assert one.fingerprint == other.fingerprint and isinstance(text_corpus, Corpus)
+
+
+def test_a_shard_is_written_while_the_next_is_scored(scorer, monkeypatch):
+    begun, write = threading.Event(), Scorer.write
+
+    def scores(numbers: np.ndarray) -> Arrays:
+        if numbers[0] >= scorer.of_shard(scorer.corpus.shards[1]).start:
+            begun.set()
+        return Counted().scores(numbers)
+
+    def wait_for_the_next(self: Scorer, shard: Shard, *rest: Any) -> None:
+        assert shard.index == 1 or begun.wait(60)
+        write(self, shard, *rest)
+
+    monkeypatch.setattr(scorer.source, "scores", scores)
+    monkeypatch.setattr(Scorer, "write", wait_for_the_next)
+    assert scorer.run(lambda count: None) == 640 and scorer.missing() == []
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_shard_that_cannot_be_written_ends_the_run(scorer, monkeypatch, failing):
+    write = Scorer.write
+
+    def full(self: Scorer, shard: Shard, *rest: Any) -> None:
+        if shard.index == failing:
+            raise UserError("the disk is full")
+        write(self, shard, *rest)
+
+    monkeypatch.setattr(Scorer, "write", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        scorer.run(lambda count: None)
+    assert not list(scorer.out.glob("*.claim"))  # whoever comes next may have them
+    assert [shard.index for shard in scorer.missing()] == ([0, 1] if failing == 0 else [1])
