@@ -250,9 +250,13 @@ PILOT: Table = {
 }
 SETS = "gsm8k math_500 svamp asdiv mawps tabmwp mathqa mmlu_stem sat_math".split()
 PIVOTS: Table = {
-    "target_model": text,
     "problems": text,
     "out": text,
+    "target_model": optional(text),
+    "served_model": optional(text),
+    "tokenizer": optional(text),
+    "requests": optional(file),
+    "responses": optional(texts),
     "oracle": text,
     "format": optional(word(*SETS)),
     "prompt": optional(QUESTION),

@@ -22,15 +22,19 @@ from typing import Any, NamedTuple
 from slm.command_keys import PIVOTS
 from slm.errors import UserError
 from slm.evaluate.generation import Sampling
+from slm.model.build import ids_of
 from slm.model.device import pick_device
 from slm.model.folder import model_sha256
 from slm.pivots.chance import interval, noise, threshold
-from slm.pivots.measure import PHASES, Measured
+from slm.pivots.measure import PHASES, Measured, Unanswered
 from slm.pivots.pairs import Pair, pairs_of
 from slm.pivots.questions import Judge, Question, encoder, read_questions
 from slm.pivots.rollouts import Rollouts
 from slm.pivots.sampling import OwnModel, Sampler
 from slm.pivots.search import Confirmed, Node, Pivot, confirm, search
+from slm.pivots.served import Asked, Served, write_requests
+from slm.prepare.chat import end_of_turn
+from slm.score.batch import response_files
 from slm.selection.registry import import_modules
 from slm.stage import Folder, stage
 from slm.store.claims import claim
@@ -56,9 +60,10 @@ class Pivots(NamedTuple):
 
 def plan_of(config: Any, tokenizer: Any, judge: Judge) -> Json:
     """What a completion and its verdict depend on, beside its question."""
+    own = config.target_model is not None
     return {
         "kind": "pivots",
-        "model": model_sha256(config.target_model),
+        "model": model_sha256(config.target_model) if own else config.served_model,
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "oracle": judge.identity(),
         "max_new_tokens": config.max_new_tokens,
@@ -66,9 +71,23 @@ def plan_of(config: Any, tokenizer: Any, judge: Judge) -> Json:
         "top_p": config.top_p,
         "search_samples": config.search_samples,
         "confirm_samples": config.confirm_samples,
-        "dtype": config.dtype,
+        "dtype": config.dtype if own else None,  # a server's own
         "seed": config.seed,
     }
+
+
+def check_way(config: Any) -> None:
+    """Which model completes, and how it is asked."""
+    if (config.target_model is None) == (config.served_model is None):
+        raise UserError("give one of target_model (a folder) and served_model (a server's name)")
+    for key in ("requests", "responses", "tokenizer"):
+        if config.target_model is not None and getattr(config, key) is not None:
+            raise UserError(f"{key} is {getattr(config, key)!r}: that needs served_model")
+    for key in ("requests", "tokenizer"):
+        if config.served_model is not None and getattr(config, key) is None:
+            raise UserError(f"{key} is null: served_model needs it")
+    if config.target_model is not None and is_folder("target_model", config.target_model):
+        check_model_folder("target_model", config.target_model)
 
 
 def check_settings(config: Any) -> None:
@@ -209,10 +228,14 @@ def write_rows(path: Path, rows: Sequence[Json]) -> None:
 
 @stage(PIVOTS)
 def pivots(
-    target_model: Folder,
     problems: Folder,
     out: Folder,
     *,
+    target_model: Folder | None = None,
+    served_model: str | None = None,
+    tokenizer: Folder | None = None,
+    requests: Folder | None = None,
+    responses: Folder | Sequence[Folder] | None = None,
     oracle: str = "answer",
     format: str | None = None,
     prompt: str | None = None,
@@ -233,13 +256,17 @@ def pivots(
     dtype: str = "float32",
     device: str = "auto",
     modules: Sequence[str] = (),
-) -> Pivots:
+) -> Pivots | Path:
     """Find the tokens that decide whether a model solves problems, and pairs to train it on.
 
     Args:
-        target_model: a model folder, GGUF included.
         problems: JSON lines with `question` and `answer`, or a file of a set (`format`).
         out: folder of completions, pivots and pairs. The same call again goes on where it was.
+        target_model: a model folder, GGUF included.
+        served_model: in place of it: a server's name of the model.
+        tokenizer: with served_model: a folder with the model's tokenizer.
+        requests: with served_model: a file to write: what to ask the server next.
+        responses: the files with what the server has answered.
         oracle: "answer" compares the final answer as a value; "module:function" or
             "file.py:function" is called with a problem's record and a completion's text.
         format: None, or the set of `slm harness` that the file is of: "gsm8k", "math_500", ...
@@ -264,7 +291,8 @@ def pivots(
         modules: your own modeling code, files or dotted names, imported first.
 
     Returns:
-        The rows of pivots.jsonl and pairs.jsonl, and pivots.json.
+        The rows of pivots.jsonl and pairs.jsonl, and pivots.json; with served_model the file of
+        requests until all is answered.
 
     Raises:
         UserError: a problem cannot be read, the oracle raises, `out` has completions of another
@@ -275,39 +303,42 @@ def pivots(
     pick_device(device)
     check_settings(config)
     check_own(Path(out), FILES, MADE_BY)
-    if is_folder("target_model", config.target_model):
-        check_model_folder("target_model", config.target_model)
-    tokenizer: Any = load_tokenizer(config.target_model)
+    check_way(config)
+    folder: Any = target_model or tokenizer
+    texts: Any = load_tokenizer(folder)
     judge = Judge(oracle)
-    encode = encoder(config.target_model, tokenizer, prompt)
+    encode = encoder(folder, texts, prompt)
     asked = {one.key: one for one in read_questions(config.problems, format, limit, encode)}
     judge.check([*asked.values()])
-    adopt_plan(Path(out), plan_of(config, tokenizer, judge), "completions of another model")
+    prompts = {key: one.prompt_ids for key, one in asked.items()}
+    plan = plan_of(config, texts, judge)
+    server = Asked(plan, served_model, prompts) if served_model is not None else None
+    own = server is None
+    sampler = own_model(config, texts, prompts) if own else answered(config, server, texts)
+    adopt_plan(Path(out), plan, "completions of another model")
     with claim(Path(out) / "rollouts.claim") as mine:
         if mine is None:
             raise UserError(f"{out}: another process draws completions there")
-        sampler = sampler_of(config, tokenizer, asked)
-        measured = Measured(
-            Rollouts(Path(out), sampler.stops),
-            sampler,
-            judge,
-            asked,
-            tokenizer,
-            {"search": search_samples, "confirm": confirm_samples},
-        )
-        return write(config, measured, find(config, measured))
+        samples = {phase: plan[f"{phase}_samples"] for phase in PHASES}
+        store = Rollouts(Path(out), sampler.stops)
+        measured = Measured(store, sampler, judge, asked, texts, samples)
+        try:
+            return write(config, measured, find(config, measured))
+        except Unanswered as missing:
+            assert server is not None, missing
+            return write_requests(server, missing, Path(config.requests))
 
 
-def sampler_of(config: Any, tokenizer: Any, asked: dict[str, Question]) -> Sampler:
+def own_model(config: Any, tokenizer: Any, prompts: dict[str, list[int]]) -> Sampler:
     how = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    prompts = {key: one.prompt_ids for key, one in asked.items()}
-    return OwnModel(
-        config.target_model,
-        tokenizer.eos_token_id,
-        prompts,
-        how,
-        **{key: getattr(config, key) for key in ("seed", "batch_size", "dtype", "device")},
-    )
+    more = {key: getattr(config, key) for key in ("seed", "batch_size", "dtype", "device")}
+    return OwnModel(config.target_model, tokenizer.eos_token_id, prompts, how, **more)
+
+
+def answered(config: Any, server: Asked, tokenizer: Any) -> Sampler:
+    stops = [tokenizer.eos_token_id, *ids_of(end_of_turn(tokenizer))]
+    paths = response_files(config.responses) if config.responses is not None else []
+    return Served(server, list(dict.fromkeys(stops)), paths)
 
 
 def write(config: Any, measured: Measured, found: Found) -> Pivots:
@@ -324,6 +355,9 @@ def write(config: Any, measured: Measured, found: Found) -> Pivots:
 
 def run(**settings: Any) -> None:
     made = pivots(**settings)
+    if isinstance(made, Path):
+        log.info(f"requests: {made}; the same command with their answers as `responses` goes on")
+        return
     one = made.summary
     print(
         f"{one['searched']} of {one['problems']} problems searched, {one['candidates']} "

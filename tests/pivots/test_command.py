@@ -8,7 +8,7 @@ import pytest
 
 from pivot_helpers import save_chain, write_problems
 from slm.errors import UserError
-from slm.pivots.command import pivots
+from slm.pivots.command import Pivots, pivots
 from slm.pivots.sampling import OwnModel
 
 FILES = ["pivots.jsonl", "pairs.jsonl", "pivots.json", "rollouts.jsonl"]
@@ -32,12 +32,18 @@ def problems(tmp_path) -> str:
     return write_problems(tmp_path / "p.jsonl", *asked, {"question": "say:", "answer": "3"})
 
 
+def search(*given: Any, **how: Any) -> Pivots:
+    made = pivots(*given, **HOW | how)
+    assert isinstance(made, Pivots)
+    return made
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
 def test_pivots_and_pairs_are_those_of_the_chain(tmp_path, chain, problems):
-    made = pivots(chain, problems, tmp_path / "out", **HOW)
+    made = search(problems, tmp_path / "out", target_model=chain)
     found = {(row["prefix"], row["token"]) for row in made.pivots}
     # Every token that moves it by 0.3: what follows c or d as it mostly does moves it by 0.1.
     assert found == {("ab", "c"), ("ab", "d"), ("abc", "2"), ("abd", "1")}
@@ -64,7 +70,7 @@ def test_ids_are_those_of_prompt_and_completion(tmp_path, chain, problems, bytes
     from slm.store.tokenizer import load_tokenizer
 
     tokenizer: Any = load_tokenizer(bytes_folder)
-    made = pivots(chain, problems, tmp_path / "out", prompt="Q {question}", limit=1, **HOW)
+    made = search(problems, tmp_path / "out", target_model=chain, prompt="Q {question}", limit=1)
     prompt = [tokenizer.eos_token_id, *tokenizer.encode("Q 0. say:")]
     assert {tuple(row["prompt_ids"]) for row in made.pivots} == {tuple(prompt)}
     for row in made.pivots:
@@ -79,7 +85,7 @@ def test_ids_are_those_of_prompt_and_completion(tmp_path, chain, problems, bytes
 def test_a_killed_run_goes_on_and_draws_what_it_would_have_drawn(
     tmp_path, chain, problems, monkeypatch
 ):
-    pivots(chain, problems, tmp_path / "whole", **HOW)
+    search(problems, tmp_path / "whole", target_model=chain)
     drawn = OwnModel.sample
     calls = 0
 
@@ -93,13 +99,13 @@ def test_a_killed_run_goes_on_and_draws_what_it_would_have_drawn(
     monkeypatch.setattr(OwnModel, "sample", killed)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        pivots(chain, problems, out, **HOW)
+        search(problems, out, target_model=chain)
     assert not (out / "pivots.jsonl").exists()
     rollouts = out / "rollouts.jsonl"
     whole = rollouts.read_bytes()
     assert whole.count(b"\n") > 6  # five roots, and the first places within
     rollouts.write_bytes(whole[:-20])  # as if it had been killed as it wrote
-    pivots(chain, problems, out, **HOW)
+    search(problems, out, target_model=chain)
     ours, theirs = contents(out), contents(tmp_path / "whole")
     for name in FILES[:3]:
         assert ours[name] == theirs[name]
@@ -107,21 +113,23 @@ def test_a_killed_run_goes_on_and_draws_what_it_would_have_drawn(
         theirs["rollouts.jsonl"].splitlines()
     )
     before = calls
-    pivots(chain, problems, out, **HOW)
+    search(problems, out, target_model=chain)
     assert calls == before and contents(out) == ours  # all of it is there
 
 
 def test_more_problems_and_other_gaps_draw_only_what_is_new(tmp_path, chain, problems, monkeypatch):
     out = tmp_path / "out"
-    pivots(chain, problems, out, limit=1, **HOW)
+    search(problems, out, target_model=chain, limit=1)
     before = (out / "rollouts.jsonl").read_bytes()
-    pivots(chain, problems, out, limit=2, **HOW | {"p_gap": 0.4})
+    search(problems, out, target_model=chain, limit=2, p_gap=0.4)
     after = (out / "rollouts.jsonl").read_bytes()
     assert after.startswith(before) and len(after) > 1.5 * len(before)
     questions = {json.loads(line)["question"] for line in after[len(before) :].splitlines()}
     assert len(questions) == 1
     write_problems(Path(problems), {"question": "0. say:", "answer": "2"})
-    assert pivots(chain, problems, out, **HOW).summary["solved"] < 0.7  # another's are not taken
+    assert (
+        search(problems, out, target_model=chain).summary["solved"] < 0.7
+    )  # another's are not taken
 
 
 ORACLE = """
@@ -140,8 +148,8 @@ def maybe(problem, text):
 def test_an_oracle_of_ones_own_sees_record_and_completion(tmp_path, chain, problems):
     (tmp_path / "one_oracle.py").write_text(ORACLE)
     oracle = f"{tmp_path / 'one_oracle.py'}:says_one"
-    made = pivots(chain, problems, tmp_path / "a", oracle=oracle, **HOW)
-    by_answer = pivots(chain, problems, tmp_path / "b", limit=4, **HOW)
+    made = search(problems, tmp_path / "a", target_model=chain, oracle=oracle)
+    by_answer = search(problems, tmp_path / "b", target_model=chain, limit=4)
     tokens = [(row["question"], row["prefix"], row["token"]) for row in made.pivots]
     assert {one[1:] for one in tokens} == {(r["prefix"], r["token"]) for r in by_answer.pivots}
     assert "5" in {one[0] for one in tokens}  # it does not look at the answer
@@ -169,7 +177,13 @@ def test_an_oracle_that_fails_is_one_sentence(tmp_path, chain, problems, oracle,
     (tmp_path / "no_oracle.py").unlink(missing_ok=True)
     (tmp_path / "broken_oracle.py").write_text("def f(")
     with pytest.raises(UserError, match=message) as refused:
-        pivots(chain, problems, tmp_path / "out", oracle=f"{tmp_path}/{oracle}", limit=1, **HOW)
+        search(
+            problems,
+            tmp_path / "out",
+            target_model=chain,
+            oracle=f"{tmp_path}/{oracle}",
+            limit=1,
+        )
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out" / "pivots.jsonl").exists()
 
@@ -192,9 +206,9 @@ def test_an_oracle_that_fails_is_one_sentence(tmp_path, chain, problems, oracle,
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, chain, problems, changes, message):
-    given = {"target_model": chain, "problems": problems, "out": tmp_path / "out", **HOW}
+    given = {"target_model": chain, "problems": problems, "out": tmp_path / "out"}
     with pytest.raises(UserError, match=message):
-        pivots(**given | changes)
+        search(**given | changes)
     assert not (tmp_path / "out" / "rollouts.jsonl").exists()
 
 
@@ -205,28 +219,32 @@ def test_records_that_are_no_problems_are_refused(tmp_path, chain):
     ]:
         path = write_problems(tmp_path / "p.jsonl", record)
         with pytest.raises(UserError, match=message):
-            pivots(chain, path, tmp_path / "out", **HOW)
+            search(path, tmp_path / "out", target_model=chain)
     twice = [{"question": f"{n} say:", "answer": "1", "id": "x"} for n in range(2)]
     with pytest.raises(UserError, match="p.jsonl:2: id is 'x', and so is an earlier one's"):
-        pivots(chain, write_problems(tmp_path / "p.jsonl", *twice), tmp_path / "out", **HOW)
+        search(
+            write_problems(tmp_path / "p.jsonl", *twice),
+            tmp_path / "out",
+            target_model=chain,
+        )
     with pytest.raises(UserError, match="problems: .*p.jsonl has none"):
-        pivots(chain, write_problems(tmp_path / "p.jsonl"), tmp_path / "out", **HOW)
+        search(write_problems(tmp_path / "p.jsonl"), tmp_path / "out", target_model=chain)
 
 
 def test_completions_of_something_else_are_not_taken(tmp_path, chain, problems, bytes_folder):
     out = tmp_path / "out"
-    pivots(chain, problems, out, limit=1, **HOW)
+    search(problems, out, target_model=chain, limit=1)
     with pytest.raises(UserError, match="holds completions of another model: temperature is 1.0"):
-        pivots(chain, problems, out, limit=1, temperature=0.5, **HOW)
+        search(problems, out, target_model=chain, limit=1, temperature=0.5)
     save_chain(tmp_path / "other", bytes_folder, {":": {"1": 0.5, "2": 0.5}})
     with pytest.raises(UserError, match="holds completions of another model: model is"):
-        pivots(tmp_path / "other", problems, out, limit=1, **HOW)
+        search(problems, out, target_model=tmp_path / "other", limit=1)
     (out / "pairs.jsonl").write_text("mine")
     with pytest.raises(UserError, match="pairs.jsonl would be replaced"):
-        pivots(chain, problems, out, limit=1, **HOW)
+        search(problems, out, target_model=chain, limit=1)
 
 
 def test_what_does_not_end_is_wrong(tmp_path, chain, problems):
     """`abc1` are four tokens and the EOS is the fifth: none fits."""
-    made = pivots(chain, problems, tmp_path / "out", **HOW | {"max_new_tokens": 4})
+    made = search(problems, tmp_path / "out", target_model=chain, max_new_tokens=4)
     assert (made.summary["ended"], made.summary["solved"], made.pivots) == (0, 0, [])
