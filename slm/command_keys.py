@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Mapping
 
 from slm.checks import (
     CHECKS,
@@ -49,6 +50,13 @@ def is_budget(value: object) -> bool:
     return type(value) is int and value > 0
 
 
+def is_keep(value: object) -> bool:
+    if not isinstance(value, Mapping) or value.keys() != {"by", "over"}:
+        return False
+    return text.fits(value["by"]) and number.fits(value["over"])
+
+
+KEEP = Kind("{by: a folder of slm quality or '{field}' of the records, over: a number}", is_keep)
 PREPARE: Table = {
     "out": text,
     "sources": anything,
@@ -66,6 +74,7 @@ PREPARE: Table = {
     "max_document_mb": megabytes,
     "shard_tokens": whole(2, 2**40),
     "num_proc": optional(whole(1, 4096)),
+    "keep": optional(KEEP),
 }
 TOKEN_FILES = "nanogpt llmc npy megatron olmo datatrove mds litdata datasets".split()
 INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")

@@ -23,6 +23,7 @@ from slm.errors import UserError
 from slm.prepare.chat import chat_format
 from slm.prepare.encoder import encoder_state
 from slm.prepare.join import write_corpora
+from slm.prepare.keep import Keep, open_keep
 from slm.prepare.overlap import read_exclusion
 from slm.prepare.parts import make_parts
 from slm.prepare.readers import out_of_memory
@@ -148,6 +149,7 @@ def prepare(
     max_document_mb: float = 16,
     shard_tokens: int = 33554432,
     num_proc: int | None = None,
+    keep: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Text to token shards: tokenize, end documents with EOS, hold some out by hash.
 
@@ -170,6 +172,8 @@ def prepare(
         max_document_mb: a longer record is a bad record.
         shard_tokens: most tokens of a shard.
         num_proc: worker processes, by default the usable cores. The output does not depend on it.
+        keep: {"by": ..., "over": 3}: documents stay whose score is at least that; by a classifier
+            on hashed features, or scores (folders of `slm quality`), or "{field}" of the records.
 
     Returns:
         The two corpora and what was counted.
@@ -206,17 +210,21 @@ def write_or_confirm(config: Any) -> Json:
     template = chat_template(config, sources, tokenizer)
     if template is not None:
         identity["chat_template_sha256"] = hash_json(template)
+    keep = None
+    if config.keep is not None:
+        keep, sources = open_keep(config.keep, sources)
     out = Path(config.out).expanduser()
     if not (out / "report.json").exists():  # else it is finished, and its text may be gone
         if config.on_bad_record == "stop":  # who skips bad records will count this one too
             check_first_records([*sources, *exclude], int(config.max_document_mb * 2**20))
+    plan = run_plan(config, sources, exclude, identity, {} if keep is None else keep.plan())
     with own_folder(out):
-        report = begin(out, run_plan(config, sources, exclude, identity), sources)
+        report = begin(out, plan, sources)
         if report is not None:
             return report
         try:
             with present(out / PARTS):
-                work = plan_work(config, out, sources, exclude, tokenizer, template)
+                work = plan_work(config, out, sources, exclude, tokenizer, template, keep)
                 if len(work.units) > 1:
                     make_parts(work)
                 report = write_corpora(work)
@@ -240,19 +248,20 @@ def plan_work(
     exclude: list[Source],
     tokenizer: Any,
     template: str | None,
+    keep: Keep | None,
 ) -> Work:
     max_bytes = int(config.max_document_mb * 2**20)
     exclusion = read_exclusion(exclude, max_bytes) if exclude else None
     overlap = None if exclusion is None else exclusion.overlap
     if tokenizer is None:
-        given = (sources, overlap, max_bytes, template)
+        given = (sources, overlap, keep, max_bytes, template)
         tokenizer = shared_tokenizer(config, out / PARTS, *given)
     chat = None
     if template is not None:
         tokenizer.chat_template = template  # saved beside the corpus and, with it, the model
         chat = chat_format(tokenizer)
     stop, ratio = config.on_bad_record == "stop", float(config.heldout_ratio)
-    job = Job(sources, encoder_state(tokenizer), overlap, ratio, stop, max_bytes, chat)
+    job = Job(sources, encoder_state(tokenizer), overlap, ratio, stop, max_bytes, chat, keep)
     return Work(config, out, job, list_units(sources), exclusion, tokenizer)
 
 

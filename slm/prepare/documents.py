@@ -67,6 +67,7 @@ class Text(NamedTuple):
     spans: tuple[Span, ...] | None = None  # of the signal in `text`; None: nobody knows
     clean: str | None = None  # the text before noise was injected, where it was
     masked: tuple[Span, ...] = ()  # of what in `text` is no target
+    score: float | None = None  # of its quality, where its record has one (slm.prepare.keep)
     weight: float = 1.0  # of its tokens' losses, a float32; 0: none of them is a target
 
     @property

@@ -251,6 +251,7 @@ def make_report(work: Work, books: Books, written: dict[int, tuple[int, int]]) -
     report: Json = {
         "bad_records": books.tally.of_faults(),
         "short_documents": books.tally.of_short(),
+        "kept": books.tally.of_kept(),
         "excluded": {} if work.exclusion is None else work.exclusion.report(),
         "encoder": ", ".join(sorted(books.encoders)),
     }
@@ -258,5 +259,5 @@ def make_report(work: Work, books: Books, written: dict[int, tuple[int, int]]) -
     for side, (dropped, num_shards) in written.items():
         counts = books.tally.of_side(side) | {"dropped_tail_tokens": dropped}
         made = (work.out / SIDES[side], counts, num_shards, has_prompts)
-        report[SIDES[side]] = finish_side(work.config, *made, books.tally.num_short.total())
+        report[SIDES[side]] = finish_side(work.config, *made, books.tally.of_left_out())
     return report

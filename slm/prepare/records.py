@@ -92,20 +92,33 @@ def read_span(value: Any, name: str, length: int) -> Span:
     return start, end
 
 
-# ---- weights ------------------------------------------------------------------------------------
+# ---- numbers ------------------------------------------------------------------------------------
 
 
-def read_weight(record: Any, field: Field, is_text: bool) -> float:
-    """A number that a float32 holds, of at least 0; is_text: a table of texts has it."""
+def read_number(record: Any, field: Field, is_text: bool) -> float:
+    """is_text: a table of texts has it."""
     value = descend(record, field.steps, field, object)
     if is_text and isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
     if type(value) not in (int, float):
         raise BadRecord(f"is {reprlib.repr(value)}, expected a number", field.name)
+    return value
+
+
+def read_weight(record: Any, field: Field, is_text: bool) -> float:
+    """A number that a float32 holds, of at least 0."""
+    value = read_number(record, field, is_text)
     if not 0 <= value <= LARGEST:
         wanted = f"a weight from 0 to {LARGEST:.3g}, the largest float32"
         raise BadRecord(f"is {value}, expected {wanted}", field.name)
+    return value
+
+
+def read_score(record: Any, field: Field, is_text: bool) -> float:
+    value = read_number(record, field, is_text)
+    if value != value:
+        raise BadRecord("is nan, which is neither above nor below a bound", field.name)
     return value
 
 
@@ -189,6 +202,9 @@ def add_columns(text: Text, record: Any, source: Source) -> Text:
         text = text._replace(masked=tuple((begin + start, begin + end) for start, end in found))
     if weight is not None:
         text = text._replace(weight=read_weight(record, weight, source.format == "csv"))
+    if source.score_field is not None:
+        score = read_score(record, source.score_field, source.format == "csv")
+        text = text._replace(score=score)
     return text
 
 

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,13 +58,13 @@ def finish_side(
     counts: Json,
     num_shards: int,
     has_prompts: bool = True,
-    num_short: int = 0,  # documents below min_tokens
+    left_out: Mapping[str, int] = MappingProxyType({}),  # documents, by what leaves them out
 ) -> Json:
     """Write the manifest; returns the side's report."""
     if num_shards == 0:
         hint = "lower seq_len, or change heldout_ratio (0: no held-out side)"
-        if num_short:
-            hint += f", or min_tokens, which leaves {num_short:,} documents out"
+        for name, count in left_out.items():
+            hint += f", or {name}, which leaves {count:,} documents out" if count else ""
         raise BadText(
             f"the {folder.name} side has {counts['tokens']} tokens in {counts['documents']} "
             "documents (a text file is one, see `document` of a source), fewer than the "
@@ -117,6 +118,9 @@ def say_report(out: Path, report: Json) -> None:
             "%s: %s documents of fewer than %s tokens (min_tokens) are left out",
             *(name, f"{counts['documents']:,}", f"{counts['min_tokens']:,}"),
         )
+    for name, counts in report["kept"].items():
+        seen, stay = counts["documents"], counts["kept"]
+        log.info(f"keep: {stay:,} of the {seen:,} documents of {name} ({stay / seen:.1%})")
     for name, counts in report["excluded"].items():
         log.info(
             "exclude %s: %d of its %d records share a 13-gram with the text, %d documents dropped",

@@ -55,14 +55,16 @@ def chat_template(config: Any, sources: list[Source], tokenizer: Any) -> str | N
     return None
 
 
-def run_plan(config: Any, sources: list[Source], exclude: list[Source], tokenizer: Json) -> Json:
+def run_plan(
+    config: Any, sources: list[Source], exclude: list[Source], tokenizer: Json, keep: Json
+) -> Json:
     """What a second run is compared with, one flat field a setting; no path of a file is in it."""
     keys = ("seq_len", "packing", "heldout_ratio", "on_bad_record")
     keys += ("max_document_mb", "shard_tokens")
     plan: Json = {"format": FORMAT, "kind": "preparation"} | {
         key: vars(config)[key] for key in keys
     }
-    plan |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+    plan |= {f"tokenizer.{key}": value for key, value in tokenizer.items()} | keep
     for name, group in (("sources", sources), ("exclude", exclude)):
         for i, source in enumerate(group):
             plan |= {f"{name}[{i}].{key}": value for key, value in source.plan().items()}

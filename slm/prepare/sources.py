@@ -88,6 +88,7 @@ class Source:
     token_weight: str | None = (
         None  # the field with what the losses of a document are multiplied by
     )
+    score: str | None = None  # the field with its quality; set by slm.prepare.keep for all sources
     document: str = "file"  # what one document of a text file is: one of DOCUMENTS
     weight: float = 1.0  # how often each document appears
     weight_long: Long | None = None  # long ones more or less often than that
@@ -120,6 +121,10 @@ class Source:
     def weight_field(self) -> Field | None:
         return None if self.token_weight is None else parse_field(self.token_weight)
 
+    @cached_property
+    def score_field(self) -> Field | None:
+        return None if self.score is None else parse_field(self.score)
+
     @property
     def has_signal(self) -> bool:
         return self.signal is not None or self.noise is not None
@@ -150,7 +155,7 @@ class Source:
     @property
     def columns(self) -> list[str]:
         """What is read of a table."""
-        beside = (self.signal_field, self.mask_field, self.weight_field)
+        beside = (self.signal_field, self.mask_field, self.weight_field, self.score_field)
         fields = [*self.fields, *(field for field in beside if field is not None)]
         return sorted({str(field.steps[0]) for field in fields})
 
@@ -203,7 +208,7 @@ class Source:
 
     def plan(self) -> dict[str, Any]:
         """What must be the same for a second run to be the same run."""
-        settings = {k: v for k, v in asdict(self).items() if k not in ("path", "files")}
+        settings = {k: v for k, v in asdict(self).items() if k not in ("path", "files", "score")}
         settings["text"] = unescape(self.text)
         for name in ("prompt", "messages", "signal", "noise", "mask", "token_weight"):
             if settings[name] is None:
@@ -276,7 +281,7 @@ def name_of(path: Path) -> str:
 
 def check_settings(entry: dict[str, Any], key: str) -> None:
     """The names, types and values of what the user wrote."""
-    known = [f.name for f in fields(Source) if f.name != "files"]
+    known = [f.name for f in fields(Source) if f.name not in ("files", "score")]
     for name, value in entry.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)

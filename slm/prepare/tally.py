@@ -14,6 +14,7 @@ from slm.store.files import Json
 MAX_FAULTS_SHOWN = 10
 LABELLED = ("signal", "noise")  # tokens of
 LONG = ("long_documents", "long_tokens")  # of sources with weight_long, beyond its `over`
+COUNTERS = ("num_faults", "num_short", "num_judged", "num_kept")  # by source
 COUNTS = ("documents", "tokens", "bytes", "targets", *LABELLED, *LONG)
 
 
@@ -25,6 +26,8 @@ class Tally:
     counts: np.ndarray = field(init=False)  # (side, source, 8): as in COUNTS
     num_faults: Counter[int] = field(default_factory=Counter)
     num_short: Counter[int] = field(default_factory=Counter)  # documents below min_tokens
+    num_judged: Counter[int] = field(default_factory=Counter)  # documents that `keep` looked at
+    num_kept: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -38,6 +41,8 @@ class Tally:
         np.add.at(self.counts, (side, source), counts)
         self.num_faults.update(source for source, _ in result.faults)
         self.num_short.update(result.short)
+        self.num_judged.update(source for source, _ in result.judged)
+        self.num_kept.update(source for source, stays in result.judged if stays)
         self.keep_faults(sentence for _, sentence in result.faults)
 
     def keep_faults(self, sentences: Iterable[str]) -> None:
@@ -47,15 +52,15 @@ class Tally:
         """Of the sources that it saw something of."""
         seen = np.flatnonzero(self.counts.sum(axis=(0, 2))).tolist()
         counts = {str(source): self.counts[:, source].tolist() for source in seen}
-        found = {"num_faults": self.num_faults, "num_short": self.num_short}
+        found = {name: vars(self)[name] for name in COUNTERS}
         named = {name: {str(i): n for i, n in of.items()} for name, of in found.items()}
         return {"counts": counts, "faults": self.faults} | named
 
     def add_json(self, record: Json) -> None:
         for source, counts in record["counts"].items():
             self.counts[:, int(source)] += np.array(counts, np.int64)
-        for name, so_far in (("num_faults", self.num_faults), ("num_short", self.num_short)):
-            so_far.update({int(source): number for source, number in record[name].items()})
+        for name in COUNTERS:
+            vars(self)[name].update({int(i): number for i, number in record[name].items()})
         self.keep_faults(record["faults"])
 
     def of_side(self, side: int) -> Json:
@@ -89,3 +94,16 @@ class Tally:
             for i, s in enumerate(self.sources)
             if s.min_tokens
         }
+
+    def of_kept(self) -> Json:
+        """Of the sources of which `keep` saw something; empty where there is none."""
+        return {
+            s.name: {"documents": self.num_judged[i], "kept": self.num_kept[i]}
+            for i, s in enumerate(self.sources)
+            if self.num_judged[i]
+        }
+
+    def of_left_out(self) -> dict[str, int]:
+        """Documents, by the setting that leaves them out."""
+        below = self.num_judged.total() - self.num_kept.total()
+        return {"min_tokens": self.num_short.total(), "keep": below}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slm.prepare.keep import Keep
 from slm.prepare.overlap import Overlap
 from slm.prepare.readers import read_source
 from slm.prepare.records import read_texts
@@ -25,6 +26,7 @@ def shared_tokenizer(
     parts: Path,
     sources: list[Source],
     overlap: Overlap | None,
+    keep: Keep | None,
     max_bytes: int,
     template: str | None,
 ) -> Any:
@@ -37,7 +39,7 @@ def shared_tokenizer(
         if folder.exists():
             return load_tokenizer(folder)
         log.info("training a tokenizer of %s entries", config.tokenizer.vocab_size)
-        texts = sample_texts(sources, config, overlap, max_bytes)
+        texts = sample_texts(sources, config, overlap, keep, max_bytes)
         tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
         if template is not None:
             tokenizer.chat_template = template
@@ -57,7 +59,11 @@ def save_tokenizer(tokenizer: Any, parts: Path, folder: Path) -> None:
 
 
 def sample_texts(
-    sources: list[Source], config: Any, overlap: Overlap | None, max_bytes: int
+    sources: list[Source],
+    config: Any,
+    overlap: Overlap | None,
+    keep: Keep | None,
+    max_bytes: int,
 ) -> Iterator[str]:
     """For training a tokenizer: the first train documents of every source, train_mb in all."""
     budget = config.tokenizer.train_mb * 1e6
@@ -74,6 +80,8 @@ def sample_texts(
             if text.fault is not None:
                 continue  # the main pass counts it
             if side_of(text.digest, config.heldout_ratio) == 1:
+                continue
+            if keep is not None and not keep.keeps(text):
                 continue
             if overlap is None or overlap.find(text.origin) is None:
                 spent += len(text.data)

@@ -29,7 +29,7 @@ from slm.prepare.proof import choose_encoder
 from slm.prepare.report import SIDES
 from slm.prepare.settings import count_workers, input_bytes
 from slm.prepare.sources import Source
-from slm.prepare.tally import COUNTS
+from slm.prepare.tally import COUNTERS, COUNTS
 from slm.prepare.units import Unit
 from slm.prepare.workers import Job
 from slm.store.claims import Claim, claim, owner_of, process_name
@@ -118,7 +118,8 @@ def adopt_inputs(parts: Path, sources: list[Source]) -> None:
         for seen in source.scans.values()
     ]
     cuts = sum(len(seen.cuts) for source in sources for seen in source.scans.values())
-    now: Json = {"unit_bytes": scan.UNIT_BYTES, "cuts": cuts, "counts": [*COUNTS], "files": files}
+    now: Json = {"unit_bytes": scan.UNIT_BYTES, "cuts": cuts, "files": files}
+    now["counts"] = [*COUNTS, *COUNTERS]
     if not path.exists():
         parts.mkdir(exist_ok=True)
         write_record(path, now)

@@ -33,6 +33,7 @@ from slm.prepare.chat import ChatFormat
 from slm.prepare.documents import Block, Text
 from slm.prepare.encode import encode_documents
 from slm.prepare.encoder import Encoder, EncoderState
+from slm.prepare.keep import Keep
 from slm.prepare.labels import label_tokens
 from slm.prepare.overlap import Excluded, Overlap
 from slm.prepare.readers import BLOCK_BYTES, out_of_memory, read_source
@@ -60,6 +61,7 @@ class Job:
     stop_on_bad: bool
     max_bytes: int
     chat: ChatFormat | None = None
+    keep: Keep | None = None
 
     @property
     def by_need(self) -> set[str]:
@@ -74,6 +76,7 @@ class Result(NamedTuple):
     # (d, 8) int64: number of tokens, source, record, side, bytes; targets, tokens of signal, noise
     documents: np.ndarray
     excluded: list[Excluded]
+    judged: list[tuple[int, bool]]  # source and whether it stays, of documents of the first reading
     short: list[int]  # the source of each document of the first reading below its min_tokens
     faults: list[tuple[int, str]]  # source, sentence
     num_input_bytes: int
@@ -131,7 +134,7 @@ class Worker:
             raise out_of_memory(f"{longest.file}, {longest.unit} {longest.line + 1}") from None
 
     def encode_blocks(self, blocks: list[Block]) -> Result:
-        texts, rows, excluded, faults = [], [], [], []
+        texts, rows, excluded, judged, faults = [], [], [], [], []
         for block in blocks:
             source = self.job.sources[block.source]
             for text in read_texts(block, source, self.job.max_bytes, self.job.chat):
@@ -139,7 +142,7 @@ class Worker:
                     self.complain(block, text.fault, faults)
                     continue
                 side = self.choose_side(block, text)
-                if side is None:
+                if side is None or not self.judge(block, text, judged):
                     continue
                 shared = None if self.job.overlap is None else self.job.overlap.find(text.origin)
                 if shared is None:
@@ -149,7 +152,7 @@ class Worker:
                     excluded.append(Excluded(block.source, text.where, text.record, *shared))
         size = sum(block.size for block in blocks)
         columns, documents, short = self.encode(texts, rows, faults)
-        return Result(columns, documents, excluded, short, faults, size)
+        return Result(columns, documents, excluded, judged, short, faults, size)
 
     def complain(self, block: Block, fault: str, faults: list[tuple[int, str]]) -> None:
         if self.job.stop_on_bad:
@@ -167,6 +170,15 @@ class Worker:
         share = self.job.sources[block.source].largest_weight - block.copy
         dropped = (side == 1 and block.copy > 0) or not is_kept(digest, share)
         return None if dropped else side
+
+    def judge(self, block: Block, text: Text, judged: list[tuple[int, bool]]) -> bool:
+        """Does it stay, by its quality?"""
+        if self.job.keep is None:
+            return True
+        stays = self.job.keep.keeps(text)
+        if block.copy == 0:
+            judged.append((block.source, stays))
+        return stays
 
     def left_out(
         self, texts: list[Text], rows: list[tuple[Block, int]], lengths: np.ndarray
