@@ -21,6 +21,7 @@ from slm.model.build import set_special_ids
 from slm.model.folder import save_model
 from slm.score.cost import write_cost
 from slm.store import shards
+from slm.store.claims import Unclaimed
 from slm.store.files import hash_file, write_array, write_json, write_record
 from slm.store.shards import References, write_manifest
 from slm.store.sidecars import Shard, write_sidecar
@@ -86,7 +87,7 @@ def run(tmp_path, saved) -> Path:
             "weights": torch.arange(step),
         }
         path = folder / "checkpoints" / f"step-{step:08d}.ckpt"
-        VerifiedCheckpointIO(lambda: None).save_checkpoint(checkpoint, path)
+        VerifiedCheckpointIO(Unclaimed()).save_checkpoint(checkpoint, path)
     shutil.copytree(saved, folder / "model")
     return folder
 

@@ -39,6 +39,7 @@ from slm.model.sharded import (
     weights_in,
     without_weights,
 )
+from slm.store.claims import Unclaimed
 from slm.store.files import hash_file
 from slm.store.shards import Corpus
 from slm.train.checkpoint import VerifiedCheckpointIO
@@ -98,19 +99,19 @@ def memory_and_save(
     def one_file() -> None:
         dist.barrier()
         if rank == 0:
-            VerifiedCheckpointIO(lambda: None).save_checkpoint(whole, folder / "step-00000001.ckpt")
+            VerifiedCheckpointIO(Unclaimed()).save_checkpoint(whole, folder / "step-00000001.ckpt")
         dist.barrier()
 
     def in_shards() -> None:
         dist.barrier()
         path = folder / "step-00000002.ckpt"
-        new = begin_saving(path, lambda: None)
+        new = begin_saving(path, Unclaimed())
 
         def write() -> dict[str, str]:
             write_shards(new, content, ties)
             return {file.name: hash_file(file) for file in own_files(new)}
 
-        end_saving(Saving(path, new, content, at_once(write)))
+        end_saving(Saving(path, new, content, Unclaimed(), at_once(write)))
         dist.barrier()
 
     seconds = in_turn(repeats, one_file=one_file, in_shards=in_shards)

@@ -26,7 +26,7 @@ from slm.prepare.tally import Tally
 from slm.prepare.units import read_unit
 from slm.prepare.work import POLL_S, Work
 from slm.prepare.workers import Result, Run, group_blocks, worker_pool
-from slm.store.claims import ClaimLost, claim, owner_of
+from slm.store.claims import Claim, ClaimLost, claim, owner_of
 from slm.store.files import (
     ArrayWriter,
     Json,
@@ -53,14 +53,14 @@ def part_path(parts: Path, index: int, suffix: str, column: str = "part") -> Pat
 class PartWriter:
     """The arrays of a unit as they come; `finish` names them in a JSON file."""
 
-    def __init__(self, work: Work, index: int, stack: ExitStack):
+    def __init__(self, work: Work, index: int, mine: Claim, stack: ExitStack):
         self.work, self.index, self.tally = work, index, Tally(work.job.sources)
         self.excluded: list[Excluded] = []
         self.dtypes = column_dtypes(work.job.encoder, work.job.by_need) | {"documents": "int64"}
 
         def open_array(side: int, column: str) -> ArrayWriter:
             path = part_path(work.parts, index, ".npy", f"{SIDES[side]}-{column}")
-            file: BufferedRandom = stack.enter_context(atomic_file(path))
+            file: BufferedRandom = stack.enter_context(atomic_file(path, publish=mine.publish))
             return ArrayWriter(file, self.dtypes[column], 3 if column == "documents" else None)
 
         self.writers = {s: {c: open_array(s, c) for c in self.dtypes} for s in work.sides}
@@ -91,20 +91,19 @@ class PartWriter:
 
 
 def write_part(
-    work: Work, index: int, run: Run, tell: Callable[[Result], None], check: Callable[[], None]
+    work: Work, index: int, run: Run, tell: Callable[[Result], None], mine: Claim
 ) -> None:
-    """`check` is asked before the part counts as made."""
+    """`mine` publishes: a process that wakes up too late overwrites nothing."""
     records: Counter[int] = Counter()
     blocks = read_unit(work.units[index], work.job.sources, work.job.max_bytes, records)
     with ExitStack() as stack:
-        writer = PartWriter(work, index, stack)
+        writer = PartWriter(work, index, mine, stack)
         for result in run(group_blocks(blocks)):
             writer.add(result)
             tell(result)
         rows = writer.close()
-    check()
     record = writer.record(rows, records, work.job.encoder)
-    write_record(part_path(work.parts, index, ".json"), record)
+    write_record(part_path(work.parts, index, ".json"), record, mine.publish)
 
 
 @dataclass
@@ -197,7 +196,7 @@ def take(work: Work, index: int, run: Run, speed: Speed) -> bool:
         if mine is None or path.exists():
             return False
         try:
-            write_part(work, index, run, speed.add, mine.check)
+            write_part(work, index, run, speed.add, mine)
         except ClaimLost as error:
             log.warning("%s; going on with another part", error)
             return False

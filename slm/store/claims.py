@@ -150,6 +150,18 @@ class Claim:
         close(self._descriptor)
 
 
+class Unclaimed:
+    """In place of a claim, of one who writes nothing or whom nobody can be beside."""
+
+    def check(self) -> None: ...
+
+    def publish(self, temporary: Path, path: Path) -> None:
+        os.replace(temporary, path)
+
+
+Owner = Claim | Unclaimed
+
+
 @contextmanager
 def claim(path: Path) -> Iterator[Claim | None]:
     """Yields the claim on `path` if it is this process's now; None: somebody else has it."""

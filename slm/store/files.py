@@ -159,9 +159,9 @@ def sealed(record: Json) -> Json:
     return record | {SEAL: hash_json(json.loads(json.dumps(record)))}
 
 
-def write_record(path: Path, record: Json) -> None:
+def write_record(path: Path, record: Json, publish: Publish | None = None) -> None:
     """A record that `read_json` will know to be whole."""
-    write_json(path, sealed(record))
+    write_json(path, sealed(record), publish)
 
 
 def read_json(path: Path) -> Json:

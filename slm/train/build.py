@@ -24,6 +24,7 @@ from slm.model.build import SelectiveLM, check_model, check_trainable, load_mode
 from slm.model.sharded import deal_out, fill_from, refused_together, weights_in, without_weights
 from slm.score.command import load_reference
 from slm.selection.rule import Selection
+from slm.store.claims import Owner
 from slm.store.files import Json
 from slm.store.hub import check_model_folder
 from slm.store.windows import Batch, to_device
@@ -125,7 +126,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], None]) -> Trainer:
+def build_trainer(settings: Json, data: TokenData, owner: Owner) -> Trainer:
     loggers = built("logger", settings["logger"])
     callbacks: list[Callback] = built("callbacks", settings["callbacks"])
     checkpoints = next(item for item in callbacks if isinstance(item, Checkpoints))
@@ -143,14 +144,14 @@ def build_trainer(settings: Json, data: TokenData, check_owner: Callable[[], Non
         logger=loggers,
         callbacks=[
             *(
-                OnlyWriter(check_owner),
+                OnlyWriter(owner),
                 RandomStates(settings["seed"]),
                 Costs(timed_windows(data)),
                 *callbacks,
             ),
             *(StopOnSignal(checkpoints), StepProgress(), *clocks),
         ],
-        plugins=[VerifiedCheckpointIO(check_owner), *slurm()],
+        plugins=[VerifiedCheckpointIO(owner), *slurm()],
         enable_checkpointing=False,  # Checkpoints saves, and it alone
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -23,9 +23,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils._pytree import tree_leaves
 
 from slm.errors import UserError
+from slm.store.claims import Owner
 from slm.store.fields import CHECKPOINT, check_fields
 from slm.store.files import (
     Json,
+    Publish,
     atomic_file,
     check_content,
     hash_file,
@@ -45,22 +47,22 @@ def sidecar(path: Path) -> Path:
 class VerifiedCheckpointIO(TorchCheckpointIO):
     """Writes in the target's own folder, syncs, renames, then writes the hash; load checks it.
 
-    check_owner: raises where another process has the run's folder now
+    owner: of the run's folder; it publishes, so that a process that has lost it overwrites nothing
     """
 
-    def __init__(self, check_owner: Callable[[], None]):
-        self.check_owner = check_owner
+    def __init__(self, owner: Owner):
+        self.owner = owner
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
-        self.check_owner()
+        self.owner.check()
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         sidecar(path).unlink(missing_ok=True)
         if path.is_dir():
             remove(path)
-        with atomic_file(path, tensor_bytes(checkpoint)) as file:
+        with atomic_file(path, tensor_bytes(checkpoint), self.owner.publish) as file:
             torch.save(checkpoint, file)
-        vouch(path, checkpoint, {"sha256": hash_file(path)})
+        vouch(path, checkpoint, {"sha256": hash_file(path)}, self.owner.publish)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True):
         return read_checkpoint(Path(path), map_location)
@@ -69,14 +71,16 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         remove_checkpoint(Path(path))
 
 
-def vouch(path: Path, checkpoint: Mapping[str, Any], hashes: Json) -> None:
+def vouch(
+    path: Path, checkpoint: Mapping[str, Any], hashes: Json, publish: Publish | None = None
+) -> None:
     """The record of what is there, whole."""
     record = {
         "kind": "checkpoint",
         "step": checkpoint["global_step"],
         "tokens_seen": checkpoint["about"]["tokens_seen"],
     }
-    write_record(sidecar(path), record | hashes)
+    write_record(sidecar(path), record | hashes, publish)
     remove(aside(path))  # there is a whole one of this step again
 
 

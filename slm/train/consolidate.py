@@ -6,6 +6,7 @@ from pathlib import Path
 from slm.command_keys import CONSOLIDATE
 from slm.errors import UserError
 from slm.stage import Folder, stage
+from slm.store.claims import Unclaimed
 from slm.train.checkpoint import VerifiedCheckpointIO, read_checkpoint
 
 log = logging.getLogger("slm.train")
@@ -32,6 +33,6 @@ def consolidate_checkpoint(checkpoint: Folder, out: Folder) -> Path:
         what = "exists" if target.exists() else "must end in .ckpt"
         raise UserError(f"out={out} {what}: it is the file to be written, step-00000400.ckpt")
     whole = read_checkpoint(source)
-    VerifiedCheckpointIO(lambda: None).save_checkpoint(whole, target)
+    VerifiedCheckpointIO(Unclaimed()).save_checkpoint(whole, target)
     log.info("%s", target)
     return target

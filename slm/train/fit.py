@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from slm.model.folder import save_model
 from slm.model.sharded import assembled, gathered, is_cut, together
 from slm.selection.names import selection_name
 from slm.selection.registry import import_modules, in_words
+from slm.store.claims import Owner, Unclaimed
 from slm.store.fields import of_what
 from slm.store.files import Json, hash_file, nested, write_record
 from slm.store.tokenizer import load_corpus_tokenizer
@@ -58,12 +59,12 @@ def fit(settings: Json, continued: Continued | None = None) -> None:
         identity |= continued.identity()
     check_scored(settings["max_tokens"], data)  # before a folder is made one of a longer run
     with ExitStack() as stack:
-        start, check_owner = begin(stack, folder, identity, settings, data.tokens_per_step)
+        start, owner = begin(stack, folder, identity, settings, data.tokens_per_step)
         if not was_launched() and is_over(start, folder):
             return
         tokenizer = load_corpus_tokenizer(data.corpus)
         module = build_module(settings, data, tokenizer)
-        trainer = build_trainer(settings, data, check_owner)
+        trainer = build_trainer(settings, data, owner)
         if continued is not None:
             module.make_schedule = continued.schedule(module.make_schedule)
             if continued.run is not None:
@@ -84,7 +85,7 @@ def fit(settings: Json, continued: Continued | None = None) -> None:
             check_trained(name, module.empty_steps, trainer.global_step)
             lm = whole_lm(module.lm)
             if lm is not None and trainer.is_global_zero:
-                check_owner()
+                owner.check()
                 export(settings, module, lm, tokenizer, data, identity)
             trainer.strategy.barrier()
         finally:
@@ -192,21 +193,21 @@ class Start(NamedTuple):
 
 def begin(
     stack: ExitStack, folder: Path, identity: dict[str, Any], settings: Json, tokens_per_step: int
-) -> tuple[Start, Callable[[], None]]:
+) -> tuple[Start, Owner]:
     """On rank 0: claim the folder until `stack` ends, and adopt it.
 
-    Also what raises as soon as the folder is another process's.
+    Also its owner, who raises as soon as the folder is another process's.
     """
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # Lightning sets it on import
-        return Start(), lambda: None
+        return Start(), Unclaimed()
     try:
-        check_owner = stack.enter_context(only_writer(folder)).check
+        owner = stack.enter_context(only_writer(folder))
         schedule = build("optimizer.schedule", settings["optimizer"]["schedule"])
         checkpoint = adopt_run(folder, identity, settings["resume"], tokens_per_step, schedule)
     except UserError as error:
-        return Start(refusal=str(error)), lambda: None
+        return Start(refusal=str(error)), Unclaimed()
     is_complete = (folder / "model" / "slm.json").exists()
-    return Start(checkpoint, is_complete, order=identity["data.order"]), check_owner
+    return Start(checkpoint, is_complete, order=identity["data.order"]), owner
 
 
 def was_launched() -> bool:

@@ -25,7 +25,7 @@ from slm.model.build import SelectiveLM
 from slm.model.parallel import KEY, TENSOR_PARALLEL, tied_names
 from slm.model.sharded import Cut, refused_together, shard, together
 from slm.selection.rule import RANKED
-from slm.store.claims import process_name, remove_temporaries
+from slm.store.claims import Owner, process_name, remove_temporaries
 from slm.store.files import hash_file, hash_json, naming, sync_folder
 from slm.train.checkpoint import VerifiedCheckpointIO, read_checkpoint, remove_checkpoint, vouch
 from slm.train.sharded_checkpoint import own_files, read_shards, snapshot, write_shards
@@ -123,14 +123,14 @@ class Sharded(ModelParallelStrategy):
         group, content = None, checkpoint
         if beside:
             group, content = self._own_group(), snapshot(checkpoint)
-        new = begin_saving(path, io.check_owner)
+        new = begin_saving(path, io.owner)
 
         def write() -> dict[str, str]:
             write_shards(new, content, names, group)
             return {file.name: hash_file(file) for file in own_files(new)}
 
         run = self.background.submit if beside else at_once
-        self.saving = Saving(path, new, content, run(write))
+        self.saving = Saving(path, new, content, io.owner, run(write))
         self.settle(wait=not beside)
 
     def settle(self, wait: bool) -> None:
@@ -203,15 +203,16 @@ class Saving(NamedTuple):
     path: Path
     new: Path  # the folder that is to become it
     about: Mapping[str, Any]  # what its record says
+    owner: Owner  # of the run's folder, on rank 0
     hashes: Future[dict[str, str]]  # of this rank's files, when they are written
 
 
-def begin_saving(path: Path, check_owner: Callable[[], None]) -> Path:
+def begin_saving(path: Path, owner: Owner) -> Path:
     """By all ranks: the folder that is to become `path`."""
     new = together(path.with_name(f".{path.name}.{process_name()}.tmp"))[0]
     with refused_together(), naming(path):
         if dist.get_rank() == 0:
-            check_owner()
+            owner.check()
             remove_temporaries(path.parent, path.name)
             new.mkdir(parents=True)
     return new
@@ -229,7 +230,7 @@ def at_once(write: Callable[[], dict[str, str]]) -> Future[dict[str, str]]:
 
 def end_saving(saving: Saving) -> None:
     """By all ranks, when all have written: rank 0 renames the folder, its record comes last."""
-    path, new, about, hashes = saving
+    path, new, about, owner, hashes = saving
     is_first = dist.get_rank() == 0
     with refused_together(), naming(path, new if is_first else None):
         mine = hashes.result()
@@ -237,10 +238,11 @@ def end_saving(saving: Saving) -> None:
     with refused_together(), naming(path):
         if is_first:
             sync_folder(new)
+            owner.check()  # a folder has no name by a link: this is as near as one comes
             remove_checkpoint(path)
             os.replace(new, path)
             sync_folder(path.parent)
-            vouch(path, about, {"sha256": hash_json(files), "files": files})
+            vouch(path, about, {"sha256": hash_json(files), "files": files}, owner.publish)
 
 
 def numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:

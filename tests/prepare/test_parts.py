@@ -290,3 +290,22 @@ def test_the_report_names_every_encoder(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(parts, "encoder_name", lambda state: "another 1.0")
     report = prepare(out=tmp_path / "out", **settings).report
     assert report["encoder"] == f"another 1.0, {record['encoder']}"
+
+
+def test_a_part_of_one_that_wakes_up_too_late_is_not_kept(
+    tmp_path, settings, whole, made, monkeypatch, caplog
+):
+    """Its claim is gone before any of its files has its name; the part is made again."""
+    finish, lost = parts.PartWriter.close, []
+
+    def late(self: parts.PartWriter) -> Any:
+        if not lost:
+            lost.append(parts.part_path(self.work.parts, self.index, ".claim"))
+            lost[0].unlink()
+        return finish(self)
+
+    monkeypatch.setattr(parts.PartWriter, "close", late)
+    prepare(out=tmp_path / "out", **settings)
+    assert f"has lost {lost[0]} to nobody" in caplog.text
+    assert made[-1] == 0 and sorted(made) == list(range(len(made)))
+    assert files(tmp_path / "out") == whole

@@ -12,7 +12,7 @@ import torch
 
 from slm.errors import UserError
 from slm.store import files
-from slm.store.claims import ClaimLost
+from slm.store.claims import ClaimLost, Unclaimed, claim
 from slm.store.files import hash_file, write_record
 from slm.train.callbacks.checkpoints import (
     Checkpoints,
@@ -29,7 +29,7 @@ from slm.train.checkpoint import (
     sidecar,
 )
 
-IO = VerifiedCheckpointIO(lambda: None)
+IO = VerifiedCheckpointIO(Unclaimed())
 
 
 def save(folder: Path, step: int, kind: str = "step") -> Path:
@@ -154,18 +154,41 @@ def test_a_failed_save_leaves_the_old_checkpoints_alone(tmp_path, monkeypatch):
 
 
 def test_nothing_is_saved_in_a_folder_that_is_another_s(tmp_path):
-    def lost() -> None:
-        raise ClaimLost("lost")
-
     kept, steps = save(tmp_path, 5), []
-    with pytest.raises(ClaimLost):
-        VerifiedCheckpointIO(lost).save_checkpoint({"global_step": 5}, kept)
+    with claim(tmp_path / "run.claim") as mine:
+        assert mine is not None
+        mine.path.unlink()
+        with pytest.raises(ClaimLost):
+            VerifiedCheckpointIO(mine).save_checkpoint({"global_step": 5}, kept)
     check_checkpoint(kept)
-    only_writer = OnlyWriter(lambda: steps.append(1))
+    owner: Any = SimpleNamespace(check=lambda: steps.append(1))
+    only_writer = OnlyWriter(owner)
     trainer: Any = SimpleNamespace(accumulate_grad_batches=2)
     for batch in range(4):
         only_writer.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
     assert len(steps) == 2
+
+
+def test_one_that_wakes_up_too_late_leaves_its_successor_s(tmp_path, monkeypatch):
+    """Suspended as it wrote: the folder was taken, and the step saved by another meanwhile."""
+    write, kept, run = torch.save, save(tmp_path, 5), tmp_path / "run"
+    run.mkdir()
+    with claim(run / "run.claim") as mine:
+        assert mine is not None
+
+        def late(checkpoint: Any, file: Any) -> None:
+            monkeypatch.setattr(torch, "save", write)
+            mine.path.unlink()
+            for file_there in (kept, sidecar(kept)):
+                shutil.copy(file_there, run)
+            write(checkpoint, file)
+
+        monkeypatch.setattr(torch, "save", late)
+        with pytest.raises(ClaimLost):
+            old = {"global_step": 5, "about": {"tokens_seen": 1}, "x": torch.zeros(9)}
+            VerifiedCheckpointIO(mine).save_checkpoint(old, run / kept.name)
+    assert "x" not in read_checkpoint(run / kept.name)
+    assert sorted(p.name for p in run.iterdir()) == [kept.name, sidecar(kept).name]
 
 
 def test_random_states_come_back_through_a_file(tmp_path):

@@ -2,7 +2,7 @@
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from slm.errors import NonFiniteError
 from slm.model.sharded import together
+from slm.store.claims import Owner
 from slm.store.files import hash_json
 from slm.train.callbacks.base import is_due, step_ended
 from slm.train.checkpoint import log, sidecar, verified
@@ -23,17 +24,17 @@ from slm.train.sharded import Sharded, data_ranks
 class OnlyWriter(Callback):
     """Ends the run before it logs or saves a step in a folder that is another process's now."""
 
-    def __init__(self, check_owner: Callable[[], None]):
-        self.check_owner = check_owner
+    def __init__(self, owner: Owner):
+        self.owner = owner
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check_owner()
+        self.owner.check()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if step_ended(trainer, batch_idx):
-            self.check_owner()
+            self.owner.check()
 
 
 class Checkpoints(Callback):
