@@ -55,6 +55,10 @@ COMMANDS = {  # name: (what it does, an example)
         "models -> accuracy and bits per byte by lm_eval, offline",
         "'models={a: run/model}' problems=eval out=table.csv",
     ),
+    "needle": (
+        "models -> which value of a key they recall, by length and depth of real text",
+        "'models={a: run/model}' 'sets={b: corpus/heldout}' out=needle.csv",
+    ),
     "speak": (
         "models + prompts -> texts, how varied they are, what is copied",
         "'models={a: run/model}' prompts=prompts.txt corpus=corpus/train out=speech.jsonl",

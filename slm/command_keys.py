@@ -144,6 +144,8 @@ EVALUATE: Table = FORWARD | {
     "models": folders,
     "sets": folders,
     "max_windows": optional(count),
+    "by_position": optional(several(count)),
+    "override": optional(section),
     "out": optional(file),
 }
 QUESTION = Kind("a text with {question} in it", lambda v: text.fits(v) and "{question}" in v)
@@ -162,6 +164,17 @@ HARNESS: Table = {
     "modules": modules,
     "out": optional(file),
     "samples": optional(file),
+}
+NEEDLE: Table = FORWARD | {
+    "models": folders,
+    "sets": folders,
+    "lengths": several(count),
+    "depths": several(real(0, 1)),
+    "pairs": whole(2, 26),
+    "samples": count,
+    "seed": seed,
+    "override": optional(section),
+    "out": optional(file),
 }
 SPEAK: Table = {
     "models": folders,

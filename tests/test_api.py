@@ -20,6 +20,7 @@ from slm.dynamics.command import dynamics
 from slm.errors import UserError
 from slm.evaluate.command import evaluate
 from slm.evaluate.harness import harness
+from slm.evaluate.needle import needle
 from slm.evaluate.speak import speak
 from slm.model.folder import save_model
 from slm.pivots.command import pivots
@@ -46,6 +47,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "consolidate": consolidate_checkpoint,
     "evaluate": evaluate,
     "harness": harness,
+    "needle": needle,
     "speak": speak,
     "annotate": annotate,
     "quality": quality,

@@ -26,6 +26,7 @@ GIVEN = {  # what must be given; nothing of it is there
     "bind": ["corpus=no", "scores=no", "out=x"],
     "evaluate": ["models={a: no}", "sets={b: no}"],
     "harness": ["models={a: no}", "problems=no"],
+    "needle": ["models={a: no}", "sets={b: no}"],
     "speak": ["models={a: no}", "prompts=no.txt"],
     "annotate": ["sources=[no.jsonl]", "served_model=no", "requests=x"],
     "quality": ["labels=no", "out=x"],
@@ -105,6 +106,9 @@ def test_words_of_a_forward_are_those_that_it_knows():
         ("evaluate", "max_windows=-1", "max_windows is -1, it must be a whole .*, or null"),
         ("harness", "limit=0.5", "limit is 0.5, it must be a whole number"),
         ("harness", "device=0", "device is 0, it must be a text"),
+        ("needle", "depths=[0, 2]", r"depths is \[0, 2\], it must be a list of at least 1, each a"),
+        ("needle", "pairs=1", "pairs is 1, it must be a whole number from 2 to 26"),
+        ("evaluate", "by_position=64", "by_position is 64, it must be a list of at least 1"),
         ("speak", "prompts=3", "prompts is 3, it must be a text .*, or a list of sources"),
         (
             "annotate",

@@ -21,6 +21,7 @@ UNTESTED = {
     "slm.version",
     "slm.harness",
     "slm.speak",
+    "slm.needle",
     "slm.annotate",
     "slm.dashboard",
     "slm.import",
@@ -49,7 +50,7 @@ GROUND = {
 FLOORS = "store prepare model selection score quality evaluate train dynamics report".split()
 FLOORS += ["pilot", "pivots"]
 TOP = {"integrations", "verify", "demo", "harness", "dashboard", "import", "export", "bind"}
-TOP |= {"speak", "consolidate", "annotate"}
+TOP |= {"speak", "needle", "consolidate", "annotate"}
 # Tests of more than one module.
 WHOLE = {"api", "layout", "conf", "pipeline", "older_build", "benchmarks", "doors"}
 WHOLE |= {"documents", "notebook", "warm", "experiments"}

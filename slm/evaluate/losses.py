@@ -19,6 +19,13 @@ class CorpusLoss(NamedTuple):
     num_bytes: int
 
 
+def mean_loss(nats: float, num_targets: int, num_bytes: int) -> CorpusLoss:
+    """NaN where there is nothing to divide by."""
+    loss = nats / num_targets if num_targets else math.nan
+    bits = nats / (math.log(2) * num_bytes) if num_bytes else math.nan
+    return CorpusLoss(loss, bits, num_targets, num_bytes)
+
+
 class WindowLosses(NamedTuple):
     """Loss of one model on each of the windows that it was evaluated on."""
 
@@ -28,9 +35,4 @@ class WindowLosses(NamedTuple):
     bytes: np.ndarray  # (n,) int64, UTF-8 bytes of these
 
     def total(self) -> CorpusLoss:
-        """NaN where there is nothing to divide by."""
-        nats, num_targets = float(self.nats.sum()), int(self.targets.sum())
-        num_bytes = int(self.bytes.sum())
-        loss = nats / num_targets if num_targets else math.nan
-        bits = nats / (math.log(2) * num_bytes) if num_bytes else math.nan
-        return CorpusLoss(loss, bits, num_targets, num_bytes)
+        return mean_loss(float(self.nats.sum()), int(self.targets.sum()), int(self.bytes.sum()))

@@ -29,11 +29,12 @@ from slm.store.windows import Windows
 V = 300
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, rope_theta: float = 1e4) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=V, attention_dropout=0.5, **sizes, **heads)
+    rope: Any = {"rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}}
+    config = LlamaConfig(vocab_size=V, attention_dropout=0.5, **sizes, **heads, **rope)
     return LlamaForCausalLM(config).eval()
 
 
@@ -213,6 +214,62 @@ def test_every_model_meets_every_set_and_the_table_says_so(tmp_path, models, set
         assert float(row["bits_per_byte"]) == pytest.approx(expected.bits_per_byte, abs=1e-6)
         assert int(row["num_targets"]) == expected.num_targets
         assert int(row["num_bytes"]) == expected.num_bytes
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_losses_by_position_are_sums_over_the_targets_there(tmp_path, models, make_corpus, packing):
+    """A position is the number of tokens before a target that the model sees, less one."""
+    ids, starts = np.random.default_rng(1).integers(0, V, 25), [0, 5, 14]
+    corpus = make_corpus(tmp_path / "c", [ids], 12, packing, [starts])
+    given = settings(by_position=[2, 5, 12, 90], out=str(tmp_path / "a.csv"))
+    rows = evaluate({"a": models["a"]}, {"c": str(corpus.folder)}, **given)
+    nats, model = {}, tiny_llama(0).double()  # by place in the shard: position, loss
+    for place in range(1, 25):
+        begin = (place - 1) // 12 * 12
+        if packing == "documents":
+            begin = max(begin, *(start for start in starts if start < place))
+        if packing == "documents" and place in starts:
+            continue
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids[begin:place])[None]).logits[0, -1]
+        nats[place] = (place - 1 - begin, -logits.log_softmax(-1)[ids[place]].item())
+    sizes = corpus.column("bytes", 0)
+    spans = [(0, 12), (0, 2), (2, 5), (5, 12)]
+    assert [(row["from_position"], row["to_position"]) for row in rows] == spans
+    for row, (begin, end) in zip(rows, spans, strict=True):
+        mine = {place: loss for place, (at, loss) in nats.items() if begin <= at < end}
+        assert row["num_targets"] == len(mine)
+        assert row["num_bytes"] == sum(int(sizes[place]) for place in mine)
+        assert row["loss"] == pytest.approx(sum(mine.values()) / len(mine), abs=1e-5)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    with open(tmp_path / "a.csv", newline="") as file:
+        assert [int(row["num_targets"]) for row in csv.DictReader(file)] == [
+            row["num_targets"] for row in rows
+        ]
+    with pytest.raises(UserError, match=r"by_position is \[4, 4\], each must be more than the one"):
+        evaluate({"a": models["a"]}, {"c": str(corpus.folder)}, **settings(by_position=[4, 4]))
+
+
+def test_longer_windows_are_read_with_an_override(tmp_path, models, sets, tokenizer, monkeypatch):
+    short = tiny_llama(2)
+    short.config.max_position_embeddings = 15
+    save_model(tmp_path / "c", short, tokenizer, "card", {})
+    named = models | {"c": str(tmp_path / "c")}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "window_losses", None)  # said before the first forward
+        message = (
+            f"^model {tmp_path / 'c'}, set text: seq_len is 16, model max_position_embeddings is "
+            "15: override={max_position_embeddings: 16} asks it all the same$"
+        )
+        with pytest.raises(UserError, match=message):
+            evaluate(named, sets, **settings())
+    override = {"max_position_embeddings": 16, "rope_theta": 50.0}
+    found = evaluate(named, sets, **settings(override=override))[-2]
+    other = tiny_llama(2, rope_theta=50.0)
+    expected = corpus_loss(SelectiveLM(other), Corpus.open(sets["text"]), 3)
+    plain = corpus_loss(SelectiveLM(tiny_llama(2)), Corpus.open(sets["text"]), 3)
+    assert found["loss"] == pytest.approx(expected.loss, abs=1e-6)
+    assert abs(plain.loss - expected.loss) > 1e-6
 
 
 def test_another_tokenizer_is_refused_before_any_forward(
