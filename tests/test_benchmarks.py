@@ -50,6 +50,19 @@ def test_benchmark_of_binding_at_toy_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_benchmark_of_quality_at_toy_size(tmp_path, monkeypatch):
+    out = tmp_path / "rows.csv"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "quality.py"), "--small", "--out", str(out)])
+    importlib.import_module("quality").main()
+    found, committed = (
+        [row["case"] for row in csv.DictReader(path.read_text().splitlines())]
+        for path in (out, BENCHMARKS / "results" / "quality.csv")
+    )
+    assert len(found) == 2 and {*found} <= {*committed}
+
+
+@pytest.mark.slow
 def test_benchmark_of_tasks_at_toy_size(tmp_path, monkeypatch):
     out = tmp_path / "rows.csv"
     monkeypatch.syspath_prepend(str(BENCHMARKS))

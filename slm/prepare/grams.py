@@ -24,11 +24,15 @@ class Features(NamedTuple):
 def features(data: bytes) -> Features:
     """data: UTF-8; one that is shorter than a trigram is filled up with zeros."""
     codes = np.frombuffer(data.ljust(SIZE, b"\0"), np.uint8).astype(np.uint32)
-    trigrams = (codes[:-2] << 16) | (codes[1:-1] << 8) | codes[2:]
-    found = np.sort(((trigrams * FACTOR) >> 16).astype(np.uint16))
-    first = np.flatnonzero(np.append(True, found[1:] != found[:-1]))
-    counts = np.diff(first, append=len(found))
-    return Features(found[first], np.sqrt(counts / len(found)))
+    trigrams = codes[:-2] << 16
+    trigrams |= codes[1:-1] << 8
+    trigrams |= codes[2:]
+    found = np.sort((trigrams * FACTOR >> 16).astype(np.uint16))
+    ends = np.flatnonzero(found[1:] != found[:-1])
+    bounds = np.empty(len(ends) + 2, np.int64)  # filled: np.append takes 5 us more a text
+    bounds[0], bounds[1:-1], bounds[-1] = 0, ends + 1, len(found)
+    counts = bounds[1:] - bounds[:-1]
+    return Features(found[bounds[:-1]], np.sqrt(counts / len(found)))
 
 
 def linear_score(data: bytes, weights: np.ndarray) -> float:  # weights: (BUCKETS + 1,)
