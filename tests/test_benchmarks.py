@@ -63,6 +63,20 @@ def test_benchmark_of_quality_at_toy_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_benchmark_of_pivots_at_toy_size(tmp_path, monkeypatch):
+    out = tmp_path / "rows.csv"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    words = [str(BENCHMARKS / "pivots.py"), "--small", "--repeats", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    importlib.import_module("pivots").main()
+    found, committed = (
+        [row["case"] for row in csv.DictReader(path.read_text().splitlines())]
+        for path in (out, BENCHMARKS / "results" / "pivots.csv")
+    )
+    assert found == committed[-3:]
+
+
+@pytest.mark.slow
 def test_benchmark_of_tasks_at_toy_size(tmp_path, monkeypatch):
     out = tmp_path / "rows.csv"
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -223,4 +223,3 @@ def test_the_stated_number_is_reached_where_nothing_moves(samples):
         stated += made.expected_false
     # Neighbours share samples, so the number varies more than Poisson's.
     assert false == pytest.approx(stated, abs=5 * stated**0.5) and stated > 60
-    print(false, stated)
