@@ -58,7 +58,9 @@ def write_inputs(folder: Path, small: bool) -> dict[str, Any]:
     asked = [{"question": f"{number} " * 50, "answer": ""} for number in range(1 if small else 2)]
     (folder / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     (folder / "coin_oracle.py").write_text(ORACLE)
-    how: dict[str, Any] = {"search_samples": 8, "confirm_samples": 16} if small else {}
+    how: dict[str, Any] = (
+        {"search_samples": 8, "confirm_samples": 16, "max_new_tokens": 16} if small else {}
+    )
     more = {"max_new_tokens": 64, "batch_size": 64, "device": "cpu", "solutions": 1} | how
     given = {"problems": str(folder / "p.jsonl"), "target_model": str(folder / "model")}
     return given | more | {"oracle": f"{folder / 'coin_oracle.py'}:coin"}
