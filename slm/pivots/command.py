@@ -5,7 +5,8 @@
     pivots.jsonl     a confirmed pivot a line, with its counts and the interval of its gap
     pairs.jsonl      a pair of tokens a line: prompt_ids, chosen_ids, rejected_ids and their texts
     pivots.json      what was asked, tried and found, and how many pivots are false at most
-    made.json        the hashes of these three, which the next call replaces
+    pivots.html      each pivot where it was said
+    made.json        the hashes of these four, which the next call replaces
 
 The same command goes on after a kill, and with other gaps or more problems it draws only what is
 new. Costs the completions: 30 to 60 of each place, about 10 places for each pivot of a completion.
@@ -27,6 +28,7 @@ from slm.model.device import pick_device
 from slm.model.folder import model_sha256
 from slm.pivots.chance import interval, noise, threshold
 from slm.pivots.measure import PHASES, Measured, Unanswered
+from slm.pivots.page import page
 from slm.pivots.pairs import Pair, pairs_of
 from slm.pivots.questions import Judge, Question, encoder, read_questions
 from slm.pivots.rollouts import Rollouts
@@ -46,7 +48,7 @@ from slm.store.tokenizer import load_tokenizer, tokenizer_sha256
 
 log = logging.getLogger("slm.pivots")
 MADE_BY = "slm pivots"
-FILES = ("pivots.jsonl", "pairs.jsonl", "pivots.json")
+FILES = ("pivots.jsonl", "pairs.jsonl", "pivots.json", "pivots.html")
 
 
 class Pivots(NamedTuple):
@@ -165,6 +167,7 @@ class Texts:
             "prompt_ids": self.questions[node.question].prompt_ids,
             "prefix_ids": list(node.prefix),
             "token_id": token,
+            "prompt": self.tokenizer.decode(self.questions[node.question].prompt_ids),
             "prefix": self.tokenizer.decode(list(node.prefix)),
             "token": self.tokenizer.decode([token]),
             "success_before": one.right_before / samples,
@@ -350,7 +353,18 @@ def write(config: Any, measured: Measured, found: Found) -> Pivots:
         write_rows(to / "pivots.jsonl", rows)
         write_rows(to / "pairs.jsonl", pairs)
         write_json(to / "pivots.json", summary)
+        with atomic_file(to / "pivots.html") as file:
+            file.write(page(rows, said(summary)).encode())
     return Pivots(Path(config.out), rows, pairs, summary)
+
+
+def said(one: Json) -> str:
+    """Of pivots.json, in a sentence."""
+    return (
+        f"{one['searched']} of {one['problems']} problems searched, {one['candidates']} "
+        f"candidates, {one['pivots']} pivots confirmed, of which at most "
+        f"{one['expected_false']:.2g} are expected to move nothing; {one['pairs']} pairs"
+    )
 
 
 def run(**settings: Any) -> None:
@@ -359,10 +373,6 @@ def run(**settings: Any) -> None:
         log.info(f"requests: {made}; the same command with their answers as `responses` goes on")
         return
     one = made.summary
-    print(
-        f"{one['searched']} of {one['problems']} problems searched, {one['candidates']} "
-        f"candidates, {one['pivots']} pivots confirmed, of which at most "
-        f"{one['expected_false']:.2g} are expected to move nothing; {one['pairs']} pairs"
-    )
+    print(said(one))
     drawn = f"{one['completions']:,} completions, {one['tokens']:,} tokens"
     log.info(f"{drawn}, {one['ended']:.0%} ended by themselves: {made.folder}")
