@@ -117,7 +117,7 @@ def test_benchmark_of_prepare_at_toy_size(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["help", "data", "prepare", "import", "score", "train", "dynamics", "doors"]
+    "name", ["help", "data", "mixture", "prepare", "import", "score", "train", "dynamics", "doors"]
 )
 def test_benchmark_of_the_pipeline_at_toy_size(tmp_path, monkeypatch, name):
     out = tmp_path / "rows.csv"

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -300,14 +301,52 @@ def bench_data(rows: Rows, folder: Path, small: bool) -> None:
         rows.add("data", f"windows of {seq_len}, with references", "tokens/s", rates, target)
 
 
-def random_store(folder: Path, seq_len: int, million_tokens: int) -> tuple[Any, Any]:
+def bench_mixture(rows: Rows, folder: Path, small: bool) -> None:
+    """Process time in which the loader supplies 8 corpora by shares, and one of as many windows."""
+    from slm.store.windows import Windows
+    from slm.train.mixture import Mixture
+    from slm.train.order import MicroBatches, Order, Steps
+
+    seq_len, million, parts = 2048, 1 if small else 32, 8
+    corpus, references = random_store(folder / "one", seq_len, million)
+    windows, batch_size = Windows(corpus, [references]), 32
+    parted: dict[str, dict[str, Any]] = {}
+    for number in range(parts):
+        stores = random_store(folder / f"{number}", seq_len, million / parts)
+        places = zip(("corpus", "references"), (str(store.folder) for store in stores), strict=True)
+        parted[f"part{number}"] = {**dict(places), "share": 1 / parts}
+    mixture = Mixture.open(parted, "size")
+    count = 10 if small else 400
+    orders = {"one": (windows, Order(len(windows), 0)), "mixed": (mixture.windows, None)}
+
+    def supply(name: str) -> None:
+        of, order = orders[name]
+        steps = Steps(of, order or mixture.order(0, "keyed"), batch_size, batch_size)
+        stream = iter(MicroBatches(steps, 0, 0, pin_memory=False))
+        for _ in range(count):
+            next(stream)
+
+    seconds: dict[str, list[float]] = {name: [] for name in orders}
+    with one_thread():
+        for number in range(1 + (2 if small else 15)):
+            for name in orders:
+                spent = timed(partial(supply, name), time.process_time)
+                seconds[name] += [spent] * (number > 0)  # the first reads what was just written
+    for name, case in (("one", "one corpus"), ("mixed", f"mixture of {parts} corpora")):
+        steps = [value / count * 1e3 for value in seconds[name]]
+        rows.add("mixture", f"{case}, CPU time of 65,536 tokens", "ms", steps, "")
+    against = ratios(seconds["mixed"], seconds["one"])
+    rows.add("mixture", f"mixture of {parts} corpora / one corpus", "ratio", against, "<= 1.1")
+
+
+def random_store(folder: Path, seq_len: int, million_tokens: float) -> tuple[Any, Any]:
     """A corpus of random ids with random scores; four shards."""
     from slm.store.files import write_array, write_json
     from slm.store.shards import FORMAT, Corpus, References, write_manifest
     from slm.store.sidecars import Shard, shard_path, write_sidecar
 
     generator = np.random.default_rng(0)
-    length = million_tokens * 250_000 // seq_len * seq_len + 1
+    length = int(million_tokens * 250_000) // seq_len * seq_len + 1
     identity = {
         "tokenizer_sha256": "",
         "vocab_size": 32000,
@@ -707,6 +746,7 @@ def bench_help(rows: Rows, folder: Path, small: bool) -> None:
 BENCHMARKS = {
     "help": bench_help,
     "data": bench_data,
+    "mixture": bench_mixture,
     "prepare": bench_prepare,
     "import": bench_import,
     "score": bench_score,

@@ -31,6 +31,7 @@ from slm.store.files import Recent
 from slm.store.shards import WEIGHT, Corpus, References, Store
 
 IGNORE_INDEX = -100
+FEW_ROWS = 16  # of a shard: copied one by one, else twice and together
 COMBINE = ("mean", "min", "max", "mixture", DOMAIN.name)
 SOURCE = "source"  # instead of these: every target has the score of its own source's reference
 Batch = dict[str, Tensor]
@@ -107,9 +108,17 @@ class Windows:
         self, store: Store, column: str, windows: np.ndarray, out: np.ndarray
     ) -> np.ndarray:
         shards = self.shards_of(windows)
-        for shard in np.unique(shards):
+        places, there = windows - self.first_window[shards], np.unique(shards)
+        views = {shard: self._view(store, column, shard) for shard in there.tolist()}
+        if len(windows) < FEW_ROWS * len(there):
+            for row, (shard, place) in enumerate(
+                zip(shards.tolist(), places.tolist(), strict=True)
+            ):
+                out[row] = views[shard][place]
+            return out
+        for shard, view in views.items():
             rows = shards == shard
-            out[rows] = self._view(store, column, shard)[windows[rows] - self.first_window[shard]]
+            out[rows] = view[places[rows]]
         return out
 
     def tokens(self, windows: np.ndarray) -> np.ndarray:  # (B, T + 1) int64

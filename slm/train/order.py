@@ -51,6 +51,21 @@ class Keyed:
         return row * np.uint64(self.columns) + column
 
 
+class KeyedRows(Keyed):
+    """The bijections of several epochs, a row each, in as many calls of NumPy as one takes."""
+
+    def __init__(self, size: int, seed: int, epochs: Sequence[int]):
+        super().__init__(size, seed, 0)
+        keys = [Keyed(size, seed, epoch).keys for epoch in epochs]
+        self.keys = np.stack(keys, -1)[..., None]  # (ROUNDS / 2, 2, epochs, 1)
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:  # (epochs, n) -> (epochs, n) int64
+        windows = self._network(places.astype(np.uint64))
+        while (outside := windows >= self.size).any():
+            windows = np.where(outside, self._network(windows), windows)
+        return windows.astype(np.int64)
+
+
 def mixed(number: np.ndarray, key: np.uint64) -> np.ndarray:  # (n,) uint64
     """48 bits of the finalizer of SplitMix64 (Steele, Lea and Flood, 2014): sums do not wrap."""
     number = number ^ key
@@ -102,7 +117,7 @@ class Mixed:
     shares:  of each; they sum to 1
     """
 
-    BLOCK, AT_ONCE = 128, 8  # samples; blocks, for speed alone
+    BLOCK, AT_ONCE = 128, 64  # samples; blocks, for speed alone
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[float], seed: int, kind: str = NEW):
         self.orders = [Order(size, seed, kind) for size in sizes]
@@ -120,18 +135,21 @@ class Mixed:
     def counts(self, samples: int) -> np.ndarray:  # (parts,)
         """Samples of each part among the first so many."""
         block, rest = divmod(samples, self.BLOCK)
-        last = np.bincount(self._parts(block)[0][:rest], minlength=len(self.orders))
+        last = np.bincount(self._parts([block])[0][:rest], minlength=len(self.orders))
         return np.diff(self.before(block)) + last
 
-    def _parts(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of a block's samples, their parts, and their numbers among the samples of the part."""
-        before = self.before(block)
-        places = Keyed(self.BLOCK, self.seed, block)(np.arange(self.BLOCK))
-        edges = self.before(block + 1) - before
-        parts = np.searchsorted(edges, places, side="right") - 1
-        of_part = parts[:, None] == np.arange(len(self.orders))
-        earlier = np.take_along_axis(of_part.cumsum(0), parts[:, None], axis=1)[:, 0] - 1
-        return parts, np.diff(before)[parts] + earlier
+    def _parts(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of the blocks' samples, their parts, and their numbers among the samples of the part."""
+        before = np.array([self.before(block) for block in blocks])  # (blocks, parts + 1)
+        edges = np.array([self.before(block + 1) for block in blocks]) - before
+        row = np.tile(np.arange(self.BLOCK), (len(blocks), 1))
+        places = KeyedRows(self.BLOCK, self.seed, blocks)(row)
+        found = [np.searchsorted(*pair, side="right") for pair in zip(edges, places, strict=True)]
+        parts = np.array(found) - 1  # (blocks, BLOCK)
+        of_part = parts[..., None] == np.arange(len(self.orders))
+        earlier = np.take_along_axis(of_part.cumsum(1), parts[..., None], axis=2)[..., 0] - 1
+        numbers = np.take_along_axis(np.diff(before), parts, axis=1) + earlier
+        return parts.reshape(-1), numbers.reshape(-1)
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(windows, epochs) of the samples [start, stop); epochs are those of a window's part."""
@@ -146,7 +164,7 @@ class Mixed:
         """Windows and epochs of blocks that are read one after another."""
         if self._last is None or self._last[0] != stretch:
             blocks = range(stretch * self.AT_ONCE, (stretch + 1) * self.AT_ONCE)
-            parts, numbers = np.hstack([self._parts(block) for block in blocks])
+            parts, numbers = self._parts(blocks)
             found = np.empty((2, len(parts)), np.int64)
             for part in np.unique(parts):
                 windows, epochs = self.orders[part].at(numbers[parts == part])

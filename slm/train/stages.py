@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table as Printed
 
@@ -67,13 +68,16 @@ def run_stages(settings: Json) -> Run:
     """
     check_ranks(settings["trainer"])
     stages = plan(settings)
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets it on import
     for number, stage in enumerate(stages, 1):
-        log.info(
-            "stage %d of %d, %s: tokens %s to %s",
-            *(number, len(stages), stage.name, f"{stage.tokens[0]:,}", f"{stage.tokens[1]:,}"),
-        )
+        if is_first:
+            log.info(
+                "stage %d of %d, %s: tokens %s to %s",
+                *(number, len(stages), stage.name, f"{stage.tokens[0]:,}", f"{stage.tokens[1]:,}"),
+            )
         fit(stage.settings, stage.continued)
-    report(Path(settings["run_dir"]), stages)
+    if is_first:
+        report(Path(settings["run_dir"]), stages)
     return Run(Path(stages[-1].settings["run_dir"]))
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from slm.train.order import ORDERS, Keyed, Mixed, Order
+from slm.train.order import ORDERS, Keyed, KeyedRows, Mixed, Order
 
 SIZES = [*range(1, 40), 99, 100, 101, 4095, 4096, 4097, 65537, 1_000_003]
 LARGE = 10**9 + 7  # as many windows as no permutation is made of here
@@ -176,3 +176,10 @@ def test_parts_are_mixed_within_a_block():
     of_first = windows < 50
     pairs = np.bincount(of_first[:-1] * 2 + of_first[1:], minlength=4) / len(windows)
     assert np.abs(pairs - 0.25).max() < 0.01
+
+
+def test_rows_of_epochs_are_what_each_alone_is():
+    places = np.tile(np.arange(50), (4, 1))
+    found = KeyedRows(50, 3, [0, 7, 8, 2])(places)
+    for row, epoch in zip(found, [0, 7, 8, 2], strict=True):
+        assert row.tolist() == Keyed(50, 3, epoch)(np.arange(50)).tolist()

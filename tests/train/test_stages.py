@@ -10,11 +10,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+import warm
 from run_helpers import TINY_MODEL, composed, train
 from slm.errors import UserError
 from slm.store.files import read_json
 from slm.train.stages import check_ranks
-from train_helpers import compose_train, crash_at, rows
+from train_helpers import TWO_RANKS, command, compose_train, crash_at, rows
 
 STEP = 8 * 16  # tokens
 
@@ -157,6 +158,30 @@ def test_phi4_has_the_numbers_of_its_report_and_runs_scaled_down(
     folder = train(config)
     assert folder.resolve() == tmp_path / "run" / "2-midtraining" / "model"
     assert (tmp_path / "run" / "2-midtraining" / "mixture.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["through", "restart"])
+def test_a_chain_on_two_ranks_is_that_of_one_process(tmp_path, text_corpus, schedule):
+    """torchrun starts the ranks once for all stages."""
+    chain = stages(FIRST, REST | {"schedule": schedule, "model": {"override": {"rope_theta": 5e4}}})
+    words = ("selection=loss", "model.architecture.attention_dropout=0.0", "max_tokens=1536", chain)
+    lines = {n: command(tmp_path / n, text_corpus.folder, *words) for n in ("one", "two")}
+    warm.run(lines["one"], check=True)
+    codes, said = warm.run_ranks(2, [*lines["two"], *TWO_RANKS])
+    assert codes == [0, 0], said
+    assert said.count("stage 2 of 2, rest") == 1
+    for stage in ("1-first", "2-rest"):
+        one, two = (weights(tmp_path / name / stage) for name in ("one", "two"))
+        assert all((one[name] - two[name]).abs().max() <= 1e-5 for name in one)
+        kept = [rows(tmp_path / name / stage / "train.csv") for name in ("one", "two")]
+        for left, right in zip(*kept, strict=True):
+            assert float(left["train/loss"]) == pytest.approx(float(right["train/loss"]), rel=1e-5)
+    tables = [read_json(tmp_path / name / "stages.json")["stages"] for name in ("one", "two")]
+    assert [row["until_tokens"] for row in tables[1]] == [5 * STEP, 12 * STEP]
+    assert tables[0][1]["heldout"]["held"] == pytest.approx(tables[1][1]["heldout"]["held"], 1e-5)
+    codes, said = warm.run_ranks(2, [*lines["two"], *TWO_RANKS])  # all of it is complete
+    assert codes == [0, 0] and "2-rest is complete already" in said, said
 
 
 @pytest.mark.parametrize(("devices", "gpus", "count"), [(2, 0, 2), ("auto", 4, 4), (-1, 3, 3)])
