@@ -1,11 +1,12 @@
 """Is a folder whole? `slm verify FOLDER ...` names what is not, and exits with 1.
 
-Knows corpora and references (manifest.json), what `slm prepare` made (train/, heldout/), runs
-(run.json), checkpoints, models and token losses (dynamics/), in the folder itself and in those
-below it. Every file is read and its hash compared: it costs about a second a gigabyte. A model of
-ours must also be one that an inference engine can load (slm.model.serving). Leftovers of killed
-processes are named; they do no harm. Not covered, since no command reads it back: excluded.jsonl of
-a preparation, a run's wandb/ and .hydra/, reports and figures.
+Knows corpora, references, classifiers of documents and their scores (manifest.json), what `slm
+prepare` made (train/, heldout/), runs (run.json), checkpoints, models and token losses (dynamics/),
+in the folder itself and in those below it. Every file is read and its hash compared: it costs about
+a second a gigabyte. A model of ours must also be one that an inference engine can load
+(slm.model.serving). Leftovers of killed processes are named; they do no harm. Not covered, since no
+command reads it back: excluded.jsonl of a preparation, a run's wandb/ and .hydra/, reports and
+figures.
 """
 
 import argparse
