@@ -36,7 +36,11 @@ def first_ids(folder: str, tokenizer: Any) -> list[int]:
 
 
 def check_room(
-    folder: str, longest: int, config: Any, max_new_tokens: int, advice: str = "a shorter prompt"
+    folder: str,
+    longest: int,
+    config: Any,
+    max_new_tokens: int,
+    advice: str = "lower max_new_tokens",
 ) -> None:
     """longest: tokens of a prompt"""
     limit = position_limit(config)

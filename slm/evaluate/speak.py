@@ -154,7 +154,9 @@ def speak_one(name: str, folder: str, asked: Sequence[str], how: Asked) -> list[
     tokenizer: Any = load_tokenizer(folder)
     ids = encode(asked, first_ids(folder, tokenizer), tokenizer, how.prompt_tokens)
     lm: Any = load_model(folder)
-    check_room(folder, max(map(len, ids)), lm.config, how.max_new_tokens, "prompt_tokens cuts it")
+    check_room(
+        folder, max(map(len, ids)), lm.config, how.max_new_tokens, "prompt_tokens cuts prompts"
+    )
     lm = lm.to(pick_device(how.device), DTYPES[how.dtype]).eval()
     sampling = Sampling(how.max_new_tokens, how.temperature, how.top_p)
     config: Any = generation_config(lm, tokenizer.eos_token_id, sampling)
