@@ -56,7 +56,11 @@ class Quality(NamedTuple):
 
 
 def write_quality(out: Path, manifest: Json, arrays: Mapping[str, np.ndarray]) -> None:
-    """In the place of what the command made there before."""
+    """In the place of what the command made there before; scores never in that of a classifier."""
+    if (out / "manifest.json").exists():
+        before = read_quality(out, "out").manifest["kind"]
+        if before != manifest["kind"]:
+            raise UserError(f"out={out} has {before}, which {manifest['kind']} would replace")
     with replacing(out, COMMAND) as new:
         made: Json = {"format": FORMAT} | manifest
         made |= {"sha256": {}, "rows": {}, "dtypes": {}}

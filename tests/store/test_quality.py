@@ -60,6 +60,14 @@ def test_damage_and_other_folders(folder, tmp_path):
         read_quality(folder, "by")
 
 
+def test_scores_do_not_replace_a_classifier(folder):
+    with pytest.raises(UserError, match="q has quality_scores, which quality_classifier would rep"):
+        write_quality(folder, HIDDEN, {"value": np.zeros(2)})
+    assert len(read_quality(folder, "by").arrays["scores"]) == 3
+    write_quality(folder, ABOUT, {"keys": np.zeros((1, 16), np.uint8), "scores": np.zeros(1)})
+    assert len(read_quality(folder, "by").arrays["scores"]) == 1
+
+
 def test_files_of_others_stay(folder):
     (folder / "weights.npy").write_bytes(b"mine")
     with pytest.raises(UserError, match="weights.npy would be replaced"):
