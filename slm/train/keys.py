@@ -139,6 +139,7 @@ FOLDERS = (
 ARGUMENTS: Table = dict.fromkeys(
     {key.split(".")[0] for key in TRAIN} - {"run_dir"} | {*FOLDERS}, anything
 )
+LEAST_SHARE = 1e-5  # else a block of the order (order.py) has too many windows
 NEEDED_OF_PART: Table = {"corpus": text, "share": real(0, 1, "(]")}
 PART = NEEDED_OF_PART | {"references": optional(text), "max_epochs": optional(real(0, ends="()"))}
 LENGTH = "max_tokens alone says how long a run is"
@@ -207,6 +208,11 @@ def check_mixture(parts: Mapping[str, Mapping[str, Any]]) -> None:
     for name, part in parts.items():
         for field in NEEDED_OF_PART.keys() - part.keys():
             raise UserError(f"{part_key(name)} has no {field}")
+        if part["share"] < LEAST_SHARE:
+            raise UserError(
+                f"{part_key(name)}.share is {part['share']:g}, less than {LEAST_SHARE:g}: a window "
+                f"in {1 / part['share']:,.0f} is read of it, leave it out"
+            )
     total = math.fsum(part["share"] for part in parts.values())
     if abs(total - 1) > 1e-6:
         shares = ", ".join(f"{name} {part['share']:g}" for name, part in parts.items())

@@ -111,13 +111,14 @@ class Mixed:
     """Sample n of a run over several parts, each in an order of its own, by their shares.
 
     A part's share of the first n samples is exact to within one sample wherever n is a multiple of
-    BLOCK; in a block, chance says which sample is of which part.
+    `block`; in a block, chance says which sample is of which part. It is long enough for one sample
+    of the smallest part: else rounding could take back in a block what it gave in the one before.
 
     sizes:   windows of each part, which follow one another
     shares:  of each; they sum to 1
     """
 
-    BLOCK, AT_ONCE = 128, 64  # samples; blocks, for speed alone
+    BLOCK, AT_ONCE = 128, 2**13  # samples at least; samples, for speed alone
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[float], seed: int, kind: str = NEW):
         self.orders = [Order(size, seed, kind) for size in sizes]
@@ -125,16 +126,19 @@ class Mixed:
         # In billionths, so that Python's whole numbers say what lies before any sample.
         sums = np.cumsum(shares[:-1])
         self.cumulative = [0, *(round(10**9 * float(share)) for share in sums), 10**9]
+        least = int(np.diff(self.cumulative).min())
+        self.block = max(self.BLOCK, 1 << (-(-(10**9) // least) - 1).bit_length())
+        self.at_once = max(1, self.AT_ONCE // self.block)  # blocks
         self.seed = seed
         self._last: tuple[int, np.ndarray] | None = None
 
     def before(self, block: int) -> np.ndarray:  # (parts + 1,)
         """How many samples of the first 0, 1, 2, ... parts come before the block."""
-        return np.array([share * block * self.BLOCK // 10**9 for share in self.cumulative])
+        return np.array([share * block * self.block // 10**9 for share in self.cumulative])
 
     def counts(self, samples: int) -> np.ndarray:  # (parts,)
         """Samples of each part among the first so many."""
-        block, rest = divmod(samples, self.BLOCK)
+        block, rest = divmod(samples, self.block)
         last = np.bincount(self._parts([block])[0][:rest], minlength=len(self.orders))
         return np.diff(self.before(block)) + last
 
@@ -142,10 +146,10 @@ class Mixed:
         """Of the blocks' samples, their parts, and their numbers among the samples of the part."""
         before = np.array([self.before(block) for block in blocks])  # (blocks, parts + 1)
         edges = np.array([self.before(block + 1) for block in blocks]) - before
-        row = np.tile(np.arange(self.BLOCK), (len(blocks), 1))
-        places = KeyedRows(self.BLOCK, self.seed, blocks)(row)
+        row = np.tile(np.arange(self.block), (len(blocks), 1))
+        places = KeyedRows(self.block, self.seed, blocks)(row)
         found = [np.searchsorted(*pair, side="right") for pair in zip(edges, places, strict=True)]
-        parts = np.array(found) - 1  # (blocks, BLOCK)
+        parts = np.array(found) - 1  # (blocks, block)
         of_part = parts[..., None] == np.arange(len(self.orders))
         earlier = np.take_along_axis(of_part.cumsum(1), parts[..., None], axis=2)[..., 0] - 1
         numbers = np.take_along_axis(np.diff(before), parts, axis=1) + earlier
@@ -153,17 +157,17 @@ class Mixed:
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(windows, epochs) of the samples [start, stop); epochs are those of a window's part."""
-        stretches, within = np.divmod(np.arange(start, stop), self.AT_ONCE * self.BLOCK)
+        stretches, within = np.divmod(np.arange(start, stop), self.at_once * self.block)
         found = np.empty((2, stop - start), np.int64)
         for stretch in np.unique(stretches):
             rows = stretches == stretch
             found[:, rows] = self._stretch(int(stretch))[:, within[rows]]
         return found[0], found[1]
 
-    def _stretch(self, stretch: int) -> np.ndarray:  # (2, AT_ONCE * BLOCK)
+    def _stretch(self, stretch: int) -> np.ndarray:  # (2, at_once * block)
         """Windows and epochs of blocks that are read one after another."""
         if self._last is None or self._last[0] != stretch:
-            blocks = range(stretch * self.AT_ONCE, (stretch + 1) * self.AT_ONCE)
+            blocks = range(stretch * self.at_once, (stretch + 1) * self.at_once)
             parts, numbers = self._parts(blocks)
             found = np.empty((2, len(parts)), np.int64)
             for part in np.unique(parts):

@@ -106,6 +106,10 @@ def test_what_a_part_may_be_read_is_checked_before_the_run(parts):
     ("change", "message"),
     [
         ({"share": 0.5}, "the shares of data.mixture sum to 1.25, not to 1: web 0.75, math 0.5"),
+        (
+            {"share": 1e-6},
+            "data.mixture.math.share is 1e-06, less than 1e-05: a window in 1,000,000",
+        ),
         ({"share": 0}, r"data.mixture.math.share is 0, it must be a number in \(0, 1\]"),
         ({"shares": 1}, "data.mixture.math.shares is given.*did you mean data.mixture.math.share"),
         ({"references": None}, "data.mixture.web has references and data.mixture.math has none"),

@@ -160,6 +160,22 @@ def test_shares_are_exact_at_the_end_of_every_block():
     assert order.counts(1000).tolist() == np.bincount(parts[:1000], minlength=5).tolist()
 
 
+def test_small_shares_come_in_their_order():
+    """Between two bounds that lie nearer than a sample, rounding gives and takes back."""
+    shares = (0.3, 0.002, 0.001, 0.297, 0.4)
+    order, first = Mixed((70, 3, 5, 20, 90), shares, 4), np.cumsum([0, 70, 3, 5, 20, 90])
+    assert order.block == 1024
+    windows, epochs = order.samples(0, 40 * order.block)
+    parts = np.searchsorted(first, windows, side="right") - 1
+    for part, size in enumerate((70, 3, 5, 20, 90)):
+        mine = parts == part
+        own = Order(size, 4).samples(0, mine.sum())
+        assert (windows[mine] - first[part]).tolist() == own[0].tolist()
+        assert epochs[mine].tolist() == own[1].tolist()
+        assert abs(mine.sum() - len(windows) * shares[part]) < 1
+    assert Mixed((1, 1, 1), (0.4, 1 / 128, 0.6 - 1 / 128), 0).block == 128
+
+
 def test_a_mixture_is_a_pure_function_of_the_index():
     whole = Mixed(WINDOWS, SHARES, 0).samples(0, 700)
     for start, stop in [(0, 3), (120, 140), (699, 700), (5, 5), (1, 600)]:
