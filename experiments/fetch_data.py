@@ -28,6 +28,8 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
     },
     ("ZubinGou/math-evaluation-harness", "db77bc6"): {
         "eval/math_500.jsonl": "data/math_oai/test.jsonl",
+        "eval/asdiv.jsonl": "data/asdiv/test.jsonl",
+        "eval/mmlu_stem.jsonl": "data/mmlu_stem/test.jsonl",
         "eval/svamp.jsonl": "data/svamp/test.jsonl",
         "eval/mathqa.jsonl": "data/mathqa/test.jsonl",
         "eval/mawps.jsonl": "data/mawps/test.jsonl",
@@ -57,9 +59,11 @@ PLANETMATH = ("planetmath/11_Number_theory", "da34257")
 HASHES = """
 17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465  curated/gsm8k_train.jsonl
 be6345cd467dad18d5d32cf59d334910327a5f1f2d3289df7ce133107cc45ae7  curated/math_train_4500.jsonl
+5759580385e706f961a30d4c07d6925b35c3f7c86d6c50bc413957169693dad2  eval/asdiv.jsonl
 3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14  eval/gsm8k_test.jsonl
 35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132  eval/math_500.jsonl
 136de4608366708d01d4c38890437e722c9209e9a66ef5d119cb01f6f88dfec6  eval/mathqa.jsonl
+fd7c16f96067d285638abb5aaef9cd8a063b11454e14cb64df93141a58691478  eval/mmlu_stem.jsonl
 00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b  eval/mawps.jsonl
 96720a1dc496ea72f80db55250290cf9c48e95b657ac2183b7deb1dc4627351f  eval/sat_math.jsonl
 d0826ff1264f3860e46fc4e71db9e31d2d188960db87090e22677f9493e67a0d  eval/svamp.jsonl
