@@ -101,6 +101,12 @@ def weight_range(corpus: Corpus) -> Json:
 
 
 def say_report(out: Path, report: Json) -> None:
+    """Of `slm prepare`: what was made, and what was left out."""
+    say_sides(out, report)
+    say_left_out(report)
+
+
+def say_sides(out: Path, report: Json) -> None:
     for side in SIDES:
         if side in report:
             log.info(
@@ -113,6 +119,9 @@ def say_report(out: Path, report: Json) -> None:
             say_signal(out / side, report[side])
             say_weights(out / side, report[side])
             say_long(out / side, report[side])
+
+
+def say_left_out(report: Json) -> None:
     for name, counts in report["short_documents"].items():
         log.info(
             "%s: %s documents of fewer than %s tokens (min_tokens) are left out",

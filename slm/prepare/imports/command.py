@@ -25,7 +25,7 @@ from slm.prepare.encoder import encoder_state
 from slm.prepare.imports.link import LinkWriter
 from slm.prepare.imports.parts import Options, Part
 from slm.prepare.imports.stream import COUNTS, Stream
-from slm.prepare.report import finish_side, say_report
+from slm.prepare.report import finish_side, say_sides
 from slm.prepare.settings import corpus_plan
 from slm.prepare.shard_writer import ShardWriter
 from slm.stage import Folder, stage
@@ -112,7 +112,7 @@ def import_corpus(
     settings = SimpleNamespace(**locals())
     settings.tokenizer = SimpleNamespace(**tokenizer)
     folder = Path(out).expanduser()
-    say_report(folder, write_folder(settings, folder))
+    say_sides(folder, write_folder(settings, folder))
     return Corpus.open(folder / "train")
 
 
