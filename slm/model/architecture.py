@@ -222,7 +222,8 @@ def check_length(
     config: PreTrainedConfig | int | None,  # or its position_limit
     seq_len: int,
     what: str = "corpus",
-    remedy: str = "`slm train` with model.override={override} makes a model that has as many",
+    remedy: str = "`slm train` with model.override={override} (of a new model: among the fields of "
+    "model.architecture) makes one that has as many",
 ) -> None:
     """Refuse windows that are longer than the model has positions."""
     limit = position_limit(config) if isinstance(config, PreTrainedConfig) else config

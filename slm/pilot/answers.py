@@ -216,15 +216,16 @@ def equal_loss(inputs: Inputs, during: Resampled, k: float, rules: Rules) -> Jso
     for unit in ("flops", "seconds"):
         costs = costs_of(inputs, k, unit)
         found[unit] = None if costs is None else cost_record(costs, reach, inputs.target_tokens)
-    seeds = [seed for arm, seed in inputs.records if arm == excess(k)]
-    found["clock"] = [clock(inputs.records, k, seed) for seed in seeds]
+    found["clock"] = clocks(inputs.records, k)
     return found
 
 
-def clock(records: Mapping[tuple[str, int], Json], k: float, seed: int) -> float | None:
-    """Seconds of the arm over those of all tokens, both of one seed: how far clocks scatter."""
-    pair = [records[arm, seed]["train_seconds"] for arm in (excess(k), ALL_TOKENS)]
-    return None if None in pair else pair[0] / pair[1]
+def clocks(records: Mapping[tuple[str, int], Json], k: float) -> list[float | None]:
+    """Seconds of the arm over those of all tokens, of every seed that both have (one is added to
+    the arms of an open question alone): how far clocks scatter."""
+    seeds = [s for arm, s in records if arm == excess(k) and (ALL_TOKENS, s) in records]
+    pairs = [[records[arm, s]["train_seconds"] for arm in (excess(k), ALL_TOKENS)] for s in seeds]
+    return [None if None in pair else pair[0] / pair[1] for pair in pairs]
 
 
 def saving(found: Json) -> str:

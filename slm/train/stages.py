@@ -102,7 +102,7 @@ def plan(settings: Json) -> list[Stage]:
     if rows[-1]["until_tokens"] != settings["max_tokens"]:
         raise UserError(
             f"max_tokens is {settings['max_tokens']}, and the last of the stages "
-            f"({rows[-1]['name']}) ends at {rows[-1]['until_tokens']}"
+            f"({rows[-1]['name']}) ends at {rows[-1]['until_tokens']}: both are the whole run's"
         )
     made: list[Stage] = []
     limit = positions_of(settings["model"]["init_from"], settings["model"]["architecture"])
