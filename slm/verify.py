@@ -1,15 +1,17 @@
 """Is a folder whole? `slm verify FOLDER ...` names what is not, and exits with 1.
 
 Knows corpora, references, classifiers of documents and their scores (manifest.json), what `slm
-prepare` made (train/, heldout/), runs (run.json), checkpoints, models and token losses (dynamics/),
-in the folder itself and in those below it. Every file is read and its hash compared: it costs about
-a second a gigabyte. A model of ours must also be one that an inference engine can load
-(slm.model.serving). Leftovers of killed processes are named; they do no harm. Not covered, since no
-command reads it back: excluded.jsonl of a preparation, a run's wandb/ and .hydra/, reports and
-figures.
+prepare` made (train/, heldout/), runs (run.json), checkpoints, models, token losses (dynamics/) and
+what made.json lists (reports, pivots, pilots), in the folder itself and in those below it. Every
+file is read and its hash compared: it costs about a second a gigabyte. A model of ours must also be
+one that an inference engine can load (slm.model.serving). Leftovers of killed processes are named;
+they do no harm. Not covered, since no command reads it back: excluded.jsonl of a preparation, a
+run's wandb/ and .hydra/, figures without made.json; and, since nothing has their hashes:
+rollouts.jsonl of pivots, tokens/ of a pilot's runs.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from slm.store.files import (
     nothing,
     read_json,
 )
+from slm.store.own_files import RECORD, check_made, resumed_by
 from slm.store.quality import CLASSIFIER, SCORES, read_quality
 from slm.store.shards import SCORED, Corpus, References, Store, make_manifest
 from slm.store.sidecars import Shard, read_sidecars
@@ -45,7 +48,14 @@ STORES: dict[str, type[Store]] = {
     "document_scores": DocumentScores,
 }
 FIRST_COLUMN = {"corpus": "tokens", "reference": LOGPROBS.name, "document_scores": LOGPROBS.name}
-RUN_RECORDS = ("run.json", "hparams.json", "lineage.json", "wandb_run.json", "status.json")
+RUN_RECORDS = (
+    "run.json",
+    "hparams.json",
+    "lineage.json",
+    "wandb_run.json",
+    "status.json",
+    "arm.json",
+)
 SIDES = ("train", "heldout")
 SHARD_PATTERNS = tuple(f"{column}-*.npy" for column in FIRST_COLUMN.values())
 BLOCK = 1 << 22
@@ -62,7 +72,9 @@ def parts(path: Path) -> list[Path]:
         raise UserError(f"{path} does not exist")
     found = list(walk(path))
     if not found:
-        raise UserError(f"{path} is no corpus, reference, run, checkpoint or model folder")
+        raise UserError(
+            f"{path} is no corpus, reference, run, checkpoint or model folder, and has no {RECORD}"
+        )
     return found
 
 
@@ -70,7 +82,7 @@ def walk(folder: Path) -> Iterator[Path]:
     if is_store(folder) or is_model(folder) or is_dynamics(folder):
         yield folder
         return
-    if is_run(folder) or is_prepared(folder):
+    if is_run(folder) or is_prepared(folder) or is_made(folder):
         yield folder
     yield from sorted(folder.glob("*.ckpt"))
     for item in sorted(folder.iterdir()):
@@ -85,7 +97,8 @@ def is_checkpoint(path: Path) -> bool:
 
 def is_prepared(path: Path) -> bool:
     """The folder that `slm prepare` was given: its corpora are train/ and heldout/ in it."""
-    return (path / "plan.json").exists() and any((path / side).is_dir() for side in SIDES)
+    there = (path / "plan.json").exists() and not resumed_by(path)
+    return there and any((path / side).is_dir() for side in SIDES)
 
 
 def is_dynamics(path: Path) -> bool:
@@ -94,10 +107,16 @@ def is_dynamics(path: Path) -> bool:
 
 
 def is_store(path: Path) -> bool:
-    if is_prepared(path) or is_dynamics(path):
+    if is_prepared(path) or is_dynamics(path) or is_made(path):
         return False
     named = any((path / name).exists() for name in ("manifest.json", "plan.json"))
     return named or any(next(path.glob(pattern), None) for pattern in SHARD_PATTERNS)
+
+
+def is_made(path: Path) -> bool:
+    """By a command that replaces its files, or is to be; a classifier has a manifest, too."""
+    listed = (path / RECORD).exists() and not (path / "manifest.json").exists()
+    return listed or resumed_by(path) is not None
 
 
 def is_model(path: Path) -> bool:
@@ -245,13 +264,19 @@ def verify_checkpoint(path: Path, advance: Advance) -> str:
 
 def verify_run(path: Path, advance: Advance) -> str:
     check_records(path, *RUN_RECORDS)
-    if not (path / "model" / "slm.json").exists():
-        raise UserError(f"{path} is unfinished: model/ is missing; run the same command again")
     tables, lineage = path / "tables.json", path / "lineage.json"
-    if read_json(lineage) != read_json(path / "model/slm.json")["lineage"]:
+    is_arm = (path / "arm.json").exists()
+    if not is_arm and not (path / "model" / "slm.json").exists():
+        raise UserError(f"{path} is unfinished: model/ is missing; run the same command again")
+    if not is_arm and read_json(lineage) != read_json(path / "model/slm.json")["lineage"]:
         raise UserError(f"{lineage} is not what model/slm.json says")
     check_files(tables, read_json(tables), advance)
-    return "run, finished"
+    return "run of a pilot, finished; its model is not kept" if is_arm else "run, finished"
+
+
+def verify_made(path: Path, advance: Advance) -> str:
+    check_records(path, "plan.json", "clock.json")
+    return f"made by {check_made(path, advance)}"
 
 
 def verify_dynamics(path: Path, advance: Advance) -> str:
@@ -288,10 +313,11 @@ def verify_part(path: Path, advance: Advance) -> str:
         return verify_store(path, advance)
     if is_model(path):
         return verify_model(path, advance)
-    return verify_prepared(path) if is_prepared(path) else verify_run(path, advance)
+    kinds = {is_made: verify_made, is_prepared: verify_prepared, is_run: verify_run}
+    return "; ".join(check(path, advance) for is_one, check in kinds.items() if is_one(path))
 
 
-def verify_prepared(path: Path) -> str:
+def verify_prepared(path: Path, _: Advance) -> str:
     if not (path / "report.json").exists():
         raise UserError(f"{path} is unfinished: report.json is missing; run `slm prepare` again")
     record = path / "report.json"
@@ -369,4 +395,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `slm verify ... | head`
     main()

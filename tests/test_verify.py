@@ -23,6 +23,7 @@ from slm.score.cost import write_cost
 from slm.store import shards
 from slm.store.claims import Unclaimed
 from slm.store.files import hash_file, write_array, write_json, write_record
+from slm.store.own_files import replacing
 from slm.store.shards import References, write_manifest
 from slm.store.sidecars import Shard, write_sidecar
 from slm.train.checkpoint import VerifiedCheckpointIO
@@ -395,6 +396,69 @@ def test_a_file_that_may_not_be_read_is_named(text_corpus, monkeypatch):
     assert only(text_corpus.folder) == (False, f"{path} cannot be read: Permission denied")
 
 
+def make_files(folder: Path, by: str) -> Path:
+    with replacing(folder, by) as to:
+        (to / "page.html").write_text("so it is")
+        (to / "rows.csv").write_text("a,b")
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_files_that_made_json_lists_are_compared(tmp_path, damage):
+    folder = make_files(tmp_path / "report", "slm report")
+    assert only(folder) == (True, "made by slm report")
+    damage(folder / "rows.csv")
+    good, text = only(folder)
+    assert not good and str(folder / "rows.csv") in text
+    assert ("is missing: slm report made it; run it again" in text) == (damage is Path.unlink)
+
+
+def test_pivots_are_unfinished_until_made_json_is_there(tmp_path):
+    folder = tmp_path / "pivots"
+    folder.mkdir()
+    write_record(folder / "plan.json", {"kind": "pivots"})
+    missing = "made.json is missing; the same `slm pivots` command goes on"
+    assert only(folder) == (False, f"{folder} is unfinished: {missing}")
+    make_files(folder, "slm pivots")
+    assert only(folder) == (True, "made by slm pivots")
+    record = json.loads((folder / "made.json").read_text())
+    record["files"]["rows.csv"] *= 2  # as while they are replaced
+    write_json(folder / "made.json", record)
+    assert only(folder) == (
+        False,
+        f"{folder} is unfinished: slm pivots was replacing its files; run it again",
+    )
+    make_files(folder, "slm pivots")
+    flip(folder / "plan.json", 13)
+    assert not only(folder)[0] and "plan.json is damaged" in only(folder)[1]
+
+
+def test_runs_of_a_pilot_keep_no_model(tmp_path, run, make_corpus):
+    pilot = tmp_path / "pilot"
+    make_corpus(pilot / "heldout", [np.arange(13)], 4)
+    write_record(pilot / "plan.json", {"kind": "pilot"})
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(run / name)
+    shutil.move(run, pilot / "seed-0" / "all")
+    unfinished = {path.name: text for path, good, text in verify(pilot) if not good}
+    assert "the same `slm pilot` command goes on" in unfinished["pilot"]
+    assert "model/ is missing" in unfinished["all"]
+    write_record(pilot / "seed-0" / "all" / "arm.json", {"tokens_seen": 12})
+    make_files(pilot, "slm pilot")
+    results = {path.name: (good, text) for path, good, text in verify(pilot)}
+    assert results["pilot"] == (True, "made by slm pilot") and results["heldout"][0]
+    assert results["all"] == (True, "run of a pilot, finished; its model is not kept")
+    flip(pilot / "seed-0" / "all" / "arm.json", -6)
+    assert [path.name for path, good, _ in verify(pilot) if not good] == ["all"]
+
+
+def test_a_report_beside_a_run_hides_nothing_of_it(run):
+    make_files(run, "slm report")
+    assert next(verify(run))[1:] == (True, "made by slm report; run, finished")
+    flip(run / "run.json")
+    assert not next(verify(run))[1]
+
+
 def test_empty_missing_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="nothing does not exist"):
         list(verify(tmp_path / "nothing"))
@@ -437,6 +501,14 @@ def test_progress_counts_the_bytes_that_are_read(text_corpus, run):
         assert all(good for _, good, _ in verify(folder, advance))
         hashed = [p for p in folder.rglob("*") if p.suffix in (".npy", ".ckpt", ".safetensors")]
         assert sum(counts) >= sum(path.stat().st_size for path in hashed)
+
+
+def test_a_reader_that_leaves_gets_no_traceback(references):
+    words = [sys.executable, "-m", "slm.verify", str(references.folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"BrokenPipe" not in process.stderr.read()
 
 
 def test_help_and_checking_a_reference_import_no_torch(references):

@@ -298,8 +298,8 @@ def pivots(
         requests until all is answered.
 
     Raises:
-        UserError: a problem cannot be read, the oracle raises, `out` has completions of another
-            model; a setting is wrong.
+        UserError: a problem cannot be read, the oracle raises, `out` has completions made with
+            other settings; a setting is wrong.
     """
     config = SimpleNamespace(**locals())
     import_modules(modules)
@@ -318,7 +318,7 @@ def pivots(
     server = Asked(plan, served_model, prompts) if served_model is not None else None
     own = server is None
     sampler = own_model(config, texts, prompts) if own else answered(config, server, texts)
-    adopt_plan(Path(out), plan, "completions of another model")
+    adopt_plan(Path(out), plan, "completions made with other settings")
     with claim(Path(out) / "rollouts.claim") as mine:
         if mine is None:
             raise UserError(f"{out}: another process draws completions there")

@@ -15,10 +15,21 @@ from pathlib import Path
 
 from slm.errors import UserError
 from slm.store.claims import process_name, remove_temporaries
-from slm.store.files import cannot_write, hash_file, read_json, write_error, write_json
+from slm.store.fields import OBJECT, TEXT, check_fields
+from slm.store.files import (
+    Advance,
+    cannot_write,
+    check_hash,
+    hash_file,
+    nothing,
+    read_json,
+    write_error,
+    write_json,
+)
 
 log = logging.getLogger("slm.store.own_files")
 RECORD = "made.json"
+RESUMED = ("pivots", "pilot")  # kinds of plan.json: the commands keep their work beside the files
 
 Hashes = dict[str, list[str]]  # path in the folder -> sha256 of what the command made there
 
@@ -104,6 +115,35 @@ def read_record(folder: Path, by: str) -> Hashes:
     if record.keys() != {"by", "files"} or record["by"] != by or not are_hashes(record["files"]):
         raise UserError(f"{path} is no list of the files that {by} made: choose another folder")
     return record["files"]
+
+
+def resumed_by(folder: Path) -> str | None:
+    """The command that goes on there, if plan.json is of one."""
+    with suppress(UserError, OSError):
+        plan = read_json(folder / "plan.json")
+        return f"slm {plan['kind']}" if "kind" in plan and plan["kind"] in RESUMED else None
+
+
+def check_made(folder: Path, advance: Advance = nothing) -> str:
+    """Compare every file with what made.json says; returns the command that made them.
+
+    Raises:
+        UserError: one is missing or another, or the command was killed before all were there.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        again = f"the same `{resumed_by(folder)}` command goes on"
+        raise UserError(f"{folder} is unfinished: {RECORD} is missing; {again}")
+    record = read_json(path)
+    check_fields(path, record, {"by": TEXT, "files": OBJECT})
+    by, made = record["by"], read_record(folder, record["by"])
+    if any(len(hashes) != 1 for hashes in made.values()):
+        raise UserError(f"{folder} is unfinished: {by} was replacing its files; run it again")
+    for name, (expected,) in made.items():
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name} is missing: {by} made it; run it again")
+        check_hash(folder / name, expected, RECORD, advance)
+    return by
 
 
 def are_hashes(value: object) -> bool:

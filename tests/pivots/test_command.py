@@ -234,10 +234,11 @@ def test_records_that_are_no_problems_are_refused(tmp_path, chain):
 def test_completions_of_something_else_are_not_taken(tmp_path, chain, problems, bytes_folder):
     out = tmp_path / "out"
     search(problems, out, target_model=chain, limit=1)
-    with pytest.raises(UserError, match="holds completions of another model: temperature is 1.0"):
+    holds = "holds completions made with other settings"
+    with pytest.raises(UserError, match=f"{holds}: temperature is 1.0"):
         search(problems, out, target_model=chain, limit=1, temperature=0.5)
     save_chain(tmp_path / "other", bytes_folder, {":": {"1": 0.5, "2": 0.5}})
-    with pytest.raises(UserError, match="holds completions of another model: model is"):
+    with pytest.raises(UserError, match=f"{holds}: model is"):
         search(problems, out, target_model=tmp_path / "other", limit=1)
     (out / "pairs.jsonl").write_text("mine")
     with pytest.raises(UserError, match="pairs.jsonl would be replaced"):
