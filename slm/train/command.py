@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
 
 from slm.errors import UserError
 from slm.selection.rule import Selection
@@ -145,4 +146,6 @@ def run(**settings: Any) -> None:
     words = [word.lstrip("+~") for word in HydraConfig.get().overrides.task]
     named = [word for word in words if word.startswith("model.architecture")]
     check_one_architecture(settings, named)
-    log.info("model: %s", train(**arguments(settings)).model)
+    made = train(**arguments(settings))
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # Lightning sets it on import
+        log.info("model: %s", made.model)

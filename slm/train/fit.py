@@ -76,7 +76,8 @@ def fit(settings: Json, continued: Continued | None = None) -> None:
             return
         check_same_everywhere(trainer, identity)
         words = "new run in %s" if start.checkpoint is None else "continuing %s"
-        log.info(words, start.checkpoint or folder)
+        if trainer.is_global_zero:
+            log.info(words, start.checkpoint or folder)
         try:
             log_inputs(trainer, settings, data, module.lm.model.config.to_diff_dict())
             trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
