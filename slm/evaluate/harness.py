@@ -42,6 +42,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -53,7 +54,7 @@ from slm.command_keys import HARNESS
 from slm.console import LINE_EVERY_S
 from slm.errors import UserError
 from slm.evaluate.rows import Row, completions, task_rows
-from slm.evaluate.tasks import PROMPT, TASKS, Asked, expand_tasks, write_tasks
+from slm.evaluate.tasks import PROMPT, TASKS, Asked, expand_tasks, prompts, shots_shown, write_tasks
 from slm.stage import Folder, stage
 from slm.store.files import Json, atomic_file, write_csv
 
@@ -83,8 +84,8 @@ def is_ours(folder: str) -> bool:
     return (Path(folder) / "slm.json").exists()
 
 
-def check_room(folder: str, max_new_tokens: int) -> None:
-    """lm_eval gives the prompt what max_new_tokens leaves of the model's positions."""
+def positions(folder: str) -> int | None:
+    """Of the model; None where it has no limit."""
     from transformers import AutoConfig
 
     from slm.model.architecture import position_limit
@@ -96,12 +97,64 @@ def check_room(folder: str, max_new_tokens: int) -> None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model {folder} has a damaged config.json: {first_line(error)}") from None
-    limit = position_limit(config)
+    return position_limit(config)
+
+
+def is_generated(name: str) -> bool:
+    return TASKS[name].kind in ("generate", "cot")
+
+
+def check_room(folder: str, names: Sequence[str], max_new_tokens: int) -> None:
+    """Where a task generates, lm_eval gives prompts what max_new_tokens leaves of the positions."""
+    limit = positions(folder) if any(map(is_generated, names)) else None
     if limit is not None and max_new_tokens >= limit:
         raise UserError(
             f"max_new_tokens is {max_new_tokens}, it must be less than the "
             f"{limit} max_position_embeddings of {folder}"
         )
+
+
+def check_prompts(written: Path, folder: str, names: Sequence[str], asked: Asked) -> list[str]:
+    """lm_eval cuts a prompt that is too long at its beginning, where the worked examples stand.
+
+    Returns:
+        A sentence for each task of which that happens to some prompts; UserError where to all.
+    """
+    from slm.store.tokenizer import load_tokenizer
+
+    limit, tokenizer, said = positions(folder), load_tokenizer(folder), []
+    adds = special_tokens(folder, tokenizer)["add_bos_token"]
+    if limit is None:
+        return []
+    for name in names:
+        if TASKS[name].kind not in ("answer", "generate", "cot"):
+            continue
+        new = asked.max_new_tokens if is_generated(name) else 0
+        asks = prompts(written, name, asked)
+        ids = tokenizer(asks, add_special_tokens=adds, verbose=False)["input_ids"]
+        lengths = sorted(map(len, ids))
+        cut = sum(length > limit - new for length in lengths)
+        room = f"the {limit - new:,} positions that max_new_tokens={new} leaves of {limit:,}"
+        room = room if new else f"the {limit:,} positions"
+        if cut == len(lengths):
+            raise UserError(
+                f"{name}: each prompt has {lengths[0]:,} tokens or more, over {room} in {folder}: "
+                + advice(name, asked.num_fewshot)
+            )
+        if cut:
+            said.append(
+                f"{name}: {cut:,} of {len(lengths):,} prompts, the longest of {lengths[-1]:,} "
+                f"tokens, were cut at their beginning to {room} in {folder}"
+            )
+    return said
+
+
+def advice(name: str, num_fewshot: int) -> str:
+    if TASKS[name].kind == "cot":
+        less = f"its {shots_shown(name, 0)} worked examples are fixed, ask"
+        return f"{less} {TASKS[name].set_name}_generate with num_fewshot=0, or a longer model"
+    fewer = "num_fewshot=0" if num_fewshot else "a shorter `prompt`"
+    return f"set {fewer}, or ask a longer model"
 
 
 def special_tokens(folder: str, tokenizer: Any) -> Json:
@@ -156,8 +209,7 @@ def run_tasks(lm: Any, folder: Path, names: list[str]) -> Found:
     results = evaluate(lm, tasks=names, task_manager=manager)
     found = Found([], [])
     for name in names:
-        is_generated = TASKS[name].kind in ("generate", "cot")
-        said = completions(results["samples"][name]) if is_generated else []
+        said = completions(results["samples"][name]) if is_generated(name) else []
         found.completions.extend({"task": name} | one for one in said)
         found.rows.extend(task_rows(name, results, [one["value_match"] for one in said]))
     return found
@@ -205,8 +257,9 @@ def harness(
         A row for every model, task and metric, with the versions that made it.
 
     Raises:
-        UserError: lm_eval is not installed, a folder or a file is damaged, a setting is wrong, or
-            a prompt holds a problem that is asked.
+        UserError: lm_eval is not installed, a folder or a file is damaged, a setting is wrong,
+            a prompt holds a problem that is asked, or every prompt of a task is longer than the
+            model. Where some are, lm_eval cuts their beginning, and a warning says how many.
     """
     check_installed()
     go_offline()
@@ -226,7 +279,7 @@ def harness(
         verify_weights(Path(folder), lambda count: None)
         if not is_ours(folder):  # no hashes: lm_eval makes up what is missing
             load_model(folder)
-        check_room(folder, max_new_tokens)
+        check_room(folder, names, max_new_tokens)
     asked = Asked(
         None if problems is None else Path(problems),
         {name: str(path) for name, path in (files or {}).items()},
@@ -251,11 +304,14 @@ def run_models(
     with tempfile.TemporaryDirectory(prefix="slm-harness-") as temporary:
         written = Path(temporary)
         write_tasks(written, names, asked)
+        cut = [check_prompts(written, folder, names, asked) for folder in folders.values()]
         for number, (name, folder) in enumerate(folders.items(), 1):
             log.info(f"model {number} of {len(folders)}: {name}, {len(names)} tasks")
             found = run_tasks(load_lm(folder, batch_size, device), written, names)
             every.rows.extend({"model": name} | row | versions for row in found.rows)
             every.completions.extend({"model": name} | one for one in found.completions)
+    for sentence in chain.from_iterable(cut):  # at the end, where lm_eval's bars do not bury it
+        log.warning(sentence)
     return every
 
 

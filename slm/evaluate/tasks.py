@@ -213,11 +213,15 @@ def output_type(task: Task, one: Json) -> str:
     return "multiple_choice" if "choices" in one else "loglikelihood"
 
 
+def delimiter(task: Task, prompt: str) -> str:
+    """What lm_eval puts between the prompt and the solution of an example."""
+    return " " if task.kind == "generate" and split_prompt(prompt)[1] == " " else ""
+
+
 def task_config(name: str, asked: Asked, one: Json, files: dict[str, str]) -> Json:
     """A task of lm_eval as its YAML says it. one: any of its documents"""
     task = TASKS[name]
     prompt = asked.prompt_of(task)
-    _, gap = split_prompt(prompt)
     config: Json = {
         "task": name,
         "dataset_path": "json",
@@ -225,7 +229,7 @@ def task_config(name: str, asked: Asked, one: Json, files: dict[str, str]) -> Js
         "test_split": "test",
         "doc_to_text": "context",
         "doc_to_target": "target",
-        "target_delimiter": " " if task.kind == "generate" and gap == " " else "",
+        "target_delimiter": delimiter(task, prompt),
         "num_fewshot": asked.shots_of(task),
         "metadata": {"version": 1.0},
     }
@@ -254,3 +258,18 @@ def write_tasks(folder: Path, names: list[str], asked: Asked) -> None:
         config = task_config(name, asked, splits["test"][0], paths)
         # JSON is YAML, and has one way to quote a backslash.
         (folder / f"{name}.yaml").write_text(json.dumps(config, indent=2))
+
+
+def prompts(folder: Path, name: str, asked: Asked) -> list[str]:
+    """Of a task that `write_tasks` wrote, as lm_eval puts them together."""
+    between = delimiter(TASKS[name], asked.prompt_of(TASKS[name]))
+    examples, path = "", folder / f"{name}.examples.jsonl"
+    for one in read_lines(path) if path.exists() else []:
+        target = one["target"]
+        solution = one["choices"][target] if isinstance(target, int) else target
+        examples += f"{one['context']}{between}{solution}\n\n"
+    return [examples + one["context"] for one in read_lines(folder / f"{name}.test.jsonl")]
+
+
+def read_lines(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

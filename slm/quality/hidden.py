@@ -35,7 +35,7 @@ class Hidden:
         if limit is not None and context >= limit:
             raise UserError(
                 f"context is {context}, with an EOS before it more than the {limit} positions of "
-                f"{folder}"
+                f"{folder}: set context={limit - 1} or less"
             )
         self.sha256 = model_sha256(folder)
         self.device, self.dtype = pick_device(device), dtype

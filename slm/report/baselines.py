@@ -62,7 +62,7 @@ def read_baselines(
     """
     folders = {label: str(folder) for label, folder in named.items()}
     arms = [
-        run_arm(label, folder) if runs_below(Path(folder)) else model_arm(label, folder)
+        run_arm(label, folder) if has_losses(Path(folder)) else model_arm(label, model_in(folder))
         for label, folder in folders.items()
     ]
     check_sets([arm for arm in arms if arm.has_run], sets)
@@ -74,6 +74,17 @@ def read_baselines(
     corpora = heldout_corpora(others[0].label, texts[others[0].label], like, sets, heldout)
     again = {arm.label: arm for arm in evaluated_again(others, like, corpora)}
     return [again[arm.label] if arm.label in again else arm for arm in arms]
+
+
+def model_in(folder: str) -> str:
+    """The model of a finished run that evaluated nothing, such as a reference; else the folder."""
+    run = Path(folder)
+    is_bare = (run / "model" / "slm.json").is_file() and not (run / "heldout.csv").exists()
+    return str(run / "model") if is_bare else folder
+
+
+def has_losses(folder: Path) -> bool:
+    return bool(runs_below(folder)) and model_in(str(folder)) == str(folder)
 
 
 def run_arm(label: str, folder: str) -> Arm:
@@ -112,7 +123,7 @@ def begun_with(arm: Arm, run: Run) -> bool:
 def other_windows(arm: Arm, like: Run, sets: Sequence[str]) -> str:
     """Why the arm's losses are not those of `like`'s windows; empty where they are."""
     if not arm.has_run:
-        return "is a model without a run"
+        return "has no held-out losses of its own"
     for run in arm.runs:
         for name in sets:
             mine, theirs = heldout_text(run, name), heldout_text(like, name)

@@ -35,7 +35,7 @@ from slm.evaluate.answers import NUMBER
 from slm.evaluate.harness import check_room, harness, run_tasks
 from slm.evaluate.problems import SETS, gsm8k, read_problems
 from slm.evaluate.rows import loglikelihood_values, ratio
-from slm.evaluate.tasks import BOXED, TASKS, Asked, expand_tasks, write_tasks
+from slm.evaluate.tasks import BOXED, TASKS, Asked, expand_tasks, prompts, write_tasks
 from slm.model.build import set_special_ids
 from slm.model.folder import save_model
 from text_helpers import DATA, needs_data
@@ -477,7 +477,7 @@ def test_a_problem_in_the_prompt_is_refused(model, problems, monkeypatch):
     config = settings(problems, tasks=["svamp_generate"], prompt=prompt)
     with pytest.raises(UserError, match="svamp.jsonl: the prompt holds a problem that is asked: '"):
         harness({"m": model}, **config)
-    with pytest.raises(TypeError, match="NoneType"):  # load_lm: the one that it holds is not asked
+    with pytest.raises(UserError, match="each prompt has"):  # the one that it holds is not asked
         harness({"m": model}, **config | {"limit": 1})
 
 
@@ -637,11 +637,46 @@ def test_wrong_folders_are_refused_before_any_model_is_loaded(
 
 def test_the_room_is_what_the_text_part_of_a_config_says(tmp_path):
     Gemma3Config(text_config={"max_position_embeddings": 40}).save_pretrained(tmp_path / "gemma")
-    check_room(str(tmp_path / "gemma"), 39)
+    check_room(str(tmp_path / "gemma"), ["gsm8k_cot"], 39)
+    check_room(str(tmp_path / "gemma"), ["blimp", "gsm8k_answer"], 256)  # nothing is generated
     with pytest.raises(UserError, match="max_new_tokens is 40, it must be less than the 40 max"):
-        check_room(str(tmp_path / "gemma"), 40)
+        check_room(str(tmp_path / "gemma"), ["blimp", "gsm8k_cot"], 40)
     XLNetConfig().save_pretrained(tmp_path / "xlnet")  # -1 stands for any length
-    check_room(str(tmp_path / "xlnet"), 10**6)
+    check_room(str(tmp_path / "xlnet"), ["gsm8k_cot"], 10**6)
+
+
+def test_prompts_that_lm_eval_would_cut(model, problems, tokenizer, monkeypatch, caplog):
+    """All of a task: refused before a forward; some: said at the end."""
+    lengths = sorted(
+        len(tokenizer.encode(f"Question: {one['question'].strip()}\nAnswer:")) for one in GSM8K
+    )
+    assert lengths[0] < lengths[-1] < 40
+    some = settings(problems, tasks=["gsm8k_generate"], max_new_tokens=40 - lengths[0])
+    assert harness({"m": model}, **some)
+    cut = sum(length > lengths[0] for length in lengths)
+    assert f"gsm8k_generate: {cut} of 3 prompts, the longest of {lengths[-1]} tok" in caplog.text
+    caplog.clear()
+    harness({"m": model}, **(some | {"max_new_tokens": 40 - lengths[-1]}))
+    assert "prompts" not in caplog.text
+    monkeypatch.setattr(harnessing, "load_lm", None)
+    room = f"over the {lengths[0] - 1} positions that max_new_tokens={41 - lengths[0]} leaves of 40"
+    with pytest.raises(UserError, match=f"each prompt has {lengths[0]} tokens or more, {room}"):
+        harness({"m": model}, **(some | {"max_new_tokens": 41 - lengths[0]}))
+    for task, advised in (
+        ("gsm8k_cot", "8 worked examples are fixed, ask gsm8k_generate with num_fewshot=0"),
+        ("gsm8k_answer", "over the 40 positions in .*: set num_fewshot=0"),
+    ):
+        with pytest.raises(UserError, match=advised):
+            harness({"m": model}, **settings(problems, tasks=[task], num_fewshot=2))
+
+
+@pytest.mark.parametrize("prompt", ["Q: {question}\nA:", "{question}\n"])
+@pytest.mark.parametrize("name", ["gsm8k_generate", "gsm8k_cot"])
+def test_prompts_are_counted_as_lm_eval_asks_them(tmp_path, problems, name, prompt):
+    config, lm = asked(problems, num_fewshot=1, prompt=prompt), Says("18")
+    write_tasks(tmp_path, [name], config)
+    run_tasks(lm, tmp_path, [name])
+    assert prompts(tmp_path, name, config) == [text for text, _ in lm.asked]
 
 
 def test_a_damaged_model_is_one_sentence(model, problems):

@@ -1,5 +1,6 @@
 """Mean last hidden states, against one document at a time and no padding."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -40,5 +41,10 @@ def test_features_are_means_over_the_first_tokens(folder, tokenizer):
 
 
 def test_a_context_longer_than_the_model(folder):
-    with pytest.raises(UserError, match="context is 9999, with an EOS before it more than the"):
+    with pytest.raises(UserError, match="context is 9999, with an EOS before it") as refused:
         Hidden(folder, 9999, 3, "float32", "cpu")
+    advised = re.search(
+        r"more than the (\d+) positions of .*: set context=(\d+) or", str(refused.value)
+    )
+    assert advised is not None and int(advised[2]) == int(advised[1]) - 1
+    Hidden(folder, int(advised[2]), 3, "float32", "cpu")

@@ -83,10 +83,28 @@ def test_a_run_that_read_other_windows_is_evaluated_on_the_runs(tmp_path, model,
         report(**config(tmp_path / "runs", tmp_path / "other", **more))
 
 
+def test_a_run_that_evaluated_nothing_is_evaluated_as_its_model(tmp_path, model, text_corpus):
+    """A reference that was trained without data.heldout."""
+    corpora = {"a": str(text_corpus.folder)}
+    make_run(tmp_path / "runs" / "all", "All", None, heldout=heldout(text_corpus))
+    run = make_run(tmp_path / "ref", "All", None)
+    (run / "heldout.csv").unlink()
+    for path in model.iterdir():
+        if path.name != "slm.json":
+            path.rename(run / "model" / path.name)
+    more = {"sets": ["a"], "baselines": {"ref": str(run)}}
+    row = report(**config(tmp_path / "runs", tmp_path / "out", **more, heldout=corpora)).rows[-1]
+    (expected,) = evaluate({"x": run / "model"}, corpora, max_windows=5)
+    assert (row["arm"], row["windows"], row["tokens_seen"]) == ("ref", 5, 400)
+    assert row["mean"] == pytest.approx(expected["loss"], abs=1e-6)
+    with pytest.raises(UserError, match="'ref' has no held-out losses of its own: name the corpus"):
+        report(**config(tmp_path / "runs", tmp_path / "other", **more))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heldout": None}, "is a model without a run: .* heldout={a: FOLDER}"),
+        ({"heldout": None}, "has no held-out losses of its own: .* heldout={a: FOLDER}"),
         ({"baselines": {"base": "nowhere/else"}}, "baseline 'base'"),
         ({"windows": {"a": {"fingerprint": "c0ffee", "windows": 5}}}, "has the fingerprint"),
         ({"windows": {}}, "does not say which windows of 'a'"),

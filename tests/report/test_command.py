@@ -509,9 +509,9 @@ def test_labelled_tokens_give_a_table(tmp_path):
     assert "truth" in data_of(tmp_path / "out" / "report.html")["runs"][0]["figures"]
 
 
-def test_a_baseline_without_heldout_losses_is_told_why(tmp_path, sweep):
-    (make_run(tmp_path / "reference") / "heldout.csv").unlink()
+def test_a_baseline_that_is_not_complete_is_told_so(tmp_path, sweep):
+    (make_run(tmp_path / "reference") / "model" / "slm.json").unlink()
     lines = {"reference model": str(tmp_path / "reference")}
-    message = r"must be one finished arm, .*reference has none \(has no heldout.csv"
+    message = r"must be one finished arm, .*reference has none \(not complete"
     with pytest.raises(UserError, match=message):
         report(**config(sweep, tmp_path / "out", baselines=lines))

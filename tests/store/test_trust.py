@@ -43,7 +43,7 @@ class Tokenizer(PreTrainedTokenizerFast):
     pass
 """
 CODE = {"AutoConfig": "marked.Config", "AutoModelForCausalLM": "marked.Model"}
-LOADERS = [load_model, load_tokenizer, lambda folder: check_room(str(folder), 1)]
+LOADERS = [load_model, load_tokenizer, lambda folder: check_room(str(folder), ["gsm8k_cot"], 1)]
 
 
 def change(path: Path, **fields) -> None:
@@ -123,7 +123,7 @@ def test_code_that_the_user_names_is_used_and_the_folders_is_not(folder, monkeyp
     assert type(loaded) is sys.modules.pop("registered").Model
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
-    assert check_room(str(folder), 1) is None
+    assert check_room(str(folder), ["gsm8k_cot"], 1) is None
     assert not (folder.parent / "mark").exists()
 
 
