@@ -37,27 +37,15 @@ def test_benchmark_of_selected_rows_at_toy_size(tmp_path, monkeypatch, words, co
 
 
 @pytest.mark.slow
-def test_benchmark_of_binding_at_toy_size(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["bind", "quality"])
+def test_benchmark_of_two_cases_at_toy_size(tmp_path, monkeypatch, name):
     out = tmp_path / "rows.csv"
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "bind.py"), "--small", "--out", str(out)])
-    importlib.import_module("bind").main()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--small", "--out", str(out)])
+    importlib.import_module(name).main()
     found, committed = (
         [row["case"] for row in csv.DictReader(path.read_text().splitlines())]
-        for path in (out, BENCHMARKS / "results" / "bind.csv")
-    )
-    assert len(found) == 2 and {*found} <= {*committed}
-
-
-@pytest.mark.slow
-def test_benchmark_of_quality_at_toy_size(tmp_path, monkeypatch):
-    out = tmp_path / "rows.csv"
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "quality.py"), "--small", "--out", str(out)])
-    importlib.import_module("quality").main()
-    found, committed = (
-        [row["case"] for row in csv.DictReader(path.read_text().splitlines())]
-        for path in (out, BENCHMARKS / "results" / "quality.csv")
+        for path in (out, BENCHMARKS / "results" / f"{name}.csv")
     )
     assert len(found) == 2 and {*found} <= {*committed}
 

@@ -66,14 +66,19 @@ def test_a_baseline_that_the_runs_began_with_is_said_to_be_that(tmp_path, model,
     assert "/model, evaluated by this report, which the runs began with" in page
 
 
+def move_weights(model: Path, run: Path) -> None:
+    """Into a run whose model/ has its record alone."""
+    for path in model.iterdir():
+        if path.name != "slm.json":
+            path.rename(run / "model" / path.name)
+
+
 def test_a_run_that_read_other_windows_is_evaluated_on_the_runs(tmp_path, model, text_corpus):
     """A reference whose budget allowed fewer of them."""
     corpora = {"a": str(text_corpus.folder)}
     make_run(tmp_path / "runs" / "all", "All", None, heldout=heldout(text_corpus))
     run = make_run(tmp_path / "ref", "All", None, final=2.0, heldout=heldout(text_corpus, 3))
-    for path in model.iterdir():
-        if path.name != "slm.json":
-            path.rename(run / "model" / path.name)
+    move_weights(model, run)
     more = {"sets": ["a"], "baselines": {"ref": str(run)}}
     row = report(**config(tmp_path / "runs", tmp_path / "out", **more, heldout=corpora)).rows[-1]
     (expected,) = evaluate({"x": run / "model"}, corpora, max_windows=5)
@@ -89,9 +94,7 @@ def test_a_run_that_evaluated_nothing_is_evaluated_as_its_model(tmp_path, model,
     make_run(tmp_path / "runs" / "all", "All", None, heldout=heldout(text_corpus))
     run = make_run(tmp_path / "ref", "All", None)
     (run / "heldout.csv").unlink()
-    for path in model.iterdir():
-        if path.name != "slm.json":
-            path.rename(run / "model" / path.name)
+    move_weights(model, run)
     more = {"sets": ["a"], "baselines": {"ref": str(run)}}
     row = report(**config(tmp_path / "runs", tmp_path / "out", **more, heldout=corpora)).rows[-1]
     (expected,) = evaluate({"x": run / "model"}, corpora, max_windows=5)
