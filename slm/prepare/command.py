@@ -30,6 +30,7 @@ from slm.prepare.readers import out_of_memory
 from slm.prepare.report import SIDES, say_report
 from slm.prepare.scan import BadText
 from slm.prepare.settings import TOKENIZER, TokenizerKeys, chat_template, check_config, run_plan
+from slm.prepare.shared_scans import SCANS, share_scans
 from slm.prepare.sources import Source, parse_sources
 from slm.prepare.units import list_units
 from slm.prepare.vocabulary import shared_tokenizer
@@ -72,15 +73,16 @@ def own_folder(out: Path) -> Iterator[None]:
             raise UserError(f"{out} holds other files ({others[0]}); choose another output folder")
         yield
     finally:
-        with suppress(OSError):
-            out.rmdir()  # only succeeds if nothing was written
+        for folder in (out / SCANS, out):
+            with suppress(OSError):
+                folder.rmdir()  # only succeeds if nothing was written
 
 
 def begin(out: Path, plan: Json, sources: list[Source]) -> Json | None:
     """Write or adopt the plan, one process at a time; the report where all is done."""
     with when_free(out / LOCK):
         if not (out / "plan.json").exists():
-            remove_parts(out)  # of nobody knows what
+            remove_parts(out, [PARTS])  # of nobody knows what; the hashes are of files
         elif (out / PARTS).exists():
             adopt_inputs(out / PARTS, sources)  # it names the file that has changed
         adopt_plan(out, plan)
@@ -217,8 +219,9 @@ def write_or_confirm(config: Any) -> Json:
     if not (out / "report.json").exists():  # else it is finished, and its text may be gone
         if config.on_bad_record == "stop":  # who skips bad records will count this one too
             check_first_records([*sources, *exclude], int(config.max_document_mb * 2**20))
-    plan = run_plan(config, sources, exclude, identity, {} if keep is None else keep.plan())
     with own_folder(out):
+        share_scans(out, [*sources, *exclude])
+        plan = run_plan(config, sources, exclude, identity, {} if keep is None else keep.plan())
         report = begin(out, plan, sources)
         if report is not None:
             return report

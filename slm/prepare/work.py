@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from slm.prepare.overlap import Exclusion
 from slm.prepare.proof import choose_encoder
 from slm.prepare.report import SIDES
 from slm.prepare.settings import count_workers, input_bytes
+from slm.prepare.shared_scans import SCANS
 from slm.prepare.sources import Source
 from slm.prepare.tally import COUNTERS, COUNTS
 from slm.prepare.units import Unit
@@ -144,9 +145,10 @@ def remove_corpora(out: Path) -> None:
     (out / "excluded.jsonl").unlink(missing_ok=True)
 
 
-def remove_parts(out: Path) -> None:
+def remove_parts(out: Path, folders: Sequence[str] = (PARTS, SCANS)) -> None:
     """At once for others, who would begin anew where they saw a half of them."""
-    gone = out / f"{PARTS}.{process_name()}.tmp"
-    with suppress(FileNotFoundError):  # another process did it, or there are none
-        os.replace(out / PARTS, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    for name in folders:
+        gone = out / f"{name}.{process_name()}.tmp"
+        with suppress(FileNotFoundError):  # another process did it, or there are none
+            os.replace(out / name, gone)
+            shutil.rmtree(gone, ignore_errors=True)
