@@ -1,6 +1,9 @@
 """Every root composes; every experiment and every choice of every group takes an optimizer step."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,23 @@ PRETRAINED = ("continue_small", "continue_1b", "sft")
 def test_root_belongs_to_a_command_and_composes(root):
     assert root in COMMANDS
     assert "hydra" not in composed(root)
+
+
+SAID = """
+import json, logging, logging.config, sys
+logging.config.dictConfig(json.loads(sys.argv[1]))
+logging.getLogger("slm.prepare").info("ours")
+logging.getLogger("botocore.credentials").info("a connection")
+logging.getLogger("botocore").warning("theirs")
+"""
+
+
+def test_libraries_say_nothing_but_warnings():
+    root = OmegaConf.load(conf_folder() / "base.yaml")
+    logging: Any = OmegaConf.to_container(root.hydra.job_logging)
+    del logging["handlers"]["file"]  # half of Hydra's own
+    words = [sys.executable, "-c", SAID, json.dumps(logging)]
+    assert subprocess.run(words, capture_output=True, text=True).stderr == "ours\ntheirs\n"
 
 
 def one_step(tmp_path: Path, corpus: Any, references: Any, *overrides: str) -> Path:

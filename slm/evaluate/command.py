@@ -225,7 +225,7 @@ def evaluate(
     corpora = {name: Corpus.open(folder, check) for name, folder in sets.items()}
     folders = {name: str(folder) for name, folder in models.items()}
     limits = dict.fromkeys(corpora, max_windows)
-    check_ends(by_position or ())
+    check_ends(by_position or (), {name: corpus.seq_len for name, corpus in corpora.items()})
     positions: dict[tuple[str, str], PositionLosses] = {}
     way = (batch_size, dtype, device, check, override)
     found = evaluated(folders, corpora, limits, *way, positions if by_position else None)

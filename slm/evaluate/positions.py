@@ -4,7 +4,7 @@ The position of a target is the number of tokens that its model sees before it, 
 its window, or with packing=documents in its document. A set has T of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,9 +17,16 @@ from slm.store.files import Json
 from slm.store.windows import Batch
 
 
-def check_ends(ends: Sequence[int]) -> None:
+def check_ends(ends: Sequence[int], seq_lens: Mapping[str, int]) -> None:
+    """seq_lens: of the sets; one of them must reach the last end"""
     if any(one >= next_ for one, next_ in pairwise(ends)):
         raise UserError(f"by_position is {list(ends)}, each must be more than the one before")
+    if ends and ends[-1] > (longest := max(seq_lens.values(), default=0)):
+        name = max(seq_lens, key=seq_lens.__getitem__)
+        raise UserError(
+            f"by_position is {list(ends)}, but the longest windows, of set {name}, have "
+            f"{longest} positions: leave out what is beyond, or prepare it with a larger seq_len"
+        )
 
 
 class Range(NamedTuple):

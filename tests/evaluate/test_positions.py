@@ -25,7 +25,11 @@ def test_ranges_end_with_the_window():
     assert last.loss == pytest.approx((4 + 5 + 6 + 7 + 12 + 13 + 14 + 15) / 8)
 
 
-def test_ends_ascend():
-    check_ends([1, 2])
+def test_ends_ascend_and_some_windows_reach_them():
+    check_ends([1, 2], {"a": 1, "b": 2})
+    check_ends([], {})
     with pytest.raises(UserError, match=r"by_position is \[2, 1\], each must be more than the one"):
-        check_ends([2, 1])
+        check_ends([2, 1], {"a": 4})
+    words = r"by_position is \[1, 3\], but the longest windows, of set b, have 2 positions"
+    with pytest.raises(UserError, match=words):
+        check_ends([1, 3], {"a": 1, "b": 2})
