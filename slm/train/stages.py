@@ -58,6 +58,7 @@ class Stage(NamedTuple):
     continued: Continued | None  # its part of a schedule that goes on over several
     tokens: tuple[int, int]  # from, until
     steps: int
+    windows: dict[str, int]  # targets in one of each held-out set
 
 
 def run_stages(settings: Json) -> Run:
@@ -110,9 +111,11 @@ def plan(settings: Json) -> list[Stage]:
         before = made[-1] if made else None
         own = stage_settings(settings, row, number, before)
         check_train(own)
-        limit, steps = check_stage(row, own, limit)
+        limit, data = check_stage(row, own, limit)
         tokens = (before.tokens[1] if before else 0, row["until_tokens"])
-        made.append(Stage(row["name"], own, None, tokens, steps))
+        steps = round(own["max_tokens"] / data.tokens_per_step)
+        windows = {name: corpus.seq_len for name, corpus in data.heldout.items()}
+        made.append(Stage(row["name"], own, None, tokens, steps, windows))
     return with_schedules(rows, made)
 
 
@@ -179,8 +182,10 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> Json:
     return made
 
 
-def check_stage(row: Mapping[str, Any], own: Json, limit: int | None) -> tuple[int | None, int]:
-    """Its data are there and fit it; returns its model's positions and its steps."""
+def check_stage(
+    row: Mapping[str, Any], own: Json, limit: int | None
+) -> tuple[int | None, TokenData]:
+    """Its data are there and fit it; returns its model's positions and them."""
     data: TokenData = build("data", own["data"])
     check_scored(own["max_tokens"], data)
     name, length = row["name"], data.corpus.seq_len
@@ -200,7 +205,7 @@ def check_stage(row: Mapping[str, Any], own: Json, limit: int | None) -> tuple[i
             f"stage {name} has {own['max_tokens']} tokens, less than one optimizer step "
             f"({data.tokens_per_step})"
         )
-    return limit, round(own["max_tokens"] / data.tokens_per_step)
+    return limit, data
 
 
 def with_schedules(rows: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> list[Stage]:
@@ -242,13 +247,18 @@ def report(out: Path, stages: Sequence[Stage]) -> None:
                 "until_tokens": stage.tokens[1],
                 "lr": stage.settings["optimizer"]["adamw"]["lr"],
                 "heldout": final_losses(folder),
+                "heldout_seq_len": stage.windows,
             }
         )
     write_record(out / "stages.json", {"kind": "stages", "stages": rows})
-    sets = list(dict.fromkeys(name for row in rows for name in row["heldout"]))
-    table = Printed("stage", "tokens", "peak rate", *sets)
-    for row in rows:
-        losses = [f"{row['heldout'][name]:.4f}" if name in row["heldout"] else "" for name in sets]
+    # A set's losses in windows of other lengths are no curve: a column each.
+    lengths = [{(name, row["heldout_seq_len"][name]) for name in row["heldout"]} for row in rows]
+    sets = sorted(set[tuple[str, int]]().union(*lengths))
+    several = len({length for _, length in sets}) > 1
+    heads = [f"{name}, windows of {length:,}" if several else name for name, length in sets]
+    table = Printed("stage", "tokens", "peak rate", *heads)
+    for row, mine in zip(rows, lengths, strict=True):
+        losses = [f"{row['heldout'][one[0]]:.4f}" if one in mine else "" for one in sets]
         span = f"{row['from_tokens']:,} to {row['until_tokens']:,}"
         table.add_row(row["folder"], span, f"{row['lr']:g}", *losses)
     Console().print(table)

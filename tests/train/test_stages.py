@@ -73,7 +73,9 @@ def test_a_schedule_that_goes_through_is_one_run(tmp_path, corpus, monkeypatch):
     assert read_json(again / "2-rest" / "run.json")["optimizer.adamw.lr"] == 0.001
 
 
-def test_a_stage_may_have_other_data_and_another_base(tmp_path, corpus, make_corpus):
+def test_a_stage_may_have_other_data_and_another_base(
+    tmp_path, corpus, make_corpus, capsys, monkeypatch
+):
     longer = make_corpus(tmp_path / "longer", [np.arange(10 * 64 + 1) % 64 + 7], 64)
     second = {
         "name": "long",
@@ -84,7 +86,13 @@ def test_a_stage_may_have_other_data_and_another_base(tmp_path, corpus, make_cor
     }
     out = tmp_path / "out"
     architecture = "model.architecture.max_position_embeddings=16"
-    train(settings(out, corpus, architecture, stages(FIRST, second)))
+    monkeypatch.setenv("COLUMNS", "150")
+    held = {"data": second["data"] | {"heldout": {"held": str(longer.folder)}}}
+    train(settings(out, corpus, architecture, stages(FIRST, second | held)))
+    said = capsys.readouterr().out
+    assert "held, windows of 16" in said and "held, windows of 64" in said
+    found = [row["heldout_seq_len"] for row in read_json(out / "stages.json")["stages"]]
+    assert found == [{"held": 16}, {"held": 64}]
     config = read_json(out / "2-long" / "model" / "config.json")
     assert config["max_position_embeddings"] == 64
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 250000
