@@ -89,12 +89,13 @@ def positions(folder: str) -> int | None:
     from transformers import AutoConfig
 
     from slm.model.architecture import position_limit
+    from slm.store.hub import place
     from slm.store.tokenizer import first_line
     from slm.store.trust import check_no_code
 
     check_no_code(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(**place(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model {folder} has a damaged config.json: {first_line(error)}") from None
     return position_limit(config)
@@ -166,10 +167,12 @@ def special_tokens(folder: str, tokenizer: Any) -> Json:
 
 
 def load_lm(folder: str, batch_size: int, device: str) -> Any:
-    """lm_eval's own `hf` model of a folder."""
+    """lm_eval's own `hf` model of a folder; of a GGUF the weights as floats, as we load it."""
     from lm_eval.models import huggingface
 
+    from slm.model.build import load_model
     from slm.model.folder import quiet_without_terminal
+    from slm.store.hub import gguf_file
     from slm.store.tokenizer import first_line, load_tokenizer
 
     hf = cast(Any, huggingface.HFLM)
@@ -186,8 +189,10 @@ def load_lm(folder: str, batch_size: int, device: str) -> Any:
     make: Any = Model
     tokenizer = load_tokenizer(folder)
     options = special_tokens(folder, tokenizer) | {"batch_size": batch_size, "device": device}
+    is_gguf = gguf_file(folder) is not None
     try:
-        return make(pretrained=folder, tokenizer=tokenizer, **options)
+        loaded = load_model(folder).to(device) if is_gguf else folder
+        return make(pretrained=loaded, tokenizer=tokenizer, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"lm_eval cannot load {folder}: {first_line(error)}") from None
 
@@ -267,7 +272,7 @@ def harness(
     from slm.model.device import pick_device
     from slm.model.folder import verify_weights
     from slm.selection.registry import import_modules
-    from slm.store.hub import check_model_folder
+    from slm.store.hub import check_model_folder, gguf_file
 
     where = str(pick_device(device))
     import_modules(modules)
@@ -276,7 +281,8 @@ def harness(
     folders = {name: str(folder) for name, folder in models.items()}
     for folder in folders.values():  # all of them before the first forward
         check_model_folder("model", folder)
-        verify_weights(Path(folder), lambda count: None)
+        if gguf_file(folder) is None:
+            verify_weights(Path(folder), lambda count: None)
         if not is_ours(folder):  # no hashes: lm_eval makes up what is missing
             load_model(folder)
         check_room(folder, names, max_new_tokens)

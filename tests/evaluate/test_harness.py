@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import warm
+from gguf_helpers import write_gguf
 from run_helpers import TINY_MODEL
 from slm import harness as harness_door
 from slm.checks import check
@@ -169,6 +170,19 @@ def test_log_likelihoods_equal_the_closed_form(model, problems, table, tokenizer
     bits = rows["gsm8k_answer", "bits_per_byte"]["value"]
     assert bits == pytest.approx(nats.sum() / math.log(2) / num_bytes, rel=1e-5)
     assert rows["gsm8k_answer", "acc"]["value"] == pytest.approx(1 / 3)  # 18 is what it says
+
+
+def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path, model, problems, table, tokenizer):
+    (tmp_path / "gguf").mkdir()
+    one = bigram(table, max_position_embeddings=40)
+    write_gguf(tmp_path / "gguf" / "m.gguf", one, tokenizer)
+    asked = settings(problems, tasks=["gsm8k_answer", "gsm8k_generate"])
+    rows = harness({"folder": model, "gguf": tmp_path / "gguf"}, **asked)
+    by_model = [[row for row in rows if row["model"] == name] for name in ("folder", "gguf")]
+    assert len(by_model[0]) > 5
+    for known, found in zip(*by_model, strict=True):
+        assert (known["task"], known["metric"]) == (found["task"], found["metric"])
+        assert found["value"] == pytest.approx(known["value"], rel=1e-5)
 
 
 def test_bits_per_byte_of_texts_equal_the_closed_form(model, problems, table, tokenizer):
