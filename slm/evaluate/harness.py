@@ -189,10 +189,10 @@ def load_lm(folder: str, batch_size: int, device: str) -> Any:
     make: Any = Model
     tokenizer = load_tokenizer(folder)
     options = special_tokens(folder, tokenizer) | {"batch_size": batch_size, "device": device}
-    is_gguf = gguf_file(folder) is not None
     try:
-        loaded = load_model(folder).to(device) if is_gguf else folder
-        return make(pretrained=loaded, tokenizer=tokenizer, **options)
+        floats: Any = None if gguf_file(folder) is None else load_model(folder)
+        given = folder if floats is None else floats.to(device)
+        return make(pretrained=given, tokenizer=tokenizer, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"lm_eval cannot load {folder}: {first_line(error)}") from None
 
