@@ -13,6 +13,7 @@ from slm_kernels.contracts import Head
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(chunked, "_tile_shape", lambda device: (5, 8))
+    monkeypatch.setattr(chunked, "CACHED_ROWS", 2)
     forget_known_weights(monkeypatch)
 
 

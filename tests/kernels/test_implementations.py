@@ -39,6 +39,7 @@ class Engine(NamedTuple):
 def engine(request, monkeypatch) -> Engine:
     """Small tiles; of chunked, both ways to the gradients."""
     monkeypatch.setattr(chunked, "_tile_shape", lambda device: (5, 8))
+    monkeypatch.setattr(chunked, "CACHED_ROWS", 3)
     monkeypatch.setattr(chunked, "LEAST_ROWS", 4)
     monkeypatch.setattr(chunked, "BLOCK_BYTES", 0)
     if request.param == "chunked":
