@@ -152,15 +152,18 @@ class BoundScores(Source):
 class Binder(Scorer):
     """Writes the windows that are wanted: those without a missing document."""
 
-    def __init__(self, source: BoundScores, out: Path, dtype: str, wanted: np.ndarray):
-        super().__init__(source, source.corpus, out, 1, dtype)
-        self.batch_size = max(1, BATCH // source.corpus.seq_len)
-        self.wanted = wanted
+    def __init__(self, source: BoundScores, out: Path, dtype: str, whole: np.ndarray):
+        size = max(1, BATCH // source.corpus.seq_len)
+        super().__init__(source, source.corpus, out, size, dtype)
+        self.whole = whole  # (windows,) bool
+
+    def wants(self, shard: Shard) -> np.ndarray:
+        return self.whole[self.of_shard(shard)]
 
     def all_batches(self, shard: Shard) -> Iterator[np.ndarray]:
         """Neighbours that are all wanted, or none of them."""
         mine = self.of_shard(shard)
-        turns = np.flatnonzero(np.diff(self.wanted[mine])) + mine.start + 1
+        turns = np.flatnonzero(np.diff(self.whole[mine])) + mine.start + 1
         edges = [mine.start, *turns.tolist(), mine.stop]
         for low, high in zip(edges[:-1], edges[1:], strict=True):
             for start in range(low, high, self.batch_size):

@@ -98,20 +98,28 @@ class Scorer:
         self.source, self.corpus, self.out = source, corpus, out
         self.batch_size, self.dtype = batch_size, dtype
         self.first_window = Windows(corpus).first_window
-        self.wanted = np.ones(corpus.num_windows, bool)  # (windows,)
-        if max_tokens is not None:
-            self.wanted = self.first_batches(max_tokens)
+        counts = np.diff(self.first_window)
+        self.first_batch = np.concatenate([[0], np.cumsum(-(-counts // batch_size))])
+        self.wanted = None if max_tokens is None else self.first_batches(max_tokens)
 
-    def first_batches(self, max_tokens: int) -> np.ndarray:  # (windows,) bool
-        batches = [batch for shard in self.corpus.shards for batch in self.all_batches(shard)]
-        wanted, left = np.zeros(self.corpus.num_windows, bool), max_tokens
-        # By the golden ratio: the first of them, however many, lie evenly over the corpus.
-        for number in np.argsort(np.arange(len(batches)) * (math.sqrt(5) - 1) / 2 % 1):
-            if left <= 0:
-                break
-            wanted[batches[number]] = True
-            left -= batches[number].size * self.corpus.seq_len
+    def first_batches(self, max_tokens: int) -> np.ndarray:  # (batches,) bool
+        """By the golden ratio: the first of them, however many, lie evenly over the corpus."""
+        count = int(self.first_batch[-1])
+        sizes = np.full(count, self.batch_size)  # windows; the last of a shard has what is left
+        room = np.diff(self.first_batch) * self.batch_size - np.diff(self.first_window)
+        np.subtract.at(sizes, self.first_batch[1:] - 1, room)
+        order = np.argsort(np.arange(count) * (math.sqrt(5) - 1) / 2 % 1)
+        enough = np.searchsorted(np.cumsum(sizes[order]) * self.corpus.seq_len, max_tokens) + 1
+        wanted = np.zeros(count, bool)
+        wanted[order[:enough]] = True
         return wanted
+
+    def wants(self, shard: Shard) -> np.ndarray:  # (windows of the shard,) bool
+        mine = self.of_shard(shard)
+        if self.wanted is None:
+            return np.ones(mine.stop - mine.start, bool)
+        batches = self.wanted[slice(*map(int, self.first_batch[shard.index : shard.index + 2]))]
+        return np.repeat(batches, self.batch_size)[: mine.stop - mine.start]
 
     def of_shard(self, shard: Shard) -> slice:
         """Its windows among all."""
@@ -139,7 +147,7 @@ class Scorer:
 
     def is_done(self, shard: Shard) -> bool:
         there = self.path(shard, ".json").exists()
-        return there and bool(self.scored(shard)[self.wanted[self.of_shard(shard)]].all())
+        return there and bool(self.scored(shard)[self.wants(shard)].all())
 
     def missing(self) -> list[Shard]:
         return [shard for shard in self.corpus.shards if not self.is_done(shard)]
@@ -152,9 +160,9 @@ class Scorer:
 
     def batches(self, shard: Shard) -> Iterator[np.ndarray]:
         """Those that lack a window that is wanted."""
-        scored, first = self.scored(shard), self.of_shard(shard).start
+        lacks, first = self.wants(shard) & ~self.scored(shard), self.of_shard(shard).start
         for numbers in self.all_batches(shard):
-            if (self.wanted[numbers] & ~scored[numbers - first]).any():
+            if lacks[numbers - first].any():
                 yield numbers
 
     def num_tokens(self, shards: list[Shard]) -> int:

@@ -136,6 +136,20 @@ def test_whole_batches_of_the_whole_corpus_are_scored(grow, tmp_path):
     assert cost is not None and cost["tokens"] == len(asked) * T
 
 
+@pytest.mark.parametrize("max_tokens", [1, 3 * T, 3 * T + 1, 20 * T, 39 * T, 10**6])
+def test_batches_are_taken_in_one_order_until_there_are_enough(text_corpus, tmp_path, max_tokens):
+    """By a loop; the last batch of each shard of 20 windows has two."""
+    scorer = Scorer(Noted(), text_corpus, tmp_path, 3, "float32", max_tokens)
+    batches = [range(at, min(at + 3, end)) for end in (20, 40) for at in range(end - 20, end, 3)]
+    wanted, left = set[int](), max_tokens
+    for number in np.argsort(np.arange(14) * 0.6180339887498949 % 1):
+        if left > 0:
+            wanted |= {*batches[number]}
+            left -= len(batches[number]) * T
+    found = np.concatenate([scorer.wants(shard) for shard in text_corpus.shards])
+    assert set(np.flatnonzero(found).tolist()) == wanted
+
+
 def test_what_grows_has_the_bytes_of_what_was_made_at_once(grow, tmp_path):
     first = grow("grown", 100).asked
     second = grow("grown", 400).asked
