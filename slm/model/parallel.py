@@ -23,7 +23,8 @@ TENSOR_PARALLEL = "tensor_parallel"  # a mesh's dimension, as Lightning names it
 MESHES = ((TENSOR_PARALLEL,), ("tp",))  # and as transformers does
 KEY = "trainer.strategy.tensor_parallel_size"
 HEADS = ("num_attention_heads", "num_key_value_heads")
-# The ways to cut of transformers that have a gradient here; others are of experts and fused layers.
+# The ways to cut of transformers that are known here. Others are of experts and fused layers, which
+# torch.distributed.checkpoint cannot save (findings/fused_weights_are_not_saved.sh).
 STYLES = ("colwise", "rowwise", "colwise_gather_output", "rowwise_split_input")
 STYLES += ("embedding_rowwise", "replicated_with_grad_allreduce")
 
