@@ -222,8 +222,8 @@ def sketched(monkeypatch) -> None:
 @pytest.fixture
 def call(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """call(main, words) runs a command in this process; exit code, stdout, stderr."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    loggers = [logging.getLogger(name) for name in (None, "hydra", "slm", "slm_kernels")]
+    handlers, levels = loggers[0].handlers[:], [one.level for one in loggers]
 
     def run(main: Callable[[], Any], *words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["slm x", *words])
@@ -236,4 +236,6 @@ def call(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
         return code, out, err
 
     yield run
-    root.handlers[:], root.level = handlers, level  # Hydra has put its own there
+    loggers[0].handlers[:] = handlers  # Hydra has put its own there, and conf/base.yaml levels
+    for one, level in zip(loggers, levels, strict=True):
+        one.setLevel(level)
