@@ -92,3 +92,19 @@ def test_seconds_buy_a_loss_on_the_line_through_two_runs(script):
     short, longer = Run(100, 5.0), Run(200, 4.0)
     found = [results.loss_at(tokens, short, longer, "math") for tokens in (100, 125, 200)]
     assert found == pytest.approx([5.0, 4.75, 4.0])
+
+
+def test_differences_of_smollm2_pair_seeds_and_windows(script):
+    """What has no seed stands against every one; a seed that only one arm has is left out."""
+    results = script("2026-11-30_smollm2", "results")
+    one = {"0": np.array([1.0, 2.0, 4.0]), "1": np.array([2.0, 2.0, 2.0]), "2": np.zeros(3)}
+    other = {"0": np.array([1.0, 1.0, 1.0]), "1": np.array([1.0, 0.0, 2.0])}
+    found = results.apart(one, other)  # by window 0.5, 1.5, 1.5; by seed 4/3 and 1
+    assert (found["difference"], found["seeds"]) == ("+1.1667", "2")
+    assert (found["lowest_seed"], found["highest_seed"]) == ("+1.0000", "+1.3333")
+    error = np.std([0.5, 1.5, 1.5], ddof=1) / np.sqrt(3)
+    assert float(found["half_interval"]) == pytest.approx(4.303 * error, rel=0.05)
+    found = results.apart({"": np.array([0.0, 1.0, 5.0])}, other)
+    assert (found["lowest_seed"], found["highest_seed"]) == ("+1.0000", "+1.0000")
+    assert (found["difference"], found["seeds"]) == ("+1.0000", "2")
+    assert results.apart({"5": np.zeros(3)}, other) == {}
