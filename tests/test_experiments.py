@@ -1,6 +1,7 @@
 """What the scripts of experiments compute, on small models."""
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def script(monkeypatch) -> Any:
     def load(folder: str, name: str) -> Any:
         for place in ("benchmarks", folder):
             monkeypatch.syspath_prepend(str(EXPERIMENTS / place))
+        sys.modules.pop(name, None)  # several have a results.py
         return importlib.import_module(name)
 
     return load
