@@ -58,11 +58,13 @@ def share_scans(out: Path, sources: list[Source]) -> None:
 
 def grouped(seen: Iterable[Seen]) -> Iterator[Group]:
     group: Group = []
+    size = 0
     for one in seen:
         group.append(one)
-        if sum(state.size for _, _, state in group) >= GROUP_BYTES:
+        size += one[2].size
+        if size >= GROUP_BYTES:
             yield group
-            group = []
+            group, size = [], 0
     if group:
         yield group
 

@@ -28,7 +28,7 @@ from slm.prepare.overlap import Exclusion
 from slm.prepare.proof import choose_encoder
 from slm.prepare.report import SIDES
 from slm.prepare.settings import count_workers, input_bytes
-from slm.prepare.shared_scans import SCANS
+from slm.prepare.shared_scans import POLL_S, SCANS
 from slm.prepare.sources import Source
 from slm.prepare.tally import COUNTERS, COUNTS
 from slm.prepare.units import Unit
@@ -37,7 +37,7 @@ from slm.store.claims import Claim, claim, owner_of, process_name
 from slm.store.files import Json, read_json, write_record
 
 PARTS = ".parts"
-POLL_S, SAID_AFTER_S = 0.2, 2.0
+SAID_AFTER_S = 2.0
 
 log = logging.getLogger("slm.prepare")
 
