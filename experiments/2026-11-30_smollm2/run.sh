@@ -69,8 +69,8 @@ train() { # folder, corpus, more
     rm -rf "runs/$1/checkpoints"    # 1.6 GB
 }
 judge() { # model folder, name
-    [ "$domain" != math ] || [ -f "harness/$2.csv" ] || slm harness "models={'$2': '$1'}" problems="$data/eval" \
-        out="harness/$2.csv" limit=100 batch_size=4 'tasks=[gsm8k_answer,gsm8k_text,math_500_answer,math_500_text,svamp_answer]'
+    [ "$domain" != math ] || [ -f "harness/$2.csv" ] || slm harness "models={${2%_seed=*}: '$1'}" problems="$data/eval" \
+        out="'harness/$2.csv'" limit=100 batch_size=4 'tasks=[gsm8k_answer,gsm8k_text,math_500_answer,math_500_text,svamp_answer]'
 }
 
 # The mixture and the base's marks need no reference: beside it.
