@@ -98,11 +98,17 @@ def timed(function: Callable[[], Any], clock: Callable[[], float] = time.perf_co
     return clock() - start
 
 
-def in_turn(repeats: int, **functions: Callable[[], Any]) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` times, one after the other in every round."""
+def in_turn(
+    repeats: int, before: Callable[[], Any] = bool, **functions: Callable[[], Any]
+) -> dict[str, list[float]]:
+    """Seconds of each function, `repeats` times, one after the other in every round.
+
+    before: each, and not timed
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            before()
             seconds[name].append(timed(function))
     return seconds
 

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from io import BufferedRandom
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ def write_array(path: Path, array: np.ndarray, publish: Publish | None = None) -
         return synced_sha256(file)
 
 
-def synced_sha256(file: BufferedRandom) -> str:
+def synced_sha256(file: BufferedRandom | BufferedReader) -> str:
     """Of what was written, as read back while the disk is at it."""
     file.flush()
     with ThreadPoolExecutor(1) as pool:

@@ -26,9 +26,9 @@ from slm.model.parallel import KEY, TENSOR_PARALLEL, tied_names
 from slm.model.sharded import Cut, refused_together, shard, together
 from slm.selection.rule import RANKED
 from slm.store.claims import Owner, process_name, remove_temporaries
-from slm.store.files import hash_file, hash_json, naming, sync_folder
+from slm.store.files import hash_json, naming, sync_folder
 from slm.train.checkpoint import VerifiedCheckpointIO, read_checkpoint, remove_checkpoint, vouch
-from slm.train.sharded_checkpoint import own_files, read_shards, snapshot, write_shards
+from slm.train.sharded_checkpoint import own_hashes, read_shards, snapshot, write_shards
 
 
 class Sharded(ModelParallelStrategy):
@@ -127,7 +127,7 @@ class Sharded(ModelParallelStrategy):
 
         def write() -> dict[str, str]:
             write_shards(new, content, names, group)
-            return {file.name: hash_file(file) for file in own_files(new)}
+            return own_hashes(new)
 
         run = self.background.submit if beside else at_once
         self.saving = Saving(path, new, content, io.owner, run(write))

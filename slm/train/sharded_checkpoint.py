@@ -33,7 +33,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from slm.errors import UserError
-from slm.store.files import Json, atomic_file, cannot_write, read_json, write_json
+from slm.store.files import (
+    Json,
+    atomic_file,
+    cannot_write,
+    read_json,
+    synced_sha256,
+    write_json,
+)
 
 INDEX_FILE, REST, TIES = "index.json", "rest.pt", "ties"
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float64)}
@@ -132,7 +139,7 @@ def snapshot(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def write_shards(
     folder: Path, checkpoint: Mapping[str, Any], ties: Mapping[str, str], group: Any = None
 ) -> None:
-    """By all ranks, into a folder that is there.
+    """By all ranks, into a folder that is there; `own_hashes` brings it to the disk.
 
     ties:  names in the state_dict of weights that have another name, too; they are written once
     group: of the ranks, where others than torch's own are to exchange what is where
@@ -143,7 +150,7 @@ def write_shards(
     sharded = {name: taken_apart(checkpoint[name], shards, (name,)) for name in SHARDED}
     values: dict[str, Any] = {key_of(place): shard for place, shard in shards.items()}
     try:
-        save(values, storage_writer=Writer(folder), process_group=group)
+        save(values, storage_writer=Writer(folder, sync_files=False), process_group=group)
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         if isinstance(first, OSError):
@@ -154,11 +161,15 @@ def write_shards(
             torch.save({**checkpoint, **sharded}, file)
 
 
-def own_files(folder: Path) -> list[Path]:
-    """What this rank has written; rank 0 the index and the rest, too."""
-    rank = dist.get_rank()
+def own_hashes(folder: Path) -> dict[str, str]:
+    """Of what this rank has written, made sure to be on the disk meanwhile; rank 0 the index and
+    the rest, too."""
+    rank, hashes = dist.get_rank(), {}
     more = [folder / INDEX_FILE, folder / REST] if rank == 0 else []
-    return [*sorted(folder.glob(f"__{rank}_*.distcp")), *more]
+    for path in (*sorted(folder.glob(f"__{rank}_*.distcp")), *more):
+        with open(path, "rb") as file:
+            hashes[path.name] = synced_sha256(file)
+    return hashes
 
 
 # ---- read ----------------------------------------------------------------------------------------
