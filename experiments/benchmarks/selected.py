@@ -5,6 +5,7 @@
     python experiments/benchmarks/selected.py --profile  where the time goes: selected_profile.csv
     python experiments/benchmarks/selected.py --trainer  beside transformers' Trainer alone
     python experiments/benchmarks/selected.py --cpu      seconds of the process, on a busy machine
+    python experiments/benchmarks/selected.py --bf16     products in bfloat16
     python experiments/benchmarks/selected.py --small    toy sizes, for the test suite
 
 The shape of SmolLM2-135M (D = 576, V = 49,152, tied), float32, two windows of 512: forward,
@@ -77,20 +78,27 @@ def forward(lm: SelectiveLM, batch: dict[str, Any], ratio: float, how: str) -> T
     return lm(batch, weight, takes_all=ratio == 1).loss
 
 
-def step(lm: SelectiveLM, batch: dict[str, Any], ratio: float, how: str) -> None:
-    forward(lm, batch, ratio, how).backward()
+def step(lm: SelectiveLM, batch: dict[str, Any], bf16: bool, ratio: float, how: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = forward(lm, batch, ratio, how)
+    loss.backward()
     lm.zero_grad(set_to_none=True)
 
 
 def steps(
-    lm: SelectiveLM, batch: dict[str, Any], checkpointed: bool, shares: Iterable[float]
+    lm: SelectiveLM,
+    batch: dict[str, Any],
+    checkpointed: bool,
+    shares: Iterable[float],
+    bf16: bool = False,
 ) -> dict[str, Callable[[], None]]:
     lm.logits_cache_bytes = 0 if checkpointed else LOGITS
     if checkpointed:
         enable_checkpointing(lm.model)
     hows = ("selected", "selected with keys kept") if checkpointed else ("exact", "selected")
-    cases = {f"{how} at k = {k}": partial(step, lm, batch, k, how) for k in shares for how in hows}
-    return {"all tokens": partial(step, lm, batch, 1.0, "exact"), **cases}
+    one = partial(step, lm, batch, bf16)
+    cases = {f"{how} at k = {k}": partial(one, k, how) for k in shares for how in hows}
+    return {"all tokens": partial(one, 1.0, "exact"), **cases}
 
 
 def goal(layers: int, checkpointed: bool, case: str) -> str:
@@ -116,13 +124,14 @@ def in_turn(
 
 
 def bench(rows: Rows, layers: int, given: argparse.Namespace) -> None:
-    busy = ", CPU time of one thread beside other processes" if given.cpu else ""
+    busy = ", bfloat16" * given.bf16
+    busy += ", CPU time of one thread beside other processes" * given.cpu
     clock = time.process_time if given.cpu else time.perf_counter
     lm = make_lm(layers, given.small)
     batch = make_batch(lm, 2, given.small)
     if not given.trainer:
         bench_steps(rows, lm, batch, layers, busy, clock, given)
-    for k in BESIDE_TRAINER if layers == 30 or given.small else ():
+    for k in BESIDE_TRAINER if (layers == 30 or given.small) and not given.bf16 else ():
         with tempfile.TemporaryDirectory() as folder:
             cases = beside_trainer(make_lm(layers, given.small), batch, k, folder)
             found = in_turn(clock, given.repeats, cases)
@@ -141,11 +150,11 @@ def bench_steps(
     given: argparse.Namespace,
 ) -> None:
     for checkpointed, goals in ((False, TARGETS), (True, RECOMPUTED)):
-        found = in_turn(clock, given.repeats, steps(lm, batch, checkpointed, goals))
+        found = in_turn(clock, given.repeats, steps(lm, batch, checkpointed, goals, given.bf16))
         every = found.pop("all tokens")
         words = f"{layers} layers, {'checkpointed' if checkpointed else 'logits kept'}{busy}"
         for name, seconds in found.items():
-            target = goal(layers, checkpointed, name)
+            target = "" if given.bf16 else goal(layers, checkpointed, name)
             rows.add("step", f"{name} / all tokens, {words}", "1", ratios(seconds, every), target)
         rows.add("step", f"all tokens, {words}", "s", every, "")
 
@@ -283,6 +292,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="toy sizes; numbers mean nothing")
     parser.add_argument("--cpu", action="store_true", help="seconds of the process, one thread")
     parser.add_argument("--windows", type=int, default=2, help="of a micro-batch, with --memory")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16, by autocast")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 30])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV that the rows are added to")

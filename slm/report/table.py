@@ -14,8 +14,8 @@ from slm.train.curves import Curve
 
 REACH_NOTE = (
     "Tokens to all tokens' loss: where the held-out loss first is at or below the mean final loss "
-    "of all tokens, on a line between measurements, of which the first is before training; mean "
-    "over seeds; all tokens themselves: all they saw; "
+    "of all tokens, on a line between measurements, and at that one where it is the first after "
+    "the start of training; mean over seeds; all tokens themselves: all they saw; "
     "empty: a seed never gets there, or no run is on all tokens."
 )
 MINUS_NOTE = (
@@ -37,12 +37,15 @@ def control_losses(controls: Sequence[Run], sets: Sequence[str]) -> dict[str, fl
 
 
 def tokens_to_reach(curve: Curve, loss: float) -> float | None:
-    """Tokens until the curve first is at or below `loss`, linear between points; None: never."""
+    """Tokens until the curve first is at or below `loss`, linear between points; None: never.
+
+    Not between the first two: the fall from a model that is not trained yet is no line.
+    """
     below = np.flatnonzero(curve.loss <= loss)
     if len(below) == 0:
         return None
     index = int(below[0])
-    pair = slice(max(0, index - 1), index + 1)
+    pair = slice(index - (index > 1), index + 1)
     return float(np.interp(-loss, -curve.loss[pair], curve.tokens_seen[pair]))
 
 

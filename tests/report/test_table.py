@@ -8,7 +8,7 @@ from slm.train.curves import Curve
 
 
 @pytest.mark.parametrize(
-    ("loss", "tokens"), [(9.5, 0), (9.0, 0), (7.0, 100), (5.0, 200), (4.0, 300), (2.9, None)]
+    ("loss", "tokens"), [(9.5, 0), (9.0, 0), (7.0, 200), (5.0, 200), (4.0, 300), (2.9, None)]
 )
 def test_tokens_to_reach_is_the_first_crossing_interpolated(loss, tokens):
     seen, losses = np.array([0.0, 200, 400, 500]), np.array([9.0, 5.0, 3.0, 8.0])
