@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slm.dynamics.colours import PALETTE
 from slm.dynamics.figure import Axis, Figure, Panel, Series
 from slm.pilot.answers import judged
+from slm.pilot.arms import arms_of
 from slm.pilot.costs import Costs
 from slm.pilot.losses import HeldoutSet, Measured, measured, with_base
 from slm.pilot.statistics import Resampled
@@ -32,9 +33,21 @@ from slm.selection.names import ALL_TOKENS
 from slm.store.shards import Corpus
 
 K, SEEDS, MOST, REPLAYS, DRAWS = 0.6, 3, 6, 300, 1000
-ARMS = {ALL_TOKENS: "all", random(K): f"random_{K}", excess(K): f"excess_{K}"}
-CHOICES = ("select", "all", "cannot tell")
-BANKS = {"helps": "tests", "itself": "noisy", "nothing": "noisy"}  # and the held-out corpus
+CHOICES = ("select", "mix", "all", "cannot tell")
+
+
+class Bank(NamedTuple):
+    pilot: str
+    corpus: str  # whose held-out part is measured
+    has_mixed: bool = False  # with the arm that has the curated text mixed in
+
+
+BANKS = {
+    "helps": Bank("helps", "tests"),
+    "helps, beside the mixture": Bank("helps", "tests", has_mixed=True),
+    "itself": Bank("itself", "noisy"),
+    "nothing": Bank("nothing", "noisy"),
+}
 
 
 class DocumentsAlone(Resampled):
@@ -45,12 +58,15 @@ class DocumentsAlone(Resampled):
 KINDS = {"seeds and documents": Resampled, "documents alone": DocumentsAlone}
 
 
-def read(out: Path, name: str, corpus: str) -> tuple[Measured, dict[str, Any]]:
-    folder = out / "pilots" / name
+def read(out: Path, bank: Bank) -> tuple[Measured, dict[str, Any]]:
+    folder = out / "pilots" / bank.pilot
     found = json.loads((folder / "pilot.json").read_text())
-    held = HeldoutSet("held", Corpus.open(out / "corpora" / corpus / "heldout"), 192)
+    held = HeldoutSet("held", Corpus.open(out / "corpora" / bank.corpus / "heldout"), 192)
     seeds = range(found["seeds"][ALL_TOKENS])
-    runs = {arm: {s: folder / f"seed-{s}" / place for s in seeds} for arm, place in ARMS.items()}
+    runs = {
+        arm.name: {seed: folder / f"seed-{seed}" / arm.folder for seed in seeds}
+        for arm in arms_of([K], bank.has_mixed)
+    }
     return measured(held, runs, found["curves"]["tokens_seen"]), found
 
 
@@ -72,9 +88,9 @@ def drawn(found: Measured, generator: np.random.Generator, same: bool) -> Measur
     documents = np.sort(generator.choice(count, count // 2, replace=False))
     order = generator.permutation(len(found.nats[ALL_TOKENS])).tolist()
     if not same:
-        return some(found, dict.fromkeys(ARMS, order[:MOST]), documents)
-    parts = {arm: order[i * SEEDS : (i + 1) * SEEDS] for i, arm in enumerate(ARMS)}
-    renamed = {arm: found.nats[ALL_TOKENS] for arm in ARMS}
+        return some(found, dict.fromkeys(found.nats, order[:MOST]), documents)
+    parts = {arm: order[i * SEEDS : (i + 1) * SEEDS] for i, arm in enumerate(found.nats)}
+    renamed = {arm: found.nats[ALL_TOKENS] for arm in found.nats}
     return some(found._replace(nats=renamed), parts, documents)
 
 
@@ -87,15 +103,15 @@ def look(
 
 
 def decided(found: Measured, rules: Rules, costs: Any, tokens: int, kind: Any) -> Outcome:
-    return sequential(rules, list(ARMS), partial(look, found, rules, costs, tokens, kind))
+    return sequential(rules, list(found.nats), partial(look, found, rules, costs, tokens, kind))
 
 
 def replays(
-    found: Measured, record: Mapping[str, Any], level: float, same: bool, kind: Any
+    found: Measured, record: Mapping[str, Any], bank: Bank, level: float, same: bool, kind: Any
 ) -> Iterator[Outcome]:
     generator = np.random.default_rng(0)
     most = SEEDS if same else min(MOST, len(found.nats[ALL_TOKENS]))
-    rules = Rules([K], SEEDS, most, level, 0.01, False)
+    rules = Rules([K], SEEDS, most, level, 0.01, bank.has_mixed)
     for _ in range(REPLAYS):
         one = drawn(found, generator, same)
         yield decided(one, rules, costs_in(record), record["target_tokens"], kind)
@@ -119,27 +135,27 @@ def row(name: str, level: float, truth: str, outcomes: list[Outcome], of: str) -
 
 def results(out: Path) -> list[dict[str, Any]]:
     rows = []
-    for name, corpus in BANKS.items():
-        found, record = read(out, name, corpus)
+    for name, bank in BANKS.items():
+        found, record = read(out, bank)
         truth, of_truth = found, record
-        if (out / "pilots" / f"{name}_full").exists():
-            truth, of_truth = read(out, f"{name}_full", corpus)
-        whole = at_once(truth, of_truth)
-        say(f"{name}: all seeds, all documents", at_once(found, record))
+        if (out / "pilots" / f"{bank.pilot}_full").exists():
+            truth, of_truth = read(out, bank._replace(pilot=f"{bank.pilot}_full"))
+        whole = at_once(truth, of_truth, bank)
+        say(f"{name}: all seeds, all documents", at_once(found, record, bank))
         say(f"{name}: full result, {truth.seen[-1]:,} tokens an arm", whole)
         for level in (0.05, 0.2):
-            several = [*replays(found, record, level, False, Resampled)]
+            several = [*replays(found, record, bank, level, False, Resampled)]
             rows.append(row(name, level, whole.verdict.choice, several, "seeds and documents"))
         for words, kind in KINDS.items() if name == "helps" else ():
-            same = [*replays(found, record, 0.05, True, kind)]
+            same = [*replays(found, record, bank, 0.05, True, kind)]
             rows.append(row("same arms", 0.05, "nothing differs", same, words))
     return rows
 
 
-def at_once(found: Measured, record: Mapping[str, Any]) -> Outcome:
+def at_once(found: Measured, record: Mapping[str, Any], bank: Bank) -> Outcome:
     """With one look, at all that there is."""
     count = len(found.nats[ALL_TOKENS])
-    rules = Rules([K], count, count, 0.05, 0.01, False)
+    rules = Rules([K], count, count, 0.05, 0.01, bank.has_mixed)
     return decided(found, rules, costs_in(record), record["target_tokens"], Resampled)
 
 

@@ -46,12 +46,12 @@ train base noisy optimizer.adamw.lr=3e-3 max_tokens=409_600 "${small[@]}"
 train reference curated "$base" max_tokens=204_800
 train itself noisy "$base" max_tokens=204_800 seed=1
 
-pilot() { # folder, reference, held-out text, tokens of an arm, seeds
+pilot() { # folder, reference, held-out text, tokens of an arm, seeds, more
     slm pilot out="pilots/$1" corpus=corpora/noisy/train reference_model="runs/$2/model" "$base" "heldout={held: corpora/$3/heldout}" \
-        budget="$4" seeds="$5" max_seeds="$5" select_ratios=[0.6] heldout_windows=192 "${batch[@]}"
+        budget="$4" seeds="$5" max_seeds="$5" select_ratios=[0.6] heldout_windows=192 "${batch[@]}" "${@:6}"
 }
-pilot helps reference tests "$budget" "$seeds"
+pilot helps reference tests "$budget" "$seeds" curated=corpora/curated/train
 pilot itself itself noisy "$budget" 5
 pilot nothing base noisy "$budget" 4
-pilot helps_full reference tests "$full" 3
+pilot helps_full reference tests "$full" 3 curated=corpora/curated/train
 python "$here/replay.py" "$out"
