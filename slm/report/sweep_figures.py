@@ -81,7 +81,8 @@ def losses_of(
         elif not arm.takes_all_tokens:
             flat[arm.label] = float(np.mean(arm.losses(name)))
     controls = {ALL_TOKENS: sweep.control[name]} if sweep.control else {}
-    controls |= {arm.label: float(np.mean(arm.losses(name))) for arm in sweep.baselines}
+    baselines = sorted(sweep.baselines, key=lambda arm: arm.label == BEFORE)  # not in every panel
+    controls |= {arm.label: float(np.mean(arm.losses(name))) for arm in baselines}
     found = [*flat.values(), *(loss for label, loss in controls.items() if label != BEFORE)]
     found += [loss for points in lines.values() for _, seeds in points for loss in seeds]
     if BEFORE in controls and dwarfs(controls[BEFORE], found):
@@ -141,18 +142,18 @@ def loss_differences(sweep: Sweep) -> Figure:
         {arm.label: difference(arm, sweep.controls, name) for arm in others} for name in sweep.sets
     ]
     means = {label: one.mean for label, one in found[0].items()}
-    notes = []
-    if BEFORE in means and dwarfs(start := means.pop(BEFORE), [0.0, *means.values()]):
-        found = [{label: by_arm[label] for label in means} for by_arm in found]
-        notes.append(f"Before training, {start:+.3f}, is far off.")
+    notes = [""] * len(found)
+    if BEFORE in means and dwarfs(means.pop(BEFORE), [0.0, *means.values()]):
+        starts = [by_arm.pop(BEFORE).mean for by_arm in found]
+        notes = [f"Before training, {start:+.3f}, is far off." for start in starts]
     labels = sorted(found[0], key=lambda label: found[0][label].mean)
     panels = [
         difference_panel(name, {label: by_arm[label] for label in labels[:MOST_ROWS]})
         for name, by_arm in zip(sweep.sets, found, strict=True)
     ]
-    if len(labels) > MOST_ROWS:
-        notes.append(f"The {MOST_ROWS} lowest of {len(labels)}.")
-    return Figure("", panels, " ".join(notes))
+    panels = [one._replace(note=note) for one, note in zip(panels, notes, strict=True)]
+    is_cut = len(labels) > MOST_ROWS
+    return Figure("", panels, f"The {MOST_ROWS} lowest of {len(labels)}." if is_cut else "")
 
 
 def difference_panel(name: str, found: dict[str, Difference]) -> Panel:

@@ -128,12 +128,30 @@ def test_differences_stand_in_order_with_their_intervals_and_seeds(tmp_path):
         *[("excess k = 0.6", 0.5)] * 2,
     ]
     assert ratio_lines(sweep) == {"excess", "all tokens"}
+    both = Sweep(arms, before_training(runs, ["a", "b"]), control_runs(arms), ["a", "b"])
+    notes = [panel.note for panel in loss_differences(both).panels]
+    assert notes == [f"Before training, {start}, is far off." for start in ("+5.000", "+10.000")]
     near = before[0].runs[0]._replace(curves={"a": Curve("", np.zeros(1), np.array([5.0]))})
     sweep = sweep._replace(baselines=[before[0]._replace(runs=[near])])
     assert list(loss_differences(sweep).panels[0].series[0].x)[-1] == BEFORE
     assert ratio_lines(sweep) == {"excess", "all tokens", BEFORE}
     with pytest.raises(UserError, match="beside one on all tokens"):
         loss_differences(sweep._replace(controls=[]))
+
+
+def test_a_line_has_its_dashes_in_every_panel(tmp_path):
+    make_run(tmp_path / "half", "Excess", 0.5, final=3.0)
+    arms = arms_of(read_runs([str(tmp_path)])[0])
+    baselines = []
+    for label, ends in ((BEFORE, (3.5, 99.0)), ("reference", (3.4, 5.0))):
+        curves = {"ab"[i]: Curve("", np.zeros(1), np.array([end])) for i, end in enumerate(ends)}
+        baselines.append(
+            arms[0]._replace(label=label, runs=[arms[0].runs[0]._replace(curves=curves)])
+        )
+    panels = loss_vs_k(Sweep(arms, baselines, [], ["a", "b"])).panels
+    near, far = ({one.text: one.dash for one in panel.series} for panel in panels)
+    assert near.keys() - far.keys() == {BEFORE}
+    assert near["reference"] == far["reference"] != near[BEFORE]
 
 
 def ratio_lines(sweep: Sweep) -> set[str]:
