@@ -171,7 +171,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     """A bar a verdict, of pilots at the command's level of 0.05."""
     rows = [row for row in rows if float(row["level"]) == 0.05]
     usual = rows[0]["interval"]
-    names = [r["bank"] + ("" if r["interval"] == usual else f",\n{r['interval']}") for r in rows]
+    names = [r["bank"] + ("" if r["interval"] == usual else f", {r['interval']}") for r in rows]
+    names = [name.replace(", ", ",\n") for name in names]
     series = [
         Series(choice, PALETTE[i], names, np.array([float(r[choice]) for r in rows]), kind="bars")
         for i, choice in enumerate(CHOICES)
