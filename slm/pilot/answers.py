@@ -123,7 +123,9 @@ def answers(inputs: Inputs, outcome: Outcome, tokens_per_arm: int) -> Json:
     saved = {k: equal_loss(inputs, during, k, rules) for k in rules.ratios}
     words = sentence(outcome, tokens_per_arm)
     if verdict.choice == "select" and verdict.select_ratio is not None:
-        words = f"{words[:-1]}; {saving(saved[verdict.select_ratio])}."
+        best, first = excess(verdict.select_ratio), ends[inputs.in_domain[0]]
+        more = [saving(saved[verdict.select_ratio]), *reference_itself(first, best, rules)]
+        words = f"{words[:-1]}; {'; '.join(more)}."
     return {
         "verdict": {
             "choice": verdict.choice,
@@ -152,6 +154,13 @@ def answers(inputs: Inputs, outcome: Outcome, tokens_per_arm: int) -> Json:
         "curves": curves(during),
         "costs": spent(inputs),
     }
+
+
+def reference_itself(one: Resampled, arm: str, rules: Rules) -> Iterator[str]:
+    """Beside a verdict that advises `arm`, where the reference is better on the same text."""
+    found = one.difference(REFERENCE, arm, rules.level_each)
+    if answer(found, rules.margin) == "better":
+        yield f"on this text {REFERENCE} itself is {-found.mean:.3f} nats per token lower still"
 
 
 def set_record(one: Resampled) -> Json:
