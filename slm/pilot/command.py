@@ -159,6 +159,7 @@ def pilot(
     outcome = sequential(trials.rules, list(trials.arms), trials.look)
     found = answers(trials.inputs(outcome.seeds), outcome, parts.tokens)
     found["samples"] = {f"seed {number}": one for number, one in trials.sampled.items()}
+    found["copies_left_out"] = parts.copies.left_out()
     found["inputs"] = inputs_named(config, groups)
     with replacing(Path(out), MADE_BY) as to:
         found["overhead"] = trials.work.record()

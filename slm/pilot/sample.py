@@ -6,22 +6,24 @@ source as many tokens are drawn as it has of the corpus; the last document drawn
 fit. What a draw takes depends on its seed and the corpus alone.
 """
 
-import hashlib
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from slm.errors import UserError
+from slm.prepare.overlap import ngram_keys
 from slm.prepare.shard_writer import ShardWriter
 from slm.store.documents import Documents
 from slm.store.files import Json
 from slm.store.shards import BY_NEED, FORMAT, IDENTITY, Corpus, adopt_plan, write_manifest
 
 SHARD_TOKENS = 100_000_000
-DIGESTED = "uint32"  # as which token ids are hashed
+RUN = 32  # tokens in a row: the text in two places is one
+COPIED = 0.5  # of a document's runs: it is a copy
+MOST_COPIES = 0.1  # of the documents that are drawn
 TOKENS_AT_ONCE = 1_000_000
 FILL = {"masks": True, "signal": -1, "weights": 1.0}  # of a corpus that lacks the column
 
@@ -50,19 +52,28 @@ class Dtypes(NamedTuple):
     bytes_dtype: str
 
 
-def draw(documents: Documents, tokens: int, key: Sequence[int], without: Collection[int]) -> Draw:
+def draw(
+    documents: Documents,
+    tokens: int,
+    key: Sequence[int],
+    without: Collection[int],
+    passed: Collection[int] = (),
+) -> Draw:
     """So many tokens, or all there are; `without` these documents.
 
-    key: of the random order
+    key:    of the random order
+    passed: left out as well, and the order of the others stays what it is
     """
     sizes = np.diff(documents.bounds)
     free = np.ones(len(documents), bool)
     free[list(without)] = False
+    order = np.random.default_rng(key).permutation(np.flatnonzero(free))
+    free[list(passed)] = False
+    order = order[free[order]]
     sources = documents.rows[:, 1]
     held = np.bincount(sources[free], sizes[free])
     parts = [
         first_tokens(order[sources[order] == source], sizes, wanted)
-        for order in [np.random.default_rng(key).permutation(np.flatnonzero(free))]
         for source, wanted in enumerate(shares(held, tokens))
     ]
     chosen, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -153,18 +164,57 @@ def column(draw: Draw, name: str, document: int, length: int) -> np.ndarray:  # 
 # ---- held-out text ------------------------------------------------------------------------------
 
 
-def check_apart(corpus: Corpus, drawn: Sequence[Draw], name: str, least: int) -> None:
-    """A held-out document of at least so many tokens that is trained on says nothing."""
-    theirs = set(Documents(corpus).ids_sha256(DIGESTED))
-    for one in drawn:
-        for number, length in zip(one.chosen, one.lengths, strict=True):
-            if length >= least and digest(one.documents, number) in theirs:
-                raise UserError(
-                    f"held-out set {name} ({corpus.folder}) and {one.documents.name(number)}, "
-                    f"which the pilot trains on, have a document of {length} tokens in common: "
-                    "`slm prepare exclude=...` leaves such out of a corpus"
-                )
+class Copies:
+    """Documents that stand in held-out text, whole or nearly: what is trained on them says nothing.
+
+    A run is RUN tokens in a row; of a copy the held-out text has COPIED of its runs or more.
+    Shorter documents, such as headings, are none.
+    """
+
+    def __init__(self, heldout: Mapping[str, Corpus]):
+        self.heldout = heldout
+        self.runs = {name: runs_in(corpus) for name, corpus in heldout.items()}
+        self.seen: dict[Documents, dict[int, str]] = {}  # the set that has it, or ""
+
+    def draw(
+        self, documents: Documents, tokens: int, key: Sequence[int], without: Collection[int]
+    ) -> Draw:
+        """Those that come next in the order take the places of copies."""
+        seen = self.seen.setdefault(documents, {})
+        while True:
+            found = draw(documents, tokens, key, without, [n for n in seen if seen[n]])
+            new = [number for number in found.chosen.tolist() if number not in seen]
+            if not new:
+                return found
+            seen |= {number: self.set_of(documents.tokens(number)) for number in new}
+
+    def set_of(self, ids: np.ndarray) -> str:
+        own = runs(ids)
+        for name, theirs in self.runs.items():
+            if len(own) and np.isin(own, theirs).mean() >= COPIED:
+                return name
+        return ""
+
+    def left_out(self) -> dict[str, int]:
+        """Documents, by the set that has them; refused where they are many."""
+        counts = dict.fromkeys(self.heldout, 0)
+        for documents, seen in self.seen.items():
+            for name in counts:
+                count = sum(found == name for found in seen.values())
+                counts[name] += count
+                if count > MOST_COPIES * len(seen):
+                    raise UserError(
+                        f"held-out set {name} ({self.heldout[name].folder}) has {count} of the "
+                        f"{len(seen)} documents that were drawn from {documents.corpus.folder} to "
+                        "train on: `slm prepare exclude=...` leaves such out of a corpus"
+                    )
+        return counts
 
 
-def digest(documents: Documents, number: int) -> bytes:
-    return hashlib.sha256(documents.tokens(number).astype(DIGESTED).tobytes()).digest()
+def runs_in(corpus: Corpus) -> np.ndarray:  # sorted, unique
+    shards = [corpus.column("tokens", shard) for shard in range(len(corpus.shards))]
+    return np.unique(np.concatenate([runs(shard) for shard in shards]))
+
+
+def runs(ids: np.ndarray) -> np.ndarray:  # (n,) -> (n - RUN + 1,) uint64
+    return ngram_keys(ids, RUN) if len(ids) >= RUN else np.empty(0, np.uint64)

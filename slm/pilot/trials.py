@@ -14,7 +14,7 @@ from slm.model.device import computing
 from slm.pilot.answers import Inputs, evidence
 from slm.pilot.arms import Arm, Training, Work, arms_of, train_arm
 from slm.pilot.losses import HeldoutSet, evaluate_model
-from slm.pilot.sample import Draw, check_apart, draw, write_sample
+from slm.pilot.sample import Copies, Draw, draw, write_sample
 from slm.pilot.verdict import BEFORE, REFERENCE, Evidence, Rules
 from slm.score.command import load_reference, score
 from slm.selection.names import ALL_TOKENS
@@ -28,7 +28,6 @@ log = logging.getLogger("slm.pilot")
 CORPUS = "the corpus itself"  # the held-out set that is drawn from it
 MOST_HELDOUT = 0.1  # of the corpus
 LEAST_DOCUMENTS = 8  # fewer say nothing of how they scatter
-LEAST_SHARED = 16  # tokens of a document that must not be on both sides
 
 
 class Parts:
@@ -57,9 +56,14 @@ class Parts:
         most = max(self.corpus.seq_len + 1, int(MOST_HELDOUT * self.corpus.num_targets))
         return draw(self.documents, min(size, most), [self.config.seed, 0], ())
 
+    @cached_property
+    def copies(self) -> Copies:
+        named = {**self.config.heldout, **(self.config.elsewhere or {})}
+        return Copies({name: Corpus.open(folder) for name, folder in named.items()})
+
     def draws(self, seed: int) -> tuple[Draw, list[Draw]]:
         """What the arms of a seed train on: the sample, and with the curated text in it."""
-        key = [self.config.seed, 1 + seed]
+        key, draw = [self.config.seed, 1 + seed], self.copies.draw
         held = self.own_heldout.chosen.tolist()
         sample = draw(self.documents, self.tokens + 1, key, held)
         if self.curated is None:
@@ -203,10 +207,14 @@ def heldout_sets(config: Any, parts: Parts) -> dict[str, HeldoutSet]:
     check_corpora(parts, corpora)
     sets = {n: HeldoutSet(n, corpus, config.heldout_windows) for n, corpus in corpora.items()}
     check_documents([sets[name] for name in config.heldout])
-    drawn = [parts.draws(number) for number in range(config.max_seeds)]
-    trained = [draw for sample, mixed in drawn for draw in (sample, *mixed)]
-    for name, corpus in corpora.items():
-        check_apart(corpus, trained, name, LEAST_SHARED)
+    for number in range(config.max_seeds):
+        parts.draws(number)
+    for name, count in parts.copies.left_out().items():
+        if count:
+            log.warning(
+                f"{count} documents of the corpora stand in held-out set {name} and are left out "
+                "of the samples; the target would train on them: `slm prepare exclude=...`"
+            )
     return sets
 
 

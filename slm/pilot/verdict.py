@@ -189,8 +189,8 @@ def sentence(outcome: Outcome, tokens_per_arm: int) -> str:
     k = verdict.select_ratio
     if verdict.choice == "select":
         assert k is not None
-        both = " and ".join(against(known, k, other) for other in (ALL_TOKENS, random(k)))
-        return f"Select at k = {k:g}: {both}."
+        others = (ALL_TOKENS, random(k), *([MIXED] if known.rules.has_mixed else []))
+        return f"Select at k = {k:g}: {' and '.join(against(known, k, one) for one in others)}."
     if verdict.choice == "mix":
         return f"Mix the curated text in: {why_mix(known, k)}."
     if verdict.choice == "all":
@@ -206,9 +206,11 @@ def sentence(outcome: Outcome, tokens_per_arm: int) -> str:
             f"Cannot tell with this budget: {difference(known, pair)}, but whether that pays for "
             "reference and scores at the target's tokens is within the interval: more seeds would"
         ) + "."
-    what = " selecting from mixing" if k is not None and MIXED in pair else ""
+    what, known_already = "", ""
+    if k is not None and MIXED in pair:
+        what, known_already = " selecting from mixing", f"{against(known, k, ALL_TOKENS)}, "
     return (
-        f"Cannot tell{what} with this budget: {difference(known, pair)}; "
+        f"Cannot tell{what} with this budget: {known_already}{difference(known, pair)}; "
         f"{more(known, pair, tokens_per_arm)}."
     )
 
@@ -258,8 +260,8 @@ def more(known: Evidence, pair: Pair, tokens_per_arm: int) -> str:
         wanted = math.ceil(found.documents * documents_needed(found, rules))
         return f"more seeds would not, about {wanted:,} held-out documents would"
     return (
-        f"about {seeds:,} more seeds, {2 * seeds * tokens_per_arm:,} training tokens of these two "
-        "arms, would"
+        f"about {seeds:,} more seed{'s' * (seeds > 1)} would (max_seeds={found.seeds + seeds}), "
+        f"{2 * seeds * tokens_per_arm:,} training tokens of these two arms"
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from slm.errors import UserError
-from slm.pilot.sample import check_apart, draw, shares, write_sample
+from slm.pilot.sample import RUN, Copies, draw, shares, write_sample
 from slm.store.documents import Documents
 from slm.store.windows import Windows
 
@@ -91,10 +91,35 @@ def test_a_mixture_has_both_corpora_and_fills_in_what_one_lacks(tmp_path, docume
     assert {*Documents(sample).rows[:, 1]} == {0, 1, 2}
 
 
-def test_a_held_out_document_that_is_trained_on_is_refused(tmp_path, documents, make_corpus):
-    held = numbered(make_corpus, tmp_path / "held", [12, 7])
-    drawn = draw(documents, 10**6, [0, 1], ())  # its first document is held out, too
-    with pytest.raises(UserError, match="held-out set math .*document 0 .* a document of 12 tok"):
-        check_apart(held, [drawn], "math", 12)
-    check_apart(held, [drawn], "math", 13)
-    check_apart(held, [draw(documents, 10**6, [0, 1], [0])], "math", 1)
+def shuffled(make_corpus, folder, documents):
+    starts = np.cumsum([0, *(len(one) for one in documents[:-1])])
+    ids = np.concatenate([*documents, np.zeros((1 - sum(map(len, documents))) % LENGTH, int)])
+    return make_corpus(folder, [ids], LENGTH, starts=[starts.tolist()], sources=("a",))
+
+
+def test_copies_of_held_out_text_are_passed_over(tmp_path, make_corpus):
+    """Whole, with a line before it, and half; less than half and what is short are none."""
+    own = np.random.default_rng(0).integers(1, 290, (40, 100))
+    theirs = np.random.default_rng(1).integers(1, 290, (2, 100))
+    own[3] = theirs[0]
+    own[5, 10:] = theirs[1, :90]
+    own[7, :70] = theirs[1, :70]
+    own[9, :60] = theirs[1, :60]  # 29 of its 69 runs
+    documents = Documents(shuffled(make_corpus, tmp_path / "corpus", [*own, theirs[0, : RUN - 1]]))
+    held = shuffled(make_corpus, tmp_path / "held", [*theirs])
+    copies = Copies({"math": held})
+    every = copies.draw(documents, 10**6, [0, 1], [39])
+    assert sorted(set(range(41)) - {*every.chosen.tolist()}) == [3, 5, 7, 39]
+    assert copies.left_out() == {"math": 3}
+    few = copies.draw(documents, 900, [0, 1], ())
+    plain = draw(documents, 900, [0, 1], ()).chosen.tolist()
+    assert few.num_tokens == 900 and {*plain} - {3, 5, 7} <= {*few.chosen.tolist()}
+
+
+def test_held_out_text_that_is_much_of_what_is_drawn_is_refused(tmp_path, make_corpus):
+    own = np.random.default_rng(0).integers(1, 290, (10, 50))
+    documents = Documents(shuffled(make_corpus, tmp_path / "corpus", [*own]))
+    copies = Copies({"math": shuffled(make_corpus, tmp_path / "held", [*own[:2]])})
+    copies.draw(documents, 10**6, [0, 1], ())
+    with pytest.raises(UserError, match="held-out set math .*held. has 2 of the 1[01] documents"):
+        copies.left_out()

@@ -160,6 +160,15 @@ def test_seeds_are_added_to_the_arms_of_open_questions_alone():
             "token (-0.100 to +0.050); about ",
         ),
         (known(both(0.5, "better", "better"), "open"), "Cannot tell .* but whether that pays"),
+        (
+            known(both(0.5, "better", "better") | {(excess(0.5), MIXED): "better"}, mixed=True),
+            "Select at k = 0.5: .* and excess k = 0.5 minus curated text mixed in is -0.250",
+        ),
+        (
+            known(both(0.5, "better", "better") | {(excess(0.5), MIXED): "open"}, mixed=True),
+            "Cannot tell selecting from mixing with this budget: excess k = 0.5 minus all tokens "
+            "is -0.250 .*, excess k = 0.5 minus curated text mixed in is -0.025 .* would",
+        ),
     ],
 )
 def test_a_verdict_is_one_sentence(evidence, words):
