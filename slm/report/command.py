@@ -249,9 +249,9 @@ def report(
 
 def title_of(folders: Sequence[str], runs: Sequence[Run]) -> str:
     """sweep: all, excess, random"""
-    names = ", ".join(Path(name).resolve().name for name in folders)
-    rules = ", ".join(sorted({run.rule for run in runs}))
-    return f"{names}: {rules}" if rules else names
+    named = [Path(name).resolve().name for name in folders]
+    rules = sorted({run.rule for run in runs} - {*named})
+    return ", ".join(named) + (f": {', '.join(rules)}" if rules else "")
 
 
 def run(**settings: Any) -> None:

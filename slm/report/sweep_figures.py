@@ -97,7 +97,7 @@ def ratio_panel(
     ends = [ratios[0], ratios[-1]] if len(ratios) > 1 else [0.0, 1.0]
     series = [ratio_series(label, lines[label], i) for i, label in enumerate(lines)]
     series += flat_series(flat, ends, [PALETTE[i] for i in (4, 3, 2, 5)])
-    series += flat_series(controls, ends, [INK, QUIET])
+    series += flat_series(controls, ends, [INK, QUIET, PALETTE[3], PALETTE[2]])
     x = Axis(
         "select_ratio (k): share of tokens trained on",
         "select_ratio",

@@ -143,12 +143,14 @@ def set_aside(path: Path) -> None:
 
 def verified(paths: Iterable[Path], warn: Callable[[str], None]) -> Iterator[Path]:
     """Those that verify, looked at as they are asked for; what does not is set aside."""
-    for path in paths:
+    paths = [*paths]
+    for number, path in enumerate(paths, 1):
         try:
             check_checkpoint(path)
         except UserError as error:
             set_aside(path)
-            warn(f"{error}; it is {aside(path).name} now, and the one before is looked at")
+            then = "the one before is looked at" if number < len(paths) else "there is none before"
+            warn(f"{error}; it is {aside(path).name} now, and {then}")
             continue
         yield path
 

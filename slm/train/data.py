@@ -74,8 +74,15 @@ class TokenData(LightningDataModule):
             raise UserError(
                 f"data.batch_size ({self.batch_size}) must be a multiple of "
                 f"data.micro_batch_size * ranks ({self.micro_batch_size} * {world_size})"
+                f"{self.that_fits(world_size)}"
             )
         return self.batch_size // per_pass
+
+    def that_fits(self, world_size: int) -> str:
+        windows, rest = divmod(self.batch_size, world_size)
+        most = min(windows, self.micro_batch_size)
+        fitting = next(n for n in range(most, -1, -1) if n == 0 or windows % n == 0)
+        return "" if rest or not fitting else f": data.micro_batch_size={fitting} does"
 
     @property
     def tokens_per_step(self) -> int:

@@ -3,8 +3,8 @@
 import logging
 import os
 import socket
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ def fit(settings: Json, continued: Continued | None = None) -> None:
         identity |= continued.identity()
     check_scored(settings["max_tokens"], data)  # before a folder is made one of a longer run
     with ExitStack() as stack:
+        stack.enter_context(said_by_the_first())
         start, owner = begin(stack, folder, identity, settings, data.tokens_per_step)
         if not was_launched() and is_over(start, folder):
             return
@@ -211,6 +212,20 @@ def begin(
     return Start(checkpoint, is_complete, order=identity["data.order"]), owner
 
 
+@contextmanager
+def said_by_the_first() -> Iterator[None]:
+    """What all ranks would say alike; what is wrong with one of them is said by that one."""
+    own = [logging.getLogger(name) for name in ("slm", "slm_kernels")]
+    levels = [logger.level for logger in own]
+    for logger in own if rank_zero_only.rank != 0 else ():  # type: ignore[attr-defined]
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(own, levels, strict=True):
+            logger.setLevel(level)
+
+
 def was_launched() -> bool:
     """Something else than this process starts the ranks, so there may be others by now."""
     return any(name in os.environ for name in RANK_NAMES)
@@ -234,7 +249,7 @@ def check_same_everywhere(trainer: Trainer, identity: dict[str, Any]) -> None:
             if theirs[field] != mine[field]:
                 with said_once(trainer.global_rank):
                     raise UserError(
-                        f"rank {rank} on {host} has another {field} than rank 0: "
+                        f"rank {rank} on {host} differs from rank 0 in {field}: "
                         f"{shown(theirs[field])} there, {shown(mine[field])} here"
                         f"{of_what(field, theirs[field], mine[field])}"
                     )

@@ -98,7 +98,8 @@ def test_an_online_reference_is_in_shards_too(tmp_path, text_corpus, base):
 @pytest.mark.slow
 def test_rank_0_alone_says_what_is_refused(tmp_path, text_corpus):
     line = words(tmp_path / "run", text_corpus, "data.micro_batch_size=3")
-    expected = "data.batch_size (8) must be a multiple of data.micro_batch_size * ranks (3 * 2)"
+    expected = "data.batch_size (8) must be a multiple of data.micro_batch_size * ranks (3 * 2): "
+    expected += "data.micro_batch_size=2 does"
     assert expected in refused(2, line)
     # What only a forward of the model tells, when it is cut already.
     softcap = "+model.architecture.final_logit_softcapping=0.5"
@@ -163,6 +164,8 @@ def test_layers_that_ranks_share_out_train_as_in_one_process(
     in_one(words(tmp_path / "one", text_corpus, *more))
     said = on_ranks(ranks, words(tmp_path / "ranks", text_corpus, *more), tensor_parallel=2)
     assert "suboptimal" not in said  # torch's remark on how tensors are gathered
+    for once in ("new run in ", "evaluation: ", "cross-entropy on cpu", "checkpoints: "):
+        assert said.count(once) == 1, (once, said)
     of_a_forward = OF_A_FORWARD if scope == "global" else ()
     same(tmp_path / "one", tmp_path / "ranks", (*OF_ONE_RANK, *of_a_forward))
 
