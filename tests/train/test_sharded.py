@@ -134,7 +134,7 @@ def test_ranks_with_other_files_are_refused(tmp_path, made_corpus, make_corpus):
     line = words(tmp_path / "run", made_corpus, "data.micro_batch_size=4", "data.heldout=null")
     line += [f"data.corpus='{tmp_path}/corpus${{oc.env:LOCAL_RANK}}'"]
     said = refused(2, line)
-    assert "has another corpus than rank 0: " in said and "rank 1 on " in said
+    assert " differs from rank 0 in corpus: " in said and "rank 1 on " in said
 
 
 @pytest.mark.slow
