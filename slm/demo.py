@@ -49,6 +49,7 @@ SKIPPED |= {"idlelib", "tkinter", "turtledemo", "distutils", "lib2to3"}  # for t
 BLOCKS = {"body", "handlers", "orelse", "finalbody", "cases"}
 RULES = ("all", "random", "excess")
 HELDOUT_RAW_SIZE = 200_000  # characters
+WINDOWS = 128  # of it, during training
 HELDOUT = "docstrings of held-out modules"
 
 
@@ -182,7 +183,7 @@ def train(out: Path, name: str, corpus: str, tokens: int, config: Any, *more: st
         f"out={quoted(out / 'runs' / name)}",
         f"data.corpus={quoted(out / 'corpora' / corpus / 'train')}",
         f"data.heldout={{docs: {heldout}}}",
-        "data.heldout_windows=128",
+        f"data.heldout_windows={WINDOWS}",
         f"max_tokens={tokens}",
         f"callbacks.heldout.every_tokens={tokens // 8}",
         *config.train,
@@ -266,7 +267,9 @@ def print_table(out: Path, config: Any) -> None:
         for row in csv.DictReader(file):
             values = {key: float(row[key]) for key in ("loss", "bits_per_byte")}
             losses[row["model"].split("/")[0]].append(values)
-    table = Table("run", "loss (nats)", "over seeds", "bits per byte", title=f"Loss on {HELDOUT}")
+    table = Table(
+        "run", "loss (nats)", "over seeds", "bits per byte", title=f"Loss on all of {HELDOUT}"
+    )
     lines = ["run,loss_mean,loss_min,loss_max,bits_per_byte_mean,num_seeds"]
     for name, label in labels(config.select_ratio).items():
         loss = np.array([value["loss"] for value in losses[name]])
@@ -298,7 +301,7 @@ def figure(out: Path) -> None:
     ]
     reference = read_curve(folders["reference"][0], "reference", "docs").loss[-1]
     lines = {"reference model": float(reference)}
-    draw(loss_curves(curves, lines, f"Loss on {HELDOUT}"), out / "figure.png")
+    draw(loss_curves(curves, lines, f"Loss on {WINDOWS} windows of {HELDOUT}"), out / "figure.png")
 
 
 def report(out: Path) -> None:
