@@ -43,6 +43,7 @@ def render(found: Json) -> str:
         "nats": nats,
         "share": share,
         "count": count,
+        "whole": whole,
         "ends": ends,
         "amount": amount,
     }
@@ -136,11 +137,16 @@ def count(value: float | None) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
+def whole(value: float | None) -> str:
+    """0.16 -> 1: there is no part of a target."""
+    return NEVER if value is None else f"{max(1, math.ceil(value)):,}"
+
+
 def amount(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3g}"
 
 
 def ends(found: Mapping[str, float | None], form: str) -> str:
     """(30% to 41%)"""
-    write = {"share": share, "count": count}[form]
+    write = {"share": share, "count": count, "whole": whole}[form]
     return f"({write(found['low'])} to {write(found['high'])})"

@@ -4,7 +4,19 @@ import re
 
 import pytest
 
-from slm.pilot.page import Scale, amount, chart, count, ends, nats, nice, render, scale_of, share
+from slm.pilot.page import (
+    Scale,
+    amount,
+    chart,
+    count,
+    ends,
+    nats,
+    nice,
+    render,
+    scale_of,
+    share,
+    whole,
+)
 
 NONE = {"mean": None, "low": 0.2, "high": None}
 ROW = {
@@ -91,6 +103,7 @@ def test_ticks_are_round_and_a_few(low, high):
 def test_numbers_are_short():
     assert [share(v) for v in (0.352, 0.0123, None)] == ["35%", "1.2%", "not reached"]
     assert [count(v) for v in (1_234_567, 950, 3.25, 2e12)] == ["1.23M", "950", "3.2", "2T"]
+    assert [whole(v) for v in (0.16, 1.0, 2.1, None)] == ["1", "1", "3", "not reached"]
     assert ends({"low": 0.2, "high": None}, "share") == "(20% to not reached)"
     assert [nats(-0.1), nats(None), amount(None), amount(12345.0)] == [
         "-0.1000",
