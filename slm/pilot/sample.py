@@ -191,8 +191,10 @@ class Copies:
     def set_of(self, ids: np.ndarray) -> str:
         own = runs(ids)
         for name, theirs in self.runs.items():
-            if len(own) and np.isin(own, theirs).mean() >= COPIED:
-                return name
+            if len(own) and len(theirs):
+                nearest = np.searchsorted(theirs, own).clip(max=len(theirs) - 1)
+                if np.mean(theirs[nearest] == own) >= COPIED:
+                    return name
         return ""
 
     def left_out(self) -> dict[str, int]:
