@@ -83,7 +83,9 @@ class Costs(Callback):
         evaluations = [item for item in trainer.callbacks if isinstance(item, Evaluation)]  # type: ignore[attr-defined]
         planned = [item for item in evaluations if item.planned and item.every_tokens is None]
         data = datamodule_of(trainer)
-        allowed, total = data.heldout_windows, trainer.max_steps * data.tokens_per_step
+        total = trainer.max_steps * data.tokens_per_step
+        largest = max((held.num_windows for held in data.heldout.values()), default=0)
+        allowed = min(data.heldout_windows, largest)
         if planned:
             self._plan(trainer, planned, total * self.planned * SHARE / (1 - SHARE))
         read = {
