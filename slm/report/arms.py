@@ -221,16 +221,29 @@ def grouped(runs: Sequence[Run]) -> list[Arm]:
         stated = {key: value for key, value in run.identity.items() if value is not None}
         fields = {key: value for key, value in stated.items() if key not in SEEDS}
         groups[json.dumps(fields, sort_keys=True)].append(run)
-    alike: dict[str, list[Run]] = defaultdict(list)
-    for group in groups.values():
-        alike[group[0].name].append(group[0])
-    keys = {name: differing_keys(firsts) for name, firsts in alike.items()}
+    keys = line_keys([group[0] for group in groups.values()])
     arms = []
     for group in groups.values():
-        name = group[0].name
-        detail = details(group[0], keys[name])
-        arms.append(Arm(name + detail, group[0].line + detail, group))
+        name, line = group[0].name, group[0].line
+        detail = details(group[0], keys[line])
+        arms.append(Arm(name + detail, line + detail, group))
     return sorted(arms, key=lambda arm: (arm.line, arm.select_ratio or 0, arm.label))
+
+
+def line_keys(firsts: Sequence[Run]) -> dict[str, list[str]]:
+    """What tells the arms of a line apart; of the selection, what arms of one name differ in."""
+    by_name: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    by_line: dict[str, list[Run]] = defaultdict(list)
+    for run in firsts:
+        by_name[run.line, run.name].append(run)
+        by_line[run.line].append(run)
+    keys = {
+        line: {key for key in differing_keys(runs) if not key.startswith("selection.")}
+        for line, runs in by_line.items()
+    }
+    for (line, _), runs in by_name.items():
+        keys[line].update(differing_keys(runs))
+    return {line: sorted(found) for line, found in keys.items()}
 
 
 def arm_labels(folders: Sequence[Path]) -> dict[Path, str]:

@@ -34,12 +34,15 @@ def test_an_arm_is_what_differs_in_the_seed_alone(tmp_path):
 def test_arms_of_one_name_are_told_apart_by_what_differs(tmp_path):
     make_run(tmp_path / "a", identity={"optimizer.adamw.lr": 0.1, "references": "f" * 64})
     make_run(tmp_path / "b", identity={"optimizer.adamw.lr": 0.2, "references": "f" * 64})
-    make_run(tmp_path / "c", ratio=0.25, identity={"optimizer.adamw.lr": 0.2})
+    more = {"optimizer.adamw.lr": 0.2, "references": "f" * 64}
+    make_run(tmp_path / "c", ratio=0.25, identity=more)  # on the line of the second
     assert labels(tmp_path) == [
-        "excess k = 0.25",
         "excess k = 0.5, lr=0.1",
+        "excess k = 0.25, lr=0.2",
         "excess k = 0.5, lr=0.2",
     ]
+    lines = [arm.line for arm in arms_of(read_runs([str(tmp_path)])[0])]
+    assert lines == ["excess, lr=0.1", "excess, lr=0.2", "excess, lr=0.2"]
     make_run(tmp_path / "d", identity={"optimizer.adamw.lr": 0.2, "references": "e" * 64})
     assert "excess k = 0.5, lr=0.2, references=eeeeeeee" in labels(tmp_path)
 
