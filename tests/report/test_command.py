@@ -415,7 +415,7 @@ def test_jobs_of_a_sweep_are_named_after_their_arms(tmp_path):
         "excess k = 0.4, lr=1, seed 0",
         "excess k = 0.4, lr=1, seed 1",
         "excess k = 0.4, lr=2, seed 0",
-        "excess k = 1, seed 0",
+        "excess k = 1, lr=1, seed 0",
     }
 
 
