@@ -3,7 +3,8 @@
 Documents are drawn, not windows: a sample is then a small corpus like any other, which is scored
 and trained on as any other, and takes the disk of its own tokens whatever the corpus has. Of every
 source as many tokens are drawn as it has of the corpus; the last document drawn of each is cut to
-fit. What a draw takes depends on its seed and the corpus alone.
+fit. What a draw takes depends on its seed, the corpus and what it must leave out, and not on other
+draws.
 """
 
 import shutil
@@ -62,16 +63,15 @@ def draw(
     """So many tokens, or all there are; `without` these documents.
 
     key:    of the random order
-    passed: left out as well, and the order of the others stays what it is
+    passed: left out as well; the others stay in their order, and a source in its share
     """
     sizes = np.diff(documents.bounds)
     free = np.ones(len(documents), bool)
     free[list(without)] = False
     order = np.random.default_rng(key).permutation(np.flatnonzero(free))
-    free[list(passed)] = False
-    order = order[free[order]]
     sources = documents.rows[:, 1]
     held = np.bincount(sources[free], sizes[free])
+    order = order[~np.isin(order, list(passed))]
     parts = [
         first_tokens(order[sources[order] == source], sizes, wanted)
         for source, wanted in enumerate(shares(held, tokens))
@@ -96,7 +96,7 @@ def first_tokens(
     ends = np.cumsum(sizes[order])
     count = int(np.searchsorted(ends, wanted)) + 1 if wanted else 0
     lengths = sizes[order[:count]].copy()
-    if count:
+    if 0 < count <= len(order):  # else there are fewer
         lengths[-1] -= ends[count - 1] - wanted
     return order[:count], lengths
 

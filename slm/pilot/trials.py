@@ -57,9 +57,14 @@ class Parts:
         return draw(self.documents, min(size, most), [self.config.seed, 0], ())
 
     @cached_property
-    def copies(self) -> Copies:
+    def heldout(self) -> dict[str, Corpus]:
+        """In domain, then elsewhere."""
         named = {**self.config.heldout, **(self.config.elsewhere or {})}
-        return Copies({name: Corpus.open(folder) for name, folder in named.items()})
+        return {name: Corpus.open(folder) for name, folder in named.items()}
+
+    @cached_property
+    def copies(self) -> Copies:
+        return Copies(self.heldout)
 
     def draws(self, seed: int) -> tuple[Draw, list[Draw]]:
         """What the arms of a seed train on: the sample, and with the curated text in it."""
@@ -203,9 +208,8 @@ def heldout_sets(config: Any, parts: Parts) -> dict[str, HeldoutSet]:
             f"heldout names {sorted(config.heldout)}, elsewhere {sorted(others)}: each set needs a "
             f"name of its own, and {CORPUS!r} is taken"
         )
-    corpora = {name: Corpus.open(f) for name, f in {**config.heldout, **others}.items()}
-    check_corpora(parts, corpora)
-    sets = {n: HeldoutSet(n, corpus, config.heldout_windows) for n, corpus in corpora.items()}
+    check_corpora(parts, parts.heldout)
+    sets = {n: HeldoutSet(n, held, config.heldout_windows) for n, held in parts.heldout.items()}
     check_documents([sets[name] for name in config.heldout])
     for number in range(config.max_seeds):
         parts.draws(number)

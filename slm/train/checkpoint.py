@@ -143,14 +143,12 @@ def set_aside(path: Path) -> None:
 
 def verified(paths: Iterable[Path], warn: Callable[[str], None]) -> Iterator[Path]:
     """Those that verify, looked at as they are asked for; what does not is set aside."""
-    paths = [*paths]
-    for number, path in enumerate(paths, 1):
+    for path in paths:
         try:
             check_checkpoint(path)
         except UserError as error:
             set_aside(path)
-            then = "the one before is looked at" if number < len(paths) else "there is none before"
-            warn(f"{error}; it is {aside(path).name} now, and {then}")
+            warn(f"{error}; it is {aside(path).name} now")
             continue
         yield path
 
@@ -160,7 +158,11 @@ def newest_checkpoint(
 ) -> Path | None:
     """The newest checkpoint that verifies, of no later step than `up_to`.
 
-    What does not verify is reported and set aside.
+    What does not verify is reported and set aside; and that nothing is left, where it was all.
     """
     paths = sorted(folder.glob("*-*.ckpt"), key=step_of, reverse=True)
-    return next(verified((path for path in paths if step_of(path) <= up_to), warn), None)
+    paths = [path for path in paths if step_of(path) <= up_to]
+    found = next(verified(paths, warn), None)
+    if paths and found is None:
+        warn(f"{folder} holds no other checkpoint to go on from")
+    return found

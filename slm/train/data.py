@@ -80,9 +80,11 @@ class TokenData(LightningDataModule):
 
     def that_fits(self, world_size: int) -> str:
         windows, rest = divmod(self.batch_size, world_size)
+        if rest:
+            return ""
         most = min(windows, self.micro_batch_size)
-        fitting = next(n for n in range(most, -1, -1) if n == 0 or windows % n == 0)
-        return "" if rest or not fitting else f": data.micro_batch_size={fitting} does"
+        fitting = next(n for n in range(most, 0, -1) if windows % n == 0)
+        return f": data.micro_batch_size={fitting} does"
 
     @property
     def tokens_per_step(self) -> int:

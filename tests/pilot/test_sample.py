@@ -116,6 +116,25 @@ def test_copies_of_held_out_text_are_passed_over(tmp_path, make_corpus):
     assert few.num_tokens == 900 and {*plain} - {3, 5, 7} <= {*few.chosen.tolist()}
 
 
+def test_a_draw_does_not_depend_on_the_copies_that_others_met(tmp_path, make_corpus):
+    """Of two sources, one of which holds them all."""
+    own = np.random.default_rng(0).integers(1, 290, (60, 64))
+    starts = (np.arange(60) * 64).tolist()
+    ids = np.append(own.ravel(), np.zeros((1 - own.size) % LENGTH, int))
+    corpus = make_corpus(tmp_path / "corpus", [ids], LENGTH, starts=[starts], sources=("a", "b"))
+    documents = Documents(corpus)
+    copied = own[np.flatnonzero(documents.rows[:60, 1] == 0)[:12]]
+    held = shuffled(make_corpus, tmp_path / "held", [*copied])
+    alone, other = Copies({"math": held}), Copies({"math": held})
+    one = alone.draw(documents, 700, [0, 1], ())
+    met = other.draw(documents, 10**6, [0, 2], ())  # all of them
+    assert met.num_tokens == documents.bounds[-1] - 12 * 64
+    same = other.draw(documents, 700, [0, 1], ())
+    assert one.num_tokens == same.num_tokens == 700
+    assert one.chosen.tolist() == same.chosen.tolist()
+    assert one.lengths.tolist() == same.lengths.tolist()
+
+
 def test_held_out_text_that_is_much_of_what_is_drawn_is_refused(tmp_path, make_corpus):
     own = np.random.default_rng(0).integers(1, 290, (10, 50))
     documents = Documents(shuffled(make_corpus, tmp_path / "corpus", [*own]))
