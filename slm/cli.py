@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from importlib import import_module
@@ -240,10 +240,8 @@ def plain_settings(config: Any) -> dict[str, Any]:
     """Python's own types: nothing below knows of OmegaConf."""
     from omegaconf import OmegaConf
 
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        examples = " ".join(f"{key}=..." for key in missing)
-        raise UserError(f"{', '.join(missing)} must be given: {examples}")
+    if missing := OmegaConf.missing_keys(config):
+        raise UserError(must_be_given(missing))
     settings: Any = OmegaConf.to_container(config, resolve=True)
     if settings.pop("task", None) is not None:  # of an array, whose jobs are all alike
         log.info("task %s", config.task)
@@ -285,7 +283,8 @@ def is_unknown_choice(word: str) -> bool:
 
 def composition_error(name: str, error: Exception) -> str:
     """Hydra's several lines as one sentence that tells a user of this command what to do."""
-    from hydra.errors import OverrideParseException
+    from hydra.errors import CompactHydraException, OverrideParseException
+    from omegaconf import OmegaConf
 
     text = " ".join(str(error).partition("Config search path")[0].split())
     if isinstance(error, OverrideParseException):
@@ -293,9 +292,13 @@ def composition_error(name: str, error: Exception) -> str:
             f"cannot read {error.override!r}; a value with a comma, `=`, `~`, a brace or a colon "
             "needs quotes inside the shell's: \"key='a,b=c'\" (in a dict, keys cannot have them)"
         )
-    missing = re.search(r"Missing mandatory value: (?P<key>\S+)", text)
-    if missing is not None:
-        return f"{missing['key']} must be given: {missing['key']}=..."
+    first = re.search(r"Missing mandatory value: (?P<key>\S+)", text)
+    if first is not None:  # that Hydra itself needs; the others, unless the words need --config-dir
+        words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+        missing = {first["key"]}
+        with suppress(CompactHydraException):
+            missing |= OmegaConf.missing_keys(composed(name, words))
+        return must_be_given(missing)
     unknown = re.match(r"Could not override '(?P<key>[^']+)'\.", text)
     if unknown is None:
         return f"{text} ({FULL_ERROR}=1 shows where)"
@@ -311,14 +314,24 @@ def composition_error(name: str, error: Exception) -> str:
     return f"no key {key!r}{hint} (`slm {name} --help` lists them)"
 
 
+def must_be_given(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    return f"{', '.join(names)} must be given: {' '.join(f'{name}=...' for name in names)}"
+
+
 def known_keys(name: str) -> list[str]:
     """Every key of the command's config, in dotted form."""
+    return list(dotted(composed(name)))
+
+
+def composed(name: str, words: Sequence[str] = ()) -> Any:
+    """The command's config as these words leave it, beside the application's own."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return list(dotted(compose(name)))
+        return compose(name, list(words))
 
 
 def dotted(config: Any, prefix: str = "") -> Iterator[str]:

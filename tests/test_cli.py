@@ -205,8 +205,21 @@ def test_a_group_takes_no_number(call):
     assert err.startswith("slm train: model=3: Config group override must be a string or a list")
 
 
-def test_the_required_key_that_hydra_itself_needs_is_named(call):
-    assert call(command("train")(refuse)) == (1, "", "slm train: out must be given: out=...\n")
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ([], "max_tokens, out must be given: max_tokens=... out=..."),
+        (["max_tokens=1"], "out must be given: out=..."),
+        (
+            ["experiment=continue_small"],
+            "max_tokens, model.init_from, out must be given: "
+            "max_tokens=... model.init_from=... out=...",
+        ),
+    ],
+)
+def test_required_keys_are_named_at_once(call, words, asked):
+    """Also where Hydra itself stops at the first, which it needs for its folder."""
+    assert call(command("train")(refuse), *words) == (1, "", f"slm train: {asked}\n")
 
 
 def test_a_bug_keeps_its_traceback(call, application):
@@ -301,6 +314,8 @@ def test_config_dir_adds_a_users_own_file(call, tmp_path, monkeypatch):
     words = ["train", "selection=own", "out=x", "--config-dir", "mine", "--cfg", "job"]
     code, out, err = call(cli.main, *words)
     assert (code, err) == (0, "") and "_target_: mine.Rule\n  key: 7\n" in out
+    code, _, err = call(command("train")(refuse), "selection=own", "--config-dir", "mine")
+    assert (code, err) == (1, "slm train: out must be given: out=...\n")
 
 
 @pytest.mark.parametrize("words", [["slm.cli", "verify", "."], ["slm.verify", "."]])

@@ -40,7 +40,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 JobCompType=jobcomp/filetxt
 JobCompLoc=$folder/ended.txt
-SchedulerParameters=sched_min_interval=0
+SchedulerParameters=sched_min_interval=0,bf_interval=5
 KillWait=10
 AuthInfo=cred_expire=5
 OverTimeLimit=0
