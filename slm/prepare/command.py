@@ -232,7 +232,8 @@ def write_or_confirm(config: Any) -> Json:
                     make_parts(work)
                 report = write_corpora(work)
         except (UserError, OSError, MemoryError) as error:
-            if (out / "report.json").exists():  # another process has finished and cleared away
+            if (out / "report.json").exists():
+                log.info("%s is finished: another process joined the parts", out)
                 return read_json(out / "report.json")
             give_up(out, error)
             if (cause := write_error(error, out)) is not None:

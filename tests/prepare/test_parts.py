@@ -202,6 +202,7 @@ def test_two_processes_share_a_folder(tmp_path, settings, whole):
     for process in both:
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said
+        assert "out/train: " in said or "out is finished" in said  # none ends without a word
     rows = [line.split() for line in (tmp_path / "made").read_text().splitlines()]
     assert sorted(int(index) for index, _ in rows) == list(range(len(rows)))  # each once
     assert len({pid for _, pid in rows}) == 2
