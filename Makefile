@@ -49,7 +49,7 @@ gpu-check:
 CLUSTER ?= /tmp/slm-cluster
 cluster-check: $(INSTALLED) $(VENV)/machines
 	tests/cluster/slurm.sh start $(CLUSTER)
-	SLURM_CONF=$(CLUSTER)/slurm.conf $(BIN)/python -m pytest tests/cluster; \
+	OMP_NUM_THREADS=1 SLURM_CONF=$(CLUSTER)/slurm.conf $(BIN)/python -m pytest tests/cluster; \
 		code=$$?; tests/cluster/slurm.sh stop $(CLUSTER); exit $$code
 
 # slm prepare as a step of datatrove and on actors of Ray, on this machine.
