@@ -107,11 +107,11 @@ def assert_same(run: Path, whole: Path) -> None:
     assert (run / "model" / "slm.json").exists()
 
 
-# The signal comes 20 to 80 s after the start: up to 60 s earlier than it says (sbatch(1)). In a
+# The signal comes 10 to 70 s after the start: up to 60 s earlier than it says (sbatch(1)). In a
 # slice of two minutes it could come before both ranks had begun.
 LIMITED = {
-    "train_srun.sbatch": ("--ntasks-per-node=1", "--time=3", "--signal=USR1@100"),
-    "train_torchrun.sbatch": ("--time=3", "--signal=B:USR1@100"),
+    "train_srun.sbatch": ("--ntasks-per-node=1", "--time=3", "--signal=USR1@110"),
+    "train_torchrun.sbatch": ("--time=3", "--signal=B:USR1@110"),
 }
 
 
