@@ -42,6 +42,7 @@ PAIRS = (
     ("excess_0.4_selected", "random_0.4_selected"),
     ("excess_0.4_selected", "excess_0.4"),
     ("excess_0.4", "mixed"),
+    ("excess_0.4_selected", "mixed"),
 )
 OTHER = ("code", "noisy", "wikitext")  # held-out sets that are not of the curated text's domain
 Losses = dict[str, dict[str, dict[str, np.ndarray]]]  # arm, set, seed -> nats a target, by window
